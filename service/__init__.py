@@ -1,0 +1,1 @@
+"""Serving side of retinaserve: pictures in, detections out. Knows nothing of torch."""

@@ -1,0 +1,153 @@
+"""Canvas geometry: which canvas a picture goes onto, where on it, and how boxes map back.
+
+A canvas is the fixed-size uint8 picture that the network sees. The rule that chooses it is part
+of the model file, and depends on the picture's own size alone, so that a picture gets the same
+canvas in training, in evaluation and in any batch.
+
+Coordinates are pixels with the origin at the top-left corner of the top-left pixel. Pictures are
+placed at the canvas's top-left corner; padding is at the right and at the bottom.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+MULTIPLE = 32
+"""Canvas sides are multiples of this: the stride of the backbone's last stage."""
+
+
+class Size(NamedTuple):
+    """A size in pixels, height first, as arrays have it."""
+
+    height: int
+    width: int
+
+    @property
+    def area(self) -> int:
+        return self.height * self.width
+
+
+@dataclass(frozen=True, slots=True)
+class Letterbox:
+    """Where a picture lies on its canvas."""
+
+    original: Size
+    """Size of the picture after EXIF orientation."""
+    resized: Size
+    """Size of the picture's part of the canvas."""
+    canvas: Size
+
+    @property
+    def ratios(self) -> tuple[float, float]:
+        """(x, y): canvas pixels per original pixel."""
+        return (
+            self.resized.width / self.original.width,
+            self.resized.height / self.original.height,
+        )
+
+    def to_original(self, boxes: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Map (D, 4) x1, y1, x2, y2 from canvas pixels to original pixels, clipped to the picture."""
+        x, y = self.ratios
+        mapped = boxes / np.array([x, y, x, y], dtype=np.float32)
+        height, width = self.original
+        limit = np.array([width, height, width, height], dtype=np.float32)
+        return np.clip(mapped, np.float32(0), limit)
+
+    def to_canvas(self, boxes: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Map (D, 4) x1, y1, x2, y2 from original pixels to canvas pixels."""
+        x, y = self.ratios
+        return boxes * np.array([x, y, x, y], dtype=np.float32)
+
+
+class _Rule(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    interpolation: Literal["bilinear"] = "bilinear"
+    """Pillow's BILINEAR: a triangle filter, widened to the source's support when shrinking."""
+    place: Literal["top-left"] = "top-left"
+
+
+class Buckets(_Rule):
+    """The picture is scaled to fit, aspect ratio kept, the canvas of `sizes` with least padding."""
+
+    rule: Literal["buckets"] = "buckets"
+    sizes: tuple[Size, ...] = Field(min_length=1)
+    """[height, width] of each canvas; the earlier wins a tie."""
+
+    @field_validator("sizes")
+    @classmethod
+    def _check_sizes(cls, sizes: tuple[Size, ...]) -> tuple[Size, ...]:
+        for size in sizes:
+            if min(size) < MULTIPLE or any(side % MULTIPLE for side in size):
+                raise ValueError(
+                    f"canvas {size.height}x{size.width} is not a positive multiple of {MULTIPLE} "
+                    "in both sides"
+                )
+        return sizes
+
+    def fit(self, original: Size) -> Letterbox:
+        """Place a picture of size `original`."""
+        best: Letterbox | None = None
+        for canvas in self.sizes:
+            scale = min(canvas.width / original.width, canvas.height / original.height)
+            resized = Size(
+                height=min(canvas.height, max(1, round(original.height * scale))),
+                width=min(canvas.width, max(1, round(original.width * scale))),
+            )
+            placed = Letterbox(original=original, resized=resized, canvas=canvas)
+            if best is None or _padding(placed) < _padding(best):
+                best = placed
+        assert best is not None, "sizes is never empty"
+        return best
+
+    def all_canvases(self) -> tuple[Size, ...]:
+        """Every canvas that this rule can produce, known in advance, so that it can be warmed."""
+        return self.sizes
+
+    def largest(self) -> Size:
+        """The canvas of greatest area."""
+        return max(self.sizes, key=lambda size: size.area)
+
+
+class ShortSide(_Rule):
+    """The shorter side becomes `short` unless the longer would pass `long`; torchvision's rule."""
+
+    rule: Literal["short-side"] = "short-side"
+    short: int = Field(ge=1)
+    long: int = Field(ge=1)
+    multiple: int = Field(default=MULTIPLE, ge=MULTIPLE, multiple_of=MULTIPLE)
+    round: Literal["floor"] = "floor"
+
+    def fit(self, original: Size) -> Letterbox:
+        """Place a picture of size `original`."""
+        scale = min(self.short / min(original), self.long / max(original))
+        resized = Size(
+            height=max(1, math.floor(original.height * scale)),
+            width=max(1, math.floor(original.width * scale)),
+        )
+        canvas = Size(self._pad(resized.height), self._pad(resized.width))
+        return Letterbox(original=original, resized=resized, canvas=canvas)
+
+    def all_canvases(self) -> tuple[Size, ...]:
+        """Nothing is known in advance: the canvas follows each picture's aspect ratio."""
+        return ()
+
+    def largest(self) -> Size:
+        """An upper bound of every canvas's area."""
+        return Size(self._pad(min(self.short, self.long)), self._pad(self.long))
+
+    def _pad(self, side: int) -> int:
+        return math.ceil(side / self.multiple) * self.multiple
+
+
+CanvasRule = Annotated[Buckets | ShortSide, Field(discriminator="rule")]
+
+
+def _padding(placed: Letterbox) -> int:
+    return placed.canvas.area - placed.resized.area

@@ -1,0 +1,94 @@
+"""One ONNX session on one device: canvases in, detections out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from service.artifact import MAX_DETECTIONS_CAP, Artifact, Metadata
+from service.canvas import Size
+from service.errors import ArtifactError
+
+INPUTS: Final = ("images", "image_sizes", "score_threshold", "iou_threshold", "max_detections")
+OUTPUTS: Final = ("image_index", "boxes", "scores", "labels")
+
+
+@dataclass(frozen=True, slots=True)
+class Detections:
+    """What one picture holds, in falling score."""
+
+    boxes: NDArray[np.float32]
+    """(D, 4) x1, y1, x2, y2 in pixels."""
+    scores: NDArray[np.float32]
+    """(D,) in [0, 1]."""
+    labels: NDArray[np.int64]
+    """(D,) index into the class list."""
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def pick(self, chosen: NDArray[np.bool_] | slice) -> Detections:
+        """The detections that a mask or a slice chooses."""
+        return Detections(self.boxes[chosen], self.scores[chosen], self.labels[chosen])
+
+
+class Detector:
+    """A model file loaded on one device. Calls may come from one thread at a time."""
+
+    def __init__(self, artifact: Artifact, *, providers: Sequence[str | tuple[str, dict[str, str]]],
+                 options: ort.SessionOptions) -> None:
+        """Create the session. Raises ArtifactError when the file is not a detector."""
+        try:
+            self._session = ort.InferenceSession(
+                artifact.content, sess_options=options, providers=list(providers)
+            )
+        except Exception as error:
+            # onnxruntime's errors share no base class that it documents.
+            raise ArtifactError(f"{artifact.path}: onnxruntime cannot load it: {error}") from error
+        self.metadata: Metadata = artifact.metadata
+        found = tuple(output.name for output in self._session.get_outputs())
+        if found != OUTPUTS:
+            raise ArtifactError(f"{artifact.path}: outputs are {found}, expected {OUTPUTS}")
+
+    @property
+    def providers(self) -> list[str]:
+        """The execution providers that the session really uses, first choice first."""
+        return list(self._session.get_providers())
+
+    def __call__(
+        self,
+        canvases: NDArray[np.uint8],
+        image_sizes: NDArray[np.int64],
+        *,
+        score_threshold: float,
+        iou_threshold: float,
+        max_detections: int = MAX_DETECTIONS_CAP,
+    ) -> list[Detections]:
+        """Detect on (B, H, W, 3) canvases of pictures of size (B, 2); boxes in canvas pixels."""
+        index, boxes, scores, labels = self._session.run(
+            OUTPUTS,
+            {
+                "images": canvases,
+                "image_sizes": image_sizes,
+                "score_threshold": np.array([score_threshold], dtype=np.float32),
+                "iou_threshold": np.array([iou_threshold], dtype=np.float32),
+                "max_detections": np.array([max_detections], dtype=np.int64),
+            },
+        )
+        # Sorted by image, so each image is one slice.
+        edges = np.searchsorted(index, np.arange(len(canvases) + 1))
+        return [
+            Detections(boxes[a:b], scores[a:b], labels[a:b])
+            for a, b in zip(edges[:-1], edges[1:], strict=True)
+        ]
+
+    def warm(self, canvas: Size, batch: int = 1) -> None:
+        """Run once on empty canvases, so that the first request does not pay for set-up."""
+        blank = np.zeros((batch, canvas.height, canvas.width, 3), dtype=np.uint8)
+        sizes = np.tile(np.array([canvas], dtype=np.int64), (batch, 1))
+        self(blank, sizes, score_threshold=0.5, iou_threshold=0.5)

@@ -1,0 +1,107 @@
+"""The exception root of both packages; each kind carries the HTTP status it becomes.
+
+The text of an exception is shown to the person who made the request or typed the command, so it
+names what was wrong and what would be right.
+"""
+
+from __future__ import annotations
+
+
+class RetinaserveError(Exception):
+    """Root of every error that this project raises on purpose."""
+
+    status = 500
+    title = "Internal error"
+
+    @property
+    def slug(self) -> str:
+        """Last part of the problem's `type`, e.g. "malformed-image"."""
+        return self.title.lower().replace(" ", "-")
+
+
+class MalformedRequest(RetinaserveError):
+    """The request could not be parsed at all."""
+
+    status = 400
+    title = "Malformed request"
+
+
+class MalformedImage(RetinaserveError):
+    """The bytes are empty, truncated or do not decode."""
+
+    status = 400
+    title = "Malformed image"
+
+
+class UnknownModel(RetinaserveError):
+    """No such model or version."""
+
+    status = 404
+    title = "Unknown model"
+
+
+class BodyTimeout(RetinaserveError):
+    """The request body arrived too slowly."""
+
+    status = 408
+    title = "Body timeout"
+
+
+class TooLarge(RetinaserveError):
+    """Too many bytes or too many pixels; decided before decoding."""
+
+    status = 413
+    title = "Too large"
+
+
+class UnsupportedMedia(RetinaserveError):
+    """Not a picture of an accepted type, or an encoded body."""
+
+    status = 415
+    title = "Unsupported media type"
+
+
+class InvalidParameter(RetinaserveError):
+    """A parameter is out of range or unknown."""
+
+    status = 422
+    title = "Invalid parameter"
+
+
+class Unavailable(RetinaserveError):
+    """The service cannot take the request now: loading, draining or the queue is full.
+
+    `retry_after` is in seconds.
+    """
+
+    status = 503
+    title = "Unavailable"
+
+    def __init__(self, message: str, *, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class DeadlineExceeded(RetinaserveError):
+    """The request was accepted, but its deadline passed before an answer was ready."""
+
+    status = 504
+    title = "Deadline exceeded"
+
+
+class ArtifactError(RetinaserveError):
+    """A model file is missing, broken, of an unknown schema, or fails its warm-up."""
+
+    title = "Unusable model file"
+
+
+class DeviceError(RetinaserveError):
+    """The device that was asked for cannot be used."""
+
+    title = "Unusable device"
+
+
+class DataError(RetinaserveError):
+    """A data set or a configuration cannot be used as it is."""
+
+    title = "Unusable data"
