@@ -1,0 +1,278 @@
+"""Which hardware the service runs on, proved before it is believed.
+
+`onnxruntime` quietly hands back a CPU session when CUDA's libraries are missing, so a device
+counts as usable only after a small network has run on it and the session names its provider.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import io
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+import onnx.parser
+import onnxruntime as ort
+
+from service.artifact import Artifact
+from service.detector import Detector
+from service.errors import DeviceError
+
+CUDA_PROVIDER: Final = "CUDAExecutionProvider"
+CPU_PROVIDER: Final = "CPUExecutionProvider"
+
+_NO_DRIVER: Final = "no NVIDIA driver was found"
+
+Providers = list[str | tuple[str, dict[str, str]]]
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One device that can hold sessions."""
+
+    kind: Literal["cpu", "cuda"]
+    index: int = 0
+
+    @property
+    def name(self) -> str:
+        """As settings and answers write it: "cpu", "cuda:0"."""
+        return self.kind if self.kind == "cpu" else f"{self.kind}:{self.index}"
+
+    @property
+    def default_batch_size(self) -> int:
+        """A CPU works a batch off picture by picture; a GPU fills its lanes with it."""
+        return 1 if self.kind == "cpu" else 16
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """The devices that were chosen, all of them proved."""
+
+    devices: tuple[Device, ...]
+    fallback: str | None = None
+    """Why `auto` fell back to the CPU; None when it did not."""
+
+    @property
+    def name(self) -> str:
+        return ",".join(device.name for device in self.devices)
+
+
+def resolve(asked: str) -> Hardware:
+    """Choose and prove the devices for `asked`: auto, cpu, cuda, or cuda:0,cuda:1.
+
+    Raises DeviceError that names what is missing.
+    """
+    if asked == "cpu":
+        return Hardware((Device("cpu"),))
+    devices = tuple(_parse("cuda" if asked == "auto" else asked))
+    driver = nvidia_driver()
+    if driver is None:
+        if asked == "auto":
+            return Hardware((Device("cpu"),), fallback=_NO_DRIVER)
+        raise DeviceError(
+            f"{devices[0].name} cannot be used: {_NO_DRIVER}; use --device cpu or auto"
+        )
+    preload_libraries()
+    for device in devices:
+        problem = prove(device)
+        if problem is not None:
+            raise DeviceError(
+                f"{device.name} cannot be used: {problem} (there is {driver}: install what is "
+                "missing, or use --device cpu)"
+            )
+    return Hardware(devices)
+
+
+def open_detector(artifact: Artifact, device: Device) -> Detector:
+    """Load a model file on a device: the one way to a session, in serving and in evaluation.
+
+    Raises ArtifactError when the file does not load, DeviceError when the session landed on
+    another device than the one asked for.
+    """
+    detector = Detector(artifact, providers=providers(device), options=session_options(device))
+    wanted = CUDA_PROVIDER if device.kind == "cuda" else CPU_PROVIDER
+    if detector.providers[0] != wanted:
+        raise DeviceError(
+            f"{artifact.path}: asked for {device.name}, but the session uses "
+            f"{detector.providers[0]}: {missing_library() or 'no library is missing'}"
+        )
+    return detector
+
+
+def providers(device: Device) -> Providers:
+    """Execution providers for onnxruntime, first choice first."""
+    if device.kind == "cpu":
+        return [CPU_PROVIDER]
+    # HEURISTIC picks convolution algorithms without trying each: a new canvas or batch size then
+    # costs milliseconds, not seconds.
+    cuda = {"device_id": str(device.index), "cudnn_conv_algo_search": "HEURISTIC"}
+    return [(CUDA_PROVIDER, cuda), CPU_PROVIDER]
+
+
+def session_options(device: Device) -> ort.SessionOptions:
+    """Options for a session on `device`."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if device.kind == "cpu":
+        options.intra_op_num_threads = cpu_count()
+        options.inter_op_num_threads = 1
+    return options
+
+
+def prove(device: Device) -> str | None:
+    """Run a small network on `device`. None when it worked there, else what is wrong."""
+    if device.kind == "cpu":
+        return None
+    if CUDA_PROVIDER not in ort.get_available_providers():
+        return "this onnxruntime is a build without CUDA; pip install 'retinaserve[gpu]'"
+    options = session_options(device)
+    # Otherwise the constants are folded, and nothing runs on the device.
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        with _quiet():
+            session = ort.InferenceSession(
+                _probe_model(), sess_options=options, providers=providers(device)
+            )
+        if session.get_providers()[0] != CUDA_PROVIDER:
+            return missing_library() or "onnxruntime fell back to the CPU without a reason"
+        session.run(None, {})
+    except Exception as error:
+        # onnxruntime's errors share no base class that it documents.
+        return missing_library() or str(error).strip().splitlines()[0]
+    return None
+
+
+def missing_library() -> str | None:
+    """The library that keeps onnxruntime's CUDA part from loading, as the linker names it.
+
+    To be asked only after onnxruntime tried: its CUDA part must not be loaded before it.
+    """
+    folder = Path(ort.__file__).parent / "capi"
+    for library in ("libonnxruntime_providers_shared.so", "libonnxruntime_providers_cuda.so"):
+        try:
+            ctypes.CDLL(str(folder / library), mode=ctypes.RTLD_GLOBAL)
+        except OSError as error:
+            return str(error)
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def preload_libraries() -> None:
+    """Load CUDA and cuDNN from the installed Python packages, where they are."""
+    if not hasattr(ort, "preload_dlls"):
+        return
+    # It reports on stdout, which belongs to the command's own output; `missing_library` says
+    # later, and better, what could not be loaded.
+    with contextlib.redirect_stdout(io.StringIO()):
+        ort.preload_dlls()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep onnxruntime from writing to stderr what the error that follows says in one line."""
+    ort.set_default_logger_severity(4)
+    try:
+        yield
+    finally:
+        ort.set_default_logger_severity(2)
+
+
+def nvidia_driver(root: Path = Path("/")) -> str | None:
+    """What shows that an NVIDIA driver is installed; None where nothing does."""
+    version = root / "proc/driver/nvidia/version"
+    if version.exists():
+        return f"an NVIDIA driver ({version})"
+    if shutil.which("nvidia-smi"):
+        return "an NVIDIA driver (nvidia-smi)"
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    return "an NVIDIA driver (libcuda.so.1)"
+
+
+def cpu_count(root: Path = Path("/")) -> int:
+    """Whole CPUs that this process may keep busy: affinity and the container's quota."""
+    affinity = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    quota = min(_quotas(root), default=math.inf)
+    # Rounded down: a thread beyond the quota makes the kernel stop all of them for the rest of
+    # each period.
+    return max(1, int(min(affinity, quota)))
+
+
+def _parse(asked: str) -> Iterator[Device]:
+    names = ["cuda:0"] if asked == "cuda" else asked.split(",")
+    for name in dict.fromkeys(names):
+        kind, _, index = name.partition(":")
+        if kind != "cuda" or not index.isdecimal():
+            raise DeviceError(f"device {asked!r} is unknown; use auto, cpu, cuda or cuda:0,cuda:1")
+        yield Device("cuda", int(index))
+
+
+def _quotas(root: Path) -> Iterator[float]:
+    """CPU quotas in CPUs, of this process's control groups and all above them, v1 and v2."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    mount = root / "sys/fs/cgroup"
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        if controllers == "":
+            for folder in _upwards(mount, group):
+                yield from _quota(folder / "cpu.max")
+        elif "cpu" in controllers.split(","):
+            for folder in _upwards(mount / controllers, group):
+                yield from _quota(folder / "cpu.cfs_quota_us", folder / "cpu.cfs_period_us")
+            if controllers != "cpu":
+                for folder in _upwards(mount / "cpu", group):
+                    yield from _quota(folder / "cpu.cfs_quota_us", folder / "cpu.cfs_period_us")
+
+
+def _upwards(mount: Path, group: str) -> Iterator[Path]:
+    """The group's folder and all above it. Inside a container the mount itself is the group."""
+    parts = [part for part in group.split("/") if part not in ("", "..")]
+    for length in range(len(parts), -1, -1):
+        yield mount.joinpath(*parts[:length])
+
+
+def _quota(*paths: Path) -> Iterator[float]:
+    try:
+        words = " ".join(path.read_text() for path in paths).split()
+        quota, period = int(words[0]), int(words[1])
+    except (OSError, ValueError, IndexError):
+        # No such group, no limit ("max"), or not readable: no quota that we know of.
+        return
+    if quota > 0 and period > 0:
+        yield quota / period
+
+
+def _probe_model() -> bytes:
+    """A convolution and a matrix product: what needs cuDNN and cuBLAS."""
+    model = onnx.parser.parse_model(
+        """
+        <ir_version: 8, opset_import: ["" : 17]>
+        probe () => (float[1, 4, 6, 6] z)
+        {
+          shape = Constant <value_ints = [1, 4, 8, 8]> ()
+          x = ConstantOfShape (shape)
+          kernel_shape = Constant <value_ints = [4, 4, 3, 3]> ()
+          w = ConstantOfShape (kernel_shape)
+          square = Constant <value_ints = [6, 6]> ()
+          m = ConstantOfShape (square)
+          y = Conv (x, w)
+          z = MatMul (y, m)
+        }
+        """
+    )
+    return bytes(model.SerializeToString())

@@ -1,0 +1,107 @@
+"""Settings of the service: environment variables `RETINASERVE_<NAME>`, one class."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from service.errors import DataError
+
+ENV_PREFIX: Final = "RETINASERVE_"
+
+
+def bundled_models() -> Path:
+    """The model repository that ships inside the package."""
+    return Path(str(files("service"))) / "models"
+
+
+class Settings(BaseSettings):
+    """What an operator may decide. Every field is the variable `RETINASERVE_<NAME>`."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, frozen=True, extra="forbid", use_attribute_docstrings=True
+    )
+
+    models_dir: Path = Field(default_factory=bundled_models)
+    """Model repository: MODELS_DIR/<name>/<version>/model.onnx. Default: the bundled one."""
+
+    default_model: str | None = None
+    """Model that serves requests which name none. Default: the only one in the repository."""
+
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda|cuda:\d+(,cuda:\d+)*)$")
+    """auto, cpu, cuda, or a list such as cuda:0,cuda:1."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for every interface (as the container image sets it)."""
+
+    port: int = Field(default=8000, ge=0, le=65535)
+    """Port to listen on; 0 lets the system choose."""
+
+    max_batch_size: int | None = Field(default=None, ge=1, le=256)
+    """Most pictures in one inference. Default: 1 on a CPU, where a batch gains nothing; 16 on CUDA."""
+
+    max_queue_delay_ms: float = Field(default=0.0, ge=0.0, le=10_000.0)
+    """How long an idle device waits for a batch to fill. 0: it never waits."""
+
+    max_queue_size: int = Field(default=128, ge=1)
+    """Most pictures held at a time: arrived, decoding, waiting or in inference. More get 503."""
+
+    request_timeout_ms: int = Field(default=10_000, ge=1)
+    """Longest time from a complete body to its answer; `X-Deadline-Ms` may shorten it."""
+
+    body_timeout_ms: int = Field(default=10_000, ge=1)
+    """Longest time that a body may take to arrive."""
+
+    drain_delay_seconds: float = Field(default=0.0, ge=0.0)
+    """After SIGTERM: how long to go on serving, with /readyz at 503, before the listener closes."""
+
+    drain_seconds: float = Field(default=8.0, ge=0.0)
+    """After the listener closed: how long work in flight may take to finish."""
+
+    max_body_bytes: int = Field(default=33_554_432, ge=1)
+    """Largest request body."""
+
+    max_image_pixels: int = Field(default=50_000_000, ge=1)
+    """Largest picture, width x height, judged from its header."""
+
+    max_batch_images: int = Field(default=64, ge=1)
+    """Most pictures in one request to /v1/detect/batch."""
+
+    log_format: Literal["text", "json"] = "text"
+    """Lines for people, or one JSON object a line."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe line that is written; requests are logged at info."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_kubernetes_links(cls, values: dict[str, Any]) -> dict[str, Any]:
+        # A Kubernetes service called "retinaserve" puts RETINASERVE_PORT=tcp://10.0.0.1:8000
+        # into every pod of its namespace; nobody wrote that as a setting.
+        if str(values.get("port", "")).startswith(("tcp://", "udp://")):
+            return {name: value for name, value in values.items() if name != "port"}
+        return values
+
+    @field_validator("log_level", mode="before")
+    @classmethod
+    def _lower_log_level(cls, value: object) -> object:
+        return value.lower() if isinstance(value, str) else value
+
+
+def load_settings(**given: object) -> Settings:
+    """Settings from the environment, with those `given` (and not None) on top.
+
+    Raises DataError that names the variable, its value and what would be right.
+    """
+    chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    try:
+        return Settings(**chosen)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else ""
+        source = f"--{name.replace('_', '-')}" if name in chosen else ENV_PREFIX + name.upper()
+        raise DataError(f"{source}={first['input']}: {first['msg']}") from error
