@@ -1,0 +1,92 @@
+# Needs Python 3.11 or newer and make, nothing else. `make` alone lists the targets.
+
+PYTHON ?= python3
+PORT ?= 8000
+
+VENV := .venv
+TEST_VENV := .venv-test
+LOCK_VENV := .venv-lock
+
+# What must be covered to 90 %: the detection maths, the imaging path, the batching.
+DETECTION := model_export/retinanet/anchors.py,model_export/retinanet/box_coding.py,model_export/retinanet/matching.py,model_export/losses.py,service/detector.py,service/results.py
+IMAGING := service/imaging.py,service/canvas.py
+BATCHING := service/batching.py
+COVERED_90 = $(TEST_VENV)/bin/python -m coverage report --fail-under=90 --include=
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test lint format lock clean
+
+help:
+	@echo 'make serve   install the service and run the bundled model on http://localhost:$(PORT) (PORT=)'
+	@echo 'make test    install what the tests need and run them with coverage'
+	@echo 'make lint    ruff and mypy'
+	@echo 'make format  let ruff rewrite the sources'
+	@echo 'make lock    renew the lock files of the container images'
+	@echo 'make clean   remove environments and caches'
+
+serve: $(VENV)/installed
+	$(VENV)/bin/retinaserve serve --port $(PORT)
+
+test: $(TEST_VENV)/installed
+	$(TEST_VENV)/bin/python -m pytest --cov --cov-report=term
+	$(COVERED_90)$(DETECTION)
+	$(COVERED_90)$(IMAGING)
+	$(COVERED_90)$(BATCHING)
+
+lint: $(TEST_VENV)/installed
+	$(TEST_VENV)/bin/python -m ruff check .
+	$(TEST_VENV)/bin/python -m ruff format --check .
+	$(TEST_VENV)/bin/python -m mypy
+
+format: $(TEST_VENV)/installed
+	$(TEST_VENV)/bin/python -m ruff check --fix-only .
+	$(TEST_VENV)/bin/python -m ruff format .
+
+# The stamp is newer than pyproject.toml once everything is installed, so a second run starts at once.
+$(VENV)/installed: pyproject.toml
+	$(call make_venv,$(VENV))
+	$(VENV)/bin/python -m pip install --quiet --editable .
+	@touch $@
+
+# torch first and alone: its pin, not a dependant's open range, decides which build is taken.
+$(TEST_VENV)/installed: pyproject.toml
+	$(call make_venv,$(TEST_VENV))
+	$(TEST_VENV)/bin/python -m pip install --quiet torch==2.13.0
+	$(TEST_VENV)/bin/python -m pip install --quiet --editable '.[train,dev]'
+	@touch $@
+
+define make_venv
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	echo '$(PYTHON) is missing or older than Python 3.11: name another with make PYTHON=python3.11' >&2; exit 1; }
+@echo 'Installing into $(1); only the first run does this.'
+@$(PYTHON) -m venv $(1) || { \
+	echo '$(PYTHON) cannot make a virtual environment; on Debian and Ubuntu install python3-venv' >&2; exit 1; }
+endef
+
+# Locks are resolved on the oldest supported Python: what its markers add is harmless on newer ones.
+lock:
+	$(call make_venv,$(LOCK_VENV))
+	$(LOCK_VENV)/bin/python -m pip install --quiet 'pip-tools>=7.5,<8'
+	$(LOCK_VENV)/bin/python -c "$$CPU_REQUIREMENTS" | $(PIP_COMPILE) --output-file requirements-cpu.lock -
+	$(PIP_COMPILE) --extra gpu --output-file requirements-gpu.lock pyproject.toml
+
+PIP_COMPILE = CUSTOM_COMPILE_COMMAND='make lock' $(LOCK_VENV)/bin/pip-compile --quiet --upgrade \
+	--generate-hashes --strip-extras --no-annotate --no-emit-index-url --no-emit-find-links \
+	--no-emit-trusted-host
+
+# The base dependencies with the plain onnxruntime in place of onnxruntime-gpu.
+define CPU_REQUIREMENTS
+import tomllib
+with open('pyproject.toml', 'rb') as file:
+    wanted = tomllib.load(file)['project']['dependencies']
+for line in wanted:
+    if line.startswith('onnxruntime>'):
+        line = line.partition(';')[0]
+    if not line.startswith('onnxruntime-gpu'):
+        print(line)
+endef
+export CPU_REQUIREMENTS
+
+clean:
+	rm -rf $(VENV) $(TEST_VENV) $(LOCK_VENV) .coverage .coverage.* dist \
+		.hypothesis .mypy_cache .pytest_cache .ruff_cache
