@@ -256,9 +256,7 @@ def _split_by_hash(stems: Sequence[str], split: str) -> list[str]:
     return [stem for stem in stems if (stem in held_out) == (split == "val")]
 
 
-def _listed_entries(
-    folder: _Folder, lists: Path, split: str
-) -> tuple[list[_Entry], list[Problem]]:
+def _listed_entries(folder: _Folder, lists: Path, split: str) -> tuple[list[_Entry], list[Problem]]:
     file = lists / f"{split}.txt"
     if not file.is_file():
         there = ", ".join(path.stem for path in _files(lists, {".txt"})) or "none"
@@ -351,9 +349,7 @@ class _SampleReader:
         """None if the picture is left out or unusable."""
         path = self._picture()
         if path is None:
-            self._note(
-                1, f"no picture {self._entry.stem}.jpg (or .png, .webp); add it", fatal=True
-            )
+            self._note(1, f"no picture {self._entry.stem}.jpg (or .png, .webp); add it", fatal=True)
             return None
         try:
             size = _probe(path)
@@ -415,9 +411,7 @@ class _SampleReader:
         self._note(item.line, what, fatal=True, kind=Kind.UNKNOWN_CLASS)
         return None
 
-    def _box(
-        self, item: voc.VocObject, size: Size
-    ) -> tuple[float, float, float, float] | None:
+    def _box(self, item: voc.VocObject, size: Size) -> tuple[float, float, float, float] | None:
         x1, y1, x2, y2 = item.box
         text = f"box {x1:g},{y1:g},{x2:g},{y2:g} of {item.name!r}"
         picture = f"the picture of {size.width} x {size.height}"
