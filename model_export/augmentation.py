@@ -116,11 +116,13 @@ def augment(
     picture = _jitter_colour(picture, augmentation, rng)
     boxes, labels = _map_boxes(example, x, y, min_visible=augmentation.min_visible)
     if rng.random() < augmentation.horizontal_flip:
-        picture, boxes = picture[:, ::-1], _mirrored(boxes, axis=0, length=x.out)
+        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        boxes = _mirrored(boxes, axis=0, length=x.out)
     if rng.random() < augmentation.vertical_flip:
-        picture, boxes = picture[::-1], _mirrored(boxes, axis=1, length=y.out)
+        picture = picture.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+        boxes = _mirrored(boxes, axis=1, length=y.out)
     canvas = np.zeros_like(example.canvas)
-    canvas[: y.out, : x.out] = picture
+    canvas[: y.out, : x.out] = np.asarray(picture)
     return Example(canvas, Size(y.out, x.out), boxes, labels)
 
 
@@ -150,16 +152,15 @@ def _span(length: int, zoom: float, *, cut: float, place: float) -> _Span:
     start, stop = max(cut, 0.0) * length, (1 + min(cut, 0.0)) * length
     span = min(stop - start, length / zoom)
     start = min(max(start + place * (stop - start - span), 0.0), length - span)
-    return _Span(start, start + span, max(1, min(length, round(span * zoom))))
+    # The minimum is for rounding: Pillow refuses a window that ends an ulp outside the picture.
+    return _Span(start, min(start + span, length), max(1, min(length, round(span * zoom))))
 
 
-def _resize(picture: NDArray[np.uint8], x: _Span, y: _Span) -> NDArray[np.uint8]:
+def _resize(picture: NDArray[np.uint8], x: _Span, y: _Span) -> Image.Image:
     """The window (x, y) of the picture, resized to (y.out, x.out)."""
     window = (x.start, y.start, x.stop, y.stop)
-    if window == (0, 0, x.out, y.out) and picture.shape[:2] == (y.out, x.out):
-        return picture
     image = Image.fromarray(np.ascontiguousarray(picture))
-    return np.asarray(image.resize((x.out, y.out), Image.Resampling.BILINEAR, box=window))
+    return image.resize((x.out, y.out), Image.Resampling.BILINEAR, box=window)
 
 
 def _map_boxes(
@@ -196,7 +197,7 @@ def _mosaic(
         y = _crop(tile.size.height, min(height / ratio, tile.size.height), place[1], height)
         picture = tile.canvas[: tile.size.height, : tile.size.width]
         rows, columns = slice(ys[row], ys[row + 1]), slice(xs[column], xs[column + 1])
-        canvas[rows, columns] = _resize(picture, x, y)
+        canvas[rows, columns] = np.asarray(_resize(picture, x, y))
         kept, kept_labels = _map_boxes(tile, x, y, min_visible=augmentation.min_visible)
         boxes.append(kept + np.array([xs[column], ys[row]] * 2, dtype=np.float32))
         labels.append(kept_labels)
@@ -209,8 +210,8 @@ def _crop(length: int, span: float, place: float, out: int) -> _Span:
 
 
 def _jitter_colour(
-    picture: NDArray[np.uint8], augmentation: Augmentation, rng: np.random.Generator
-) -> NDArray[np.uint8]:
+    picture: Image.Image, augmentation: Augmentation, rng: np.random.Generator
+) -> Image.Image:
     """Everything is linear in RGB, so that it is one 3 x 4 matrix and one pass over the pixels."""
     drawn = rng.uniform(-1, 1, size=4)
     brightness = 1 + drawn[0] * augmentation.brightness
@@ -223,11 +224,11 @@ def _jitter_colour(
     colour = saturation * np.eye(3) + (1 - saturation) * grey
     linear = brightness * contrast * colour @ _rotation_about_grey(turns)
     # Every 8th pixel of every 8th row is plenty for a mean.
-    mean = float(picture[::8, ::8].reshape(-1, 3).mean(axis=0) @ np.array(_LUMA))
+    sparse = np.asarray(picture)[::8, ::8]
+    mean = float(sparse.reshape(-1, 3).mean(axis=0) @ np.array(_LUMA))
     offset = np.full((3, 1), (1 - contrast) * brightness * mean)
     matrix = tuple(np.hstack([linear, offset]).ravel().tolist())
-    image = Image.fromarray(np.ascontiguousarray(picture))
-    return np.asarray(image.convert("RGB", matrix=matrix))
+    return picture.convert("RGB", matrix=matrix)
 
 
 def _rotation_about_grey(turns: float) -> NDArray[np.float64]:
