@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from model_export.datasets import LISTED_PROBLEMS, Dataset, Problem, describe_all
+from model_export.datasets import Dataset
+from model_export.problems import Problem, problem_listing
 from service.canvas import Buckets, ShortSide, Size
 
 FOREGROUND_IOU: Final = 0.5
@@ -176,10 +177,3 @@ def _summarise_class(
         sides = np.median(boxes[:, 2:] - boxes[:, :2], axis=0)
         median = (float(sides[0]), float(sides[1]))
     return ClassSummary(name, len(boxes), pictures, median, int(missed.sum()))
-
-
-def problem_listing(problems: Sequence[Problem], *, limit: int = LISTED_PROBLEMS) -> str:
-    """How many there are of each kind, then one line each up to `limit`."""
-    counts = Counter(problem.kind for problem in problems)
-    lines = [f"{count} x {kind.value}" for kind, count in counts.most_common()]
-    return "\n".join([*lines, describe_all(problems, limit=limit)])

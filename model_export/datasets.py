@@ -7,12 +7,10 @@ picture's side: VOC's xmin..xmax are taken as they are written.
 from __future__ import annotations
 
 import difflib
-import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Final
 
@@ -20,12 +18,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model_export import voc
+from model_export.problems import Kind, Problem, describe_all, refuse_fatal
+from model_export.splits import (
+    Entry,
+    Folder,
+    find_entries,
+    find_naming_entries,
+    leaked,
+    open_folder,
+)
 from service import imaging
 from service.canvas import Size
 from service.errors import DataError, MalformedImage, RetinaserveError
-
-LISTED_PROBLEMS: Final = 20
-"""So many problems are spelled out in an error; the rest are counted."""
 
 CLIP_TOLERANCE: Final = 2.0
 """Pixels. Tools that count from 1 or round put edges this far outside; not worth a line each."""
@@ -33,43 +37,8 @@ CLIP_TOLERANCE: Final = 2.0
 MIN_SIDE: Final = 1.0
 """Pixels. A box with a shorter side is taken as a slip of the mouse, not as an object."""
 
-_PICTURES: Final = frozenset(
-    [".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jp2", ".avif", ".heic"]
-)
-"""More than are accepted, so that a TIFF is called unaccepted rather than missing."""
-
 _HEADER_BYTES: Final = 1 << 18
-_HELD_OUT: Final = 5
 _THREADS: Final = 4
-
-
-class Kind(StrEnum):
-    """What sort of thing is wrong; the value is what a count of them is called."""
-
-    UNUSABLE = "unusable"
-    UNKNOWN_CLASS = "unknown class"
-    NO_AREA = "box without area, dropped"
-    OUTSIDE = "box outside the picture, dropped"
-    CLIPPED = "box clipped to the picture"
-    WRONG_SIZE = "picture left out, its size is not the labelled one"
-    UNLABELLED = "picture left out, it has no annotation"
-    TWICE = "listed twice, taken once"
-    LEAKED = "picture of this split that is in train too"
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """Something wrong with the data, and the remedy."""
-
-    file: Path
-    line: int | None
-    what: str
-    fatal: bool
-    kind: Kind = Kind.UNUSABLE
-
-    def __str__(self) -> str:
-        place = f"{self.file}" if self.line is None else f"{self.file}:{self.line}"
-        return f"{place}: {self.what}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,45 +66,26 @@ class Dataset:
     """None of them fatal."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """A picture that belongs to the split, before anything of it was read."""
-
-    stem: str
-    annotation: Path
-    listed: tuple[Path, int] | None
-    """Split file and line that name it."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Folder:
-    root: Path
-    annotations: Path
-    pictures: Mapping[str, tuple[Path, ...]]
-    """By file stem."""
-    lists: Path | None
-
-
 def load_voc(root: Path, split: str, *, classes: Sequence[str] | None = None) -> Dataset:
     """Read one split of a Pascal VOC folder, or of a flat folder of NAME.xml beside NAME.jpg.
 
     Without ImageSets/Main a fifth of the pictures is "val", chosen by a hash of the file stem,
-    the rest "train". Without `classes` they are the names found in the train split, whichever
-    split is read, by falling count and then by name. Objects marked difficult are kept, pictures
-    without objects are negatives. Raises DataError with every problem that stops training.
+    the rest "train". Without `classes` they are the names found in the train split (without
+    ImageSets/Main in all of the folder), whichever split is read, by falling count and then by
+    name. Objects marked difficult are kept, pictures without objects are negatives. Raises
+    DataError with every problem that stops training.
     """
-    folder = _open(root)
-    entries, problems = _entries(folder, split)
-    annotations, found = _parse_all(entries)
+    folder = open_folder(root)
+    entries, problems = find_entries(folder, split)
+    problems += leaked(folder, entries, split)
+    naming: list[Entry] = []
+    if classes is None:
+        naming, found = find_naming_entries(folder)
+        problems += [problem for problem in found if problem not in problems]
+    annotations, found = _parse_all(dict.fromkeys([*entries, *naming]))
     problems += found
     if classes is None:
-        named = annotations
-        if split != "train":
-            train, missing = _entries(folder, "train")
-            named, found = _parse_all(train)
-            problems += missing + found + _leaked(entries, train)
-            problems = list(dict.fromkeys(problems))
-        classes = _by_count(named.values())
+        classes = _by_count(annotations[entry] for entry in naming if entry in annotations)
     readers = [
         _SampleReader(entry, annotations[entry], folder, tuple(classes))
         for entry in entries
@@ -146,176 +96,18 @@ def load_voc(root: Path, split: str, *, classes: Sequence[str] | None = None) ->
     for reader in readers:
         problems += reader.problems
     kept = tuple(sample for sample in samples if sample is not None)
-    _refuse_fatal(problems, what=f"{root}, split {split!r}")
+    refuse_fatal(problems, what=f"{root}, split {split!r}")
     if not kept:
         raise DataError(
-            f"{root}: no picture of the split {split!r} can be used; "
-            + _listing(problems, none="it names none")
+            f"{root}: every picture of the split {split!r} is left out\n{describe_all(problems)}"
         )
     if not classes:
         raise DataError(f"{root}: no object is labelled in the train split; label some")
     return Dataset(root, split, tuple(classes), kept, tuple(problems))
 
 
-def describe_all(problems: Sequence[Problem], *, limit: int = LISTED_PROBLEMS) -> str:
-    """One line per problem; what exceeds `limit` is counted."""
-    lines = [str(problem) for problem in problems[:limit]]
-    if len(problems) > limit:
-        lines.append(f"... and {len(problems) - limit} more")
-    return "\n".join(lines)
-
-
-def _refuse_fatal(problems: Iterable[Problem], *, what: str) -> None:
-    fatal = [problem for problem in problems if problem.fatal]
-    if fatal:
-        counted = "1 problem stops" if len(fatal) == 1 else f"{len(fatal)} problems stop"
-        raise DataError(f"{what}: {counted} training\n{describe_all(fatal)}")
-
-
-def _listing(problems: Sequence[Problem], *, none: str) -> str:
-    return f"each is left out:\n{describe_all(problems)}" if problems else none
-
-
-# --- the folder and its splits -------------------------------------------------------------------
-
-
-def _open(root: Path) -> _Folder:
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder; name one with labelled pictures")
-    annotations, pictures, lists = (
-        root / "Annotations",
-        root / "JPEGImages",
-        root / "ImageSets" / "Main",
-    )
-    if not annotations.is_dir() or not pictures.is_dir():
-        if annotations.is_dir() != pictures.is_dir():
-            missing = pictures if annotations.is_dir() else annotations
-            raise DataError(f"{root}: {missing.name}/ is missing beside its other half; add it")
-        if not any(_files(root, {".xml"})):
-            raise DataError(
-                f"{root}: no annotations here; expected Annotations/*.xml with JPEGImages/*, "
-                "or NAME.xml beside each picture"
-            )
-        annotations = pictures = root
-    by_stem: dict[str, list[Path]] = {}
-    for path in _files(pictures, _PICTURES):
-        by_stem.setdefault(path.stem, []).append(path)
-    if not by_stem:
-        raise DataError(f"{pictures}: no pictures here; send {imaging.ACCEPTED} files")
-    return _Folder(
-        root=root,
-        annotations=annotations,
-        pictures={stem: tuple(paths) for stem, paths in by_stem.items()},
-        lists=lists if lists.is_dir() else None,
-    )
-
-
-def _files(folder: Path, suffixes: Iterable[str]) -> list[Path]:
-    wanted = frozenset(suffixes)
-    # Files whose name begins with a dot are leftovers of editors and of macOS archives.
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in wanted and not path.name.startswith(".")
-    )
-
-
-def _entries(folder: _Folder, split: str) -> tuple[list[_Entry], list[Problem]]:
-    if folder.lists is not None:
-        return _listed_entries(folder, folder.lists, split)
-    if split not in ("train", "val"):
-        raise DataError(
-            f"{folder.root}: no split {split!r}; without ImageSets/Main there are train and val"
-        )
-    xmls = {path.stem: path for path in _files(folder.annotations, {".xml"})}
-    members = _split_by_hash(sorted(xmls), split)
-    problems = [
-        Problem(
-            folder.pictures[stem][0],
-            None,
-            f"no annotation {stem}.xml; if nothing is on it write one without <object>",
-            fatal=False,
-            kind=Kind.UNLABELLED,
-        )
-        for stem in sorted(folder.pictures.keys() - xmls.keys())
-    ]
-    if not members:
-        raise DataError(
-            f"{folder.root}: no picture falls into the split {split!r}; at least 2 annotated "
-            f"pictures are needed, {len(xmls)} found"
-        )
-    return [_Entry(stem, xmls[stem], None) for stem in members], problems
-
-
-def _split_by_hash(stems: Sequence[str], split: str) -> list[str]:
-    """Adding pictures moves no picture from one side to the other, tiny folders aside."""
-    digest = {stem: int(hashlib.sha256(stem.encode()).hexdigest(), 16) for stem in stems}
-    held_out = {stem for stem in stems if digest[stem] % _HELD_OUT == 0}
-    if len(stems) >= 2 and len(held_out) in (0, len(stems)):
-        held_out ^= {min(stems, key=digest.__getitem__)}
-    return [stem for stem in stems if (stem in held_out) == (split == "val")]
-
-
-def _listed_entries(folder: _Folder, lists: Path, split: str) -> tuple[list[_Entry], list[Problem]]:
-    file = lists / f"{split}.txt"
-    if not file.is_file():
-        there = ", ".join(path.stem for path in _files(lists, {".txt"})) or "none"
-        raise DataError(
-            f"{file}: no such split file (splits there: {there}); write it with one file stem "
-            "per line, or remove ImageSets to have a fifth of the pictures held out"
-        )
-    try:
-        lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror})") from error
-    entries: dict[str, _Entry] = {}
-    problems: list[Problem] = []
-    for number, line in enumerate(lines, start=1):
-        stem = _stem(line)
-        if not stem:
-            continue
-        xml = folder.annotations / f"{stem}.xml"
-        if stem in entries:
-            problems.append(
-                Problem(file, number, f"{stem} is listed twice", fatal=False, kind=Kind.TWICE)
-            )
-        elif "\0" in stem or not xml.is_file():
-            problems.append(
-                Problem(file, number, f"{stem!r} has no annotation {xml}; add it", fatal=True)
-            )
-        else:
-            entries[stem] = _Entry(stem, xml, (file, number))
-    if not entries and not problems:
-        raise DataError(f"{file}: names no picture; write one file stem per line")
-    return list(entries.values()), problems
-
-
-def _stem(line: str) -> str:
-    """The file stem on a line of a split file, which may carry the suffix."""
-    name = line.strip()
-    suffix = Path(name).suffix
-    return name.removesuffix(suffix) if suffix.lower() in _PICTURES else name
-
-
-def _leaked(entries: Iterable[_Entry], train: Iterable[_Entry]) -> list[Problem]:
-    stems = {entry.stem for entry in train}
-    return [
-        Problem(
-            *entry.listed,
-            f"{entry.stem} is in train.txt too; take it out of one of them",
-            fatal=False,
-            kind=Kind.LEAKED,
-        )
-        for entry in entries
-        if entry.stem in stems and entry.listed is not None
-    ]
-
-
-# --- annotations ---------------------------------------------------------------------------------
-
-
-def _parse_all(entries: Iterable[_Entry]) -> tuple[dict[_Entry, voc.Annotation], list[Problem]]:
-    annotations: dict[_Entry, voc.Annotation] = {}
+def _parse_all(entries: Iterable[Entry]) -> tuple[dict[Entry, voc.Annotation], list[Problem]]:
+    annotations: dict[Entry, voc.Annotation] = {}
     problems: list[Problem] = []
     for entry in entries:
         try:
@@ -329,6 +121,7 @@ def _parse_all(entries: Iterable[_Entry]) -> tuple[dict[_Entry, voc.Annotation],
 
 
 def _by_count(annotations: Iterable[voc.Annotation]) -> tuple[str, ...]:
+    """Class names by falling count, then by name."""
     counts = Counter(item.name for annotation in annotations for item in annotation.objects)
     return tuple(sorted(counts, key=lambda name: (-counts[name], name)))
 
@@ -337,7 +130,7 @@ class _SampleReader:
     """Turns one annotation into a sample and collects what is wrong with it."""
 
     def __init__(
-        self, entry: _Entry, annotation: voc.Annotation, folder: _Folder, classes: tuple[str, ...]
+        self, entry: Entry, annotation: voc.Annotation, folder: Folder, classes: tuple[str, ...]
     ) -> None:
         self._entry = entry
         self._annotation = annotation

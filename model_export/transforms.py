@@ -19,7 +19,8 @@ from torch.utils.data import Sampler
 from tqdm import tqdm
 
 from model_export.augmentation import Augmentation, Example, augment
-from model_export.datasets import LISTED_PROBLEMS, Sample
+from model_export.datasets import Sample
+from model_export.problems import LISTED_PROBLEMS
 from service import imaging
 from service.canvas import Buckets, ShortSide, Size
 from service.errors import DataError, RetinaserveError

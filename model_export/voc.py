@@ -135,11 +135,13 @@ class _Reader:
         )
 
     def _size(self) -> tuple[float, float] | None:
-        sides = [_number(self.top[tag].text) for tag in ("height", "width") if tag in self.top]
+        height, width = (
+            _number(self.top[tag].text) if tag in self.top else None for tag in ("height", "width")
+        )
         # Labelling tools write 0 when they did not open the picture.
-        if len(sides) != 2 or any(side is None or side <= 0 for side in sides):
+        if not height or not width or min(height, width) < 0:
             return None
-        return sides[0] or 0.0, sides[1] or 0.0
+        return height, width
 
 
 def _to_object(fields: Mapping[str, _Field]) -> VocObject:

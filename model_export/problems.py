@@ -1,0 +1,67 @@
+"""What is wrong with labelled data: by file and line, with the remedy."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Final
+
+from service.errors import DataError
+
+LISTED_PROBLEMS: Final = 20
+"""So many problems are spelled out in an error; the rest are counted."""
+
+
+class Kind(StrEnum):
+    """What sort of thing is wrong; the value is what a count of them is called."""
+
+    UNUSABLE = "unusable"
+    UNKNOWN_CLASS = "unknown class"
+    NO_AREA = "box without area, dropped"
+    OUTSIDE = "box outside the picture, dropped"
+    CLIPPED = "box clipped to the picture"
+    WRONG_SIZE = "picture left out, its size is not the labelled one"
+    UNLABELLED = "picture left out, it has no annotation"
+    TWICE = "listed twice, taken once"
+    LEAKED = "picture of this split that is in train too"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something wrong with the data, and the remedy."""
+
+    file: Path
+    line: int | None
+    what: str
+    fatal: bool
+    kind: Kind = Kind.UNUSABLE
+
+    def __str__(self) -> str:
+        place = f"{self.file}" if self.line is None else f"{self.file}:{self.line}"
+        return f"{place}: {self.what}"
+
+
+def describe_all(problems: Sequence[Problem], *, limit: int = LISTED_PROBLEMS) -> str:
+    """One line per problem; what exceeds `limit` is counted."""
+    lines = [str(problem) for problem in problems[:limit]]
+    if len(problems) > limit:
+        lines.append(f"... and {len(problems) - limit} more")
+    return "\n".join(lines)
+
+
+def refuse_fatal(problems: Iterable[Problem], *, what: str) -> None:
+    """Raise DataError if any problem stops training; `what` says what was read."""
+    fatal = [problem for problem in problems if problem.fatal]
+    if fatal:
+        counted = "1 problem stops" if len(fatal) == 1 else f"{len(fatal)} problems stop"
+        raise DataError(f"{what}: {counted} training\n{describe_all(fatal)}")
+
+
+def problem_listing(problems: Sequence[Problem], *, limit: int = LISTED_PROBLEMS) -> str:
+    """How many there are of each kind, then one line each up to `limit`."""
+    counts = Counter(problem.kind for problem in problems)
+    lines = [f"{count} x {kind.value}" for kind, count in counts.most_common()]
+    return "\n".join([*lines, describe_all(problems, limit=limit)])
