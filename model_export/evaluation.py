@@ -1,8 +1,8 @@
 """How well detections agree with the truth: COCO metrics, and what is derived from the matches.
 
-The matching of detections with objects and the metrics are pycocotools' own. What pycocotools
-does not offer is computed here from its per-picture matches: F1 over the score threshold, and the
-difference of two models with a bootstrap interval.
+Detections come from the exported file through the service's own pipeline: the same decoding, the
+same letterbox, the same session, the same selection. The matching of detections with objects and
+the metrics are pycocotools' own.
 """
 
 from __future__ import annotations
@@ -10,20 +10,39 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-from collections.abc import Sequence
+import statistics
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from tqdm import tqdm
 
-from model_export.datasets import Sample
-from service.detector import Detections
+from model_export.datasets import Dataset, Sample
+from service import devices, imaging, results
+from service.artifact import read_artifact
+from service.canvas import Buckets, ShortSide, Size
+from service.detector import Detections, Detector
+from service.errors import DataError, MalformedImage
 
 MAX_DETECTIONS: Final = 100
 """Per picture and class, the best-scored first: COCO's maxDets."""
+
+SCORE: Final = 0.01
+"""Detections below are not measured: low enough to leave the tail of the curve in."""
+
+KEPT_DETECTIONS: Final = 300
+"""Per picture, over all classes."""
+
+_DECODE_THREADS: Final = 4
+_TIMED_PICTURES: Final = 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +104,74 @@ class Matches:
     """(I,) objects in each picture."""
 
 
+def evaluate_file(
+    model: Path,
+    dataset: Dataset,
+    *,
+    device: str = "auto",
+    batch_size: int | None = None,
+) -> tuple[Evaluation, list[Detections]]:
+    """Measure a model file on a data set, with a progress bar and timings.
+
+    `dataset` is read with the file's own class list. Without `batch_size` it is the device's.
+    The detections are in original pixels, one entry per sample. Raises ArtifactError, DeviceError
+    or DataError.
+    """
+    artifact = read_artifact(model)
+    if dataset.classes != artifact.metadata.classes:
+        raise DataError(
+            f"{model}: its classes are {', '.join(artifact.metadata.classes)}, but those of "
+            f"{dataset.root} were read as {', '.join(dataset.classes)}; they must be the same"
+        )
+    chosen = devices.resolve(device).devices[0]
+    detector = devices.open_detector(artifact, chosen)
+    size = batch_size or chosen.default_batch_size
+    for canvas in artifact.metadata.canvas.all_canvases():
+        detector.warm(canvas, size)
+    started = time.perf_counter()
+    found = detect(detector, dataset.samples, batch_size=size)
+    pipeline = (time.perf_counter() - started) / max(1, len(dataset.samples))
+    timing = Timing(
+        session=1000 * _session_seconds(detector, dataset.samples[:_TIMED_PICTURES]),
+        pipeline=1000 * pipeline,
+    )
+    metrics = coco_metrics(dataset.samples, found, dataset.classes)
+    return dataclasses.replace(metrics, timing=timing), found
+
+
+def detect(detector: Detector, samples: Sequence[Sample], *, batch_size: int) -> list[Detections]:
+    """Detections of every picture in original pixels, at score 0.01, at most 300 each.
+
+    Pictures with equal canvases share a batch.
+    """
+    metadata = detector.metadata
+    selection = results.resolve(metadata, score_threshold=SCORE, max_detections=KEPT_DETECTIONS)
+    found: dict[int, Detections] = {}
+    waiting: dict[Size, dict[int, imaging.Prepared]] = {}
+
+    def run(batch: dict[int, imaging.Prepared]) -> None:
+        raw = detector(
+            np.stack([each.canvas for each in batch.values()]),
+            np.array([each.letterbox.resized for each in batch.values()], dtype=np.int64),
+            score_threshold=selection.lowest_score,
+            iou_threshold=selection.iou,
+        )
+        for (index, each), detections in zip(batch.items(), raw, strict=True):
+            found[index] = results.select(detections, each.letterbox, selection)
+
+    # Without a terminal there is no bar.
+    with tqdm(total=len(samples), desc="evaluating", unit="picture", disable=None) as bar:
+        for index, prepared in enumerate(_prepare_all(samples, metadata.canvas)):
+            batch = waiting.setdefault(prepared.letterbox.canvas, {})
+            batch[index] = prepared
+            if len(batch) == batch_size:
+                run(waiting.pop(prepared.letterbox.canvas))
+            bar.update()
+        for batch in waiting.values():
+            run(batch)
+    return [found[index] for index in range(len(samples))]
+
+
 def coco_metrics(
     truth: Sequence[Sample],
     found: Sequence[Detections],
@@ -144,6 +231,43 @@ def match(
         _collect(cells[k * pictures : (k + 1) * pictures], len(run.params.iouThrs))
         for k in range(len(classes))
     ]
+
+
+def _prepare_all(
+    samples: Sequence[Sample], rule: Buckets | ShortSide
+) -> Iterator[imaging.Prepared]:
+    """Decode ahead of the session, but only a few pictures: they are large."""
+    ahead: deque[Future[imaging.Prepared]] = deque()
+    threads = min(_DECODE_THREADS, devices.cpu_count())
+    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
+        for sample in samples:
+            ahead.append(pool.submit(_prepare, sample, rule))
+            if len(ahead) > 2 * threads:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+def _prepare(sample: Sample, rule: Buckets | ShortSide) -> imaging.Prepared:
+    try:
+        return imaging.prepare(sample.path.read_bytes(), rule)
+    except (OSError, MalformedImage) as error:
+        # Reading the data set looked at the headers only.
+        raise DataError(f"{sample.path}: {error}; replace the picture") from error
+
+
+def _session_seconds(detector: Detector, samples: Sequence[Sample]) -> float:
+    """Median time of one picture in one call, nothing else running, as a request would see it."""
+    defaults = results.resolve(detector.metadata)
+    seconds: list[float] = []
+    for sample in samples:
+        prepared = _prepare(sample, detector.metadata.canvas)
+        canvases = prepared.canvas[np.newaxis]
+        sizes = np.array([prepared.letterbox.resized], dtype=np.int64)
+        started = time.perf_counter()
+        detector(canvases, sizes, score_threshold=defaults.lowest_score, iou_threshold=defaults.iou)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
 
 
 def _collect(cells: Sequence[dict[str, Any] | None], thresholds: int) -> Matches:

@@ -1,0 +1,106 @@
+"""Two models on the same pictures: the difference in AP, with a paired bootstrap interval.
+
+Pictures are drawn with replacement, the same for both models. Matching does not cross pictures,
+so it is done once; a draw only weighs each picture's matches by how often it was drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model_export.datasets import Sample
+from model_export.evaluation import Matches, match
+from service.detector import Detections
+from service.errors import DataError
+
+RESAMPLES: Final = 1000
+
+_RECALLS: Final = np.linspace(0.0, 1.0, 101)
+"""COCO's AP is the mean of the precision at these."""
+_INTERVAL: Final = (2.5, 97.5)
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """First model minus second, with the ends of the 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Differences of two models on the same pictures."""
+
+    ap: Difference
+    ap50: Difference
+
+
+def compare(
+    truth: Sequence[Sample],
+    first: Sequence[Detections],
+    second: Sequence[Detections],
+    classes: Sequence[str],
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Comparison:
+    """How much better `first` is than `second`. Raises DataError if the truth has no object."""
+    matched = [match(truth, found, classes) for found in (first, second)]
+    if not any(each.objects.any() for each in matched[0]):
+        raise DataError("no object is labelled in these pictures: there is nothing to compare on")
+    generator = np.random.default_rng(seed)
+    count = len(truth)
+    draws = [np.ones(count, dtype=np.int64)] + [
+        np.bincount(generator.integers(count, size=count), minlength=count)
+        for _ in range(resamples)
+    ]
+    means = [np.array([mean_precision(each, draw) for draw in draws]) for each in matched]
+    differences = means[0] - means[1]  # (1 + resamples, 2)
+    # A draw of pictures without any object measures nothing.
+    ends = np.nanpercentile(differences[1:], _INTERVAL, axis=0)
+    ap, ap50 = (
+        Difference(float(differences[0, i]), float(ends[0, i]), float(ends[1, i])) for i in range(2)
+    )
+    return Comparison(ap=ap, ap50=ap50)
+
+
+def mean_precision(matches: Sequence[Matches], weights: NDArray[np.int64]) -> tuple[float, float]:
+    """(AP, AP50) over classes when picture i counts weights[i] times; nan without any object."""
+    rows = [average_precision(each, weights) for each in matches]
+    measured = [row for row in rows if row is not None]
+    if not measured:
+        return float("nan"), float("nan")
+    table = np.stack(measured)
+    return float(table.mean()), float(table[:, 0].mean())
+
+
+def average_precision(matches: Matches, weights: NDArray[np.int64]) -> NDArray[np.float64] | None:
+    """(T,) one class's AP at each IoU when picture i counts weights[i] times.
+
+    None if there is no object then.
+    """
+    objects = int((matches.objects * weights).sum())
+    if objects == 0:
+        return None
+    counted = weights[matches.images]
+    # Precision can only rise where something hits, so the curve is needed there alone.
+    hitting = np.flatnonzero(matches.hits.any(axis=0) & (counted > 0))
+    found = np.cumsum(counted)[hitting]
+    hits = np.cumsum(matches.hits[:, hitting] * counted[hitting], axis=1)
+    recall = hits / objects
+    envelope = np.maximum.accumulate((hits / found)[:, ::-1], axis=1)[:, ::-1]
+    # Beyond the highest recall the precision is 0.
+    padded = np.concatenate([envelope, np.zeros((len(envelope), 1))], axis=1)
+    return np.array(
+        [
+            line[np.searchsorted(reached, _RECALLS, side="left")].mean()
+            for line, reached in zip(padded, recall, strict=True)
+        ]
+    )

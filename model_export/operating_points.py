@@ -1,0 +1,79 @@
+"""What a score threshold buys: precision, recall and F1 of each class at every possible one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model_export.datasets import Sample
+from model_export.evaluation import SCORE, Matches, match
+from service.detector import Detections
+
+_AT_50 = 0
+"""Row of IoU 0.50 in `Matches.hits`."""
+
+
+@dataclass(frozen=True, slots=True)
+class OperatingPoints:
+    """One class at IoU 0.50; point i keeps the detections that score at least scores[i]."""
+
+    scores: NDArray[np.float64]
+    """(P,) strictly falling."""
+    precision: NDArray[np.float64]
+    recall: NDArray[np.float64]
+
+    @property
+    def f1(self) -> NDArray[np.float64]:
+        """(P,) harmonic mean of precision and recall; 0 where both are 0."""
+        total = self.precision + self.recall
+        product = 2 * self.precision * self.recall
+        return np.divide(product, total, out=np.zeros_like(total), where=total > 0)
+
+    def best_threshold(self) -> float | None:
+        """The score threshold of highest F1; None where no detection ever hits.
+
+        Detections are kept strictly above a threshold, so it lies midway between the last score
+        kept and the next, where small changes of the scores change least.
+        """
+        f1 = self.f1
+        if not f1.size or f1.max() <= 0:
+            return None
+        best = int(f1.argmax())
+        last = float(self.scores[best])
+        if best + 1 < len(self.scores):
+            following = float(self.scores[best + 1])
+        else:
+            following = SCORE if last > SCORE else 0.0
+        middle = (last + following) / 2
+        # Four digits read better in the file, if they say the same.
+        rounded = round(middle, 4)
+        return rounded if following <= rounded < last else middle
+
+
+def operating_points(matches: Matches) -> OperatingPoints | None:
+    """Precision and recall after each distinct score; None where the truth has no object."""
+    total = int(matches.objects.sum())
+    if total == 0:
+        return None
+    # Detections with equal scores pass a threshold together.
+    ends = np.flatnonzero(np.diff(matches.scores, append=-np.inf))
+    hits = np.cumsum(matches.hits[_AT_50])[ends]
+    return OperatingPoints(
+        scores=matches.scores[ends], precision=hits / (ends + 1), recall=hits / total
+    )
+
+
+def best_thresholds(
+    truth: Sequence[Sample], found: Sequence[Detections], classes: Sequence[str]
+) -> dict[str, float]:
+    """Score threshold of highest F1 at IoU 0.50 by class name; classes without a hit are absent."""
+    thresholds = {}
+    for name, matches in zip(classes, match(truth, found, classes), strict=True):
+        points = operating_points(matches)
+        threshold = None if points is None else points.best_threshold()
+        if threshold is not None:
+            thresholds[name] = threshold
+    return thresholds

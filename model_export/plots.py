@@ -1,0 +1,110 @@
+"""Figures of an evaluation: precision over recall, scores of hits and misses, F1 over threshold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from model_export.evaluation import SCORE, Matches
+from model_export.operating_points import operating_points
+
+_AT_50 = 0
+"""Row of IoU 0.50 in `Matches.hits`."""
+_LEGEND = 12
+"""So many classes fit into a legend."""
+_BINS = 40
+
+
+def save_plots(matches: Sequence[Matches], classes: Sequence[str], folder: Path) -> list[Path]:
+    """Draw all figures into `folder`, which is made if need be; their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return [
+        _save(precision_recall(matches, classes), folder / "precision-recall.png"),
+        _save(score_histogram(matches, classes), folder / "scores.png"),
+        _save(f1_over_threshold(matches, classes), folder / "f1-threshold.png"),
+    ]
+
+
+def precision_recall(matches: Sequence[Matches], classes: Sequence[str]) -> Figure:
+    """Precision over recall of each class at IoU 0.50."""
+    figure, axes = _figure("Precision over recall at IoU 0.50", across="recall", up="precision")
+    for each, name in zip(matches, classes, strict=True):
+        points = operating_points(each)
+        if points is not None and points.scores.size:
+            axes.plot(points.recall, points.precision, label=name)
+    axes.set(xlim=(0, 1.02), ylim=(0, 1.02))
+    _legend(axes)
+    return figure
+
+
+def f1_over_threshold(matches: Sequence[Matches], classes: Sequence[str]) -> Figure:
+    """F1 of each class at IoU 0.50 over the score threshold, the best threshold named."""
+    title = "F1 over the score threshold at IoU 0.50"
+    figure, axes = _figure(title, across="score threshold", up="F1")
+    for each, name in zip(matches, classes, strict=True):
+        points = operating_points(each)
+        if points is None or not points.scores.size:
+            continue
+        best = points.best_threshold()
+        label = name if best is None else f"{name}: {best:.2f}"
+        (line,) = axes.plot(points.scores, points.f1, drawstyle="steps-post", label=label)
+        if best is not None:
+            axes.plot([best], [points.f1.max()], marker="o", color=line.get_color())
+    axes.set(xlim=(0, 1), ylim=(0, 1.02))
+    _legend(axes)
+    return figure
+
+
+def score_histogram(matches: Sequence[Matches], classes: Sequence[str]) -> Figure:
+    """How the scores of hits and of false positives at IoU 0.50 spread, class by class."""
+    columns = min(3, len(classes))
+    rows = -(-len(classes) // columns)
+    figure = Figure(figsize=(4 * columns, 2.6 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle("Scores of detections at IoU 0.50")
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    edges = np.linspace(SCORE, 1.0, _BINS + 1)
+    for axes, each, name in zip(grid, matches, classes, strict=False):
+        hits = each.hits[_AT_50]
+        axes.hist(
+            [each.scores[hits], each.scores[~hits]],
+            bins=edges,
+            stacked=True,
+            label=["hit", "false positive"],
+        )
+        # Most detections at score 0.01 are false positives; a linear axis would hide the rest.
+        axes.set_yscale("symlog")
+        axes.set_title(f"{name}, {int(each.objects.sum())} objects", fontsize=10)
+        axes.set(xlabel="score", ylabel="detections")
+        axes.legend(fontsize=8)
+    for axes in grid[len(classes) :]:
+        axes.set_visible(False)
+    return figure
+
+
+def _figure(title: str, *, across: str, up: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    # Not pyplot: that keeps every figure in memory and asks for a screen.
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.set(title=title, xlabel=across, ylabel=up)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _legend(axes: Axes) -> None:
+    named = len(axes.get_legend_handles_labels()[0])
+    if 0 < named <= _LEGEND:
+        axes.legend()
+    elif named:
+        axes.legend(ncols=2, fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    figure.savefig(path, dpi=110)
+    return path
