@@ -1,0 +1,188 @@
+"""Trained networks on disk: Lightning checkpoints and bare safetensors, both without pickled code.
+
+Both carry the same description: classes, model config, canvas and where the weights come from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import safetensors
+import safetensors.torch
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from model_export.retinanet.backbones import BACKBONES
+from model_export.retinanet.model import ModelConfig, RetinaNet
+from service.canvas import CanvasRule
+from service.errors import DataError
+
+DESCRIPTION_KEY: Final = "retinaserve"
+AVERAGE_PREFIX: Final = "average.module."
+_CLASSIFIER = "classification_head.out."
+
+
+class Description(BaseModel):
+    """What a checkpoint says of itself."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    classes: tuple[str, ...]
+    model: ModelConfig
+    canvas: CanvasRule
+    provenance: dict[str, Any] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A description and the averaged weights that belong to it."""
+
+    path: Path
+    description: Description
+    weights: dict[str, Tensor]
+
+    def build(self) -> RetinaNet:
+        """The network, in evaluation mode."""
+        network = RetinaNet(self.description.model, classes=len(self.description.classes))
+        try:
+            network.load_state_dict(self.weights)
+        except RuntimeError as error:
+            raise DataError(f"{self.path}: {error}") from error
+        return network.eval()
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a .ckpt or .safetensors file. Raises DataError."""
+    try:
+        if path.suffix == ".safetensors":
+            text, weights = _read_safetensors(path)
+        else:
+            text, weights = _read_lightning(path)
+        description = Description.model_validate_json(text)
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such checkpoint") from error
+    except (
+        OSError,
+        KeyError,
+        RuntimeError,
+        ValidationError,
+        pickle.UnpicklingError,
+        safetensors.SafetensorError,
+    ) as error:
+        raise DataError(
+            f"{path}: not a checkpoint that `retinaserve train` wrote "
+            f"({type(error).__name__}: {str(error).splitlines()[0]})"
+        ) from error
+    return Checkpoint(path=path, description=description, weights=weights)
+
+
+def save_weights(checkpoint: Checkpoint, path: Path, *, half: bool) -> None:
+    """Write weights and description as safetensors, in float16 if `half`."""
+    weights = {
+        name: tensor.half() if half and tensor.is_floating_point() else tensor
+        for name, tensor in checkpoint.weights.items()
+    }
+    safetensors.torch.save_file(
+        weights, path, metadata={DESCRIPTION_KEY: checkpoint.description.model_dump_json()}
+    )
+
+
+def initialise_from(network: RetinaNet, checkpoint: Checkpoint, classes: tuple[str, ...]) -> bool:
+    """Copy a checkpoint into a network of the same model config; True if all of it fits.
+
+    Where the class lists differ, the last classification convolution keeps its fresh start.
+    """
+    weights = dict(checkpoint.weights)
+    same = checkpoint.description.classes == classes
+    if not same:
+        weights = {k: v for k, v in weights.items() if not k.startswith(_CLASSIFIER)}
+    missing, unexpected = network.load_state_dict(weights, strict=False)
+    wrong = [key for key in missing if same or not key.startswith(_CLASSIFIER)]
+    if wrong or unexpected:
+        raise DataError(f"{checkpoint.path}: does not fit the model: {[*wrong, *unexpected][:5]}")
+    return same
+
+
+def load_backbone(network: RetinaNet, path: Path) -> None:
+    """Load an ImageNet state dict with torchvision's key names into the backbone.
+
+    Raises DataError if the file is not one, or is of another backbone.
+    """
+    name = network.config.backbone
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file") from error
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise DataError(
+            f"{path}: not a plain state dict of tensors ({type(error).__name__})"
+        ) from error
+    if not isinstance(state, dict):
+        raise DataError(f"{path}: a state dict is expected, found {type(state).__name__}")
+    wanted = network.backbone.state_dict()
+    missing = [k for k in wanted if k not in state and not k.endswith("num_batches_tracked")]
+    wrong = [k for k in wanted if k in state and state[k].shape != wanted[k].shape]
+    if missing or wrong:
+        raise DataError(
+            f"{path}: not weights of {name}: "
+            + (f"{missing[0]} is missing" if missing else f"{wrong[0]} has another shape")
+        )
+    network.backbone.load_state_dict({k: state[k] for k in wanted if k in state}, strict=False)
+
+
+def fetch_imagenet(backbone: str, cache: Path) -> Path:
+    """Download the published ImageNet weights of a backbone, once, and check their hash.
+
+    Raises DataError when offline, naming the alternative.
+    """
+    url = BACKBONES[backbone].weights_url
+    if url is None:
+        raise DataError(
+            f"{backbone} has no published weights to download; give a file: --weights FILE"
+        )
+    path = cache / url.rsplit("/", 1)[1]
+    # torchvision names its files after the first 8 digits of their sha256.
+    digits = path.stem.rsplit("-", 1)[1]
+    if not path.exists():
+        try:
+            with urlopen(url, timeout=60) as response:
+                content = response.read()
+        except (URLError, OSError) as error:
+            raise DataError(
+                f"cannot download {url} ({error}); fetch it on a machine that can, "
+                "then give it by --weights FILE"
+            ) from error
+        if not hashlib.sha256(content).hexdigest().startswith(digits):
+            raise DataError(f"{url}: what came does not have the sha256 {digits}…; try again")
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".part")
+        partial.write_bytes(content)
+        partial.replace(path)
+    elif not hashlib.sha256(path.read_bytes()).hexdigest().startswith(digits):
+        raise DataError(f"{path}: sha256 is not {digits}…; delete the file and try again")
+    return path
+
+
+def _read_safetensors(path: Path) -> tuple[str, dict[str, Tensor]]:
+    with safetensors.safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {})[DESCRIPTION_KEY]
+    weights = safetensors.torch.load_file(path)
+    return text, {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
+
+
+def _read_lightning(path: Path) -> tuple[str, dict[str, Tensor]]:
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    weights = {
+        key.removeprefix(AVERAGE_PREFIX): value
+        for key, value in content["state_dict"].items()
+        if key.startswith(AVERAGE_PREFIX)
+    }
+    return json.dumps(content[DESCRIPTION_KEY]), weights

@@ -1,0 +1,128 @@
+"""Everything that a training run is told, as one pydantic model; read from YAML at the edge only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from model_export.retinanet.model import ModelConfig
+from model_export.transforms import Augmentation
+from service.canvas import Buckets, CanvasRule, Size
+from service.errors import DataError
+
+DEFAULT_CANVAS = Buckets(sizes=(Size(384, 512), Size(512, 384), Size(448, 448)))
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class MatchingConfig(_Config):
+    """Which anchors learn which objects."""
+
+    foreground: float = Field(default=0.5, gt=0, le=1)
+    background: float = Field(default=0.4, ge=0, le=1)
+    low_quality_matches: bool = True
+    """Every object also claims its best anchor; without it small objects may learn nothing."""
+
+
+class LossConfig(_Config):
+    """Focal loss for classes, smooth L1 for boxes."""
+
+    alpha: float = Field(default=0.25, ge=0, le=1)
+    gamma: float = Field(default=2.0, ge=0)
+    smooth_l1_beta: float = Field(default=0.1, ge=0)
+    box_weight: float = Field(default=1.0, ge=0)
+
+
+class OptimiserConfig(_Config):
+    """Optimiser and schedule: linear warm-up, then half a cosine down to `final_lr_share`."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: float = Field(default=0.01, gt=0)
+    backbone_lr_share: float = Field(default=1.0, ge=0)
+    """The backbone learns at this share of `lr`."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """SGD only."""
+    weight_decay: float = Field(default=1e-4, ge=0)
+    """Not applied to biases and norms."""
+    warmup_steps: int = Field(default=200, ge=0)
+    final_lr_share: float = Field(default=0.01, ge=0, le=1)
+    gradient_clip: float = Field(default=10.0, gt=0)
+    """Largest norm of the gradient."""
+
+
+class TrainConfig(_Config):
+    """A training run."""
+
+    model: ModelConfig = ModelConfig()
+    canvas: CanvasRule = DEFAULT_CANVAS
+    augmentation: Augmentation = Augmentation()
+    matching: MatchingConfig = MatchingConfig()
+    loss: LossConfig = LossConfig()
+    optimiser: OptimiserConfig = OptimiserConfig()
+    epochs: int = Field(default=60, ge=1)
+    max_minutes: float | None = Field(default=None, gt=0)
+    """The schedule reaches its end when this time is over, if that is before the last epoch."""
+    batch_size: int = Field(default=8, ge=1)
+    freeze_norms: bool = True
+    """Keep batch norm statistics as the weights brought them; right for small batches."""
+    ema_decay: float = Field(default=0.999, ge=0, lt=1)
+    """Decay of the averaged weights, which are what is validated, saved and exported."""
+    validate_every: int = Field(default=5, ge=1)
+    """Epochs between two validations."""
+    precision: Literal["auto", "32", "bf16", "fp16"] = "auto"
+    """auto: bf16 where the hardware multiplies it, else 32."""
+    workers: int | None = Field(default=None, ge=0)
+    """Processes that prepare batches; left open: none on a CPU, up to 8 beside a GPU."""
+    seed: int = 0
+
+
+def load_config(path: Path | None, overrides: Mapping[str, Any]) -> TrainConfig:
+    """A config from a YAML file (or the defaults) with dotted overrides on top.
+
+    `overrides` maps e.g. "optimiser.lr" to a value. Raises DataError that names the file and the
+    field.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            loaded = yaml.safe_load(path.read_text())
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: not YAML: {error}") from error
+        if not isinstance(loaded, dict):
+            raise DataError(f"{path}: expected a mapping of settings, got {type(loaded).__name__}")
+        values = loaded
+    for key, value in overrides.items():
+        _set(values, key.split("."), value)
+    try:
+        return TrainConfig.model_validate(values)
+    except ValidationError as error:
+        raise DataError(f"{path or 'config'}: {describe(error)}") from error
+
+
+def dump_config(config: TrainConfig, path: Path) -> None:
+    """Write a config as YAML that `load_config` reads back."""
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def describe(error: ValidationError) -> str:
+    """A pydantic error as one line: "optimiser.lr: Input should be greater than 0; …"."""
+    return "; ".join(
+        f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in error.errors()
+    )
+
+
+def _set(values: dict[str, Any], keys: Sequence[str], value: Any) -> None:
+    for key in keys[:-1]:
+        inner = values.setdefault(key, {})
+        if not isinstance(inner, dict):
+            raise DataError(f"{'.'.join(keys)}: {key!r} is not a group of settings")
+        values = inner
+    values[keys[-1]] = value

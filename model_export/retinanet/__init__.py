@@ -1,0 +1,1 @@
+"""RetinaNet in small pure modules: anchors, box coding, matching, backbones, FPN, heads, model."""

@@ -1,0 +1,93 @@
+"""Anchor boxes: nine (by default) per cell of every pyramid level.
+
+Boxes are x1, y1, x2, y2 in canvas pixels, the origin at the canvas's top-left corner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+LEVELS = (3, 4, 5, 6, 7)
+"""Pyramid levels P3 to P7; level l has stride 2**l."""
+
+_OCTAVES = (1.0, 2.0 ** (1 / 3), 2.0 ** (2 / 3))
+
+
+class AnchorConfig(BaseModel):
+    """Which anchors a model has."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sizes: tuple[tuple[float, ...], ...] = tuple(
+        tuple(round(4 * 2**level * octave, 4) for octave in _OCTAVES) for level in LEVELS
+    )
+    """Square roots of the anchor areas in pixels, for P3 to P7 (Focal Loss, section 4)."""
+    ratios: tuple[float, ...] = Field(default=(0.5, 1.0, 2.0), min_length=1)
+    """Height over width."""
+    offset: float = 0.5
+    """Where in its cell an anchor is centred, in strides: 0.5 is the cell's middle."""
+
+    @model_validator(mode="after")
+    def _check(self) -> AnchorConfig:
+        counts = {len(sizes) for sizes in self.sizes}
+        if len(self.sizes) != len(LEVELS) or len(counts) != 1 or 0 in counts:
+            raise ValueError(
+                f"anchors.sizes needs {len(LEVELS)} lists (P3 to P7) of one length, got {self.sizes}"
+            )
+        if min(min(sizes) for sizes in self.sizes) <= 0 or min(self.ratios) <= 0:
+            raise ValueError("anchors.sizes and anchors.ratios must be positive")
+        return self
+
+    @property
+    def per_cell(self) -> int:
+        """Anchors per cell."""
+        return len(self.sizes[0]) * len(self.ratios)
+
+
+def base_anchors(sizes: Sequence[float], ratios: Sequence[float]) -> Tensor:
+    """(A, 4) boxes centred at the origin, ratio-major, then size.
+
+    >>> base_anchors([32.0], [1.0])
+    tensor([[-16., -16.,  16.,  16.]])
+    """
+    size = torch.tensor(sizes, dtype=torch.float64)
+    root = torch.tensor(ratios, dtype=torch.float64).sqrt()
+    heights = (root[:, None] * size[None, :]).flatten()
+    widths = (size[None, :] / root[:, None]).flatten()
+    return (torch.stack([-widths, -heights, widths, heights], dim=1) / 2).float()
+
+
+def grid_anchors(base: Tensor, *, height: int, width: int, stride: int, offset: float) -> Tensor:
+    """(height * width * A, 4) anchors of one level, row by row, cell by cell."""
+    ys = (torch.arange(height, device=base.device, dtype=base.dtype) + offset) * stride
+    xs = (torch.arange(width, device=base.device, dtype=base.dtype) + offset) * stride
+    grid_y, grid_x = torch.meshgrid(ys, xs, indexing="ij")
+    centres = torch.stack([grid_x, grid_y, grid_x, grid_y], dim=-1)
+    return (centres[:, :, None, :] + base).reshape(-1, 4)
+
+
+def level_shapes(height: int, width: int) -> list[tuple[int, int]]:
+    """Grid (height, width) of P3 to P7 for a canvas whose sides are multiples of 32."""
+    return [(-(-height // 2**level), -(-width // 2**level)) for level in LEVELS]
+
+
+def canvas_anchors(config: AnchorConfig, height: int, width: int) -> Tensor:
+    """(N, 4) anchors of a whole canvas, P3 first."""
+    return torch.cat(
+        [
+            grid_anchors(
+                base_anchors(sizes, config.ratios),
+                height=rows,
+                width=columns,
+                stride=2**level,
+                offset=config.offset,
+            )
+            for level, sizes, (rows, columns) in zip(
+                LEVELS, config.sizes, level_shapes(height, width), strict=True
+            )
+        ]
+    )

@@ -1,0 +1,259 @@
+"""Backbones that give C3, C4 and C5, with torchvision's parameter names so its weights load.
+
+Batch norms are ordinary `BatchNorm2d` modules; `freeze_norms` keeps them in evaluation mode, which
+is what fine-tuning with few pictures per batch wants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MOBILENET_V2_LAST: Final = 18
+"""features.18, the 1280-channel convolution for classification, is not part of a detector."""
+
+
+class Backbone(nn.Module):
+    """A network that turns (B, 3, H, W) into C3, C4, C5 of `channels` channels."""
+
+    channels: tuple[int, int, int]
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        raise TypeError("a backbone defines forward")
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions with a shortcut; ResNet-18 and -34."""
+
+    expansion = 1
+
+    def __init__(self, inplanes: int, planes: int, stride: int, downsample: nn.Module | None):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inplanes, planes, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same size, or 1 / stride of it."""
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        return F.relu(out + (x if self.downsample is None else self.downsample(x)))
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 with a shortcut, the stride on the 3x3; ResNet-50 and -101."""
+
+    expansion = 4
+
+    def __init__(self, inplanes: int, planes: int, stride: int, downsample: nn.Module | None):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inplanes, planes, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv3 = nn.Conv2d(planes, planes * self.expansion, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(planes * self.expansion)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same size, or 1 / stride of it."""
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        return F.relu(out + (x if self.downsample is None else self.downsample(x)))
+
+
+class ResNet(Backbone):
+    """ResNet (arXiv 1512.03385) without its classifier."""
+
+    def __init__(
+        self, block: type[BasicBlock] | type[Bottleneck], layers: tuple[int, int, int, int]
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self._inplanes = 64
+        self.layer1 = self._stage(block, 64, layers[0], stride=1)
+        self.layer2 = self._stage(block, 128, layers[1], stride=2)
+        self.layer3 = self._stage(block, 256, layers[2], stride=2)
+        self.layer4 = self._stage(block, 512, layers[3], stride=2)
+        self.channels = (128 * block.expansion, 256 * block.expansion, 512 * block.expansion)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def _stage(
+        self, block: type[BasicBlock] | type[Bottleneck], planes: int, count: int, *, stride: int
+    ) -> nn.Sequential:
+        out = planes * block.expansion
+        downsample: nn.Module | None = None
+        if stride != 1 or self._inplanes != out:
+            downsample = nn.Sequential(
+                nn.Conv2d(self._inplanes, out, 1, stride, bias=False), nn.BatchNorm2d(out)
+            )
+        blocks: list[nn.Module] = [block(self._inplanes, planes, stride, downsample)]
+        blocks += [block(out, planes, 1, None) for _ in range(count - 1)]
+        self._inplanes = out
+        return nn.Sequential(*blocks)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """[C3, C4, C5] with strides 8, 16, 32."""
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer1(F.max_pool2d(x, 3, 2, 1))
+        c3 = self.layer2(x)
+        c4 = self.layer3(c3)
+        return [c3, c4, self.layer4(c4)]
+
+
+class SamePadConv2d(nn.Conv2d):
+    """A stride-2 3x3 convolution padded as TensorFlow's SAME does on even sizes: 0 left and top,
+    1 right and bottom. Weights trained there see the picture shifted by one pixel otherwise."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, H, W) with even H, W to (B, C', H / 2, W / 2)."""
+        return super().forward(F.pad(input, (0, 1, 0, 1)))
+
+
+class InvertedResidual(nn.Module):
+    """MobileNetV2's block: 1x1 expansion, 3x3 depthwise, linear 1x1 projection."""
+
+    def __init__(
+        self, inputs: int, outputs: int, *, stride: int, expansion: int, same_padding: bool
+    ) -> None:
+        super().__init__()
+        hidden = inputs * expansion
+        layers: list[nn.Module] = []
+        if expansion != 1:
+            layers.append(_conv_norm_relu6(inputs, hidden, kernel=1))
+        layers += [
+            _conv_norm_relu6(
+                hidden, hidden, kernel=3, stride=stride, groups=hidden, same_padding=same_padding
+            ),
+            nn.Conv2d(hidden, outputs, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+        ]
+        self.conv = nn.Sequential(*layers)
+        self._shortcut = stride == 1 and inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same size, or 1 / stride of it."""
+        out: Tensor = self.conv(x)
+        return x + out if self._shortcut else out
+
+
+class MobileNetV2(Backbone):
+    """MobileNetV2 1.0 (arXiv 1801.04381) up to its last 320-channel block.
+
+    `same_padding` is for weights that come from TensorFlow.
+    """
+
+    # expansion, channels, blocks, stride of the first
+    _STAGES = (
+        (1, 16, 1, 1),
+        (6, 24, 2, 2),
+        (6, 32, 3, 2),
+        (6, 64, 4, 2),
+        (6, 96, 3, 1),
+        (6, 160, 3, 2),
+        (6, 320, 1, 1),
+    )
+    channels = (32, 96, 320)
+    # The last block of stride 8, 16 and 32.
+    _OUTPUTS = (6, 13, 17)
+
+    def __init__(self, *, same_padding: bool) -> None:
+        super().__init__()
+        blocks: list[nn.Module] = [
+            _conv_norm_relu6(3, 32, kernel=3, stride=2, same_padding=same_padding)
+        ]
+        inputs = 32
+        for expansion, outputs, count, first_stride in self._STAGES:
+            for index in range(count):
+                blocks.append(
+                    InvertedResidual(
+                        inputs,
+                        outputs,
+                        stride=first_stride if index == 0 else 1,
+                        expansion=expansion,
+                        same_padding=same_padding,
+                    )
+                )
+                inputs = outputs
+        self.features = nn.Sequential(*blocks)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out")
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """[C3, C4, C5] with strides 8, 16, 32."""
+        outputs = []
+        for index, block in enumerate(self.features):
+            x = block(x)
+            if index in self._OUTPUTS:
+                outputs.append(x)
+        return outputs
+
+
+def _conv_norm_relu6(
+    inputs: int,
+    outputs: int,
+    *,
+    kernel: int,
+    stride: int = 1,
+    groups: int = 1,
+    same_padding: bool = False,
+) -> nn.Sequential:
+    shifted = same_padding and stride == 2
+    conv_type = SamePadConv2d if shifted else nn.Conv2d
+    padding = 0 if shifted else kernel // 2
+    conv = conv_type(inputs, outputs, kernel, stride, padding, groups=groups, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU6(inplace=True))
+
+
+@dataclass(frozen=True, slots=True)
+class BackboneSpec:
+    """A backbone by name, and what its published ImageNet weights expect."""
+
+    build: Callable[[], Backbone]
+    mean: tuple[float, float, float]
+    """Subtracted from 0..255 RGB."""
+    std: tuple[float, float, float]
+    weights_url: str | None
+    """torchvision's published ImageNet file; its name ends in the first 8 digits of its sha256."""
+
+
+_IMAGENET_MEAN = (123.675, 116.28, 103.53)
+_IMAGENET_STD = (58.395, 57.12, 57.375)
+_PUBLISHED = "https://download.pytorch.org/models/"
+
+
+def _resnet(
+    block: type[BasicBlock] | type[Bottleneck], layers: tuple[int, int, int, int], file: str
+) -> BackboneSpec:
+    return BackboneSpec(
+        lambda: ResNet(block, layers), _IMAGENET_MEAN, _IMAGENET_STD, _PUBLISHED + file
+    )
+
+
+BACKBONES: Final[Mapping[str, BackboneSpec]] = {
+    "resnet18": _resnet(BasicBlock, (2, 2, 2, 2), "resnet18-f37072fd.pth"),
+    "resnet34": _resnet(BasicBlock, (3, 4, 6, 3), "resnet34-b627a593.pth"),
+    "resnet50": _resnet(Bottleneck, (3, 4, 6, 3), "resnet50-0676ba61.pth"),
+    "resnet101": _resnet(Bottleneck, (3, 4, 23, 3), "resnet101-63fe2227.pth"),
+    "mobilenet_v2": BackboneSpec(
+        lambda: MobileNetV2(same_padding=False),
+        _IMAGENET_MEAN,
+        _IMAGENET_STD,
+        _PUBLISHED + "mobilenet_v2-b0353104.pth",
+    ),
+    # The same network as TensorFlow trains it: other padding, inputs in [-1, 1].
+    "mobilenet_v2_tf": BackboneSpec(
+        lambda: MobileNetV2(same_padding=True), (127.5,) * 3, (127.5,) * 3, None
+    ),
+}

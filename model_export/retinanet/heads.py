@@ -1,0 +1,58 @@
+"""The two heads, shared over the pyramid's levels: class logits and box deltas for every anchor."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+PRIOR = 0.01
+"""At the start every anchor says "object" with this probability (Focal Loss, section 3.3)."""
+
+_PAPER_WIDTH = 256
+
+
+def prior_bias(prior: float = PRIOR) -> float:
+    """The bias b with sigmoid(b) = prior.
+
+    >>> round(prior_bias(0.01), 4)
+    -4.5951
+    """
+    return -math.log((1 - prior) / prior)
+
+
+class Head(nn.Module):
+    """`depth` 3x3 convolutions with ReLU, then one 3x3 convolution to `anchors * outputs` maps."""
+
+    def __init__(
+        self, channels: int, *, width: int, depth: int, anchors: int, outputs: int, bias: float
+    ) -> None:
+        super().__init__()
+        self.outputs = outputs
+        layers: list[nn.Module] = []
+        for index in range(depth):
+            conv = nn.Conv2d(channels if index == 0 else width, width, 3, padding=1)
+            _initialise_hidden(conv)
+            layers += [conv, nn.ReLU(inplace=True)]
+        self.conv = nn.Sequential(*layers)
+        self.out = nn.Conv2d(width if depth else channels, anchors * outputs, 3, padding=1)
+        nn.init.normal_(self.out.weight, std=0.01)
+        assert self.out.bias is not None
+        nn.init.constant_(self.out.bias, bias)
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, H * W * anchors, outputs), row by row, cell by cell."""
+        maps = self.out(self.conv(feature))
+        # To channels-last, then the channels split into (anchors, outputs).
+        return maps.permute(0, 2, 3, 1).flatten(1).unflatten(1, (-1, self.outputs))
+
+
+def _initialise_hidden(conv: nn.Conv2d) -> None:
+    if conv.out_channels >= _PAPER_WIDTH:
+        nn.init.normal_(conv.weight, std=0.01)
+    else:
+        # The paper's N(0, 0.01) is right for 256 channels; four narrower convolutions would
+        # leave a thousandth of the signal.
+        nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+    assert conv.bias is not None
+    nn.init.zeros_(conv.bias)
