@@ -1,0 +1,212 @@
+"""What a user installs: the wheel, the locks, the layers between the two packages."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from packaging.markers import Marker
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from service.settings import Settings
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("service", "model_export")
+
+# What only the train extra brings; nothing of it may be loaded by the service.
+TRAINING_ONLY = ("torch", "lightning", "onnxscript", "pycocotools", "matplotlib", "safetensors")
+
+TOP_LEVEL = {
+    "Dockerfile", "pyproject.toml", "service", "model_export", "tests", "docker-compose.yml",
+    "README.md", "Makefile", "LICENSE", ".ci", "requirements-cpu.lock", "requirements-gpu.lock",
+    "docs", "benchmarks", ".gitignore", ".dockerignore",
+}  # fmt: skip
+OPTIONAL_TOP_LEVEL = {"deploy"}
+
+
+@pytest.fixture(scope="module")
+def tracked() -> list[Path]:
+    """Every file under version control, relative to the repository's root."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout, so there is no list of tracked files")
+    listing = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    return [Path(name) for name in listing.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+@pytest.fixture(scope="module")
+def project() -> dict[str, Any]:
+    """The [project] table of pyproject.toml."""
+    table: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return table
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    folder = tmp_path_factory.mktemp("wheel")
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)],
+        cwd=ROOT, check=True, capture_output=True,
+    )  # fmt: skip
+    (path,) = folder.glob("*.whl")
+    return zipfile.ZipFile(path)
+
+
+def test_the_wheel_holds_every_tracked_file_of_both_packages(
+    wheel: zipfile.ZipFile, tracked: list[Path]
+) -> None:
+    wanted = {path.as_posix() for path in tracked if path.parts[0] in PACKAGES}
+    assert wanted <= set(wheel.namelist())
+
+
+def test_the_wheel_holds_the_page_the_bundled_model_and_the_type_markers(
+    wheel: zipfile.ZipFile,
+) -> None:
+    names = wheel.namelist()
+    assert "service/static/index.html" in names
+    assert {f"{package}/py.typed" for package in PACKAGES} <= set(names)
+    models = [name for name in names if name.startswith("service/models/")]
+    assert any(name.endswith("/1/model.onnx") for name in models)
+    assert any(name.endswith("/1/model.sha256") for name in models)
+
+
+def test_the_wheel_holds_nothing_but_the_packages(wheel: zipfile.ZipFile) -> None:
+    tops = {name.partition("/")[0] for name in wheel.namelist()}
+    assert {top for top in tops if not top.endswith(".dist-info")} == set(PACKAGES)
+
+
+def test_no_module_of_the_service_names_torch_or_model_export() -> None:
+    for path in (ROOT / "service").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            roots = {name.partition(".")[0] for name in names}
+            assert not roots & {*TRAINING_ONLY, "model_export"}, f"{path}:{node.lineno}"
+
+
+def test_importing_the_whole_service_loads_no_training_package() -> None:
+    code = (
+        "import importlib, pkgutil, sys, service\n"
+        "for module in pkgutil.walk_packages(service.__path__, 'service.'):\n"
+        "    if not module.name.endswith('__main__'):\n"
+        "        importlib.import_module(module.name)\n"
+        "assert 'service.api' in sys.modules and 'service.cli' in sys.modules\n"
+        f"print(sorted(set(sys.modules) & {{*{TRAINING_ONLY!r}, 'model_export'}}))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (run.stdout, run.returncode) == ("[]\n", 0), run.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "says"),
+    [
+        (["--help"], 0, "serve"),
+        (["serve", "--help"], 0, "--port"),
+        (["train", "--data", "x", "--output", "y"], 2, "pip install 'retinaserve[train]'"),
+    ],
+)
+def test_the_command_works_where_the_train_extra_is_not_installed(
+    arguments: list[str], status: int, says: str
+) -> None:
+    # A None in sys.modules makes the import fail as it does where the package is absent.
+    code = (
+        "import sys\n"
+        f"sys.modules.update(dict.fromkeys({TRAINING_ONLY!r}))\n"
+        f"sys.argv = ['retinaserve', *{arguments!r}]\n"
+        "from service.cli import main\n"
+        "sys.exit(main())\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == status, run.stderr
+    assert says in (run.stdout if status == 0 else run.stderr)
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.13"])
+@pytest.mark.parametrize(
+    ("system", "machine", "expected"),
+    [
+        ("linux", "x86_64", "onnxruntime-gpu"),
+        ("win32", "AMD64", "onnxruntime-gpu"),
+        ("linux", "aarch64", "onnxruntime"),
+        ("win32", "ARM64", "onnxruntime"),
+        ("darwin", "arm64", "onnxruntime"),
+        ("darwin", "x86_64", "onnxruntime"),
+    ],
+)
+def test_one_onnxruntime_for_each_platform(
+    project: dict[str, Any], system: str, machine: str, expected: str, python: str
+) -> None:
+    environment = {"sys_platform": system, "platform_machine": machine, "python_version": python}
+    chosen = [
+        requirement.name
+        for requirement in map(Requirement, project["dependencies"])
+        if requirement.name.startswith("onnxruntime")
+        and (requirement.marker or Marker("python_version > '0'")).evaluate(environment)
+    ]
+    assert chosen == [expected]
+
+
+def _locked(path: Path) -> dict[str, str]:
+    """Versions of a lock file; every line that is not a hash must pin one."""
+    lines = path.read_text().replace("\\\n", " ").splitlines()
+    entries = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    for entry in entries:
+        assert "--hash=sha256:" in entry, f"{path.name}: no hash: {entry}"
+    pins = [Requirement(entry.partition("--hash")[0].strip()) for entry in entries]
+    return {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in pins}
+
+
+@pytest.mark.parametrize("variant", ["cpu", "gpu"])
+def test_a_lock_pins_what_pyproject_asks_for(project: dict[str, Any], variant: str) -> None:
+    path = ROOT / f"requirements-{variant}.lock"
+    locked = _locked(path)
+    other = {"cpu": "onnxruntime-gpu", "gpu": "onnxruntime"}[variant]
+    for requirement in map(Requirement, project["dependencies"]):
+        if requirement.name == other:
+            assert other not in locked
+        else:
+            version = locked[canonicalize_name(requirement.name)]
+            assert requirement.specifier.contains(version), f"{requirement}: run make lock"
+    assert not set(TRAINING_ONLY) & set(locked)
+    assert "://" not in path.read_text()
+
+
+def test_the_gpu_lock_brings_the_cuda_libraries() -> None:
+    locked = _locked(ROOT / "requirements-gpu.lock")
+    libraries = {name for name in locked if name.startswith("nvidia-")}
+    for wanted in ("cublas", "cudnn", "cuda-runtime", "cufft", "curand"):
+        assert any(wanted in name for name in libraries), f"{wanted} not in {libraries}"
+    cpu = _locked(ROOT / "requirements-cpu.lock")
+    assert cpu["onnxruntime"] == locked["onnxruntime-gpu"]
+
+
+def test_compose_waits_longer_than_a_drain_takes() -> None:
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+    fields = Settings.model_fields
+    drain = fields["drain_delay_seconds"].default + fields["drain_seconds"].default
+    for service in services.values():
+        assert service["read_only"] is True
+        assert float(service["stop_grace_period"].removesuffix("s")) > drain
+    (device,) = services["gpu"]["deploy"]["resources"]["reservations"]["devices"]
+    assert device["capabilities"] == ["gpu"]
+    assert services["cpu"]["profiles"] == ["cpu"]
+
+
+def test_the_top_level_is_the_agreed_one(tracked: list[Path]) -> None:
+    tops = {path.parts[0] for path in tracked}
+    assert tops - OPTIONAL_TOP_LEVEL == TOP_LEVEL
+
+
+def test_no_tracked_file_is_large(tracked: list[Path]) -> None:
+    large = {str(path): (ROOT / path).stat().st_size for path in tracked}
+    assert {name: size for name, size in large.items() if size > 25_000_000} == {}
