@@ -21,6 +21,7 @@ UNREACHED_WARNING: Final = 0.02
 """Share of a class's boxes; above it the canvas or the anchors do not suit the data."""
 
 _CHUNK: Final = 1 << 21
+_NAMED: Final = 5
 
 
 def unreached(
@@ -103,9 +104,16 @@ class DataReport:
             for item in self.classes
             if not item.objects
         ]
-        poor = [item for item in self.classes if item.unreached_share > UNREACHED_WARNING]
+        poor = sorted(
+            (item for item in self.classes if item.unreached_share > UNREACHED_WARNING),
+            key=lambda item: -item.unreached_share,
+        )
         if poor:
-            named = ", ".join(f"{100 * item.unreached_share:.1f} % of {item.name}" for item in poor)
+            named = ", ".join(
+                f"{100 * item.unreached_share:.1f} % of {item.name}" for item in poor[:_NAMED]
+            )
+            if len(poor) > _NAMED:
+                named += f" and too much of {len(poor) - _NAMED} classes more"
             warnings.append(
                 f"warning: no anchor reaches {named} (IoU {FOREGROUND_IOU:g}); a larger canvas or "
                 "other anchor sizes and ratios would"

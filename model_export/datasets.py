@@ -81,7 +81,7 @@ def load_voc(root: Path, split: str, *, classes: Sequence[str] | None = None) ->
     naming: list[Entry] = []
     if classes is None:
         naming, found = find_naming_entries(folder)
-        problems += [problem for problem in found if problem not in problems]
+        problems = list(dict.fromkeys(problems + found))
     annotations, found = _parse_all(dict.fromkeys([*entries, *naming]))
     problems += found
     if classes is None:

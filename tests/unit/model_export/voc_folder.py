@@ -1,0 +1,76 @@
+"""Draws small Pascal VOC folders, sound or broken, for the tests of the data side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+Box = tuple[float, float, float, float]
+Named = tuple[str, Box]
+
+
+def annotation(
+    objects: Iterable[Named] = (),
+    *,
+    size: tuple[int, int] | None = (80, 60),
+    filename: str = "",
+) -> str:
+    """An annotation in VOC's usual form; `size` is (width, height)."""
+    lines = ["<annotation>"]
+    if filename:
+        lines.append(f"  <filename>{filename}</filename>")
+    if size is not None:
+        lines.append(f"  <size><width>{size[0]}</width><height>{size[1]}</height></size>")
+    for name, (x1, y1, x2, y2) in objects:
+        lines += [
+            "  <object>",
+            f"    <name>{name}</name>",
+            "    <difficult>0</difficult>",
+            "    <bndbox>",
+            f"      <xmin>{x1}</xmin><ymin>{y1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax>",
+            "    </bndbox>",
+            "  </object>",
+        ]
+    return "\n".join([*lines, "</annotation>", ""])
+
+
+def picture(path: Path, *, size: tuple[int, int] = (80, 60), orientation: int = 1) -> Path:
+    """A drawn picture of `size` (width, height) before EXIF orientation."""
+    image = Image.new("RGB", size, (200, 180, 190))
+    ImageDraw.Draw(image).ellipse((10, 10, 40, 40), fill=(120, 30, 60))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(path, exif=exif.tobytes())
+    return path
+
+
+class VocFolder:
+    """A VOC folder being filled: pictures, annotations and split files."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.annotations = root / "Annotations"
+        self.pictures = root / "JPEGImages"
+        self.lists = root / "ImageSets" / "Main"
+        for folder in (self.annotations, self.pictures):
+            folder.mkdir(parents=True)
+
+    def add(self, stem: str, objects: Iterable[Named] = ()) -> None:
+        """A sound pair of picture and annotation."""
+        picture(self.pictures / f"{stem}.jpg")
+        self.annotate(stem, annotation(objects))
+
+    def annotate(self, stem: str, text: str) -> Path:
+        """Write an annotation file as it is given."""
+        path = self.annotations / f"{stem}.xml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    def list(self, split: str, *lines: str) -> Path:
+        """Write a split file."""
+        self.lists.mkdir(parents=True, exist_ok=True)
+        path = self.lists / f"{split}.txt"
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return path
