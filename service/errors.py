@@ -71,14 +71,15 @@ class InvalidParameter(RetinaserveError):
 class Unavailable(RetinaserveError):
     """The service cannot take the request now: loading, draining or the queue is full.
 
-    `retry_after` is in seconds.
+    `retry_after` is in seconds; `reason` is a word for the metrics.
     """
 
     status = 503
     title = "Unavailable"
 
-    def __init__(self, message: str, *, retry_after: float = 1.0) -> None:
+    def __init__(self, message: str, *, reason: str, retry_after: float = 1.0) -> None:
         super().__init__(message)
+        self.reason = reason
         self.retry_after = retry_after
 
 
@@ -87,6 +88,12 @@ class DeadlineExceeded(RetinaserveError):
 
     status = 504
     title = "Deadline exceeded"
+
+
+class InferenceFailed(RetinaserveError):
+    """The model could not be run on a picture."""
+
+    title = "Inference failed"
 
 
 class ArtifactError(RetinaserveError):

@@ -1,0 +1,59 @@
+"""Detections drawn onto the picture they were found in."""
+
+from __future__ import annotations
+
+import colorsys
+import io
+from collections.abc import Sequence
+from typing import Final, Literal
+
+from PIL import Image, ImageDraw, ImageFont
+
+from service.detector import Detections
+
+Encoding = Literal["JPEG", "PNG", "WEBP"]
+
+_GOLDEN_ANGLE: Final = 0.381966
+"""Share of the colour circle between one class and the next: no two of few come close."""
+
+
+def draw(image: Image.Image, detections: Detections, classes: Sequence[str]) -> Image.Image:
+    """Draw boxes, labels and scores onto `image` (RGB, upright, original size), in place."""
+    pen = ImageDraw.Draw(image)
+    short = min(image.size)
+    line = max(1, round(short / 240))
+    font = ImageFont.load_default(size=max(10, round(short / 36)))
+    rows = zip(
+        detections.boxes.tolist(),
+        detections.scores.tolist(),
+        detections.labels.tolist(),
+        strict=True,
+    )
+    # The best last, so that it lies on top.
+    for (x1, y1, x2, y2), score, label in reversed(list(rows)):
+        colour = class_colour(label)
+        pen.rectangle((x1, y1, x2, y2), outline=colour, width=line)
+        text = f"{classes[label]} {score:.2f}"
+        left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
+        height, width = bottom - top + 4, right - left + 6
+        above = y1 - height if y1 >= height else y1
+        pen.rectangle((x1, above, x1 + width, above + height), fill=colour)
+        pen.text((x1 + 3 - left, above + 2 - top), text, fill="white", font=font)
+    return image
+
+
+def class_colour(label: int) -> tuple[int, int, int]:
+    """The colour of class `label`, dark enough for white text."""
+    red, green, blue = colorsys.hls_to_rgb(label * _GOLDEN_ANGLE % 1.0, 0.38, 0.85)
+    return round(red * 255), round(green * 255), round(blue * 255)
+
+
+def encode(image: Image.Image, encoding: Encoding) -> bytes:
+    """Compress a picture."""
+    target = io.BytesIO()
+    if encoding == "PNG":
+        # Level 1: a third of the time of the default for a few per cent more bytes.
+        image.save(target, "PNG", compress_level=1)
+    else:
+        image.save(target, encoding, quality=90)
+    return target.getvalue()

@@ -1,0 +1,98 @@
+"""The application factory: HTTP routes over one Service. Any ASGI server can host the result."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import PackageNotFoundError, version
+from typing import Final
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from service.context import Service
+from service.devices import Hardware
+from service.envelope import Envelope
+from service.errors import InvalidParameter, RetinaserveError, Unavailable
+from service.observability import request_id
+from service.problems import headers_of, http_problem, problem_of, respond
+from service.routes import batch, detect, health, models, page
+from service.settings import Settings
+
+_DESCRIPTION: Final = "Pictures in, detections out. Boxes are pixels of the original picture."
+
+
+def create_app(settings: Settings, *, hardware: Hardware | None = None) -> FastAPI:
+    """Build the application. Models load in the background once its lifespan begins.
+
+    `app.state.service` is the Service behind it; setting its `draining` turns /readyz to 503.
+    Raises DeviceError, ArtifactError or DataError when it could never serve.
+    """
+    service = Service(settings, hardware)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        try:
+            yield
+        finally:
+            service.close()
+
+    app = FastAPI(
+        title="retinaserve",
+        version=package_version(),
+        description=_DESCRIPTION,
+        lifespan=lifespan,
+        redoc_url=None,
+    )
+    app.state.service = service
+    app.add_middleware(Envelope, metrics=service.metrics)
+    _add_error_handlers(app, service)
+    for module in (detect, batch, health, models):
+        module.add_routes(app, service)
+    page.add_routes(app)
+    return app
+
+
+def package_version() -> str:
+    """Version of the installed distribution; "0" in a checkout that is not installed."""
+    try:
+        return version("retinaserve")
+    except PackageNotFoundError:
+        return "0"
+
+
+def _add_error_handlers(app: FastAPI, service: Service) -> None:
+    async def own(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RetinaserveError)
+        reason = error.reason if isinstance(error, Unavailable) else error.slug
+        service.metrics.refusals.labels(reason).inc()
+        document = problem_of(error, instance=request.url.path, request_id=request_id.get())
+        return respond(document, headers_of(error))
+
+    async def http(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        document = http_problem(
+            error.status_code,
+            f"{request.method} {request.url.path}: {error.detail}",
+            instance=request.url.path,
+            request_id=request_id.get(),
+        )
+        return respond(document, dict(error.headers or {}))
+
+    async def validation(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return await own(request, InvalidParameter(_describe(error)))
+
+    app.add_exception_handler(RetinaserveError, own)
+    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(RequestValidationError, validation)
+
+
+def _describe(error: RequestValidationError) -> str:
+    """Which parameters are wrong, and what would be right."""
+    return "; ".join(
+        f"{'.'.join(str(part) for part in each['loc'][1:])}={each.get('input')!r}: {each['msg']}"
+        for each in error.errors()
+    )

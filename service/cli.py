@@ -1,0 +1,212 @@
+"""The command line. Heavy imports wait until their command runs, so that --help is quick."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any, Final
+
+import click
+
+from service.errors import (
+    ArtifactError,
+    DataError,
+    DeviceError,
+    InvalidParameter,
+    MalformedImage,
+    RetinaserveError,
+    TooLarge,
+    UnknownModel,
+    UnsupportedMedia,
+)
+
+COMMAND_GROUP: Final = "retinaserve.commands"
+_BAD_INPUT: Final = (
+    ArtifactError,
+    DataError,
+    InvalidParameter,
+    MalformedImage,
+    TooLarge,
+    UnknownModel,
+    UnsupportedMedia,
+)
+_SUMMARIES: Final = {
+    "train": "Train a detector on labelled pictures.",
+    "evaluate": "COCO metrics of a model file on labelled pictures.",
+    "export": "Write a checkpoint as a model file.",
+    "import-torchvision": "Turn a torchvision RetinaNet checkpoint into ours.",
+    "study": "Analyses of losses, anchors and data.",
+    "data": "What is in a data set and what no anchor reaches.",
+}
+"""Lines for --help: loading a command to ask it may take seconds."""
+
+
+class LazyCommand(click.Command):
+    """A command of another package, which is loaded when it is called."""
+
+    def __init__(self, entry: EntryPoint) -> None:
+        super().__init__(
+            entry.name,
+            short_help=_SUMMARIES.get(entry.name, ""),
+            add_help_option=False,
+            context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+            params=[click.Argument(["arguments"], nargs=-1, type=click.UNPROCESSED)],
+        )
+        self._entry = entry
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Load the command and hand the arguments on."""
+        try:
+            command: click.Command = self._entry.load()
+            return command.main(
+                list(ctx.params["arguments"]),
+                prog_name=ctx.command_path,
+                standalone_mode=False,
+                parent=ctx.parent,
+            )
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            if package in ("service", "model_export"):
+                raise
+            raise click.UsageError(
+                f"`{ctx.command_path}` needs the package {package!r}: "
+                "pip install 'retinaserve[train]'"
+            ) from error
+
+
+class Commands(click.Group):
+    """Own commands, and those that the entry points name. One-line errors, exit 1 or 2."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Every command by name; nothing is loaded."""
+        return sorted({*super().list_commands(ctx), *_entries()})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """One command."""
+        own = super().get_command(ctx, cmd_name)
+        if own is not None:
+            return own
+        entry = _entries().get(cmd_name)
+        return None if entry is None else LazyCommand(entry)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; errors that are meant for the user become one line."""
+        try:
+            return super().invoke(ctx)
+        except RetinaserveError as error:
+            click.echo(f"retinaserve: error: {_one_line(error)}", err=True)
+            ctx.exit(2 if isinstance(error, _BAD_INPUT) else 1)
+
+
+def main() -> None:
+    """Entry point of the `retinaserve` command."""
+    retinaserve(prog_name="retinaserve")
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="retinaserve")
+def retinaserve() -> None:
+    """RetinaNet detectors: train on your pictures, export one file, serve it over HTTP.
+
+    Settings of the service are environment variables RETINASERVE_<NAME>; options win.
+    """
+
+
+@retinaserve.command()
+@click.option("--models", "models_dir", type=click.Path(path_type=Path), metavar="DIR",
+              help="Model repository; default: the bundled one.")
+@click.option("--device", help="auto, cpu, cuda, or a list such as cuda:0,cuda:1.")
+@click.option("--host", help="Address to listen on; default 127.0.0.1.")
+@click.option("--port", type=int, help="Port to listen on; default 8000; 0: any free one.")
+@click.option("--root-path", default="", help="Path prefix that a proxy in front takes off.")
+@click.option("--ssl-certfile", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--ssl-keyfile", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+def serve(
+    models_dir: Path | None,
+    device: str | None,
+    host: str | None,
+    port: int | None,
+    root_path: str,
+    ssl_certfile: Path | None,
+    ssl_keyfile: Path | None,
+) -> None:
+    """Run the service."""
+    from service.commands import serve as command
+
+    command.run(
+        given={"models_dir": models_dir, "device": device, "host": host, "port": port},
+        root_path=root_path,
+        certificate=ssl_certfile,
+        key=ssl_keyfile,
+    )
+
+
+@retinaserve.command()
+@click.argument("paths", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path),
+                metavar="PATH…")
+@click.option("--model", metavar="NAME[@VERSION]|FILE.onnx",
+              help="Model of the repository, or a model file; default: the default model.")
+@click.option("--score-threshold", type=click.FloatRange(0.0, 1.0),
+              help="Only detections that score above this; default: the model's own.")
+@click.option("--device", help="auto, cpu, cuda or cuda:1.")
+@click.option("--output", type=click.Choice(["json", "coco", "csv"]), default="json",
+              show_default=True)
+@click.option("--save-dir", type=click.Path(file_okay=False, path_type=Path),
+              help="Write the pictures with boxes drawn here.")
+def detect(
+    paths: tuple[Path, ...],
+    model: str | None,
+    score_threshold: float | None,
+    device: str | None,
+    output: str,
+    save_dir: Path | None,
+) -> None:
+    """Detect objects in files and folders, without a server.
+
+    A file that is no good picture is reported, the others go on, and the exit code is 2.
+    """
+    from service.commands import detect as command
+
+    failed = command.run(
+        paths,
+        model=model,
+        score_threshold=score_threshold,
+        device=device,
+        output=output,
+        save_dir=save_dir,
+    )
+    sys.exit(2 if failed else 0)
+
+
+@retinaserve.command()
+@click.option("--device", help="auto, cpu, cuda, or a list such as cuda:0,cuda:1.")
+def doctor(device: str | None) -> None:
+    """Which hardware, providers and models are really usable."""
+    from service.commands import doctor as command
+
+    command.run(device)
+
+
+@retinaserve.command()
+@click.argument("path", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+                metavar="MODEL.onnx")
+@click.option("--set-threshold", "thresholds", multiple=True, metavar="SCORE|CLASS=SCORE",
+              help="Change the default score threshold, in general or of one class; repeatable.")
+def inspect(path: Path, thresholds: tuple[str, ...]) -> None:
+    """What a model file says of itself."""
+    from service.commands import inspect as command
+
+    command.run(path, thresholds)
+
+
+def _entries() -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group=COMMAND_GROUP)}
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What the commands do; `service.cli` says how they are called."""

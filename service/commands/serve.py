@@ -1,0 +1,54 @@
+"""`retinaserve serve`."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from pathlib import Path
+
+import click
+
+from service.api import create_app
+from service.errors import DataError
+from service.observability import configure_logging
+from service.server import Server, listen, url
+from service.settings import load_settings
+
+
+def run(
+    *,
+    given: dict[str, object],
+    root_path: str,
+    certificate: Path | None,
+    key: Path | None,
+) -> None:
+    """Serve until a signal comes. Raises AddressError, DeviceError, ArtifactError or DataError."""
+    if key is not None and certificate is None:
+        raise DataError("--ssl-keyfile needs --ssl-certfile")
+    settings = load_settings(**given)
+    configure_logging(settings.log_format, settings.log_level)
+    with listen(settings.host, settings.port) as listener:
+        app = create_app(settings)
+        click.echo(
+            f"retinaserve serves {app.state.service.registry.default} on "
+            f"{app.state.service.hardware.name}: {url(listener, tls=certificate is not None)}"
+        )
+        sys.stdout.flush()
+        server = Server(app, root_path=root_path, certificate=certificate, key=key)
+        server.run([listener])
+    _leave()
+
+
+def _leave() -> None:
+    """Exit now, even where a thread is stuck in native code that would not let Python end."""
+    stuck = [
+        thread.name
+        for thread in threading.enumerate()
+        if thread is not threading.main_thread() and thread.is_alive()
+    ]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if stuck:
+        import os
+
+        os._exit(0)

@@ -1,0 +1,98 @@
+"""Everything that one running application owns."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from asyncio import get_running_loop
+from typing import ParamSpec, TypeVar
+
+from service.batching import Admission, Policy
+from service.devices import Hardware, cpu_count, resolve
+from service.errors import Unavailable
+from service.observability import Metrics
+from service.pipeline import Pipeline
+from service.registry import open_registry
+from service.settings import Settings
+
+_log = logging.getLogger("retinaserve")
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Service:
+    """Settings, devices, models and threads of one application; no other application shares them."""
+
+    def __init__(self, settings: Settings, hardware: Hardware | None = None) -> None:
+        """Prove the devices and look the model repository through; nothing is started.
+
+        Raises DeviceError, ArtifactError or DataError.
+        """
+        self.settings = settings
+        self.hardware = resolve(settings.device) if hardware is None else hardware
+        batch = settings.max_batch_size or max(
+            device.default_batch_size for device in self.hardware.devices
+        )
+        self.metrics = Metrics()
+        self.registry = open_registry(
+            settings.models_dir,
+            devices=self.hardware.devices,
+            default=settings.default_model,
+            batch=batch,
+        )
+        threads = cpu_count()
+        self.pipeline = Pipeline(
+            devices=len(self.hardware.devices),
+            decode_threads=threads,
+            policy=Policy(batch, settings.max_queue_delay_ms / 1e3),
+            on_batch=self.metrics.batch_size.observe,
+        )
+        self.pictures = Admission(settings.max_queue_size)
+        self.uploads = Admission(settings.max_queue_size)
+        """Bodies that are arriving: bounded too, so that slow clients cannot fill the memory."""
+        self.batch_window = 2 * batch * len(self.hardware.devices) + threads
+        """Pictures of one batch request in the pipeline at a time: enough to keep every thread
+        busy, and not so many that other clients wait for all of them."""
+        self.draining = False
+        self._helpers = ThreadPoolExecutor(threads, thread_name_prefix="helper")
+        self.metrics.watch(
+            hardware=self.hardware,
+            registry=self.registry,
+            waiting=lambda: self.pipeline.depth,
+            held=lambda: self.pictures.held,
+        )
+
+    def start(self) -> None:
+        """Start the threads and begin to load the models."""
+        if self.hardware.fallback:
+            _log.warning("running on the CPU: %s", self.hardware.fallback)
+        self.pipeline.start()
+        self.registry.start()
+
+    def close(self) -> None:
+        """Stop the threads."""
+        self.registry.close()
+        self.pipeline.close()
+        self._helpers.shutdown(wait=False, cancel_futures=True)
+
+    def not_ready(self) -> str | None:
+        """Why new work should go elsewhere; None when this service is ready."""
+        if self.draining:
+            return "the service is draining"
+        return self.pipeline.fatal or self.registry.not_ready()
+
+    def admit(self) -> None:
+        """Raise Unavailable when a request would be refused anyway, before its body is read."""
+        if self.pipeline.fatal:
+            raise Unavailable(self.pipeline.fatal, reason="device-lost", retry_after=30.0)
+        self.pictures.check()
+
+    def off_loop(
+        self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> Awaitable[T]:
+        """Run what takes more than a moment in a thread, away from the event loop."""
+        return get_running_loop().run_in_executor(
+            self._helpers, lambda: function(*args, **kwargs)
+        )

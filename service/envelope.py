@@ -1,0 +1,112 @@
+"""What every request goes through: its id, its line in the log, its count, its last resort."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+from collections.abc import MutableMapping
+from typing import Any, Final
+
+import orjson
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from service.bodies import ClientGone
+from service.observability import Metrics, request_id
+from service.problems import MEDIA_TYPE, http_problem
+
+_log = logging.getLogger("retinaserve.access")
+_error_log = logging.getLogger("retinaserve.error")
+_REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+_CLIENT_GONE: Final = 499
+"""Status in log and metrics of a request whose client did not wait; nothing is sent."""
+
+
+class Envelope:
+    """The outermost layer, plain ASGI: it adds some microseconds."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.perf_counter()
+        name = _request_id(scope)
+        request_id.set(name)
+        status = _CLIENT_GONE
+        begun = False
+
+        async def send_marked(message: MutableMapping[str, Any]) -> None:
+            nonlocal status, begun
+            if message["type"] == "http.response.start":
+                status, begun = message["status"], True
+                message["headers"] = [*message["headers"], (b"x-request-id", name.encode())]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_marked)
+        except ClientGone:
+            pass
+        except Exception:
+            _error_log.exception("the request failed in a way that nobody foresaw")
+            if begun:
+                raise
+            await _send_opaque(scope, name, send_marked)
+        finally:
+            self._record(scope, status, time.perf_counter() - started)
+
+    def _record(self, scope: Scope, status: int, seconds: float) -> None:
+        route = scope.get("route")
+        # Never the path itself: anybody could make any number of those.
+        template = getattr(route, "path", None) or "unmatched"
+        method = scope["method"] if template != "unmatched" else "any"
+        self._metrics.requests.labels(template, method, status).inc()
+        if _log.isEnabledFor(logging.INFO):
+            path = scope.get("raw_path", b"").decode("ascii", "backslashreplace")
+            milliseconds = round(seconds * 1e3, 1)
+            _log.info(
+                "%s %s %d %.1f ms",
+                scope["method"],
+                path,
+                status,
+                milliseconds,
+                extra={
+                    "fields": {
+                        "method": scope["method"],
+                        "path": path,
+                        "route": template,
+                        "status": status,
+                        "milliseconds": milliseconds,
+                    }
+                },
+            )
+
+
+def _request_id(scope: Scope) -> str:
+    for name, value in scope["headers"]:
+        if name == b"x-request-id":
+            if _REQUEST_ID.fullmatch(value):
+                return bytes(value).decode()
+            break
+    return uuid.uuid4().hex
+
+
+async def _send_opaque(scope: Scope, name: str, send: Send) -> None:
+    """A 500 that tells nothing but the id under which the log tells all."""
+    document = http_problem(
+        500,
+        f"something went wrong; the server's log has it under request {name}",
+        instance=scope["path"],
+        request_id=name,
+    )
+    content = orjson.dumps(document)
+    headers = [
+        (b"content-type", MEDIA_TYPE.encode()),
+        (b"content-length", str(len(content)).encode()),
+    ]
+    await send({"type": "http.response.start", "status": 500, "headers": headers})
+    await send({"type": "http.response.body", "body": content})

@@ -1,0 +1,68 @@
+"""Errors as RFC 9457 problem details."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import Any, Final
+
+import orjson
+from starlette.responses import Response
+
+from service.errors import RetinaserveError, Unavailable
+
+MEDIA_TYPE: Final = "application/problem+json"
+_TYPE_PREFIX: Final = "urn:retinaserve:problem:"
+
+
+def problem(
+    status: int, detail: str, *, title: str, slug: str, instance: str, request_id: str
+) -> dict[str, Any]:
+    """The problem document."""
+    return {
+        "type": _TYPE_PREFIX + slug,
+        "title": title,
+        "status": status,
+        "detail": detail,
+        "instance": instance,
+        "request_id": request_id,
+    }
+
+
+def problem_of(error: RetinaserveError, *, instance: str, request_id: str) -> dict[str, Any]:
+    """The problem document of one of our own errors."""
+    return problem(
+        error.status,
+        str(error),
+        title=error.title,
+        slug=error.slug,
+        instance=instance,
+        request_id=request_id,
+    )
+
+
+def http_problem(
+    status: int, detail: str, *, instance: str, request_id: str
+) -> dict[str, Any]:
+    """The problem document of a bare HTTP status."""
+    phrase = HTTPStatus(status).phrase
+    slug = phrase.lower().replace(" ", "-")
+    return problem(
+        status, detail, title=phrase, slug=slug, instance=instance, request_id=request_id
+    )
+
+
+def headers_of(error: RetinaserveError) -> dict[str, str]:
+    """Headers that go with an error."""
+    if isinstance(error, Unavailable):
+        return {"Retry-After": str(max(1, round(error.retry_after)))}
+    if error.status == HTTPStatus.REQUEST_TIMEOUT:
+        # The rest of the body may come for a long time yet.
+        return {"Connection": "close"}
+    return {}
+
+
+def respond(document: dict[str, Any], headers: dict[str, str] | None = None) -> Response:
+    """The problem as a response."""
+    return Response(
+        orjson.dumps(document), document["status"], media_type=MEDIA_TYPE, headers=headers
+    )

@@ -1,0 +1,1 @@
+"""HTTP in and out: each module translates one group of routes to calls and back."""

@@ -1,0 +1,205 @@
+"""POST /v1/detect/batch: many pictures in one request, none of which can fail another."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Annotated, Any, Final, NamedTuple
+
+import orjson
+from fastapi import FastAPI, Query, Request, Response
+from starlette.responses import StreamingResponse
+
+from service import results
+from service.bodies import Body, decode_base64, parse_json, parse_multipart
+from service.context import Service
+from service.errors import (
+    InvalidParameter,
+    MalformedRequest,
+    RetinaserveError,
+    Unavailable,
+    UnsupportedMedia,
+)
+from service.observability import request_id
+from service.pipeline import Servable
+from service.problems import problem_of
+from service.results import Selection
+from service.routes import openapi
+from service.routes.detect import (
+    cancelled_when_gone,
+    detect_one,
+    image_json,
+    model_json,
+    receive_body,
+)
+from service.routes.parameters import BatchQuery, deadline
+
+_log = logging.getLogger("retinaserve.batch")
+
+NDJSON: Final = "application/x-ndjson"
+_SPARE_PARTS: Final = 16
+"""Parts of other names that a form may carry along."""
+_BIG_BODY: Final = 256 * 1024
+
+
+class Picture(NamedTuple):
+    """One picture of a request, as it was sent."""
+
+    id: str
+    content: memoryview | str
+    """Bytes, or base64."""
+
+
+class BatchRoute:
+    """Translates a request of many pictures to the pipeline and back."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def __call__(
+        self, request: Request, query: Annotated[BatchQuery, Query()]
+    ) -> Response:
+        service, arrived = self._service, time.monotonic()
+        model = service.registry.get(query.model, query.version)
+        selection = query.selection(model.metadata)
+        body = await receive_body(service, request)
+        pictures = await self._pictures(request.headers.get("content-type", ""), body)
+        limit = deadline(
+            request.headers,
+            arrived=arrived,
+            read=time.monotonic(),
+            limit_ms=service.settings.request_timeout_ms,
+        )
+        run = _Run(service, model, selection, limit, request.url.path)
+        if NDJSON in request.headers.get("accept", "").lower():
+            return StreamingResponse(run.lines(pictures), media_type=NDJSON)
+        async with cancelled_when_gone(request.receive):
+            answers = [answer async for answer in run.answers(pictures)]
+            answers.sort(key=lambda answer: int(answer["index"]))
+            content = await service.off_loop(
+                orjson.dumps, {"results": answers, "model": model_json(model)}
+            )
+        return Response(content, media_type="application/json")
+
+    async def _pictures(self, content_type: str, body: Body) -> list[Picture]:
+        kind = content_type.partition(";")[0].strip().lower()
+        most = self._service.settings.max_batch_images
+        if kind == "multipart/form-data":
+            pictures = _form_pictures(body, content_type, most)
+        elif kind == "application/json":
+            pictures = (
+                _json_pictures(body)
+                if len(body) < _BIG_BODY
+                else await self._service.off_loop(_json_pictures, body)
+            )
+        else:
+            raise UnsupportedMedia(
+                f"Content-Type {content_type!r} is not accepted here; send multipart/form-data "
+                "with parts named 'files', or application/json"
+            )
+        if not 1 <= len(pictures) <= most:
+            raise InvalidParameter(f"{len(pictures)} pictures in one request; send 1 to {most}")
+        return pictures
+
+
+def add_routes(app: FastAPI, service: Service) -> None:
+    """Add the route to an application."""
+    app.add_api_route(
+        "/v1/detect/batch",
+        BatchRoute(service).__call__,
+        methods=["POST"],
+        **openapi.batch(),
+    )
+
+
+class _Run:
+    """One request's pictures on their way, a window of them at a time."""
+
+    def __init__(
+        self,
+        service: Service,
+        model: Servable,
+        selection: Selection,
+        limit: float,
+        path: str,
+    ) -> None:
+        self._service = service
+        self._model = model
+        self._selection = selection
+        self._limit = limit
+        self._path = path
+        self._window = asyncio.Semaphore(service.batch_window)
+
+    async def answers(self, pictures: Sequence[Picture]) -> AsyncIterator[dict[str, Any]]:
+        """One answer for each picture, as each finishes."""
+        tasks = [
+            asyncio.create_task(self._answer(index, picture))
+            for index, picture in enumerate(pictures)
+        ]
+        try:
+            for finished in asyncio.as_completed(tasks):
+                yield await finished
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def lines(self, pictures: Sequence[Picture]) -> AsyncIterator[bytes]:
+        """The answers as newline-delimited JSON."""
+        async for answer in self.answers(pictures):
+            yield orjson.dumps(answer) + b"\n"
+
+    async def _answer(self, index: int, picture: Picture) -> dict[str, Any]:
+        answer: dict[str, Any] = {"index": index, "id": picture.id}
+        try:
+            async with self._window:
+                return answer | {"status": 200} | await self._detect(picture)
+        except RetinaserveError as error:
+            if isinstance(error, Unavailable):
+                self._service.metrics.refusals.labels(error.reason).inc()
+            failure = error
+        except Exception:
+            _log.exception("picture %d of a batch failed in a way that nobody foresaw", index)
+            failure = RetinaserveError("the server failed on this picture; its log says why")
+        document = problem_of(failure, instance=self._path, request_id=request_id.get())
+        return answer | {"status": failure.status, "error": document}
+
+    async def _detect(self, picture: Picture) -> dict[str, Any]:
+        service, model = self._service, self._model
+        with service.pictures.slot():
+            content = picture.content
+            if isinstance(content, str):
+                content = memoryview(await service.off_loop(decode_base64, content))
+            outcome, found = await detect_one(
+                service, content, model, self._selection, self._limit
+            )
+            return {
+                "image": image_json(outcome.letterbox.original),
+                "detections": results.native(found, model.metadata.classes),
+            }
+
+
+def _form_pictures(body: Body, content_type: str, most: int) -> list[Picture]:
+    parts = parse_multipart(body, content_type, max_parts=most + _SPARE_PARTS)
+    files = [part for part in parts if part.name == "files"]
+    if not files:
+        names = ", ".join(part.name for part in parts) or "nothing"
+        raise MalformedRequest(f"send parts named 'files'; the body holds {names}")
+    return [Picture(part.filename or str(i), part.data) for i, part in enumerate(files)]
+
+
+def _json_pictures(body: Body) -> list[Picture]:
+    images = parse_json(body).get("images")
+    if not isinstance(images, list):
+        raise MalformedRequest('the JSON body must be {"images": [{"id": …, "image": "<base64>"}]}')
+    return [_json_picture(index, entry) for index, entry in enumerate(images)]
+
+
+def _json_picture(index: int, entry: object) -> Picture:
+    if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
+        raise MalformedRequest(f'images[{index}] must be {{"image": "<base64>"}}')
+    name = entry.get("id", str(index))
+    if not isinstance(name, str | int):
+        raise MalformedRequest(f"images[{index}].id must be a string")
+    return Picture(str(name), entry["image"])

@@ -1,0 +1,241 @@
+"""POST /v1/detect: one picture."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Annotated, Any, Final
+
+import numpy as np
+import orjson
+from fastapi import FastAPI, Query, Request, Response
+
+from service import results
+from service.annotate import draw, encode
+from service.bodies import (
+    Body,
+    ClientGone,
+    Receive,
+    decode_base64,
+    parse_json,
+    parse_multipart,
+    read_body,
+)
+from service.canvas import Size
+from service.context import Service
+from service.detector import Detections
+from service.errors import MalformedRequest
+from service.imaging import decode
+from service.pipeline import Outcome, Servable
+from service.results import Selection, select
+from service.routes import openapi
+from service.routes.parameters import (
+    DetectQuery,
+    Format,
+    ImageType,
+    deadline,
+    deadline_ms,
+    wanted_image,
+)
+
+_BIG_BODY: Final = 256 * 1024
+"""From this size on a JSON body is worth a thread."""
+_MANY_DETECTIONS: Final = 200
+"""From this number on an answer is worth a thread."""
+_MAX_PARTS: Final = 16
+
+
+class DetectRoute:
+    """Translates one picture's request to the pipeline and back."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def __call__(
+        self, request: Request, query: Annotated[DetectQuery, Query()]
+    ) -> Response:
+        service, arrived = self._service, time.monotonic()
+        model = service.registry.get(query.model, query.version)
+        selection = query.selection(model.metadata)
+        body = await receive_body(service, request)
+        read = time.monotonic()
+        limit = deadline(
+            request.headers,
+            arrived=arrived,
+            read=read,
+            limit_ms=service.settings.request_timeout_ms,
+        )
+        with service.pictures.slot():
+            async with cancelled_when_gone(request.receive):
+                picture = await self._picture(request.headers.get("content-type", ""), body)
+                outcome, found = await detect_one(service, picture, model, selection, limit)
+                image_type = wanted_image(request.headers.get("accept"))
+                if image_type is not None:
+                    content = await service.off_loop(
+                        _annotated, picture, found, model, image_type, service
+                    )
+                    return Response(content, media_type=image_type)
+                write = _native if query.format == "native" else _foreign
+                arguments = (model, outcome, found, read, query.format)
+                if len(found) < _MANY_DETECTIONS:
+                    content = write(*arguments)
+                else:
+                    content = await service.off_loop(write, *arguments)
+        return Response(content, media_type="application/json")
+
+    async def _picture(self, content_type: str, body: Body) -> bytes | memoryview:
+        kind = content_type.partition(";")[0].strip().lower()
+        if kind == "multipart/form-data":
+            return _file_part(body, content_type)
+        if kind == "application/json":
+            if len(body) < _BIG_BODY:
+                return _json_image(body)
+            return await self._service.off_loop(_json_image, body)
+        return body if isinstance(body, bytes) else memoryview(body)
+
+
+def add_routes(app: FastAPI, service: Service) -> None:
+    """Add the route to an application."""
+    app.add_api_route(
+        "/v1/detect",
+        DetectRoute(service).__call__,
+        methods=["POST"],
+        **openapi.detect(),
+    )
+
+
+async def receive_body(service: Service, request: Request) -> Body:
+    """Read a request's body within the service's limits; refuse early what cannot be served."""
+    settings = service.settings
+    asked = request.headers.get("x-deadline-ms")
+    if asked is not None:
+        deadline_ms(asked, settings.request_timeout_ms)
+    service.admit()
+    with service.uploads.slot():
+        return await read_body(
+            request.headers,
+            request.receive,
+            limit=settings.max_body_bytes,
+            timeout=settings.body_timeout_ms / 1e3,
+        )
+
+
+@asynccontextmanager
+async def cancelled_when_gone(receive: Receive) -> AsyncIterator[None]:
+    """Stop the work inside as soon as the client closes its connection. Raises ClientGone then."""
+    task = asyncio.current_task()
+    assert task is not None, "runs inside a request"
+    gone = False
+
+    async def watch() -> None:
+        nonlocal gone
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        gone = True
+        task.cancel()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    except asyncio.CancelledError:
+        if gone:
+            task.uncancel()
+            raise ClientGone from None
+        raise
+    finally:
+        watcher.cancel()
+
+
+async def detect_one(
+    service: Service,
+    picture: bytes | memoryview,
+    model: Servable,
+    selection: Selection,
+    limit: float,
+) -> tuple[Outcome, Detections]:
+    """One picture through the pipeline; its wanted detections in original pixels."""
+    started = time.monotonic()
+    outcome = await service.pipeline.detect(
+        picture,
+        model,
+        score=selection.lowest_score,
+        iou=selection.iou,
+        deadline=limit,
+        max_pixels=service.settings.max_image_pixels,
+    )
+    found = select(outcome.detections, outcome.letterbox, selection)
+    classes = model.metadata.classes
+    counts = np.bincount(found.labels, minlength=len(classes)).tolist()
+    service.metrics.count_detections(model.name, classes, counts)
+    service.metrics.observe_stages(*outcome.timing, time.monotonic() - started)
+    return outcome, found
+
+
+def model_json(model: Servable) -> dict[str, Any]:
+    """How answers name the model that made them."""
+    return {"name": model.name, "version": model.version}
+
+
+def image_json(size: Size) -> dict[str, int]:
+    """How answers give a picture's size."""
+    return {"width": size.width, "height": size.height}
+
+
+def _native(
+    model: Servable, outcome: Outcome, found: Detections, read: float, _: Format
+) -> bytes:
+    timing = outcome.timing
+    return orjson.dumps(
+        {
+            "model": model_json(model),
+            "image": image_json(outcome.letterbox.original),
+            "detections": results.native(found, model.metadata.classes),
+            "timing_ms": {
+                "decode": round(timing.decode * 1e3, 2),
+                "queue": round(timing.queue * 1e3, 2),
+                "inference": round(timing.inference * 1e3, 2),
+                "total": round((time.monotonic() - read) * 1e3, 2),
+            },
+        }
+    )
+
+
+def _foreign(
+    model: Servable, outcome: Outcome, found: Detections, _: float, shape: Format
+) -> bytes:
+    classes = model.metadata.classes
+    if shape == "coco":
+        return orjson.dumps(results.coco(found))
+    if shape == "roboflow":
+        return orjson.dumps(results.roboflow(found, classes, outcome.letterbox.original))
+    return orjson.dumps(results.hugging_face(found, classes))
+
+
+def _annotated(
+    picture: bytes | memoryview,
+    found: Detections,
+    model: Servable,
+    image_type: ImageType,
+    service: Service,
+) -> bytes:
+    image = decode(picture, max_pixels=service.settings.max_image_pixels)
+    draw(image, found, model.metadata.classes)
+    return encode(image, "PNG" if image_type == "image/png" else "JPEG")
+
+
+def _file_part(body: Body, content_type: str) -> memoryview:
+    parts = parse_multipart(body, content_type, max_parts=_MAX_PARTS)
+    files = [part for part in parts if part.name == "file"]
+    if len(files) != 1:
+        names = ", ".join(part.name for part in parts) or "nothing"
+        raise MalformedRequest(f"send exactly one part named 'file'; the body holds {names}")
+    return files[0].data
+
+
+def _json_image(body: Body) -> bytes:
+    document = parse_json(body)
+    if "image" not in document:
+        raise MalformedRequest('the JSON body must be {"image": "<base64>"}')
+    return decode_base64(document["image"])

@@ -1,0 +1,73 @@
+"""GET /healthz, /readyz and /metrics: for those who watch over the service."""
+
+from __future__ import annotations
+
+import orjson
+from fastapi import FastAPI, Request, Response
+from prometheus_client.exposition import choose_encoder
+
+from service.context import Service
+
+
+class HealthRoutes:
+    """Answers from flags alone, so that they come at once whatever the model does."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def alive(self) -> Response:
+        """Alive; 503 only once the device is lost for good."""
+        fatal = self._service.pipeline.fatal
+        return _json({"status": "ok" if fatal is None else "failed", "reason": fatal}, fatal)
+
+    async def ready(self) -> Response:
+        """Ready for requests: the default model is warm and no drain has begun."""
+        service = self._service
+        reason = service.not_ready()
+        return _json(
+            {
+                "status": "ready" if reason is None else "not ready",
+                "reason": reason,
+                "device": service.hardware.name,
+                "fallback": service.hardware.fallback,
+                "model": service.registry.default,
+            },
+            reason,
+        )
+
+    async def metrics(self, request: Request) -> Response:
+        """Prometheus metrics."""
+        encoder, content_type = choose_encoder(request.headers.get("accept", ""))
+        content = await self._service.off_loop(encoder, self._service.metrics.registry)
+        return Response(content, headers={"Content-Type": content_type})
+
+
+def add_routes(app: FastAPI, service: Service) -> None:
+    """Add the routes to an application."""
+    routes = HealthRoutes(service)
+    for path, endpoint in (
+        ("/healthz", routes.alive),
+        ("/readyz", routes.ready),
+        ("/metrics", routes.metrics),
+    ):
+        app.add_api_route(
+            path,
+            endpoint,
+            methods=["GET", "HEAD"],
+            tags=["operation"],
+            response_class=Response,
+            # One operation id for each method would be needed; GET is the one to describe.
+            include_in_schema=False,
+        )
+
+
+def _json(document: dict[str, str | None], reason: str | None) -> Response:
+    headers = {"Cache-Control": "no-store"}
+    if reason is not None:
+        headers["Retry-After"] = "1"
+    return Response(
+        orjson.dumps({name: value for name, value in document.items() if value is not None}),
+        200 if reason is None else 503,
+        headers=headers,
+        media_type="application/json",
+    )

@@ -1,0 +1,114 @@
+"""Query parameters and headers that the detection routes share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.datastructures import Headers
+
+from service.artifact import MAX_DETECTIONS_CAP, Metadata
+from service.errors import InvalidParameter
+from service.results import Selection, resolve
+
+Format = Literal["native", "coco", "roboflow", "hf"]
+ImageType = Literal["image/jpeg", "image/png"]
+
+_JSON_RANGES: Final = ("application/json", "application/*", "*/*")
+_IMAGE_RANGES: Final[dict[str, ImageType]] = {
+    "image/jpeg": "image/jpeg",
+    "image/png": "image/png",
+    "image/*": "image/jpeg",
+}
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
+
+
+class BatchQuery(BaseModel):
+    """What a request may ask for. What it leaves open, the model's own thresholds fill."""
+
+    model_config = ConfigDict(
+        extra="forbid", protected_namespaces=(), use_attribute_docstrings=True
+    )
+
+    score_threshold: Fraction | None = None
+    """Only detections that score above this; replaces the model's per-class thresholds too."""
+    iou_threshold: Fraction | None = None
+    """A box that overlaps a better one of its class by more than this is suppressed."""
+    max_detections: int | None = Field(default=None, ge=1, le=MAX_DETECTIONS_CAP)
+    """Most detections for a picture."""
+    classes: list[str] | None = None
+    """Only these classes: repeated, or separated by commas."""
+    model: str | None = None
+    """Name of the model; default: the server's default model."""
+    version: int | None = Field(default=None, ge=1)
+    """Version of the model; default: the highest that is ready."""
+
+    def selection(self, metadata: Metadata) -> Selection:
+        """What to keep of a picture's detections. Raises InvalidParameter."""
+        return resolve(
+            metadata,
+            score_threshold=self.score_threshold,
+            iou_threshold=self.iou_threshold,
+            max_detections=self.max_detections,
+            classes=None if self.classes is None else _split(self.classes, metadata.classes),
+        )
+
+
+class DetectQuery(BatchQuery):
+    """As for a batch, and the shape of the answer."""
+
+    format: Format = "native"
+    """Shape of the JSON answer."""
+
+
+def deadline(headers: Headers, *, arrived: float, read: float, limit_ms: int) -> float:
+    """When an answer is too late, on the clock of `time.monotonic`.
+
+    `arrived` is when the request came, which `X-Deadline-Ms` counts from; `read` is when its body
+    was complete, which the service's own limit counts from. Raises InvalidParameter.
+    """
+    own = read + limit_ms / 1e3
+    asked = headers.get("x-deadline-ms")
+    return own if asked is None else min(own, arrived + deadline_ms(asked, limit_ms) / 1e3)
+
+
+def deadline_ms(asked: str, limit_ms: int) -> int:
+    """The value of `X-Deadline-Ms`. Raises InvalidParameter."""
+    if not (asked.isascii() and asked.isdecimal() and 1 <= int(asked) <= limit_ms):
+        raise InvalidParameter(f"X-Deadline-Ms: {asked!r} is not a whole number in 1..{limit_ms}")
+    return int(asked)
+
+
+def wanted_image(accept: str | None) -> ImageType | None:
+    """The picture type that `Accept` prefers to JSON; None for JSON."""
+    if accept is None or "image/" not in accept:
+        return None
+    json_weight, best, image = 0.0, 0.0, None
+    for item in accept.split(","):
+        media, _, parameters = item.partition(";")
+        media, weight = media.strip().lower(), _weight(parameters)
+        if media in _JSON_RANGES:
+            json_weight = max(json_weight, weight)
+        elif media in _IMAGE_RANGES and weight > best:
+            best, image = weight, _IMAGE_RANGES[media]
+    return image if best > json_weight else None
+
+
+def _weight(parameters: str) -> float:
+    for parameter in parameters.split(";"):
+        name, _, value = parameter.partition("=")
+        if name.strip().lower() == "q":
+            try:
+                return float(value)
+            except ValueError:
+                return 0.0
+    return 1.0
+
+
+def _split(asked: list[str], known: tuple[str, ...]) -> list[str]:
+    names: list[str] = []
+    for value in asked:
+        # A class may have a comma in its name.
+        names.extend([value] if value in known else [part.strip() for part in value.split(",")])
+    return names

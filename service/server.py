@@ -1,0 +1,144 @@
+"""uvicorn, driven so that it binds before it loads, drains when told to stop, and exits with 0."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import logging
+import signal
+import socket
+import threading
+import time
+from collections.abc import Generator
+from pathlib import Path
+from types import FrameType
+from typing import Literal
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.server import HANDLED_SIGNALS
+
+from service.context import Service
+from service.errors import DeviceError
+
+_log = logging.getLogger("retinaserve.server")
+_BACKLOG = 2048
+
+
+class AddressError(DeviceError):
+    """The address cannot be listened on."""
+
+    title = "Unusable address"
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Bind an address, so that a busy port is known before anything is loaded.
+
+    Raises AddressError.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise AddressError(f"cannot listen on {host}: {error.strerror or error}") from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise AddressError(
+            f"cannot listen on {host} port {port}: {error.strerror or error}; "
+            "choose another with --port"
+        ) from error
+    listener.set_inheritable(True)
+    return listener
+
+
+def url(listener: socket.socket, *, tls: bool) -> str:
+    """Where a browser finds the service."""
+    host, port = listener.getsockname()[:2]
+    shown = "localhost" if host in ("0.0.0.0", "::", "127.0.0.1", "::1") else host
+    if ":" in shown:
+        shown = f"[{shown}]"
+    return f"{'https' if tls else 'http'}://{shown}:{port}"
+
+
+class Server(uvicorn.Server):
+    """Serves one application on one listener until a signal comes, then drains."""
+
+    def __init__(
+        self,
+        app: FastAPI,
+        *,
+        root_path: str = "",
+        certificate: Path | None = None,
+        key: Path | None = None,
+    ) -> None:
+        self._service: Service = app.state.service
+        settings = self._service.settings
+        self._drain_delay = settings.drain_delay_seconds
+        self._closes_at: float | None = None
+        super().__init__(
+            uvicorn.Config(
+                app,
+                root_path=root_path,
+                ssl_certfile=certificate,
+                ssl_keyfile=key,
+                loop=_available("uvloop"),
+                http=_available("httptools"),
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                # Longer than the usual 60 s of load balancers, which then close first: the other
+                # way round a request can meet a connection that is just being closed.
+                timeout_keep_alive=75,
+                timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
+            )
+        )
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """As uvicorn's, but a signal is not raised again after the drain: the exit code is 0."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self.handle_exit) for number in HANDLED_SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """First signal: drain. Second: stop waiting."""
+        if self._closes_at is not None:
+            self.should_exit = True
+            self.force_exit = True
+            return
+        self._service.draining = True
+        delay = 0.0 if sig == signal.SIGINT else self._drain_delay
+        self._closes_at = time.monotonic() + delay
+        self.should_exit = delay == 0.0
+
+    async def on_tick(self, counter: int) -> bool:
+        """uvicorn asks ten times a second whether to stop."""
+        if self._closes_at is not None and time.monotonic() >= self._closes_at:
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close the listener, finish what is in flight."""
+        _log.info("draining for at most %g s", self._service.settings.drain_seconds)
+        await super().shutdown(sockets)
+        # Tasks that were cancelled at the end of the drain get to answer their cancellation.
+        await asyncio.sleep(0)
+
+
+def _available(package: Literal["uvloop", "httptools"]) -> Literal["uvloop", "httptools", "auto"]:
+    return package if importlib.util.find_spec(package) else "auto"
