@@ -60,6 +60,16 @@ class Detector:
         """The execution providers that the session really uses, first choice first."""
         return list(self._session.get_providers())
 
+    def inputs(self) -> list[str]:
+        """Name, type and shape of every input, those with defaults marked, for people."""
+        required = [_signature(value) for value in self._session.get_inputs()]
+        defaults = self._session.get_overridable_initializers()
+        return required + [f"{_signature(value)} (has a default)" for value in defaults]
+
+    def outputs(self) -> list[str]:
+        """Name, type and shape of every output, for people."""
+        return [_signature(value) for value in self._session.get_outputs()]
+
     def __call__(
         self,
         canvases: NDArray[np.uint8],
@@ -92,3 +102,7 @@ class Detector:
         blank = np.zeros((batch, canvas.height, canvas.width, 3), dtype=np.uint8)
         sizes = np.tile(np.array([canvas], dtype=np.int64), (batch, 1))
         self(blank, sizes, score_threshold=0.5, iou_threshold=0.5)
+
+
+def _signature(value: ort.NodeArg) -> str:
+    return f"{value.name} {value.type.removeprefix('tensor')} {value.shape}"

@@ -1,0 +1,362 @@
+"""`retinaserve detect`: files and folders to detections, without a server."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+from typing import Any, Final, Protocol, TextIO
+
+import numpy as np
+import orjson
+from tqdm import tqdm
+
+from service import results
+from service.annotate import Encoding, draw, encode
+from service.artifact import Artifact, read_artifact, scan_repository
+from service.canvas import Size
+from service.detector import Detections, Detector
+from service.devices import cpu_count, open_detector, resolve
+from service.errors import DataError, InferenceFailed, MalformedImage, RetinaserveError, UnknownModel
+from service.imaging import Prepared, decode, media_type, prepare
+from service.problems import problem_of
+from service.results import Selection, select
+from service.settings import Settings, load_settings
+
+_SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".png", ".webp"})
+_ENCODINGS: Final[dict[str, Encoding]] = {
+    "image/jpeg": "JPEG",
+    "image/png": "PNG",
+    "image/webp": "WEBP",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A picture to work on."""
+
+    path: Path
+    relative: Path
+    """Below the folder that was named; where the annotated copy goes below `--save-dir`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a picture holds, in original pixels."""
+
+    image: Size
+    detections: Detections
+    timing_ms: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """The model in use, and how answers name it."""
+
+    name: str
+    version: int | None
+    detector: Detector
+    selection: Selection
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.detector.metadata.classes
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "version": self.version}
+
+
+class Writer(Protocol):
+    """One output format."""
+
+    def add(self, index: int, source: Source, found: Found | RetinaserveError) -> None:
+        """Write one picture's result."""
+
+    def close(self) -> None:
+        """Write what comes last."""
+
+
+def run(
+    paths: Sequence[Path],
+    *,
+    model: str | None,
+    score_threshold: float | None,
+    device: str | None,
+    output: str,
+    save_dir: Path | None,
+) -> int:
+    """Detect in everything below `paths`; the number of pictures that failed.
+
+    Raises DataError, ArtifactError, UnknownModel or DeviceError before any picture is touched.
+    """
+    settings = load_settings(device=device)
+    sources = find_pictures(paths)
+    loaded = load_model(settings, model, score_threshold)
+    alone = len(paths) == 1 and paths[0].is_file()
+    writer = _writer(output, loaded, alone=alone)
+    failed = 0
+    with ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(cpu_count()))
+        stack.callback(writer.close)
+        bar = stack.enter_context(
+            tqdm(total=len(sources), unit="picture", file=sys.stderr, disable=len(sources) == 1)
+        )
+        answers = _detect_all(sources, loaded, pool, settings.max_image_pixels)
+        for index, (source, found) in enumerate(answers):
+            if save_dir is not None and isinstance(found, Found):
+                found = _save(source, found, loaded, save_dir, settings.max_image_pixels)
+            if isinstance(found, RetinaserveError):
+                failed += 1
+                tqdm.write(f"retinaserve: {source.path}: {found}", file=sys.stderr)
+            writer.add(index, source, found)
+            bar.update()
+    return failed
+
+
+def find_pictures(paths: Sequence[Path]) -> list[Source]:
+    """Files as named, and every picture below the folders, by name. Raises DataError."""
+    sources: list[Source] = []
+    taken: set[Path] = set()
+    for path in paths:
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES)
+            if not any(p.is_file() for p in found):
+                raise DataError(f"{path}: no picture in this folder ({', '.join(sorted(_SUFFIXES))})")
+            pairs = [(p, p.relative_to(path)) for p in found if p.is_file()]
+        else:
+            pairs = [(path, Path(path.name))]
+        for file, relative in pairs:
+            unique = _unique(relative, taken)
+            taken.add(unique)
+            sources.append(Source(file, unique))
+    return sources
+
+
+def load_model(
+    settings: Settings, model: str | None, score_threshold: float | None
+) -> LoadedModel:
+    """A model file, or a model of the repository, on the first device that was asked for."""
+    hardware = resolve(settings.device)
+    artifact, version = _find_model(settings, model)
+    detector = open_detector(artifact, hardware.devices[0])
+    selection = results.resolve(artifact.metadata, score_threshold=score_threshold)
+    # In a repository the folder names the model; a file by itself has only its own word.
+    name = artifact.metadata.name if version is None else artifact.path.parent.parent.name
+    return LoadedModel(name, version, detector, selection)
+
+
+def _find_model(settings: Settings, model: str | None) -> tuple[Artifact, int | None]:
+    if model is not None and (model.endswith(".onnx") or "/" in model):
+        path = Path(model).absolute()
+        version = path.parent.name
+        return read_artifact(path), int(version) if version.isdecimal() else None
+    name, _, wanted = (model or "").partition("@")
+    name = name or settings.default_model or ""
+    entries = scan_repository(settings.models_dir)
+    if not name and len({entry.name for entry in entries}) > 1:
+        names = ", ".join(sorted({entry.name for entry in entries}))
+        raise DataError(f"{settings.models_dir} holds several models ({names}); name one: --model")
+    fitting = [
+        entry
+        for entry in entries
+        if (not name or entry.name == name) and (not wanted or str(entry.version) == wanted)
+    ]
+    if not fitting:
+        known = ", ".join(f"{entry.name}@{entry.version}" for entry in entries)
+        raise UnknownModel(f"no model {model!r} in {settings.models_dir}; there is {known}")
+    return read_artifact(fitting[-1].path), fitting[-1].version
+
+
+def _unique(relative: Path, taken: set[Path]) -> Path:
+    candidate, number = relative, 2
+    while candidate in taken:
+        candidate = relative.with_stem(f"{relative.stem}-{number}")
+        number += 1
+    return candidate
+
+
+def _detect_all(
+    sources: Sequence[Source], loaded: LoadedModel, pool: ThreadPoolExecutor, max_pixels: int
+) -> Iterator[tuple[Source, Found | RetinaserveError]]:
+    """In order; a few pictures are decoded ahead of the one in inference."""
+    ahead: deque[tuple[Source, Future[tuple[Prepared, float]]]] = deque()
+    waiting = iter(sources)
+    for source in waiting:
+        ahead.append((source, pool.submit(_prepare, source.path, loaded, max_pixels)))
+        if len(ahead) > 2 * cpu_count():
+            yield _detect_one(*ahead.popleft(), loaded)
+    while ahead:
+        yield _detect_one(*ahead.popleft(), loaded)
+
+
+def _prepare(path: Path, loaded: LoadedModel, max_pixels: int) -> tuple[Prepared, float]:
+    started = monotonic()
+    rule = loaded.detector.metadata.canvas
+    prepared = prepare(_read(path), rule, max_pixels=max_pixels)
+    return prepared, (monotonic() - started) * 1e3
+
+
+def _detect_one(
+    source: Source, decoded: Future[tuple[Prepared, float]], loaded: LoadedModel
+) -> tuple[Source, Found | RetinaserveError]:
+    try:
+        prepared, decode_ms = decoded.result()
+    except RetinaserveError as error:
+        return source, error
+    started = monotonic()
+    letterbox, selection = prepared.letterbox, loaded.selection
+    try:
+        (raw,) = loaded.detector(
+            prepared.canvas[np.newaxis],
+            np.array([letterbox.resized], dtype=np.int64),
+            score_threshold=selection.lowest_score,
+            iou_threshold=selection.iou,
+        )
+    except Exception as error:
+        # onnxruntime's errors share no base class that it documents.
+        return source, InferenceFailed(f"the model failed on this picture: {error}")
+    inference_ms = (monotonic() - started) * 1e3
+    timing = {
+        "decode": round(decode_ms, 2),
+        "queue": 0.0,
+        "inference": round(inference_ms, 2),
+        "total": round(decode_ms + inference_ms, 2),
+    }
+    return source, Found(letterbox.original, select(raw, letterbox, selection), timing)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise MalformedImage(f"cannot be read: {error.strerror or error}") from error
+
+
+def _save(
+    source: Source, found: Found, loaded: LoadedModel, folder: Path, max_pixels: int
+) -> Found | RetinaserveError:
+    target = folder / source.relative
+    try:
+        data = _read(source.path)
+        image = decode(data, max_pixels=max_pixels)
+        content = encode(
+            draw(image, found.detections, loaded.classes), _ENCODINGS[media_type(data)]
+        )
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+    except RetinaserveError as error:
+        return error
+    except OSError as error:
+        raise DataError(f"{target}: cannot be written: {error.strerror or error}") from error
+    return found
+
+
+def _writer(output: str, loaded: LoadedModel, *, alone: bool) -> Writer:
+    if output == "csv":
+        return CsvWriter(sys.stdout, loaded)
+    if output == "coco":
+        return CocoWriter(sys.stdout)
+    return OneWriter(sys.stdout, loaded) if alone else BatchWriter(sys.stdout, loaded)
+
+
+class OneWriter:
+    """The answer of POST /v1/detect; nothing for a picture that failed."""
+
+    def __init__(self, stream: TextIO, loaded: LoadedModel) -> None:
+        self._stream = stream
+        self._loaded = loaded
+
+    def add(self, index: int, source: Source, found: Found | RetinaserveError) -> None:
+        """Write the one picture's result."""
+        if isinstance(found, Found):
+            document = {
+                "model": self._loaded.to_json(),
+                **_picture_json(found, self._loaded),
+                "timing_ms": found.timing_ms,
+            }
+            self._stream.write(orjson.dumps(document, option=orjson.OPT_INDENT_2).decode() + "\n")
+
+    def close(self) -> None:
+        """Nothing comes last."""
+
+
+class BatchWriter:
+    """The answer of POST /v1/detect/batch, written as pictures finish; `id` is the path."""
+
+    def __init__(self, stream: TextIO, loaded: LoadedModel) -> None:
+        self._stream = stream
+        self._loaded = loaded
+        self._between = "\n"
+        stream.write('{"results": [')
+
+    def add(self, index: int, source: Source, found: Found | RetinaserveError) -> None:
+        """Write one picture's result."""
+        answer: dict[str, Any] = {"index": index, "id": str(source.path)}
+        if isinstance(found, Found):
+            answer |= {"status": 200} | _picture_json(found, self._loaded)
+        else:
+            error = problem_of(found, instance=str(source.path), request_id="-")
+            answer |= {"status": found.status, "error": error}
+        self._stream.write(self._between + orjson.dumps(answer).decode())
+        self._between = ",\n"
+
+    def close(self) -> None:
+        """Close the list."""
+        model = orjson.dumps(self._loaded.to_json()).decode()
+        self._stream.write(f'\n], "model": {model}}}\n')
+
+
+class CocoWriter:
+    """One list of COCO results; `image_id` counts the pictures, `file_name` says which it was."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._between = "\n"
+        stream.write("[")
+
+    def add(self, index: int, source: Source, found: Found | RetinaserveError) -> None:
+        """Write one picture's detections."""
+        if not isinstance(found, Found):
+            return
+        for row in results.coco(found.detections, image_id=index):
+            row["file_name"] = str(source.path)
+            self._stream.write(self._between + orjson.dumps(row).decode())
+            self._between = ",\n"
+
+    def close(self) -> None:
+        """Close the list."""
+        self._stream.write("\n]\n")
+
+
+class CsvWriter:
+    """A line for each detection."""
+
+    def __init__(self, stream: TextIO, loaded: LoadedModel) -> None:
+        self._writer = csv.writer(stream, lineterminator="\n")
+        self._loaded = loaded
+        self._writer.writerow(("file", "label", "class_id", "score", "x1", "y1", "x2", "y2"))
+
+    def add(self, index: int, source: Source, found: Found | RetinaserveError) -> None:
+        """Write one picture's detections."""
+        if not isinstance(found, Found):
+            return
+        for row in results.native(found.detections, self._loaded.classes):
+            self._writer.writerow(
+                (source.path, row["label"], row["class_id"], row["score"], *row["box"].values())
+            )
+
+    def close(self) -> None:
+        """Nothing comes last."""
+
+
+def _picture_json(found: Found, loaded: LoadedModel) -> dict[str, Any]:
+    return {
+        "image": {"width": found.image.width, "height": found.image.height},
+        "detections": results.native(found.detections, loaded.classes),
+    }
