@@ -13,8 +13,10 @@ from service.detector import Detections
 
 Encoding = Literal["JPEG", "PNG", "WEBP"]
 
-_GOLDEN_ANGLE: Final = 0.381966
-"""Share of the colour circle between one class and the next: no two of few come close."""
+_PALETTE: Final = ("#00796f", "#c65500", "#b0175e", "#1565c0", "#4d7c0f", "#7b3fb5", "#8d5a3b")
+"""Far apart in hue, dark enough for white text; the page draws in the same colours."""
+_GOLDEN_ANGLE: Final = 137.508
+"""Degrees of the colour circle between one further class and the next."""
 
 
 def draw(image: Image.Image, detections: Detections, classes: Sequence[str]) -> Image.Image:
@@ -44,8 +46,11 @@ def draw(image: Image.Image, detections: Detections, classes: Sequence[str]) -> 
 
 def class_colour(label: int) -> tuple[int, int, int]:
     """The colour of class `label`, dark enough for white text."""
-    red, green, blue = colorsys.hls_to_rgb(label * _GOLDEN_ANGLE % 1.0, 0.38, 0.85)
-    return round(red * 255), round(green * 255), round(blue * 255)
+    if label < len(_PALETTE):
+        red, green, blue = bytes.fromhex(_PALETTE[label][1:])
+        return red, green, blue
+    share_r, share_g, share_b = colorsys.hls_to_rgb(label * _GOLDEN_ANGLE % 360 / 360, 0.30, 0.65)
+    return round(share_r * 255), round(share_g * 255), round(share_b * 255)
 
 
 def encode(image: Image.Image, encoding: Encoding) -> bytes:

@@ -6,7 +6,7 @@ import { annotated } from "./drawing.js";
 import { lowestScore, shown, state } from "./state.js";
 import { chosenAnswer, point, render, renderBoxes, renderResult, renderStrip } from "./view.js";
 
-const ATTEMPTS = 5;
+const PATIENCE = 60; // seconds of being refused before a person is asked whether to go on
 
 const $ = (id) => document.getElementById(id);
 const pause = (seconds) => new Promise((resolve) => setTimeout(resolve, 1000 * seconds));
@@ -26,7 +26,8 @@ const isWaiting = (picture) => picture.status === "waiting" && state.pictures.in
 
 async function ask(picture) {
   const model = state.model;
-  for (let attempt = 1; isWaiting(picture); attempt += 1) {
+  const asked = performance.now();
+  while (isWaiting(picture)) {
     update(picture, { status: "sending", problem: null, note: "Looking…" });
     const started = performance.now();
     try {
@@ -36,7 +37,8 @@ async function ask(picture) {
     } catch (problem) {
       if (!(problem instanceof Problem)) throw problem;
       update(picture, { problem });
-      if (problem.retryAfter === null || attempt === ATTEMPTS) {
+      if (problem.status === 0) reconnect();
+      if (problem.retryAfter === null || performance.now() - asked > 1000 * PATIENCE) {
         return update(picture, { status: "failed" });
       }
       await countdown(picture, Math.max(1, problem.retryAfter));
@@ -250,6 +252,17 @@ async function untilReady() {
       await pause(Math.max(1, Math.min(5, problem.retryAfter ?? 1.5)));
     }
   }
+}
+
+let reconnecting = false;
+
+/** Say that the service is gone, until it answers again. */
+async function reconnect() {
+  if (reconnecting) return;
+  reconnecting = true;
+  const { device } = await untilReady();
+  status("ready", `Ready on ${device}`);
+  reconnecting = false;
 }
 
 function choose(model) {

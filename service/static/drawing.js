@@ -1,10 +1,10 @@
 // What is painted: the picture, boxes with their labels, the histogram of scores.
 
-// Far apart in hue and dark enough for white text; more classes go round the colour wheel.
+// Those of service/annotate.py: far apart in hue, dark enough for white text.
 const PALETTE = ["#00796f", "#c65500", "#b0175e", "#1565c0", "#4d7c0f", "#7b3fb5", "#8d5a3b"];
 
 export function colourOf(classIndex) {
-  return PALETTE[classIndex] ?? `hsl(${(classIndex * 137.508) % 360} 70% 34%)`;
+  return PALETTE[classIndex] ?? `hsl(${(classIndex * 137.508) % 360} 65% 30%)`;
 }
 
 /** The largest [width, height] with the picture's proportions inside the room; enlarged at most 2x. */

@@ -109,7 +109,7 @@ function renderCounts(picture) {
     const sum = state.pictures.flatMap(all).filter((d) => isAbove(d) && d.label === name).length;
     const row = $("classes").querySelector(`[data-class="${CSS.escape(name)}"]`);
     row.querySelector("input").checked = !state.hidden.has(name);
-    row.querySelector(".count").textContent = picture.answer ? count : "–";
+    row.querySelector(".count").textContent = picture.answer ? count : "";
     row.querySelector(".sum").textContent = several ? `of ${sum}` : "";
     if (!state.hidden.has(name)) {
       total.here += count;

@@ -1,0 +1,320 @@
+"""The page at `/`, in a real Chromium on a real server."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import Select
+
+from service.artifact import Thresholds
+from service.samples import draw_smear
+from tests import tiny_model
+from tests.e2e.browser import PATIENCE, Page, chromium, count, detect, free_port, server, until
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
+    driver = chromium(tmp_path_factory.mktemp("chromium"))
+    try:
+        yield driver
+    finally:
+        driver.quit()
+
+
+@pytest.fixture(scope="module")
+def bundled(browser: webdriver.Chrome) -> Iterator[str]:
+    """A server with the bundled model. Asks for the browser first: without one it is no use."""
+    with server() as url:
+        yield url
+
+
+@pytest.fixture
+def page(browser: webdriver.Chrome, bundled: str) -> Iterator[Page]:
+    page = Page(browser, bundled)
+    yield page
+    assert page.complaints() == []
+
+
+@pytest.fixture(scope="module")
+def smear(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("smear") / "it's drawn.png"
+    draw_smear(21, red=14, white=1, platelets=3)[0].save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository with one model, which finds bright squares."""
+    root = tmp_path_factory.mktemp("tiny")
+    tiny_model.save(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two red squares and a green one, for the tiny model: no resizing, scores of 0.6 and more."""
+    image = Image.new("RGB", (128, 96))
+    for place, colour in (((0, 0), (255, 0, 0)), ((64, 0), (160, 0, 0)), ((0, 48), (0, 190, 0))):
+        image.paste(colour, (*place, place[0] + 32, place[1] + 32))
+    path = tmp_path_factory.mktemp("squares") / "squares.png"
+    image.save(path)
+    return path
+
+
+def test_a_real_picture_dropped_on_the_page_gets_its_boxes(
+    page: Page, bundled: str, bccd: Path
+) -> None:
+    name = (bccd / "ImageSets" / "Main" / "val.txt").read_text().split()[0]
+    picture = bccd / "JPEGImages" / f"{name}.jpg"
+    answer = detect(bundled, picture)
+    page.drop(picture)
+    assert page.until_settled() == "done"
+    assert len(answer["detections"]) >= 5
+    page.screenshot("real")
+    assert page.counts() == count(answer)
+    page["labels"].click()
+    assert page.drawn(answer).total() >= 0.9 * count(answer).total()
+
+
+def test_a_drawn_picture_that_is_chosen_gets_its_boxes(
+    page: Page, bundled: str, smear: Path
+) -> None:
+    answer = detect(bundled, smear)
+    page.choose(smear)
+    assert page.until_settled() == "done"
+    assert page.counts() == count(answer)
+    page["labels"].click()
+    assert page.drawn(answer).total() >= 0.9 * count(answer).total()
+
+
+def test_the_slider_filters_without_asking_again(page: Page, bundled: str, smear: Path) -> None:
+    page.choose(smear)
+    page.until_settled()
+    seen = set()
+    for score in (0.1, 0.5, 0.8):
+        expected = detect(bundled, smear, score_threshold=score)
+        page.set_score(score)
+        assert page.counts() == count(expected), score
+        assert page["score-value"].text == f"{score:.2f}"
+        seen.add(count(expected).total())
+    assert len(seen) > 1
+    requests = page.browser.execute_script(
+        "return performance.getEntriesByType('resource').map((e) => e.name)"
+    )
+    assert sum("v1/detect" in name for name in requests) == 1
+    page["reset"].click()
+    assert page.counts() == count(detect(bundled, smear))
+
+
+def test_a_class_that_is_switched_off_leaves_the_picture(page: Page, smear: Path) -> None:
+    page.choose(smear)
+    page.until_settled()
+    label = page.counts().most_common(1)[0][0]
+    page["labels"].click()
+    rows = json.loads(page["json-text"].get_attribute("textContent"))["detections"]
+    of_class = {"image": {"width": 640, "height": 480}} | {
+        "detections": [row for row in rows if row["label"] == label]
+    }
+    assert page.drawn(of_class).total() >= 0.9 * len(of_class["detections"])
+    box = page["classes"].find_element(By.CSS_SELECTOR, f"[data-class='{label}'] input")
+    box.send_keys(Keys.SPACE)
+    assert page.drawn(of_class).total() == 0
+    assert label not in {
+        row["label"]
+        for row in json.loads(page["json-text"].get_attribute("textContent"))["detections"]
+    }
+    assert "classes=" in page["curl-line"].get_attribute("textContent")
+
+
+def test_the_sample_and_what_can_be_taken_along(page: Page, bundled: str, tmp_path: Path) -> None:
+    page.screenshot("start")
+    page["sample"].click()
+    assert page.until_settled() == "done"
+    stored = Path(__file__).parents[2] / "service" / "static" / "sample.jpg"
+    answer = detect(bundled, stored)
+    assert page.counts() == count(answer)
+    shown = json.loads(page["json-text"].get_attribute("textContent"))
+    assert shown["detections"] == answer["detections"]
+    assert "in the service" in page["timing"].text
+    assert page["curl-line"].text == f"curl --data-binary '@sample.jpg' '{bundled}v1/detect'"
+    page.until_announced()
+    page.screenshot("sample")
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    behaviour = {"behavior": "allow", "downloadPath": str(saved)}
+    page.browser.execute_cdp_cmd("Page.setDownloadBehavior", behaviour)
+    page["save-json"].click()
+    page["save-picture"].click()
+    until(lambda: {path.name for path in saved.iterdir()} == {"sample.json", "sample-boxes.png"})
+    assert json.loads((saved / "sample.json").read_text()) == shown
+    with Image.open(saved / "sample-boxes.png") as annotated, Image.open(stored) as plain:
+        assert annotated.size == plain.size
+        assert annotated.convert("RGB").tobytes() != plain.convert("RGB").tobytes()
+
+
+def test_several_pictures_in_a_row(page: Page, bundled: str, smear: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.jpg"
+    draw_smear(22, width=800, height=600, red=8)[0].save(other)
+    page.drop(smear, other)
+    page.until_settled()
+    assert page.counts() == count(detect(bundled, smear))
+    thumbnails = page["strip"].find_elements(By.TAG_NAME, "button")
+    assert len(thumbnails) == 2
+    thumbnails[0].click()
+    page.browser.switch_to.active_element.send_keys(Keys.ARROW_RIGHT)
+    page.until_settled()
+    assert page.counts() == count(detect(bundled, other))
+    assert "other.jpg, 800 \N{MULTIPLICATION SIGN} 600" in page["readout"].text
+    page.screenshot("several")
+    page["clear"].click()
+    assert page["empty"].is_displayed()
+
+
+def test_a_pasted_picture(page: Page, bundled: str, smear: Path) -> None:
+    page.paste(smear)
+    assert page.until_settled() == "done"
+    assert page.counts() == count(detect(bundled, smear))
+
+
+def test_text_is_refused_in_plain_words(page: Page, tmp_path: Path) -> None:
+    text = tmp_path / "cells.jpg"
+    text.write_text("no picture at all")
+    page.drop(text)
+    assert page.until_settled() == "failed"
+    assert "not a picture" in page["message"].text
+    assert "cells.jpg" in page["message"].text
+    assert "JPEG, PNG" in page["message"].text
+    assert not page["retry"].is_displayed()
+    page.screenshot("refused")
+
+
+def test_an_empty_and_a_cut_off_picture_are_refused_in_plain_words(
+    page: Page, smear: Path, tmp_path: Path
+) -> None:
+    empty, cut = tmp_path / "empty.png", tmp_path / "cut.png"
+    empty.write_bytes(b"")
+    cut.write_bytes(smear.read_bytes()[:2000])
+    for picture, words in ((empty, "The file is empty"), (cut, "cut off")):
+        page.drop(picture)
+        assert page.until_settled() == "failed"
+        assert "damaged" in page["message"].text
+        assert words in page["message"].text
+        page["clear"].click()
+
+
+def test_the_page_allows_itself_nothing_from_elsewhere(page: Page) -> None:
+    policy = page.browser.execute_async_script(
+        "const [done] = arguments;"
+        "fetch('.').then((r) => done(r.headers.get('Content-Security-Policy')))"
+    )
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    loaded = page.browser.execute_script(
+        "return performance.getEntriesByType('resource').map((e) => e.name)"
+    )
+    assert loaded
+    assert all(name.startswith(page.url) for name in loaded)
+
+
+@pytest.mark.parametrize(("width", "dark"), [(390, False), (390, True), (1360, True)])
+def test_it_fits_a_phone_and_the_dark(page: Page, smear: Path, width: int, dark: bool) -> None:
+    size = {"width": width, "height": 844, "deviceScaleFactor": 2, "mobile": width < 500}
+    scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
+    page.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
+    try:
+        page.choose(smear)
+        page.until_settled()
+        overflow = (
+            "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
+        )
+        assert page.browser.execute_script(overflow) == 0
+        canvas = page["boxes"]
+        assert canvas.get_property("width") == pytest.approx(2 * canvas.size["width"], abs=2)
+        page.screenshot(f"{'phone' if width < 500 else 'desktop'}-{'dark' if dark else 'light'}")
+    finally:
+        page.browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_thresholds_of_each_class_and_a_choice_of_models(
+    browser: webdriver.Chrome, squares: Path, tmp_path: Path
+) -> None:
+    tiny_model.save(tmp_path, name="strict", thresholds=Thresholds(score=0.9))
+    own = Thresholds(score=0.5, per_class={"red": 0.7})
+    tiny_model.save(tmp_path, name="lenient", thresholds=own)
+    with server(models_dir=tmp_path, default_model="lenient") as url:
+        page = Page(browser, url)
+        options = [option.text for option in Select(page["model"]).options]
+        assert options == ["lenient, version 1", "strict, version 1"]
+        page.drop(squares)
+        page.until_settled()
+        assert page.counts() == {"red": 1, "green": 1} == count(detect(url, squares))
+        assert "red 0.7" in page["score-note"].text
+        page.set_score(0.6)
+        assert page.counts() == {"red": 2, "green": 1}
+        Select(page["model"]).select_by_index(1)
+        page.until_settled()
+        assert page.counts() == {"red": 1} == count(detect(url, squares, model="strict"))
+        assert "model=strict" in page["curl-line"].get_attribute("textContent")
+        assert page.complaints() == []
+
+
+def test_a_file_that_is_too_large(browser: webdriver.Chrome, tiny: Path, tmp_path: Path) -> None:
+    large = tmp_path / "large.jpg"
+    large.write_bytes(b"\xff\xd8\xff" + bytes(6_000_000))
+    with server(models_dir=tiny, max_body_bytes=100_000) as url:
+        page = Page(browser, url)
+        page.drop(large)
+        assert page.until_settled() == "failed"
+        assert "too large" in page["message"].text
+        assert "6.0 MB" in page["message"].text
+
+
+def test_the_service_goes_away_and_comes_back(
+    browser: webdriver.Chrome, tiny: Path, squares: Path
+) -> None:
+    port = free_port()
+    with server(models_dir=tiny, port=port) as url:
+        page = Page(browser, url)
+    page.drop(squares)
+    assert page.until_settled() == "failed"
+    assert "does not answer" in page["message"].text
+    page.wait(lambda: page["status"].get_attribute("data-state") == "down")
+    page.screenshot("down")
+    with server(models_dir=tiny, port=port) as url:
+        page.wait(lambda: page["status"].get_attribute("data-state") == "ready")
+        page["retry"].click()
+        assert page.until_settled() == "done"
+        assert page.counts() == count(detect(url, squares))
+
+
+def test_it_waits_while_the_model_loads_and_while_the_queue_is_full(
+    browser: webdriver.Chrome, squares: Path, tmp_path: Path
+) -> None:
+    # Some seconds for a picture on any machine, and as long for the warm-up.
+    tiny_model.save(tmp_path, work=150)
+    with server(
+        models_dir=tmp_path, wait=False, max_queue_size=1, request_timeout_ms=60_000
+    ) as url:
+        page = Page(browser, url, ready=False)
+        page.wait(lambda: "load" in page["status"].text.lower())
+        page.wait(lambda: page["status"].get_attribute("data-state") == "ready")
+        blocker = threading.Thread(target=detect, args=(url, squares))
+        blocker.start()
+        page.drop(squares)
+        try:
+            page.wait(lambda: "Trying again in" in page["busy"].text)
+            page.screenshot("busy")
+        finally:
+            blocker.join(PATIENCE)
+        assert page.until_settled() == "done"
+        assert page.counts() == count(detect(url, squares))
