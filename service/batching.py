@@ -91,7 +91,7 @@ class BatchQueue(Generic[Item]):
             return True
 
     def take(self) -> list[Item]:
-        """Wait for work and take the next batch, of equal keys, oldest first; never an expired item.
+        """Wait for work and take the next batch: equal keys, oldest first, nothing expired.
 
         An empty list means that the queue was closed and is empty.
         """

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import binascii
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
 
 import orjson
 from python_multipart.exceptions import FormParserError
@@ -42,9 +42,7 @@ class Part(NamedTuple):
     data: memoryview
 
 
-async def read_body(
-    headers: Headers, receive: Receive, *, limit: int, timeout: float
-) -> Body:
+async def read_body(headers: Headers, receive: Receive, *, limit: int, timeout: float) -> Body:
     """Read a body of at most `limit` bytes within `timeout` seconds.
 
     Raises UnsupportedMedia for an encoded body, TooLarge (at once when the length is declared),
@@ -93,7 +91,8 @@ def parse_multipart(body: Body, content_type: str, *, max_parts: int) -> list[Pa
     collector = _PartCollector(max_parts)
     try:
         parser = MultipartParser(boundary, collector.callbacks())
-        parser.write(body)
+        # Its annotation says bytes, its code does nothing that a bytearray cannot.
+        parser.write(cast(bytes, body))
         parser.finalize()
     except FormParserError as error:
         raise MalformedRequest(f"the multipart body is malformed: {error}") from error

@@ -12,7 +12,6 @@ import click
 from service.errors import (
     ArtifactError,
     DataError,
-    DeviceError,
     InvalidParameter,
     MalformedImage,
     RetinaserveError,
@@ -114,8 +113,13 @@ def retinaserve() -> None:
 
 
 @retinaserve.command()
-@click.option("--models", "models_dir", type=click.Path(path_type=Path), metavar="DIR",
-              help="Model repository; default: the bundled one.")
+@click.option(
+    "--models",
+    "models_dir",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Model repository; default: the bundled one.",
+)
 @click.option("--device", help="auto, cpu, cuda, or a list such as cuda:0,cuda:1.")
 @click.option("--host", help="Address to listen on; default 127.0.0.1.")
 @click.option("--port", type=int, help="Port to listen on; default 8000; 0: any free one.")
@@ -143,17 +147,28 @@ def serve(
 
 
 @retinaserve.command()
-@click.argument("paths", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path),
-                metavar="PATH…")
-@click.option("--model", metavar="NAME[@VERSION]|FILE.onnx",
-              help="Model of the repository, or a model file; default: the default model.")
-@click.option("--score-threshold", type=click.FloatRange(0.0, 1.0),
-              help="Only detections that score above this; default: the model's own.")
+@click.argument(
+    "paths", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path), metavar="PATH…"
+)
+@click.option(
+    "--model",
+    metavar="NAME[@VERSION]|FILE.onnx",
+    help="Model of the repository, or a model file; default: the default model.",
+)
+@click.option(
+    "--score-threshold",
+    type=click.FloatRange(0.0, 1.0),
+    help="Only detections that score above this; default: the model's own.",
+)
 @click.option("--device", help="auto, cpu, cuda or cuda:1.")
-@click.option("--output", type=click.Choice(["json", "coco", "csv"]), default="json",
-              show_default=True)
-@click.option("--save-dir", type=click.Path(file_okay=False, path_type=Path),
-              help="Write the pictures with boxes drawn here.")
+@click.option(
+    "--output", type=click.Choice(["json", "coco", "csv"]), default="json", show_default=True
+)
+@click.option(
+    "--save-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Write the pictures with boxes drawn here.",
+)
 def detect(
     paths: tuple[Path, ...],
     model: str | None,
@@ -189,10 +204,16 @@ def doctor(device: str | None) -> None:
 
 
 @retinaserve.command()
-@click.argument("path", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-                metavar="MODEL.onnx")
-@click.option("--set-threshold", "thresholds", multiple=True, metavar="SCORE|CLASS=SCORE",
-              help="Change the default score threshold, in general or of one class; repeatable.")
+@click.argument(
+    "path", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="MODEL.onnx"
+)
+@click.option(
+    "--set-threshold",
+    "thresholds",
+    multiple=True,
+    metavar="SCORE|CLASS=SCORE",
+    help="Change the default score threshold, in general or of one class; repeatable.",
+)
 def inspect(path: Path, thresholds: tuple[str, ...]) -> None:
     """What a model file says of itself."""
     from service.commands import inspect as command

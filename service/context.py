@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
+from asyncio import get_running_loop
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from asyncio import get_running_loop
 from typing import ParamSpec, TypeVar
 
 from service.batching import Admission, Policy
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class Service:
-    """Settings, devices, models and threads of one application; no other application shares them."""
+    """Settings, devices, models and threads of one application, shared with no other."""
 
     def __init__(self, settings: Settings, hardware: Hardware | None = None) -> None:
         """Prove the devices and look the model repository through; nothing is started.
@@ -89,10 +89,6 @@ class Service:
             raise Unavailable(self.pipeline.fatal, reason="device-lost", retry_after=30.0)
         self.pictures.check()
 
-    def off_loop(
-        self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
-    ) -> Awaitable[T]:
+    def off_loop(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:
         """Run what takes more than a moment in a thread, away from the event loop."""
-        return get_running_loop().run_in_executor(
-            self._helpers, lambda: function(*args, **kwargs)
-        )
+        return get_running_loop().run_in_executor(self._helpers, lambda: function(*args, **kwargs))

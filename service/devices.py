@@ -31,6 +31,7 @@ _NO_DRIVER: Final = "no NVIDIA driver was found"
 
 Providers = list[str | tuple[str, dict[str, str]]]
 
+
 @dataclass(frozen=True, slots=True)
 class Device:
     """One device that can hold sessions."""
@@ -59,6 +60,7 @@ class Hardware:
 
     @property
     def name(self) -> str:
+        """As answers write it: "cpu", "cuda:0,cuda:1"."""
         return ",".join(device.name for device in self.devices)
 
 
@@ -121,6 +123,9 @@ def session_options(device: Device) -> ort.SessionOptions:
     if device.kind == "cpu":
         options.intra_op_num_threads = cpu_count()
         options.inter_op_num_threads = 1
+        # Between two inferences the threads would spin for the next one, on cores that decoding
+        # and the event loop need.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import logging.config
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -14,8 +13,8 @@ import orjson
 from prometheus_client import (
     CollectorRegistry,
     Counter,
-    GCCollector,
     Gauge,
+    GCCollector,
     Histogram,
     Info,
     PlatformCollector,
@@ -76,9 +75,7 @@ class Metrics:
         PlatformCollector(registry=self.registry)
         GCCollector(registry=self.registry)
 
-    def observe_stages(
-        self, decode: float, queue: float, inference: float, total: float
-    ) -> None:
+    def observe_stages(self, decode: float, queue: float, inference: float, total: float) -> None:
         """Record the seconds of one answered picture."""
         for child, seconds in zip(self._stages, (decode, queue, inference, total), strict=True):
             child.observe(seconds)
@@ -124,6 +121,7 @@ class _ModelCollector(Collector):
         self._registry = registry
 
     def collect(self) -> Iterable[Metric]:
+        """The samples of this moment."""
         family = GaugeMetricFamily(
             "retinaserve_model_ready",
             "1 when the version can serve.",
@@ -141,6 +139,7 @@ class TextFormatter(logging.Formatter):
     """Lines for people."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """One record."""
         stamp = _stamp(record)
         text = f"{stamp} {record.levelname:<8} [{_request_id(record)}] {record.getMessage()}"
         if record.exc_info:
@@ -152,6 +151,7 @@ class JsonFormatter(logging.Formatter):
     """One JSON object a line."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """One record."""
         line: dict[str, object] = {
             "time": _stamp(record),
             "level": record.levelname.lower(),

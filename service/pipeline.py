@@ -37,6 +37,7 @@ class Servable:
 
     @property
     def metadata(self) -> Metadata:
+        """What the file says of itself."""
         return self.artifact.metadata
 
 
@@ -184,9 +185,7 @@ class Pipeline:
     def _decode(self, work: Work) -> None:
         started = time.monotonic()
         try:
-            prepared = prepare(
-                work.data, work.model.metadata.canvas, max_pixels=work.max_pixels
-            )
+            prepared = prepare(work.data, work.model.metadata.canvas, max_pixels=work.max_pixels)
         except RetinaserveError as error:
             # The frames of its traceback hold the picture.
             error.__traceback__ = error.__cause__ = error.__context__ = None

@@ -40,9 +40,7 @@ def problem_of(error: RetinaserveError, *, instance: str, request_id: str) -> di
     )
 
 
-def http_problem(
-    status: int, detail: str, *, instance: str, request_id: str
-) -> dict[str, Any]:
+def http_problem(status: int, detail: str, *, instance: str, request_id: str) -> dict[str, Any]:
     """The problem document of a bare HTTP status."""
     phrase = HTTPStatus(status).phrase
     slug = phrase.lower().replace(" ", "-")

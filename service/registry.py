@@ -114,14 +114,20 @@ class Registry:
         except Exception as error:
             # A file from outside may fail in any way, and must not take the others with it.
             slot.state, slot.reason = "failed", str(error) or repr(error)
-            _log.error("model %s version %d failed: %s", slot.name, slot.version, slot.reason,
-                       exc_info=None if isinstance(error, RetinaserveError) else error)
+            _log.error(
+                "model %s version %d failed: %s",
+                slot.name,
+                slot.version,
+                slot.reason,
+                exc_info=None if isinstance(error, RetinaserveError) else error,
+            )
             return
         slot.load_seconds = time.monotonic() - started
         slot.servable = Servable(slot.name, slot.version, artifact, detectors)
         slot.state = "ready"
-        _log.info("model %s version %d is ready after %.1f s", slot.name, slot.version,
-                  slot.load_seconds)
+        _log.info(
+            "model %s version %d is ready after %.1f s", slot.name, slot.version, slot.load_seconds
+        )
 
 
 def open_registry(

@@ -42,7 +42,7 @@ class Settings(BaseSettings):
     """Port to listen on; 0 lets the system choose."""
 
     max_batch_size: int | None = Field(default=None, ge=1, le=256)
-    """Most pictures in one inference. Default: 1 on a CPU, where a batch gains nothing; 16 on CUDA."""
+    """Most pictures in one inference. Default: 1 on a CPU, where more gain nothing; 16 on CUDA."""
 
     max_queue_delay_ms: float = Field(default=0.0, ge=0.0, le=10_000.0)
     """How long an idle device waits for a batch to fill. 0: it never waits."""

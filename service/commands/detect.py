@@ -23,7 +23,13 @@ from service.artifact import Artifact, read_artifact, scan_repository
 from service.canvas import Size
 from service.detector import Detections, Detector
 from service.devices import cpu_count, open_detector, resolve
-from service.errors import DataError, InferenceFailed, MalformedImage, RetinaserveError, UnknownModel
+from service.errors import (
+    DataError,
+    InferenceFailed,
+    MalformedImage,
+    RetinaserveError,
+    UnknownModel,
+)
 from service.imaging import Prepared, decode, media_type, prepare
 from service.problems import problem_of
 from service.results import Selection, select
@@ -66,9 +72,11 @@ class LoadedModel:
 
     @property
     def classes(self) -> tuple[str, ...]:
+        """Class names by label."""
         return self.detector.metadata.classes
 
     def to_json(self) -> dict[str, Any]:
+        """How answers name the model."""
         return {"name": self.name, "version": self.version}
 
 
@@ -108,9 +116,10 @@ def run(
             tqdm(total=len(sources), unit="picture", file=sys.stderr, disable=len(sources) == 1)
         )
         answers = _detect_all(sources, loaded, pool, settings.max_image_pixels)
-        for index, (source, found) in enumerate(answers):
-            if save_dir is not None and isinstance(found, Found):
-                found = _save(source, found, loaded, save_dir, settings.max_image_pixels)
+        for index, (source, answer) in enumerate(answers):
+            found = answer
+            if save_dir is not None and isinstance(answer, Found):
+                found = _save(source, answer, loaded, save_dir, settings.max_image_pixels)
             if isinstance(found, RetinaserveError):
                 failed += 1
                 tqdm.write(f"retinaserve: {source.path}: {found}", file=sys.stderr)
@@ -127,7 +136,8 @@ def find_pictures(paths: Sequence[Path]) -> list[Source]:
         if path.is_dir():
             found = sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES)
             if not any(p.is_file() for p in found):
-                raise DataError(f"{path}: no picture in this folder ({', '.join(sorted(_SUFFIXES))})")
+                kinds = ", ".join(sorted(_SUFFIXES))
+                raise DataError(f"{path}: no picture in this folder ({kinds})")
             pairs = [(p, p.relative_to(path)) for p in found if p.is_file()]
         else:
             pairs = [(path, Path(path.name))]
@@ -138,9 +148,7 @@ def find_pictures(paths: Sequence[Path]) -> list[Source]:
     return sources
 
 
-def load_model(
-    settings: Settings, model: str | None, score_threshold: float | None
-) -> LoadedModel:
+def load_model(settings: Settings, model: str | None, score_threshold: float | None) -> LoadedModel:
     """A model file, or a model of the repository, on the first device that was asked for."""
     hardware = resolve(settings.device)
     artifact, version = _find_model(settings, model)

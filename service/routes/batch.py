@@ -6,10 +6,10 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
-from typing import Annotated, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import orjson
-from fastapi import FastAPI, Query, Request, Response
+from fastapi import FastAPI, Request, Response
 from starlette.responses import StreamingResponse
 
 from service import results
@@ -34,7 +34,7 @@ from service.routes.detect import (
     model_json,
     receive_body,
 )
-from service.routes.parameters import BatchQuery, deadline
+from service.routes.parameters import BatchQuery, deadline, parse_query
 
 _log = logging.getLogger("retinaserve.batch")
 
@@ -58,10 +58,10 @@ class BatchRoute:
     def __init__(self, service: Service) -> None:
         self._service = service
 
-    async def __call__(
-        self, request: Request, query: Annotated[BatchQuery, Query()]
-    ) -> Response:
+    async def answer(self, request: Request) -> Response:
+        """One request."""
         service, arrived = self._service, time.monotonic()
+        query = parse_query(request, BatchQuery)
         model = service.registry.get(query.model, query.version)
         selection = query.selection(model.metadata)
         body = await receive_body(service, request)
@@ -108,7 +108,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
     """Add the route to an application."""
     app.add_api_route(
         "/v1/detect/batch",
-        BatchRoute(service).__call__,
+        BatchRoute(service).answer,
         methods=["POST"],
         **openapi.batch(),
     )
@@ -171,9 +171,7 @@ class _Run:
             content = picture.content
             if isinstance(content, str):
                 content = memoryview(await service.off_loop(decode_base64, content))
-            outcome, found = await detect_one(
-                service, content, model, self._selection, self._limit
-            )
+            outcome, found = await detect_one(service, content, model, self._selection, self._limit)
             return {
                 "image": image_json(outcome.letterbox.original),
                 "detections": results.native(found, model.metadata.classes),

@@ -6,11 +6,11 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Annotated, Any, Final
+from typing import Any, Final
 
 import numpy as np
 import orjson
-from fastapi import FastAPI, Query, Request, Response
+from fastapi import FastAPI, Request, Response
 
 from service import results
 from service.annotate import draw, encode
@@ -37,6 +37,7 @@ from service.routes.parameters import (
     ImageType,
     deadline,
     deadline_ms,
+    parse_query,
     wanted_image,
 )
 
@@ -53,10 +54,10 @@ class DetectRoute:
     def __init__(self, service: Service) -> None:
         self._service = service
 
-    async def __call__(
-        self, request: Request, query: Annotated[DetectQuery, Query()]
-    ) -> Response:
+    async def answer(self, request: Request) -> Response:
+        """One request."""
         service, arrived = self._service, time.monotonic()
+        query = parse_query(request, DetectQuery)
         model = service.registry.get(query.model, query.version)
         selection = query.selection(model.metadata)
         body = await receive_body(service, request)
@@ -77,12 +78,12 @@ class DetectRoute:
                         _annotated, picture, found, model, image_type, service
                     )
                     return Response(content, media_type=image_type)
-                write = _native if query.format == "native" else _foreign
-                arguments = (model, outcome, found, read, query.format)
                 if len(found) < _MANY_DETECTIONS:
-                    content = write(*arguments)
+                    content = _write(query.format, model, outcome, found, read)
                 else:
-                    content = await service.off_loop(write, *arguments)
+                    content = await service.off_loop(
+                        _write, query.format, model, outcome, found, read
+                    )
         return Response(content, media_type="application/json")
 
     async def _picture(self, content_type: str, body: Body) -> bytes | memoryview:
@@ -100,7 +101,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
     """Add the route to an application."""
     app.add_api_route(
         "/v1/detect",
-        DetectRoute(service).__call__,
+        DetectRoute(service).answer,
         methods=["POST"],
         **openapi.detect(),
     )
@@ -183,34 +184,26 @@ def image_json(size: Size) -> dict[str, int]:
     return {"width": size.width, "height": size.height}
 
 
-def _native(
-    model: Servable, outcome: Outcome, found: Detections, read: float, _: Format
+def _write(
+    shape: Format, model: Servable, outcome: Outcome, found: Detections, read: float
 ) -> bytes:
-    timing = outcome.timing
-    return orjson.dumps(
-        {
-            "model": model_json(model),
-            "image": image_json(outcome.letterbox.original),
-            "detections": results.native(found, model.metadata.classes),
-            "timing_ms": {
-                "decode": round(timing.decode * 1e3, 2),
-                "queue": round(timing.queue * 1e3, 2),
-                "inference": round(timing.inference * 1e3, 2),
-                "total": round((time.monotonic() - read) * 1e3, 2),
-            },
-        }
-    )
-
-
-def _foreign(
-    model: Servable, outcome: Outcome, found: Detections, _: float, shape: Format
-) -> bytes:
+    """The answer as JSON. `read` is when the body was complete."""
     classes = model.metadata.classes
     if shape == "coco":
         return orjson.dumps(results.coco(found))
     if shape == "roboflow":
         return orjson.dumps(results.roboflow(found, classes, outcome.letterbox.original))
-    return orjson.dumps(results.hugging_face(found, classes))
+    if shape == "hf":
+        return orjson.dumps(results.hugging_face(found, classes))
+    timing = outcome.timing._asdict() | {"total": time.monotonic() - read}
+    return orjson.dumps(
+        {
+            "model": model_json(model),
+            "image": image_json(outcome.letterbox.original),
+            "detections": results.native(found, classes),
+            "timing_ms": {stage: round(seconds * 1e3, 2) for stage, seconds in timing.items()},
+        }
+    )
 
 
 def _annotated(

@@ -11,6 +11,8 @@ from typing import Any, Final
 from pydantic import BaseModel, ConfigDict
 from starlette.responses import Response
 
+from service.routes.parameters import BatchQuery, DetectQuery, describe_query
+
 
 class Box(BaseModel):
     """Pixels of the original picture, EXIF orientation applied."""
@@ -169,11 +171,11 @@ def detect() -> dict[str, Any]:
         }
         | problems(),
         "openapi_extra": {
-            "parameters": [_DEADLINE, _REQUEST_ID],
+            "parameters": [*describe_query(DetectQuery), _DEADLINE, _REQUEST_ID],
             "requestBody": {
                 "required": True,
                 "content": {
-                    media: {"schema": _BINARY} for media in ("image/jpeg", "image/png", "image/webp")
+                    f"image/{kind}": {"schema": _BINARY} for kind in ("jpeg", "png", "webp")
                 }
                 | {
                     "multipart/form-data": {
@@ -188,9 +190,11 @@ def detect() -> dict[str, Any]:
 
 def batch() -> dict[str, Any]:
     """Arguments that describe POST /v1/detect/batch to FastAPI."""
-    good = {"index": 0, "id": "a"} | {"status": 200} | {
-        name: _PICTURE[name] for name in ("image", "detections")
-    }
+    good = (
+        {"index": 0, "id": "a"}
+        | {"status": 200}
+        | {name: _PICTURE[name] for name in ("image", "detections")}
+    )
     bad = {
         "index": 1,
         "id": "b",
@@ -223,7 +227,7 @@ def batch() -> dict[str, Any]:
         }
         | problems(),
         "openapi_extra": {
-            "parameters": [_DEADLINE, _REQUEST_ID],
+            "parameters": [*describe_query(BatchQuery), _DEADLINE, _REQUEST_ID],
             "requestBody": {
                 "required": True,
                 "content": {

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import Headers
+from starlette.requests import Request
 
 from service.artifact import MAX_DETECTIONS_CAP, Metadata
 from service.errors import InvalidParameter
@@ -60,6 +61,54 @@ class DetectQuery(BatchQuery):
 
     format: Format = "native"
     """Shape of the JSON answer."""
+
+
+Query = TypeVar("Query", bound=BatchQuery)
+
+
+def parse_query(request: Request, kind: type[Query]) -> Query:
+    """The query string as `kind`. Raises InvalidParameter.
+
+    FastAPI's own parsing of a query model costs a fifth of a request's time outside the model.
+    """
+    given: dict[str, Any] = {}
+    for name, value in request.query_params.multi_items():
+        if name == "classes":
+            given.setdefault(name, []).append(value)
+        elif name in given:
+            raise InvalidParameter(f"{name} is given more than once")
+        else:
+            given[name] = value
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        known = ", ".join(kind.model_fields)
+        raise InvalidParameter(
+            "; ".join(
+                f"{'.'.join(map(str, each['loc']))}={each['input']!r}: "
+                + (
+                    f"unknown; there is {known}"
+                    if each["type"] == "extra_forbidden"
+                    else each["msg"]
+                )
+                for each in error.errors()
+            )
+        ) from error
+
+
+def describe_query(kind: type[BatchQuery]) -> list[dict[str, Any]]:
+    """The parameters of `kind` as OpenAPI describes them."""
+    properties = kind.model_json_schema()["properties"]
+    return [
+        {
+            "name": name,
+            "in": "query",
+            "required": False,
+            "description": schema.pop("description"),
+            "schema": schema,
+        }
+        for name, schema in properties.items()
+    ]
 
 
 def deadline(headers: Headers, *, arrived: float, read: float, limit_ms: int) -> float:
