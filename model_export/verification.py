@@ -1,0 +1,187 @@
+"""Does a written model file do what the network does, alone and in company?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from model_export.export import CandidateNetwork
+from model_export.retinanet.model import RetinaNet
+from model_export.retinanet.postprocess import suppress
+from service.canvas import Buckets, ShortSide, Size
+from service.detector import Detections, Detector
+from service.errors import RetinaserveError
+from service.imaging import Prepared, prepare
+
+SCORE: Final = 0.05
+IOU: Final = 0.5
+MAX_DETECTIONS: Final = 300
+BATCH_SIZES: Final = (1, 2, 5)
+
+BOX_TOLERANCE: Final = 0.5
+"""Canvas pixels."""
+SCORE_TOLERANCE: Final = 1e-3
+NEAR: Final = 1e-3
+"""A score this close to the threshold, or an overlap this close to NMS's, may go either way."""
+
+
+class VerificationError(RetinaserveError):
+    """The written file does not agree with the network it was written from."""
+
+    title = "Verification failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How far two sets of detections of the same pictures are apart."""
+
+    boxes: float
+    """Largest difference of a corner's coordinate in canvas pixels."""
+    scores: float
+    """Largest difference of a score."""
+    detections: int
+    """Pairs that were compared."""
+    unpaired: int
+    """Detections without a counterpart that are not within `NEAR` of the score threshold."""
+
+    def __or__(self, other: Difference) -> Difference:
+        return Difference(
+            boxes=max(self.boxes, other.boxes),
+            scores=max(self.scores, other.scores),
+            detections=self.detections + other.detections,
+            unpaired=self.unpaired + other.unpaired,
+        )
+
+    @property
+    def agrees(self) -> bool:
+        """Within the promised tolerance; one in a thousand may be a tie of NMS."""
+        return (
+            self.boxes <= BOX_TOLERANCE
+            and self.scores <= SCORE_TOLERANCE
+            and self.unpaired <= self.detections / 1000
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"{self.detections} detections, boxes within {self.boxes:.2g} px, "
+            f"scores within {self.scores:.2g}, {self.unpaired} without counterpart"
+        )
+
+
+NO_DIFFERENCE: Final = Difference(boxes=0.0, scores=0.0, detections=0, unpaired=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What `verify` found."""
+
+    against_torch: Difference
+    in_company: Difference
+    canvases: tuple[Size, ...]
+    pictures: int
+
+    def __str__(self) -> str:
+        canvases = ", ".join(f"{c.height}x{c.width}" for c in self.canvases)
+        return (
+            f"verified on {self.pictures} pictures, canvases {canvases}, "
+            f"batches of {', '.join(map(str, BATCH_SIZES))}\n"
+            f"  file against torch:         {self.against_torch}\n"
+            f"  in a batch against alone:   {self.in_company}"
+        )
+
+
+def verify(
+    network: RetinaNet,
+    detector: Detector,
+    pictures: Sequence[bytes],
+    rule: Buckets | ShortSide,
+) -> Report:
+    """Compare file and network on compressed pictures, over canvases and batch sizes.
+
+    Every picture is tried on every canvas of the rule, so that padding is tried as well.
+    Raises VerificationError when they differ by more than the contract allows.
+    """
+    rules = [Buckets(sizes=(size,)) for size in rule.all_canvases()] or [rule]
+    reference = CandidateNetwork(network.eval())
+    against_torch = in_company = NO_DIFFERENCE
+    canvases: dict[Size, None] = {}
+    for one in rules:
+        groups: dict[Size, list[Prepared]] = {}
+        for picture in pictures:
+            prepared = prepare(picture, one)
+            groups.setdefault(prepared.letterbox.canvas, []).append(prepared)
+        for size, group in groups.items():
+            canvases[size] = None
+            alone = [_run(detector, [prepared])[0] for prepared in group]
+            for found, prepared in zip(alone, group, strict=True):
+                against_torch |= compare(found, _run_torch(reference, prepared))
+            for batch in BATCH_SIZES:
+                for first in range(0, len(group) - batch + 1, batch):
+                    together = _run(detector, group[first : first + batch])
+                    for a, b in zip(together, alone[first : first + batch], strict=True):
+                        in_company |= compare(a, b)
+    report = Report(against_torch, in_company, tuple(canvases), len(pictures))
+    if not (against_torch.agrees and in_company.agrees):
+        raise VerificationError(f"the file does not do what the network does: {report}")
+    return report
+
+
+def compare(a: Detections, b: Detections) -> Difference:
+    """Pair each detection with the unused one of its class whose box is nearest."""
+    free = np.ones(len(b), dtype=bool)
+    boxes = scores = 0.0
+    pairs = unpaired = 0
+    for box, score, label in zip(a.boxes, a.scores, a.labels, strict=True):
+        distance = np.abs(b.boxes - box).max(axis=1, initial=0.0)
+        distance[~free | (b.labels != label)] = np.inf
+        nearest = int(distance.argmin()) if len(distance) else -1
+        # Ten times the tolerance: farther apart they are different detections, not a difference.
+        if nearest < 0 or distance[nearest] > 10 * BOX_TOLERANCE:
+            unpaired += _counts(score)
+            continue
+        free[nearest] = False
+        boxes = max(boxes, float(distance[nearest]))
+        scores = max(scores, abs(float(b.scores[nearest]) - float(score)))
+        pairs += 1
+    unpaired += sum(_counts(score) for score in b.scores[free])
+    return Difference(boxes=boxes, scores=scores, detections=pairs, unpaired=unpaired)
+
+
+def _counts(score: np.float32) -> int:
+    return int(score > SCORE + NEAR)
+
+
+def _run(detector: Detector, batch: Sequence[Prepared]) -> list[Detections]:
+    return detector(
+        np.stack([prepared.canvas for prepared in batch]),
+        _sizes(batch),
+        score_threshold=SCORE,
+        iou_threshold=IOU,
+        max_detections=MAX_DETECTIONS,
+    )
+
+
+@torch.no_grad()
+def _run_torch(reference: CandidateNetwork, prepared: Prepared) -> Detections:
+    images = torch.from_numpy(prepared.canvas[None])
+    boxes, scores, labels = (
+        part[0] for part in reference(images, torch.from_numpy(_sizes([prepared])))
+    )
+    kept = suppress(
+        boxes,
+        scores,
+        labels,
+        score_threshold=SCORE,
+        iou_threshold=IOU,
+        max_detections=MAX_DETECTIONS,
+    )
+    return Detections(boxes[kept].numpy(), scores[kept].numpy(), labels[kept].numpy())
+
+
+def _sizes(batch: Iterable[Prepared]) -> NDArray[np.int64]:
+    return np.array([tuple(prepared.letterbox.resized) for prepared in batch], dtype=np.int64)
