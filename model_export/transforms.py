@@ -260,7 +260,7 @@ class TrainingBatches(TorchDataset[Batch]):
 
     def __getitem__(self, keys: Sequence[Key]) -> Batch:
         batch = collate([self.example(key) for key in keys])
-        # A third number after seed and epoch alone keeps this stream apart from any sample's.
+        # The 1 keeps this stream apart from those of the samples, which have one number less.
         rng = np.random.default_rng([self._seed, keys[0].epoch, keys[0].sample, 1])
         return transpose(batch) if rng.random() < self._augmentation.transpose else batch
 

@@ -356,6 +356,13 @@ def test_an_annotation_that_is_none_stops(
     assert what in message
 
 
+def test_an_annotation_that_is_a_folder_stops(folder: VocFolder) -> None:
+    folder.add("a", [CELL])
+    (folder.annotations / "b.xml").mkdir()
+    folder.list("train", "a", "b")
+    assert "b.xml: cannot be read (Is a directory)" in refusal(folder.root)
+
+
 def test_entities_do_not_explode(folder: VocFolder) -> None:
     levels = "".join(f'<!ENTITY e{n + 1} "{f"&e{n};" * 10}">' for n in range(9))
     bomb = f'<!DOCTYPE annotation [<!ENTITY e0 "lol">{levels}]><annotation><filename>&e9;'
