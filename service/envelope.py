@@ -19,6 +19,7 @@ from service.problems import MEDIA_TYPE, http_problem
 _log = logging.getLogger("retinaserve.access")
 _error_log = logging.getLogger("retinaserve.error")
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+_PROBES: Final = frozenset({"/healthz", "/readyz", "/metrics"})
 _CLIENT_GONE: Final = 499
 """Status in log and metrics of a request whose client did not wait; nothing is sent."""
 
@@ -66,10 +67,13 @@ class Envelope:
         template = getattr(route, "path", None) or "unmatched"
         method = scope["method"] if template != "unmatched" else "any"
         self._metrics.requests.labels(template, method, status).inc()
-        if _log.isEnabledFor(logging.INFO):
+        # Probes come every few seconds for ever; only their failures are worth a line.
+        level = logging.DEBUG if template in _PROBES and status == 200 else logging.INFO
+        if _log.isEnabledFor(level):
             path = scope.get("raw_path", b"").decode("ascii", "backslashreplace")
             milliseconds = round(seconds * 1e3, 1)
-            _log.info(
+            _log.log(
+                level,
                 "%s %s %d %.1f ms",
                 scope["method"],
                 path,

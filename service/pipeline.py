@@ -23,7 +23,7 @@ from service.errors import DeadlineExceeded, InferenceFailed, RetinaserveError
 from service.imaging import Prepared, prepare
 
 _log = logging.getLogger("retinaserve.pipeline")
-_JOIN_SECONDS: Final = 5.0
+_JOIN_SECONDS: Final = 0.5
 
 
 @dataclass(frozen=True, slots=True, eq=False)

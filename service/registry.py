@@ -55,7 +55,7 @@ class Registry:
         """Begin to load: the default model first, of each model the newest version first."""
         self._thread.start()
 
-    def close(self, seconds: float = 5.0) -> None:
+    def close(self, seconds: float = 0.5) -> None:
         """Load nothing more, and wait for the file that is being loaded."""
         self._closed.set()
         if self._thread.ident is not None:

@@ -82,18 +82,18 @@ def parse_query(request: Request, kind: type[Query]) -> Query:
     try:
         return kind.model_validate(given)
     except ValidationError as error:
-        known = ", ".join(kind.model_fields)
-        raise InvalidParameter(
-            "; ".join(
-                f"{'.'.join(map(str, each['loc']))}={each['input']!r}: "
-                + (
-                    f"unknown; there is {known}"
-                    if each["type"] == "extra_forbidden"
-                    else each["msg"]
-                )
-                for each in error.errors()
-            )
-        ) from error
+        raise InvalidParameter(describe_errors(error, kind)) from error
+
+
+def describe_errors(error: ValidationError, kind: type[BaseModel]) -> str:
+    """Which parameters are wrong, and what would be right, in one line."""
+    lines = []
+    for each in error.errors():
+        message = each["msg"]
+        if each["type"] == "extra_forbidden":
+            message = f"unknown parameter; there is {', '.join(kind.model_fields)}"
+        lines.append(f"{'.'.join(map(str, each['loc']))}={each['input']!r}: {message}")
+    return "; ".join(lines)
 
 
 def describe_query(kind: type[BatchQuery]) -> list[dict[str, Any]]:
