@@ -8,6 +8,7 @@ decoded and resized moves the detector's accuracy, so nothing else in this proje
 from __future__ import annotations
 
 import io
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -37,6 +38,20 @@ _TRANSPOSE: Final = {
 }
 _SWAPS_SIDES: Final = frozenset({5, 6, 7, 8})
 
+_WEBP_HEADER: Final = 30
+"""Bytes that hold a WebP's size, whatever its kind."""
+_EXIF_ERRORS: Final = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    OSError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
+"""What Pillow raises on EXIF blocks that are rubbish."""
+
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
@@ -64,9 +79,7 @@ def prepare(
             # The decoder scales by 1/2, 1/4 or 1/8 at a fraction of the cost of decoding in
             # full; `draft` picks the smallest that is still at least the size asked for.
             header.draft(None, _turned(header, placed.resized))
-        resized = _to_rgb(header).resize(
-            _turned(header, placed.resized), Image.Resampling.BILINEAR
-        )
+        resized = _to_rgb(header).resize(_turned(header, placed.resized), Image.Resampling.BILINEAR)
         upright = _transposed(resized, _orientation(header))
     except Exception as error:
         # Whatever a decoder throws on bytes from outside means that the bytes are bad: Pillow
@@ -77,9 +90,7 @@ def prepare(
     return Prepared(canvas=canvas, letterbox=placed)
 
 
-def decode(
-    data: bytes | memoryview, *, max_pixels: int = DEFAULT_MAX_PIXELS
-) -> Image.Image:
+def decode(data: bytes | memoryview, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
     """Decode a compressed picture in full: upright, RGB. For drawing; detection uses `prepare`.
 
     Raises MalformedImage, UnsupportedMedia or TooLarge.
@@ -125,22 +136,49 @@ def _sniff(
 
 def _open(data: bytes | memoryview, *, max_pixels: int) -> ImageFile.ImageFile:
     """Read the header. Nothing is decoded, so a picture that is too large costs nothing."""
-    _, factory = _sniff(data)
+    kind, factory = _sniff(data)
+    if kind == "image/webp":
+        # The decoder takes the memory of two whole canvases as soon as it is made.
+        _check_pixels(_webp_size(bytes(data[:_WEBP_HEADER])), max_pixels)
     try:
         # The plugin's class, not Image.open: only these three decoders can ever run, and the
         # limit is ours rather than Pillow's process-wide Image.MAX_IMAGE_PIXELS.
         image = factory(io.BytesIO(data))
+    except Image.DecompressionBombError as error:
+        raise TooLarge(f"the image is too large to decode: {error}") from error
     except Exception as error:
         raise _malformed(error) from error
-    width, height = image.size
+    _check_pixels(image.size, max_pixels)
+    if min(image.size) < 1:
+        width, height = image.size
+        raise MalformedImage(f"the image is {width} x {height} pixels; both must be at least 1")
+    return image
+
+
+def _check_pixels(size: tuple[int, int], max_pixels: int) -> None:
+    width, height = size
     if width * height > max_pixels:
         raise TooLarge(
             f"the image has {width} x {height} = {width * height} pixels; "
             f"at most {max_pixels} are accepted"
         )
-    if width < 1 or height < 1:
-        raise MalformedImage(f"the image is {width} x {height} pixels; both must be at least 1")
-    return image
+
+
+def _webp_size(head: bytes) -> tuple[int, int]:
+    """(width, height) by a WebP's header (RFC 9649); (0, 0) if the header is of no known kind."""
+    kind = head[12:16]
+    if kind == b"VP8X":
+        return 1 + int.from_bytes(head[24:27], "little"), 1 + int.from_bytes(head[27:30], "little")
+    if kind == b"VP8L":
+        bits = int.from_bytes(head[21:25], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    if kind == b"VP8 ":
+        # The upper two bits are a hint for scaling.
+        return (
+            int.from_bytes(head[26:28], "little") & 0x3FFF,
+            int.from_bytes(head[28:30], "little") & 0x3FFF,
+        )
+    return 0, 0
 
 
 def _malformed(error: Exception) -> MalformedImage:
@@ -148,7 +186,14 @@ def _malformed(error: Exception) -> MalformedImage:
 
 
 def _orientation(image: ImageFile.ImageFile) -> int:
-    value = image.getexif().get(_EXIF_ORIENTATION, 1)
+    if isinstance(image, PngImageFile) and "exif" not in image.info:
+        # A PNG's EXIF may come after its pixels; a PNG that breaks off there must be refused.
+        image.load()
+    try:
+        value = image.getexif().get(_EXIF_ORIENTATION, 1)
+    except _EXIF_ERRORS:
+        # Viewers show such pictures, as they are: broken EXIF says nothing of the pixels.
+        return 1
     return value if value in _TRANSPOSE else 1
 
 
@@ -177,6 +222,9 @@ def _to_rgb(image: ImageFile.ImageFile) -> Image.Image:
     if image.mode.startswith("I"):
         # 16-bit grey: Pillow's own conversion clips at 255 instead of scaling.
         grey = (np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)
+        key = image.info.get("transparency")
+        if key is not None:
+            grey[np.asarray(image) == key] = 255
         return Image.fromarray(grey).convert("RGB")
     if image.has_transparency_data:
         # A viewer shows transparent pixels on its page; dropping alpha would uncover colours
