@@ -4,7 +4,15 @@
 import { Problem, detect, explain, models, readiness } from "./api.js";
 import { annotated } from "./drawing.js";
 import { lowestScore, shown, state } from "./state.js";
-import { chosenAnswer, point, render, renderBoxes, renderResult, renderStrip } from "./view.js";
+import {
+  chosenAnswer,
+  point,
+  render,
+  renderBoxes,
+  renderResult,
+  renderScore,
+  renderStrip,
+} from "./view.js";
 
 const PATIENCE = 60; // seconds of being refused before a person is asked whether to go on
 
@@ -79,9 +87,11 @@ function add(files) {
 function show(picture) {
   Object.assign(state, { current: picture, active: null });
   const view = picture ? "picture" : "empty";
+  const focusIsLost = picture && $("empty").contains(document.activeElement);
   document.body.dataset.view = view;
   $("empty").hidden = view !== "empty";
   $("stage").hidden = $("panel").hidden = view === "empty";
+  if (focusIsLost) $("stage").focus();
   renderStrip();
   render();
 }
@@ -216,7 +226,8 @@ function wireResult() {
 
 function setScore(score) {
   state.score = score;
-  render();
+  renderScore();
+  renderResult();
 }
 
 function smallestAt(x, y) {
@@ -273,6 +284,10 @@ function choose(model) {
   const names = model.classes.length > 8 ? `${model.classes.length} classes` : null;
   const finds = names ?? [others.reverse().join(", "), last].filter(Boolean).join(" and ");
   $("finds").textContent = `${model.name} finds ${finds}.`;
+  const { metrics } = model;
+  $("quality").textContent = metrics
+    ? `AP50 ${metrics.ap50.toFixed(2)}, AP ${metrics.ap.toFixed(2)} on ${metrics.dataset} ${metrics.split}`
+    : "";
   for (const picture of state.pictures) update(picture, { status: "waiting", answer: null });
   askForAll();
 }

@@ -85,7 +85,7 @@ function renderReadout() {
   }
 }
 
-function renderScore() {
+export function renderScore() {
   const own = Object.values(ownThresholds());
   $("score").min = lowestScore();
   $("score").value = state.score ?? (own.length ? Math.min(...own) : 0.3);
@@ -118,7 +118,7 @@ function renderCounts(picture) {
     return state.hidden.has(name) ? "" : `${count} ${name}`;
   });
   const everywhere = several ? ` of ${total.everywhere} in ${state.pictures.length} pictures` : "";
-  $("total").textContent = picture.answer ? `${total.here}${everywhere}` : "";
+  $("total").textContent = picture.answer ? `${total.here}${everywhere || " shown"}` : "";
   if (picture.answer) announce(texts.filter(Boolean).join(", ") || "nothing shown");
 }
 
@@ -200,7 +200,7 @@ export function renderStrip() {
   $("strip").hidden = pictures.length < 2;
   const items = pictures.map((picture, index) => {
     const item = $("strip").children[index] ?? document.createElement("li");
-    item.innerHTML ||= '<button type="button"><img alt=""><b></b></button>';
+    item.innerHTML ||= '<button type="button"><img alt="" decoding="async"><b></b></button>';
     const button = item.firstElementChild;
     button.dataset.status = picture.status;
     button.ariaCurrent = String(picture === current);

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.parse
@@ -17,6 +18,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -65,6 +67,44 @@ def server(
             process.kill()
             process.wait()
             raise
+
+
+@contextmanager
+def proxy(prefix: str, target: str) -> Iterator[str]:
+    """A reverse proxy that shows `target` below `prefix` and nothing elsewhere; its URL."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if not self.path.startswith(prefix):
+                self.send_error(404)
+                return
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0))) or None
+            headers = {
+                name: self.headers[name] for name in ("Content-Type",) if name in self.headers
+            }
+            address = target + self.path.removeprefix(prefix)
+            request = urllib.request.Request(address, body, headers, method=self.command)
+            with urllib.request.urlopen(request, timeout=PATIENCE) as response:
+                content = response.read()
+                self.send_response(response.status)
+                self.send_header("Content-Type", response.headers["Content-Type"])
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+        do_POST = do_GET
+
+        def log_request(self, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as outside:
+        thread = threading.Thread(target=outside.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{outside.server_port}{prefix}"
+        finally:
+            outside.shutdown()
+            thread.join()
 
 
 def answers(url: str) -> bool:
@@ -154,6 +194,7 @@ class Page:
         for kind in ("dragEnter", "dragOver", "drop"):
             event = {"type": kind, "x": 300, "y": 300, "data": data}
             self.browser.execute_cdp_cmd("Input.dispatchDragEvent", event)
+            assert self["veil"].is_displayed() == (kind != "drop")
 
     def choose(self, *files: Path) -> None:
         self["files"].send_keys("\n".join(str(file) for file in files))

@@ -17,7 +17,17 @@ from selenium.webdriver.support.ui import Select
 from service.artifact import Thresholds
 from service.samples import draw_smear
 from tests import tiny_model
-from tests.e2e.browser import PATIENCE, Page, chromium, count, detect, free_port, server, until
+from tests.e2e.browser import (
+    PATIENCE,
+    Page,
+    chromium,
+    count,
+    detect,
+    free_port,
+    proxy,
+    server,
+    until,
+)
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +66,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("tiny")
     tiny_model.save(root)
     return root
+
+
+@pytest.fixture(scope="module")
+def tiny_url(browser: webdriver.Chrome, tiny: Path) -> Iterator[str]:
+    with server(models_dir=tiny) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -266,6 +282,58 @@ def test_thresholds_of_each_class_and_a_choice_of_models(
         assert page.counts() == {"red": 1} == count(detect(url, squares, model="strict"))
         assert "model=strict" in page["curl-line"].get_attribute("textContent")
         assert page.complaints() == []
+
+
+def test_a_picture_that_was_taken_upright(
+    browser: webdriver.Chrome, tiny_url: str, squares: Path, tmp_path: Path
+) -> None:
+    """The browser and the service must turn it alike, or the boxes lie beside the squares."""
+    turned = tmp_path / "turned.png"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(squares) as image:
+        image.save(turned, exif=exif)
+    answer = detect(tiny_url, turned)
+    assert answer["image"] == {"width": 96, "height": 128}
+    page = Page(browser, tiny_url)
+    page.choose(turned)
+    page.until_settled()
+    assert "96 \N{MULTIPLICATION SIGN} 128" in page["readout"].text
+    page["labels"].click()
+    assert page.drawn(answer) == {"red": 2, "green": 1}
+    canvas = page["boxes"]
+    assert canvas.size["width"] / canvas.size["height"] == pytest.approx(96 / 128, rel=0.01)
+
+
+def test_below_another_path(browser: webdriver.Chrome, tiny: Path, squares: Path) -> None:
+    with server("--root-path", "/cells", models_dir=tiny) as url, proxy("/cells/", url) as outside:
+        page = Page(browser, outside)
+        page.drop(squares)
+        assert page.until_settled() == "done"
+        assert page.counts() == count(detect(url, squares))
+        assert f"{outside}v1/detect" in page["curl-line"].text
+        assert page.complaints() == []
+
+
+def test_the_keyboard_is_enough(browser: webdriver.Chrome, tiny_url: str) -> None:
+    page = Page(browser, tiny_url)
+    reached = []
+    for _ in range(12):
+        page.browser.switch_to.active_element.send_keys(Keys.TAB)
+        reached.append(page.browser.switch_to.active_element.get_attribute("id"))
+        if reached[-1] == "sample":
+            break
+    page.browser.switch_to.active_element.send_keys(Keys.ENTER)
+    assert page.until_settled() == "done"
+    assert page.browser.switch_to.active_element.get_attribute("id") == "stage"
+    before = page.counts()
+    for _ in range(12):
+        page.browser.switch_to.active_element.send_keys(Keys.TAB)
+        if page.browser.switch_to.active_element.get_attribute("id") == "score":
+            break
+    page.browser.switch_to.active_element.send_keys(Keys.END)
+    assert page["score-value"].text == "0.99"
+    assert page.counts() != before
 
 
 def test_a_file_that_is_too_large(browser: webdriver.Chrome, tiny: Path, tmp_path: Path) -> None:
