@@ -58,7 +58,7 @@ $(TEST_VENV)/installed: pyproject.toml
 define make_venv
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	echo '$(PYTHON) is missing or older than Python 3.11: name another with make PYTHON=python3.11' >&2; exit 1; }
-@echo 'Installing into $(1); only the first run does this.'
+@echo 'Installing into $(1): only on the first run, or after a change of pyproject.toml.'
 @$(PYTHON) -m venv $(1) || { \
 	echo '$(PYTHON) cannot make a virtual environment; on Debian and Ubuntu install python3-venv' >&2; exit 1; }
 endef
