@@ -1,0 +1,219 @@
+"""The commands of the `train` extra; `service.cli` finds them by their entry points.
+
+torch and its companions are imported inside the functions: `--help` is quick, and what is missing
+without the extra is found when a command runs, where `service.cli` names the remedy.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+_CONTEXT = {"help_option_names": ["-h", "--help"]}
+_FOLDER = click.Path(file_okay=False, path_type=Path)
+_DATA = click.Path(exists=True, file_okay=False, path_type=Path)
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_NEW_FILE = click.Path(dir_okay=False, path_type=Path)
+# "\b" keeps click from joining the lines.
+_TRAIN_EXAMPLE = """\b
+Example:
+  retinaserve train --data cells --backbone mobilenet_v2 --weights imagenet \\
+      --max-minutes 60 --output runs/cells
+"""
+_EVALUATE_EXAMPLE = """\b
+Example:
+  retinaserve evaluate cells.onnx --data cells --against older.onnx --plots figures
+"""
+_EXPORT_EXAMPLE = """\b
+Example:
+  retinaserve export runs/cells/best.ckpt --data cells \\
+      --output models/cells/1/model.onnx
+"""
+_licence = click.option(
+    "--licence",
+    "licences",
+    multiple=True,
+    metavar="TEXT",
+    help="Licence of the data or of the weights, kept in the model file; repeatable.",
+)
+
+
+@click.command(context_settings=_CONTEXT, epilog=_TRAIN_EXAMPLE)
+@click.option("--data", type=_DATA, required=True, metavar="DIR", help="Labelled pictures.")
+@click.option(
+    "--format",
+    "layout",
+    type=click.Choice(["auto", "voc"]),
+    default="auto",
+    show_default=True,
+    help="How the folder is laid out.",
+)
+@click.option(
+    "--output",
+    type=_FOLDER,
+    required=True,
+    metavar="RUN",
+    help="Folder for last.ckpt, best.ckpt, metrics.csv, config.yaml and curves.",
+)
+@click.option("--backbone", help="resnet18, -34, -50, -101, mobilenet_v2 or mobilenet_v2_tf.")
+@click.option(
+    "--weights", metavar="FILE|imagenet", help="Start the backbone from ImageNet weights."
+)
+@click.option(
+    "--init", metavar="CHECKPOINT|bundled", help="Fine-tune a checkpoint, on any class list."
+)
+@click.option("--epochs", type=click.IntRange(min=1), help="Passes over the data.")
+@click.option(
+    "--max-minutes",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Time that there is; the schedule is shaped to it.",
+)
+@click.option("--config", "config_file", type=_FILE, metavar="FILE.yaml", help="Settings.")
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="One setting, such as optimiser.lr=0.005; repeatable, above --config.",
+)
+@click.option("--batch-size", type=click.IntRange(min=1), help="Pictures per step.")
+@click.option("--seed", type=int, help="The same seed gives the same run.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option("--resume", is_flag=True, help="Go on where the run in --output stopped.")
+@_licence
+def train(
+    data: Path,
+    layout: str,
+    output: Path,
+    backbone: str | None,
+    weights: str | None,
+    init: str | None,
+    epochs: int | None,
+    max_minutes: float | None,
+    config_file: Path | None,
+    settings: tuple[str, ...],
+    batch_size: int | None,
+    seed: int | None,
+    device: str,
+    resume: bool,
+    licences: tuple[str, ...],
+) -> None:
+    """Train a detector on labelled pictures.
+
+    Before it starts it prints what is in the data and what no anchor reaches.
+    """
+    # "auto" and "voc" say the same while there is one layout to tell.
+    del layout
+    from model_export.commands import train as command
+
+    if weights is not None and init is not None:
+        raise click.UsageError("--weights and --init exclude each other: --init brings a backbone")
+    given: dict[str, Any] = {
+        "model.backbone": backbone,
+        "epochs": epochs,
+        "max_minutes": max_minutes,
+        "batch_size": batch_size,
+        "seed": seed,
+    }
+    command.run(
+        data=data,
+        output=output,
+        config_file=config_file,
+        overrides=dict(map(command.parse_setting, settings))
+        | {key: value for key, value in given.items() if value is not None},
+        weights=weights,
+        init=init,
+        resume=resume,
+        device=device,
+        licences=licences,
+    )
+
+
+@click.command(context_settings=_CONTEXT, epilog=_EVALUATE_EXAMPLE)
+@click.argument("model", type=_FILE, metavar="MODEL.onnx")
+@click.option("--data", type=_DATA, required=True, metavar="DIR", help="Labelled pictures.")
+@click.option("--split", default="val", show_default=True, help="Which part of the data.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1.")
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), help="Pictures per call; default: the device's."
+)
+@click.option("--against", type=_FILE, metavar="OTHER.onnx", help="Compare with another file.")
+@click.option("--json", "json_file", type=_NEW_FILE, metavar="FILE", help="Write all figures.")
+@click.option("--plots", type=_FOLDER, metavar="DIR", help="Write figures as PNG.")
+def evaluate(
+    model: Path,
+    data: Path,
+    split: str,
+    device: str,
+    batch_size: int | None,
+    against: Path | None,
+    json_file: Path | None,
+    plots: Path | None,
+) -> None:
+    """COCO metrics of a model file on labelled pictures.
+
+    Measures the file through the service's own pipeline, at score 0.01 and 300 detections.
+    --against gives the difference of two files with a 95 % interval.
+    """
+    from model_export.commands import evaluate as command
+
+    command.run(
+        model,
+        data=data,
+        split=split,
+        device=device,
+        batch_size=batch_size,
+        against=against,
+        json_file=json_file,
+        plots=plots,
+    )
+
+
+@click.command(context_settings=_CONTEXT, epilog=_EXPORT_EXAMPLE)
+@click.argument("checkpoint", type=_FILE, metavar="CHECKPOINT")
+@click.option("--output", type=_NEW_FILE, required=True, metavar="MODEL.onnx", help="The file.")
+@click.option("--name", help="Name of the model; default: by its place in a repository, or file.")
+@click.option(
+    "--canvas",
+    metavar="HxW[,HxW…]|short-side:S,L",
+    help="Another canvas than it was trained on: smaller is faster, larger sees smaller objects.",
+)
+@click.option(
+    "--score-threshold",
+    "score",
+    type=click.FloatRange(0.0, 1.0),
+    help="Default threshold of the file; with --data it is chosen per class by F1 otherwise.",
+)
+@click.option(
+    "--data", type=_DATA, metavar="DIR", help="Measure the file here and choose thresholds."
+)
+@click.option("--split", default="val", show_default=True, help="Which part of --data.")
+@_licence
+def export(
+    checkpoint: Path,
+    output: Path,
+    name: str | None,
+    canvas: str | None,
+    score: float | None,
+    data: Path | None,
+    split: str,
+    licences: tuple[str, ...],
+) -> None:
+    """Write a checkpoint as a model file.
+
+    The file is verified against torch, alone and in batches, and the difference printed.
+    """
+    from model_export.commands import export as command
+
+    command.run(
+        checkpoint,
+        output,
+        name=name,
+        canvas=canvas,
+        score=score,
+        data=data,
+        split=split,
+        licences=licences,
+    )

@@ -1,0 +1,120 @@
+"""`retinaserve export`: a checkpoint to a finished model file."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+from pydantic import ValidationError
+
+from model_export.checkpoints import Checkpoint, load_checkpoint
+from model_export.commands.data import load
+from model_export.commands.evaluate import table
+from model_export.config import describe
+from model_export.datasets import Dataset
+from model_export.release import VERIFIED_PICTURES, release
+from service.artifact import MODEL_FILE, read_artifact
+from service.canvas import Buckets, ShortSide, Size
+from service.errors import DataError
+from service.samples import draw_smear
+
+_SIZE = re.compile(r"(\d+)x(\d+)")
+_SHORT_SIDE = re.compile(r"short-side:(\d+),(\d+)")
+
+
+def run(
+    checkpoint_file: Path,
+    output: Path,
+    *,
+    name: str | None,
+    canvas: str | None,
+    score: float | None,
+    data: Path | None,
+    split: str,
+    licences: Sequence[str],
+) -> None:
+    """Write, verify and, given data, measure a model file. Raises RetinaserveError."""
+    rule = None if canvas is None else parse_canvas(canvas)
+    checkpoint = _with_licences(load_checkpoint(checkpoint_file), licences)
+    held_out = None
+    if data is not None:
+        held_out = load(data, split, classes=checkpoint.description.classes)
+    done = release(
+        checkpoint,
+        output,
+        name=name or default_name(output),
+        canvas=rule,
+        score=score,
+        held_out=held_out,
+        pictures=_pictures(held_out),
+    )
+    click.echo(f"wrote {output}, {output.stat().st_size / 1e6:.1f} MB")
+    click.echo(str(done.report))
+    if done.evaluation is not None:
+        for line in table(done.evaluation):
+            click.echo(line)
+    thresholds = read_artifact(output).metadata.thresholds
+    own = "".join(f", {label} {value:g}" for label, value in thresholds.per_class.items())
+    click.echo(f"score thresholds: {thresholds.score:g}{own}")
+
+
+def parse_canvas(text: str) -> Buckets | ShortSide:
+    """A canvas rule: "384x512,512x384" (height x width) or "short-side:800,1333".
+
+    Raises click.BadParameter.
+    """
+    try:
+        if short_side := _SHORT_SIDE.fullmatch(text):
+            return ShortSide(short=int(short_side[1]), long=int(short_side[2]))
+        sizes = [_SIZE.fullmatch(part.strip()) for part in text.split(",")]
+        return Buckets(
+            sizes=tuple(Size(int(size[1]), int(size[2])) for size in sizes if size is not None)
+            if all(sizes)
+            else ()
+        )
+    except ValidationError as error:
+        reason = describe(error)
+    raise click.BadParameter(
+        f"--canvas {text!r}: {reason}; expected HEIGHTxWIDTH[,…] in multiples of 32, such as "
+        "384x512,512x384, or short-side:SHORT,LONG"
+    )
+
+
+def default_name(output: Path) -> str:
+    """The name that a file's place gives it: NAME/VERSION/model.onnx in a repository, else its own.
+
+    >>> default_name(Path("models/cells/1/model.onnx")), default_name(Path("cells.onnx"))
+    ('cells', 'cells')
+    """
+    resolved = output.resolve()
+    if resolved.name == MODEL_FILE and resolved.parent.name.isdecimal():
+        return resolved.parent.parent.name
+    return output.stem
+
+
+def _with_licences(checkpoint: Checkpoint, licences: Sequence[str]) -> Checkpoint:
+    if not licences:
+        return checkpoint
+    provenance = {**checkpoint.description.provenance, "licences": list(licences)}
+    description = checkpoint.description.model_copy(update={"provenance": provenance})
+    return dataclasses.replace(checkpoint, description=description)
+
+
+def _pictures(held_out: Dataset | None) -> list[bytes]:
+    """Pictures to verify on: the data's own, else drawn ones, lying and upright."""
+    if held_out is not None:
+        try:
+            return [each.path.read_bytes() for each in held_out.samples[:VERIFIED_PICTURES]]
+        except OSError as error:
+            raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from error
+    pictures = []
+    for seed in range(VERIFIED_PICTURES):
+        width, height = ((640, 480), (480, 640))[seed % 2]
+        file = io.BytesIO()
+        draw_smear(seed, width=width, height=height)[0].save(file, "PNG")
+        pictures.append(file.getvalue())
+    return pictures

@@ -1,0 +1,195 @@
+"""`retinaserve train`: a labelled folder and settings to a run's folder."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import click
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from model_export.checkpoints import Checkpoint, fetch_imagenet, load_checkpoint
+from model_export.commands.data import load
+from model_export.config import TrainConfig, dump_config, load_config
+from model_export.data_report import summarise
+from model_export.datasets import Dataset
+from model_export.provenance import provenance
+from model_export.retinanet.anchors import canvas_anchors
+from model_export.training import CONFIG, LAST, train
+from service.canvas import Size
+from service.errors import DataError
+from service.settings import bundled_models
+
+IMAGENET: Final = "imagenet"
+BUNDLED: Final = "bundled"
+
+_CACHE: Final = Path("~/.cache/retinaserve")
+
+
+def run(
+    *,
+    data: Path,
+    output: Path,
+    config_file: Path | None,
+    overrides: Mapping[str, Any],
+    weights: str | None,
+    init: str | None,
+    resume: bool,
+    device: str,
+    licences: Sequence[str],
+) -> None:
+    """Check everything, print what is in the data, then train. Raises RetinaserveError."""
+    _check_folder(output, resume=resume, config_file=config_file, weights=weights, init=init)
+    started_from = _load_init(init)
+    config = load_config(output / CONFIG if resume else config_file, overrides)
+    if started_from is not None:
+        config = adopt(config, started_from)
+    known = load_checkpoint(output / LAST) if resume else started_from
+    training = _training_data(data, known, resume=resume)
+    validation = load(data, "val", classes=training.classes)
+    _report(config, training, validation)
+    backbone = _backbone_weights(weights, config)
+    output.mkdir(parents=True, exist_ok=True)
+    dump_config(config, output / CONFIG)
+    with _messages():
+        best = train(
+            config,
+            training,
+            validation,
+            output,
+            weights=backbone,
+            init=started_from,
+            resume=resume,
+            device=device,
+            provenance=provenance(
+                config=config.model_dump(mode="json"),
+                data=training,
+                weights=backbone,
+                init=None if started_from is None else started_from.path,
+                licences=licences,
+            ),
+        )
+    click.echo(f"best AP {best:.4f}; next: retinaserve export {output / 'best.ckpt'} --data {data}")
+
+
+def adopt(config: TrainConfig, checkpoint: Checkpoint) -> TrainConfig:
+    """Take the checkpoint's network, and its canvas where the config names none.
+
+    Raises DataError if the config asks for another network.
+    """
+    model = checkpoint.description.model
+    if "model" in config.model_fields_set and config.model != model:
+        raise DataError(
+            f"{checkpoint.path}: its network is {model.backbone} with heads of "
+            f"{model.head_depth} x {model.head_width}, the config asks for another; leave "
+            "`model` and --backbone out with --init"
+        )
+    update: dict[str, Any] = {"model": model}
+    if "canvas" not in config.model_fields_set:
+        update["canvas"] = checkpoint.description.canvas
+    return config.model_copy(update=update)
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """KEY=VALUE of --set, the value as YAML has it. Raises click.BadParameter."""
+    key, separator, value = text.partition("=")
+    if not separator or not key:
+        raise click.BadParameter(f"{text!r}: expected KEY=VALUE, such as optimiser.lr=0.005")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise click.BadParameter(f"{text!r}: the value is not YAML") from error
+
+
+def _check_folder(
+    output: Path,
+    *,
+    resume: bool,
+    config_file: Path | None,
+    weights: str | None,
+    init: str | None,
+) -> None:
+    last = output / LAST
+    if not resume:
+        if last.exists():
+            raise DataError(
+                f"{output}: holds a run already; go on with --resume or name another folder"
+            )
+        return
+    if not last.exists():
+        raise DataError(f"{last}: nothing to resume; start the run without --resume")
+    for option, value in (("--config", config_file), ("--weights", weights), ("--init", init)):
+        if value is not None:
+            raise DataError(f"{option} does not go with --resume: the run goes on as it began")
+
+
+def _load_init(init: str | None) -> Checkpoint | None:
+    if init is None:
+        return None
+    return load_checkpoint(bundled_checkpoint() if init == BUNDLED else Path(init))
+
+
+def bundled_checkpoint() -> Path:
+    """The checkpoint of the bundled model."""
+    found = sorted(bundled_models().glob("*/*/*.safetensors"))
+    if not found:
+        raise DataError(f"no checkpoint is bundled below {bundled_models()}; name a file")
+    return found[-1]
+
+
+def _training_data(data: Path, known: Checkpoint | None, *, resume: bool) -> Dataset:
+    """The train split; with the class order of a checkpoint that has the same classes."""
+    training = load(data, "train")
+    if known is None or training.classes == known.description.classes:
+        return training
+    if set(training.classes) == set(known.description.classes):
+        return load(data, "train", classes=known.description.classes)
+    if resume:
+        raise DataError(
+            f"{data}: its classes are {', '.join(training.classes)}, but the run began with "
+            f"{', '.join(known.description.classes)}; resume it on the same data"
+        )
+    return training
+
+
+def _backbone_weights(weights: str | None, config: TrainConfig) -> Path | None:
+    if weights is None:
+        return None
+    if weights == IMAGENET:
+        return fetch_imagenet(config.model.backbone, _CACHE.expanduser())
+    return Path(weights)
+
+
+def _report(config: TrainConfig, training: Dataset, validation: Dataset) -> None:
+    def anchors(canvas: Size) -> NDArray[np.float32]:
+        boxes: NDArray[np.float32] = canvas_anchors(
+            config.model.anchors, canvas.height, canvas.width
+        ).numpy()
+        return boxes
+
+    for dataset in (training, validation):
+        click.echo(f"{summarise(dataset, config.canvas, anchors)}\n")
+
+
+@contextmanager
+def _messages() -> Iterator[None]:
+    """Show the project's own messages on stderr, and of Lightning's only warnings."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    ours = logging.getLogger("model_export")
+    before = ours.level
+    ours.addHandler(handler)
+    ours.setLevel(logging.INFO)
+    logging.getLogger("lightning").setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        ours.removeHandler(handler)
+        ours.setLevel(before)

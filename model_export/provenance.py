@@ -1,0 +1,70 @@
+"""Where a model comes from, for its checkpoint and its file."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from model_export.datasets import Dataset
+
+
+def provenance(
+    *,
+    config: Mapping[str, Any],
+    data: Dataset,
+    weights: Path | None,
+    init: Path | None,
+    licences: Sequence[str],
+) -> dict[str, Any]:
+    """What a run is made of. Files are told by name and hash: folders are of one machine only."""
+    return {
+        "retinaserve": _version(),
+        "git_commit": git_commit(),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "config": dict(config),
+        "data": {"name": data.root.resolve().name, "pictures": len(data.samples)},
+        "weights": _file(weights),
+        "init": _file(init),
+        "licences": list(licences),
+    }
+
+
+def git_commit(source: Path | None = None) -> str | None:
+    """Commit of the sources that run, marked "-dirty" if changed; None outside of a checkout.
+
+    `source` is the file whose repository is asked, by default this one.
+    """
+    path = source or Path(__file__)
+    # An installed package may lie inside somebody else's repository, without being part of it.
+    if _git(path.parent, "ls-files", "--error-unmatch", path.name) is None:
+        return None
+    # Without tags to go by, `describe` names a commit by its hash.
+    return _git(path.parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        found = subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=10
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() or None
+
+
+def _version() -> str | None:
+    try:
+        return version("retinaserve")
+    except PackageNotFoundError:
+        return None
+
+
+def _file(path: Path | None) -> dict[str, str] | None:
+    if path is None or not path.is_file():
+        return None
+    return {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
