@@ -1,4 +1,4 @@
-"""Everything that a training run is told, as one pydantic model; read from YAML at the edge only."""
+"""Everything that a training run is told, as one pydantic model; YAML is read at the edge only."""
 
 from __future__ import annotations
 

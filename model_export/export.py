@@ -9,7 +9,6 @@ import warnings
 from pathlib import Path
 from typing import Final
 
-import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from model_export.checkpoints import Checkpoint
 from model_export.retinanet.model import RetinaNet
 from model_export.retinanet.postprocess import candidates
-from model_export.selection import SEAM, append_selection
+from model_export.selection import SEAM, append_selection, declare_inputs
 from service.artifact import Metadata, Thresholds, set_metadata, write_checksum
 from service.canvas import MULTIPLE, Buckets, ShortSide
 from service.detector import INPUTS
@@ -75,7 +74,7 @@ def build(network: RetinaNet, *, classes: int) -> onnx.ModelProto:
     """The model file's graph, without metadata."""
     model = _export_candidates(CandidateNetwork(network.eval()))
     append_selection(model, classes=classes)
-    _set_defaults(model)
+    declare_inputs(model)
     # Shapes noted while tracing assume that `image_sizes` has the batch's length, but its default
     # has length 1 and is broadcast; onnxruntime infers what it needs by itself.
     del model.graph.value_info[:]
@@ -122,31 +121,3 @@ def _export_candidates(network: CandidateNetwork) -> onnx.ModelProto:
         )
     assert program is not None
     return program.model_proto
-
-
-def _set_defaults(model: onnx.ModelProto) -> None:
-    """Declare the inputs of the contract; all but `images` have an initializer as default."""
-    graph = model.graph
-    defaults = Thresholds()
-    values = {
-        "image_sizes": np.zeros((1, 2), dtype=np.int64),
-        "score_threshold": np.array([defaults.score], dtype=np.float32),
-        "iou_threshold": np.array([defaults.iou], dtype=np.float32),
-        "max_detections": np.array([defaults.max_detections], dtype=np.int64),
-    }
-    kind = onnx.TensorProto
-    info = onnx.helper.make_tensor_value_info
-    del graph.input[:]
-    graph.input.extend(
-        [
-            info("images", kind.UINT8, ["batch", "height", "width", 3]),
-            # Not "batch": the default has length 1, and equal names promise equal lengths.
-            info("image_sizes", kind.INT64, ["sizes", 2]),
-            info("score_threshold", kind.FLOAT, [1]),
-            info("iou_threshold", kind.FLOAT, [1]),
-            info("max_detections", kind.INT64, [1]),
-        ]
-    )
-    graph.initializer.extend(
-        onnx.numpy_helper.from_array(value, name) for name, value in values.items()
-    )

@@ -55,15 +55,19 @@ def detection_loss(
         foreground = matched >= 0
         targets = torch.zeros_like(logits[index], dtype=torch.float32)
         targets[foreground, classes[matched[foreground]]] = 1.0
-        classification = classification + (
-            focal_loss(logits[index], targets, alpha=loss.alpha, gamma=loss.gamma)
-            * used[:, None]
-        ).sum()
+        classification = (
+            classification
+            + (
+                focal_loss(logits[index], targets, alpha=loss.alpha, gamma=loss.gamma)
+                * used[:, None]
+            ).sum()
+        )
         if objects.numel():
             wanted = encode(objects[matched[foreground]], anchors[foreground])
-            regression = regression + smooth_l1_loss(
-                deltas[index][foreground], wanted, beta=loss.smooth_l1_beta
-            ).sum()
+            regression = (
+                regression
+                + smooth_l1_loss(deltas[index][foreground], wanted, beta=loss.smooth_l1_beta).sum()
+            )
         foreground_count = foreground_count + foreground.sum()
     scale = _shared_scale(foreground_count)
     # Touching every delta keeps the regression head in the graph of a batch without objects.
@@ -72,7 +76,7 @@ def detection_loss(
 
 
 def _shared_scale(foreground_count: Tensor) -> Tensor:
-    """1 / foreground anchors of all processes, times the processes, whose gradients are averaged."""
+    """1 / foreground anchors of all processes, times the processes: gradients are averaged."""
     processes = 1
     if dist.is_available() and dist.is_initialized():
         processes = dist.get_world_size()

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from typing import Final
 
+import numpy as np
 import onnx
 import onnx.parser
 
-from service.artifact import MAX_DETECTIONS_CAP
+from service.artifact import MAX_DETECTIONS_CAP, Thresholds
 from service.detector import OUTPUTS
 
 SEAM: Final = ("candidate_boxes", "candidate_scores", "candidate_labels")
@@ -104,3 +105,31 @@ def append_selection(model: onnx.ModelProto, *, classes: int) -> None:
     outputs = {output.name: output for output in graph.output}
     del model.graph.output[:]
     model.graph.output.extend(outputs[name] for name in OUTPUTS)
+
+
+def declare_inputs(model: onnx.ModelProto) -> None:
+    """Give a model the inputs that every model file has; all but `images` have a default."""
+    graph = model.graph
+    defaults = Thresholds()
+    values = {
+        "image_sizes": np.zeros((1, 2), dtype=np.int64),
+        "score_threshold": np.array([defaults.score], dtype=np.float32),
+        "iou_threshold": np.array([defaults.iou], dtype=np.float32),
+        "max_detections": np.array([defaults.max_detections], dtype=np.int64),
+    }
+    kind = onnx.TensorProto
+    info = onnx.helper.make_tensor_value_info
+    del graph.input[:]
+    graph.input.extend(
+        [
+            info("images", kind.UINT8, ["batch", "height", "width", 3]),
+            # Not "batch": the default has length 1, and equal names promise equal lengths.
+            info("image_sizes", kind.INT64, ["sizes", 2]),
+            info("score_threshold", kind.FLOAT, [1]),
+            info("iou_threshold", kind.FLOAT, [1]),
+            info("max_detections", kind.INT64, [1]),
+        ]
+    )
+    graph.initializer.extend(
+        onnx.numpy_helper.from_array(value, name) for name, value in values.items()
+    )

@@ -234,7 +234,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Save to `path`."""
         partial = f"{path}.part"
         super().save_checkpoint(checkpoint, partial, storage_options)
-        os.replace(partial, path)
+        Path(partial).replace(path)
 
 
 def train(

@@ -36,7 +36,8 @@ class AnchorConfig(BaseModel):
         counts = {len(sizes) for sizes in self.sizes}
         if len(self.sizes) != len(LEVELS) or len(counts) != 1 or 0 in counts:
             raise ValueError(
-                f"anchors.sizes needs {len(LEVELS)} lists (P3 to P7) of one length, got {self.sizes}"
+                "anchors.sizes needs five lists (P3 to P7) of one length, got "
+                f"{[list(sizes) for sizes in self.sizes]}"
             )
         if min(min(sizes) for sizes in self.sizes) <= 0 or min(self.ratios) <= 0:
             raise ValueError("anchors.sizes and anchors.ratios must be positive")

@@ -23,7 +23,8 @@ class Backbone(nn.Module):
     channels: tuple[int, int, int]
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        raise TypeError("a backbone defines forward")
+        """[C3, C4, C5] with strides 8, 16, 32."""
+        raise TypeError(f"{type(self).__name__} does not define forward")
 
 
 class BasicBlock(nn.Module):
@@ -112,12 +113,15 @@ class ResNet(Backbone):
 
 
 class SamePadConv2d(nn.Conv2d):
-    """A stride-2 3x3 convolution padded as TensorFlow's SAME does on even sizes: 0 left and top,
-    1 right and bottom. Weights trained there see the picture shifted by one pixel otherwise."""
+    """A stride-2 3x3 convolution padded as TensorFlow's SAME does on even sizes.
 
-    def forward(self, input: Tensor) -> Tensor:
+    That is 0 left and top, 1 right and bottom; with other padding, weights trained there would
+    see the picture shifted by a pixel.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) with even H, W to (B, C', H / 2, W / 2)."""
-        return super().forward(F.pad(input, (0, 1, 0, 1)))
+        return super().forward(F.pad(x, (0, 1, 0, 1)))
 
 
 class InvertedResidual(nn.Module):

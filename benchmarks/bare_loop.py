@@ -1,0 +1,70 @@
+"""The least that serving a picture can cost: decode, letterbox and session in one plain loop.
+
+    python benchmarks/bare_loop.py MODEL.onnx PICTURES --seconds 20
+
+Prints one JSON object. It uses the service's own imaging and session, with the same threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import resource
+import time
+from pathlib import Path
+
+import numpy as np
+
+from service import devices
+from service.artifact import read_artifact
+from service.imaging import prepare
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("pictures", type=Path, help="folder of JPEG pictures")
+    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_args()
+
+    artifact = read_artifact(arguments.model)
+    rule = artifact.metadata.canvas
+    thresholds = artifact.metadata.thresholds
+    detector = devices.open_detector(artifact, devices.resolve(arguments.device).devices[0])
+    pictures = [path.read_bytes() for path in sorted(arguments.pictures.glob("*.jpg"))]
+    score = min([thresholds.score, *thresholds.per_class.values()])
+
+    def one(data: bytes) -> None:
+        prepared = prepare(data, rule)
+        detector(
+            prepared.canvas[np.newaxis],
+            np.array([prepared.letterbox.resized], dtype=np.int64),
+            score_threshold=score,
+            iou_threshold=thresholds.iou,
+        )
+
+    for data in pictures[:10]:
+        one(data)
+    started, busy = time.perf_counter(), _cpu_seconds()
+    count = 0
+    for data in itertools.cycle(pictures):
+        one(data)
+        count += 1
+        elapsed = time.perf_counter() - started
+        if elapsed >= arguments.seconds:
+            break
+    cpu = _cpu_seconds() - busy
+    print(
+        json.dumps({"pictures": count, "per_second": count / elapsed, "cpu_ms": 1e3 * cpu / count})
+    )
+
+
+def _cpu_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+if __name__ == "__main__":
+    main()
