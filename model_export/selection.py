@@ -7,11 +7,12 @@ exporter can only guess at, so they are ONNX operators from the start. The seam 
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import onnx
 import onnx.parser
+from numpy.typing import NDArray
 
 from service.artifact import MAX_DETECTIONS_CAP, Thresholds
 from service.detector import OUTPUTS
@@ -111,7 +112,7 @@ def declare_inputs(model: onnx.ModelProto) -> None:
     """Give a model the inputs that every model file has; all but `images` have a default."""
     graph = model.graph
     defaults = Thresholds()
-    values = {
+    values: dict[str, NDArray[Any]] = {
         "image_sizes": np.zeros((1, 2), dtype=np.int64),
         "score_threshold": np.array([defaults.score], dtype=np.float32),
         "iou_threshold": np.array([defaults.iou], dtype=np.float32),

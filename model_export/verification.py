@@ -106,7 +106,8 @@ def verify(
     Every picture is tried on every canvas of the rule, so that padding is tried as well.
     Raises VerificationError when they differ by more than the contract allows.
     """
-    rules = [Buckets(sizes=(size,)) for size in rule.all_canvases()] or [rule]
+    rules: list[Buckets | ShortSide] = [Buckets(sizes=(size,)) for size in rule.all_canvases()]
+    rules = rules or [rule]
     reference = CandidateNetwork(network.eval())
     against_torch = in_company = NO_DIFFERENCE
     canvases: dict[Size, None] = {}

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
+import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -127,17 +128,29 @@ def write_metadata(path: Path, metadata: Metadata) -> None:
     """Replace the description inside a model file; a checksum file beside it is renewed."""
     model = _parse(path, path.read_bytes())
     set_metadata(model, metadata)
-    content = model.SerializeToString()
-    path.write_bytes(content)
+    # Beside the target first: a kill half-way must not cost the model.
+    partial = path.with_name(path.name + ".part")
+    partial.write_bytes(model.SerializeToString())
+    partial.replace(path)
     checksum = path.parent / CHECKSUM_FILE
     if checksum.exists():
         write_checksum(path)
 
 
 def set_metadata(model: onnx.ModelProto, metadata: Metadata) -> None:
-    """Put the description into a model in memory."""
+    """Put the description into a model in memory; its thresholds become the inputs' defaults."""
     others = {p.key: p.value for p in model.metadata_props if p.key != METADATA_KEY}
     onnx.helper.set_model_props(model, {**others, METADATA_KEY: metadata.to_json()})
+    thresholds = metadata.thresholds
+    defaults = {
+        "score_threshold": np.array([thresholds.score], dtype=np.float32),
+        "iou_threshold": np.array([thresholds.iou], dtype=np.float32),
+        "max_detections": np.array([thresholds.max_detections], dtype=np.int64),
+    }
+    for initializer in model.graph.initializer:
+        if initializer.name in defaults:
+            value = defaults[initializer.name]
+            initializer.CopyFrom(onnx.numpy_helper.from_array(value, initializer.name))
 
 
 def write_checksum(path: Path) -> None:

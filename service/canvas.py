@@ -30,6 +30,7 @@ class Size(NamedTuple):
 
     @property
     def area(self) -> int:
+        """Pixels."""
         return self.height * self.width
 
 
@@ -52,7 +53,7 @@ class Letterbox:
         )
 
     def to_original(self, boxes: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Map (D, 4) x1, y1, x2, y2 from canvas pixels to original pixels, clipped to the picture."""
+        """Map (D, 4) x1, y1, x2, y2 from canvas to original pixels, clipped to the picture."""
         x, y = self.ratios
         mapped = boxes / np.array([x, y, x, y], dtype=np.float32)
         height, width = self.original

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
@@ -40,8 +41,13 @@ class Detections:
 class Detector:
     """A model file loaded on one device. Calls may come from one thread at a time."""
 
-    def __init__(self, artifact: Artifact, *, providers: Sequence[str | tuple[str, dict[str, str]]],
-                 options: ort.SessionOptions) -> None:
+    def __init__(
+        self,
+        artifact: Artifact,
+        *,
+        providers: Sequence[str | tuple[str, dict[str, str]]],
+        options: ort.SessionOptions,
+    ) -> None:
         """Create the session. Raises ArtifactError when the file is not a detector."""
         try:
             self._session = ort.InferenceSession(
@@ -92,10 +98,7 @@ class Detector:
         )
         # Sorted by image, so each image is one slice.
         edges = np.searchsorted(index, np.arange(len(canvases) + 1))
-        return [
-            Detections(boxes[a:b], scores[a:b], labels[a:b])
-            for a, b in zip(edges[:-1], edges[1:], strict=True)
-        ]
+        return [Detections(boxes[a:b], scores[a:b], labels[a:b]) for a, b in pairwise(edges)]
 
     def warm(self, canvas: Size, batch: int = 1) -> None:
         """Run once on empty canvases, so that the first request does not pay for set-up."""

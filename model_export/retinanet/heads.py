@@ -42,7 +42,7 @@ class Head(nn.Module):
 
     def forward(self, feature: Tensor) -> Tensor:
         """(B, C, H, W) to (B, H * W * anchors, outputs), row by row, cell by cell."""
-        maps = self.out(self.conv(feature))
+        maps: Tensor = self.out(self.conv(feature))
         # To channels-last, then the channels split into (anchors, outputs).
         return maps.permute(0, 2, 3, 1).flatten(1).unflatten(1, (-1, self.outputs))
 

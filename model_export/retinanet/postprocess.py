@@ -29,7 +29,7 @@ def candidates(levels: Sequence[Level], image_sizes: Tensor) -> tuple[Tensor, Te
     for level in levels:
         classes = level.logits.shape[2]
         flat = level.logits.flatten(1)
-        best, index = flat.topk(torch.sym_min(TOP_K, flat.shape[1]), dim=1)
+        best, index = flat.topk(_smaller(TOP_K, flat.shape[1]), dim=1)
         anchor = index // classes
         deltas = level.deltas.gather(1, anchor[..., None].expand(-1, -1, 4))
         boxes.append(decode(deltas, level.anchors[anchor]))
@@ -73,3 +73,9 @@ def _clip(boxes: Tensor, image_sizes: Tensor) -> Tensor:
     low = torch.minimum(torch.maximum(boxes[..., :2], zero), limit)
     high = torch.minimum(torch.maximum(boxes[..., 2:], zero), limit)
     return torch.cat([low, high], dim=-1)
+
+
+def _smaller(limit: int, count: int) -> int:
+    """The minimum; `sym_min` because the built-in would bake a traced size into the file."""
+    smaller: int = torch.sym_min(limit, count)  # type: ignore[no-untyped-call]
+    return smaller
