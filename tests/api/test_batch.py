@@ -1,0 +1,152 @@
+"""POST /v1/detect/batch: many pictures, none of which can fail another."""
+
+from __future__ import annotations
+
+import base64
+import json
+
+import httpx
+import pytest
+
+from service.routes.openapi import BatchAnswer
+from tests.api.conftest import Start
+from tests.pictures import BLUE, GREEN, RED, encoded, one_red, squares
+
+GOOD = encoded(one_red())
+
+
+def base64_of(content: bytes) -> str:
+    return base64.b64encode(content).decode()
+
+
+async def post_forms(client: httpx.AsyncClient, *contents: bytes, **more: object) -> httpx.Response:
+    files = [("files", (f"{i}.png", content)) for i, content in enumerate(contents)]
+    return await client.post("/v1/detect/batch", files=files, **more)  # type: ignore[arg-type]
+
+
+async def test_the_answer_has_the_documented_shape_and_order(client: httpx.AsyncClient) -> None:
+    answer = await post_forms(client, GOOD, b"rubbish", encoded(squares((0, 0, GREEN))), b"")
+    assert answer.status_code == 200
+    parsed = BatchAnswer.model_validate_json(answer.content, strict=True)
+    assert [each.index for each in parsed.results] == [0, 1, 2, 3]
+    assert [each.id for each in parsed.results] == ["0.png", "1.png", "2.png", "3.png"]
+    assert [each.status for each in parsed.results] == [200, 415, 200, 400]
+    bad = parsed.results[1].error
+    assert bad is not None
+    assert (bad.status, bad.instance) == (415, "/v1/detect/batch")
+    assert bad.request_id == answer.headers["x-request-id"]
+
+
+async def test_each_picture_gets_what_it_gets_alone(client: httpx.AsyncClient) -> None:
+    contents = [
+        encoded(squares((16 * i, 0, colour), size=size))
+        for i in range(3)
+        for colour in (RED, GREEN, BLUE)
+        for size in ((128, 96), (96, 128), (300, 100))
+    ]
+    together = (await post_forms(client, *contents)).json()["results"]
+    for content, result in zip(contents, together, strict=True):
+        alone = (await client.post("/v1/detect", content=content)).json()
+        assert result["detections"] == alone["detections"]
+        assert result["image"] == alone["image"]
+
+
+async def test_json_with_ids_and_bad_base64(client: httpx.AsyncClient) -> None:
+    images = [
+        {"id": "a", "image": base64_of(GOOD)},
+        {"id": "b", "image": "%%%"},
+        {"image": base64_of(GOOD)},
+        {"id": 9, "image": base64_of(GOOD)},
+    ]
+    answer = await client.post("/v1/detect/batch", json={"images": images})
+    results = answer.json()["results"]
+    assert [each["id"] for each in results] == ["a", "b", "2", "9"]
+    assert [each["status"] for each in results] == [200, 400, 200, 200]
+
+
+async def test_ndjson_has_a_line_for_each(client: httpx.AsyncClient) -> None:
+    answer = await post_forms(
+        client, *[GOOD, b"rubbish"] * 8, headers={"Accept": "application/x-ndjson"}
+    )
+    assert answer.headers["content-type"] == "application/x-ndjson"
+    lines = [json.loads(line) for line in answer.text.splitlines()]
+    assert sorted(line["index"] for line in lines) == list(range(16))
+    assert {line["index"] for line in lines if line["status"] == 200} == set(range(0, 16, 2))
+
+
+async def test_one_client_may_fill_a_whole_batch(client: httpx.AsyncClient) -> None:
+    answer = await post_forms(client, *[GOOD] * 64)
+    assert {each["status"] for each in answer.json()["results"]} == {200}
+
+
+async def test_a_small_queue_is_no_obstacle_to_a_large_batch(start: Start) -> None:
+    async with start(max_queue_size=8) as client:
+        answer = await post_forms(client, *[GOOD] * 64)
+        assert {each["status"] for each in answer.json()["results"]} == {200}
+
+
+async def test_a_picture_that_finds_the_queue_full_is_refused_alone(start: Start) -> None:
+    async with start(max_queue_size=2) as client:
+        answer = await post_forms(client, *[GOOD] * 64)
+        results = answer.json()["results"]
+        refused = [each["error"] for each in results if each["status"] == 503]
+        assert len(refused) + sum(each["status"] == 200 for each in results) == 64
+        assert refused
+        assert "queue is full" in refused[0]["detail"]
+        assert (await post_forms(client, GOOD)).json()["results"][0]["status"] == 200
+
+
+@pytest.mark.parametrize(("count", "status"), [(64, 200), (65, 422), (90, 422)])
+async def test_too_many_pictures(client: httpx.AsyncClient, count: int, status: int) -> None:
+    tiny = encoded(squares(size=(8, 8)))
+    assert (await post_forms(client, *[tiny] * count)).status_code == status
+    images = [{"image": base64_of(tiny)}] * count
+    answer = await client.post("/v1/detect/batch", json={"images": images})
+    assert answer.status_code == status
+
+
+@pytest.mark.parametrize(
+    ("document", "status"),
+    [
+        ({"images": []}, 422),
+        ({}, 400),
+        ({"images": "x"}, 400),
+        ({"images": ["x"]}, 400),
+        ({"images": [{"image": 7}]}, 400),
+        ({"images": [{"image": "aGk=", "id": []}]}, 400),
+    ],
+)
+async def test_requests_that_do_not_parse(
+    client: httpx.AsyncClient, document: object, status: int
+) -> None:
+    answer = await client.post("/v1/detect/batch", json=document)
+    assert answer.status_code == status
+    assert answer.headers["content-type"] == "application/problem+json"
+
+
+async def test_a_raw_body_is_not_a_batch(client: httpx.AsyncClient) -> None:
+    answer = await client.post("/v1/detect/batch", content=GOOD)
+    assert answer.status_code == 415
+    assert "multipart/form-data" in answer.json()["detail"]
+
+
+async def test_a_form_without_files(client: httpx.AsyncClient) -> None:
+    answer = await client.post("/v1/detect/batch", files={"file": GOOD})
+    assert answer.status_code == 400
+    assert "'files'" in answer.json()["detail"]
+
+
+async def test_parameters_hold_for_every_picture(client: httpx.AsyncClient) -> None:
+    content = encoded(squares((0, 0, RED), (64, 0, GREEN)))
+    answer = await post_forms(client, content, content, params={"classes": "green"})
+    for result in answer.json()["results"]:
+        assert {each["label"] for each in result["detections"]} == {"green"}
+    answer = await post_forms(client, content, params={"format": "coco"})
+    assert answer.status_code == 422, "a batch has one shape"
+
+
+async def test_late_pictures_say_so_one_by_one(client: httpx.AsyncClient) -> None:
+    slow = encoded(squares(size=(3000, 3000)), "JPEG")
+    answer = await post_forms(client, *[slow] * 16, headers={"X-Deadline-Ms": "20"})
+    assert answer.status_code == 200
+    assert 504 in {each["status"] for each in answer.json()["results"]}
