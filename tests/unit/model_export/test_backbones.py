@@ -1,0 +1,215 @@
+"""Backbones: torchvision's names, the published counts, and MobileNetV2 as its weights know it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model_export.retinanet.backbones import (
+    BACKBONES,
+    Backbone,
+    MobileNetV2,
+    SamePadConv2d,
+)
+from model_export.retinanet.model import freeze_norms
+
+SIZES = {
+    # Entries of the state dict and parameters, without the classifier. torchvision's resnet50 has
+    # 320 and 25,557,032 with it: 2048 x 1000 + 1000 are fc.
+    "resnet18": (120, 11_689_512 - 513_000),
+    "resnet34": (216, 21_797_672 - 513_000),
+    "resnet50": (318, 25_557_032 - 2_049_000),
+    "resnet101": (624, 44_549_160 - 2_049_000),
+    # 3,504,872 less features.18 (320 x 1280 + 2 x 1280) and the classifier (1280 x 1000 + 1000).
+    "mobilenet_v2": (306, 3_504_872 - 412_160 - 1_281_000),
+    "mobilenet_v2_tf": (306, 3_504_872 - 412_160 - 1_281_000),
+}
+
+NAMES = {
+    "resnet18": ["conv1.weight", "bn1.running_var", "layer2.0.downsample.0.weight",
+                 "layer2.0.downsample.1.bias", "layer4.1.conv2.weight", "layer4.1.bn2.weight"],
+    "resnet50": ["layer1.0.downsample.0.weight", "layer3.5.conv3.weight",
+                 "layer4.2.bn3.num_batches_tracked"],
+    "mobilenet_v2": ["features.0.0.weight", "features.0.1.running_mean",
+                     "features.1.conv.0.0.weight", "features.1.conv.1.weight",
+                     "features.1.conv.2.bias", "features.17.conv.0.0.weight",
+                     "features.17.conv.1.1.weight", "features.17.conv.2.weight",
+                     "features.17.conv.3.running_var"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_names_and_counts_are_torchvision_s(name: str) -> None:
+    # On "meta" nothing is computed: ResNet-101 would take a second to draw.
+    with torch.device("meta"):
+        backbone = BACKBONES[name].build()
+    state = backbone.state_dict()
+    entries, parameters = SIZES[name]
+    assert len(state) == entries
+    assert sum(p.numel() for p in backbone.parameters()) == parameters
+    assert set(NAMES.get(name, [])) <= set(state)
+    assert not [key for key in state if key.startswith(("fc.", "features.18", "classifier"))]
+
+
+def test_every_backbone_is_tested() -> None:
+    assert SIZES.keys() == BACKBONES.keys()
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_strides_and_channels(name: str) -> None:
+    with torch.device("meta"):
+        backbone = BACKBONES[name].build()
+        features = backbone(torch.zeros(2, 3, 64, 96))
+    assert [tuple(f.shape) for f in features] == [
+        (2, channels, 64 // stride, 96 // stride)
+        for channels, stride in zip(backbone.channels, (8, 16, 32), strict=True)
+    ]
+
+
+def test_the_stride_of_a_bottleneck_is_on_its_3x3() -> None:
+    """As in torchvision's published weights; the paper's original has it on the first 1x1."""
+    with torch.device("meta"):
+        backbone = BACKBONES["resnet50"].build()
+    block = backbone.get_submodule("layer2.0")
+    strides = [block.get_submodule(f"conv{number}").stride for number in (1, 2, 3)]
+    assert strides == [(1, 1), (2, 2), (1, 1)]
+
+
+def test_a_residual_block_by_hand() -> None:
+    torch.manual_seed(0)
+    block = BACKBONES["resnet18"].build().get_submodule("layer1.0").eval()
+    x = torch.randn(1, 64, 5, 5)
+    with torch.no_grad():
+        plain = block(x)
+        assert isinstance(block.bn2, nn.BatchNorm2d)
+        nn.init.zeros_(block.bn2.weight)
+        # A branch that gives 0 leaves ReLU of the shortcut.
+        assert torch.equal(block(x), F.relu(x))
+    assert not torch.allclose(plain, F.relu(x))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "mobilenet_v2_tf"])
+def test_random_starts_neither_vanish_nor_explode_with_living_norms(name: str) -> None:
+    torch.manual_seed(0)
+    backbone = BACKBONES[name].build()
+    with torch.no_grad():
+        features = backbone(torch.randn(4, 3, 64, 64))
+    for feature in features:
+        assert 0.2 < feature.std().item() < 5
+
+
+def test_a_backbone_without_forward_says_so() -> None:
+    with pytest.raises(TypeError, match="forward"):
+        Backbone()(torch.zeros(1))
+
+
+def test_same_padding_is_tensorflow_s() -> None:
+    """SAME of an even size, kernel 3, stride 2 pads one in all: none left and top, one right and
+    bottom. So output (i, j) sees input rows 2i .. 2i + 2."""
+    conv = SamePadConv2d(1, 1, 3, 2, 0, bias=False)
+    nn.init.ones_(conv.weight)
+    x = torch.arange(16.0).reshape(1, 1, 4, 4)
+    with torch.no_grad():
+        found = conv(x)[0, 0].tolist()
+    # 0+1+2 + 4+5+6 + 8+9+10; columns 2, 3 of the same rows; rows 2, 3; the last corner.
+    assert found == [[45, 39], [66, 50]]
+
+
+def test_same_padding_is_where_stride_is_2() -> None:
+    with torch.device("meta"):
+        same, plain = MobileNetV2(same_padding=True), MobileNetV2(same_padding=False)
+    shifted = [name for name, m in same.named_modules() if isinstance(m, SamePadConv2d)]
+    assert shifted == ["features.0.0"] + [f"features.{i}.conv.1.0" for i in (2, 4, 7, 14)]
+    assert not any(isinstance(m, SamePadConv2d) for m in plain.modules())
+    for name, module in plain.named_modules():
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
+            assert module.padding == (1, 1), name
+
+
+def test_freeze_norms_keeps_statistics_and_lets_weights_learn() -> None:
+    backbone = BACKBONES["mobilenet_v2"].build().train()
+    freeze_norms(backbone.modules())
+    before = {k: v.clone() for k, v in backbone.state_dict().items() if "running" in k}
+    backbone(torch.randn(2, 3, 32, 32))
+    assert all(torch.equal(backbone.state_dict()[k], v) for k, v in before.items())
+    assert backbone.training
+    assert all(p.requires_grad for p in backbone.parameters())
+
+
+# --- the published MobileNetV2 --------------------------------------------------------------------
+
+
+class Classifier(nn.Module):
+    """The whole ImageNet network of the weights file, around our backbone."""
+
+    def __init__(self, state: dict[str, Tensor], *, same_padding: bool) -> None:
+        super().__init__()
+        self.body = MobileNetV2(same_padding=same_padding)
+        self.body.load_state_dict({k: v for k, v in state.items() if k in self.body.state_dict()})
+        self.last = nn.Sequential(
+            nn.Conv2d(320, 1280, 1, bias=False), nn.BatchNorm2d(1280), nn.ReLU6()
+        )
+        self.last.load_state_dict(
+            {k[12:]: v for k, v in state.items() if k.startswith("features.18.")}
+        )
+        self.classifier = nn.Linear(1280, len(state["classifier.1.weight"]))
+        self.classifier.load_state_dict(
+            {k[13:]: v for k, v in state.items() if k.startswith("classifier.1.")}
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(self.last(self.body(x)[-1]).mean((2, 3)))
+        return logits
+
+
+@pytest.fixture(scope="module")
+def state(mobilenet_weights: Path) -> dict[str, Tensor]:
+    loaded: dict[str, Tensor] = torch.load(mobilenet_weights, weights_only=True)
+    return loaded
+
+
+def ball() -> Tensor:
+    """A shaded orange ball on green, (1, 3, 224, 224) in -1 .. 1: nearly any ImageNet network is
+    sure that it sees one of a few round things."""
+    ys, xs = torch.meshgrid(torch.arange(224.0), torch.arange(224.0), indexing="ij")
+    x, y = (xs - 112) / 72, (ys - 112) / 72
+    inside = x**2 + y**2 < 1
+    depth = (1 - x**2 - y**2).clamp(min=0).sqrt()
+    light = (0.35 + 0.65 * (0.6 * depth - 0.5 * x - 0.6 * y).clamp(min=0)).clamp(max=1)
+    orange = torch.tensor([255.0, 140, 20]).view(3, 1, 1) * light
+    green = torch.tensor([60.0, 110, 50]).view(3, 1, 1).expand(3, 224, 224)
+    picture = torch.where(inside, orange, green)
+    spec = BACKBONES["mobilenet_v2_tf"]
+    return (
+        (picture - torch.tensor(spec.mean).view(3, 1, 1)) / torch.tensor(spec.std).view(3, 1, 1)
+    )[None]
+
+
+@torch.no_grad()
+def test_the_published_weights_reproduce_their_classifier(state: dict[str, Tensor]) -> None:
+    seen = Classifier(state, same_padding=True).eval()(ball()).softmax(1)[0]
+    shifted = Classifier(state, same_padding=False).eval()(ball()).softmax(1)[0]
+    assert seen.isfinite().all()
+    # ImageNet's 417 is balloon, 722 ping-pong ball.
+    assert seen.argmax().item() == 417
+    assert seen[417] > 0.7
+    assert set(seen.topk(2).indices.tolist()) == {417, 722}
+
+    def entropy(p: Tensor) -> float:
+        return -(p * p.log()).sum().item()
+
+    # Padded on the other side, every layer of stride 2 sees the picture half a cell off.
+    assert entropy(seen) < entropy(shifted) - 0.5
+    assert shifted.argmax().item() != 417
+
+
+def test_the_published_weights_need_no_other_name(state: dict[str, Tensor]) -> None:
+    wanted = MobileNetV2(same_padding=True).state_dict()
+    left = set(state) - set(wanted)
+    assert set(wanted) <= set(state)
+    assert all(key.startswith(("features.18.", "classifier.")) for key in left)
+    assert all(state[key].shape == tensor.shape for key, tensor in wanted.items())

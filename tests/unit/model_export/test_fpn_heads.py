@@ -1,0 +1,177 @@
+"""The pyramid's shapes and sums, and the heads' layout and start."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model_export.retinanet.fpn import FeaturePyramid
+from model_export.retinanet.heads import PRIOR, Head, prior_bias
+
+# --- pyramid -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("canvas", "expected"),
+    [
+        ((384, 512), [(48, 64), (24, 32), (12, 16), (6, 8), (3, 4)]),
+        ((448, 448), [(56, 56), (28, 28), (14, 14), (7, 7), (4, 4)]),
+        ((32, 64), [(4, 8), (2, 4), (1, 2), (1, 1), (1, 1)]),
+    ],
+)
+def test_pyramid_shapes(canvas: tuple[int, int], expected: list[tuple[int, int]]) -> None:
+    height, width = canvas
+    with torch.device("meta"):
+        pyramid = FeaturePyramid((6, 7, 8), 16)
+        features = [
+            torch.zeros(2, channels, height // stride, width // stride)
+            for channels, stride in zip((6, 7, 8), (8, 16, 32), strict=True)
+        ]
+        outputs = pyramid(features)
+    assert [tuple(level.shape) for level in outputs] == [(2, 16, *size) for size in expected]
+
+
+def identity_pyramid() -> FeaturePyramid:
+    """One channel; every convolution passes its input's centre through."""
+    pyramid = FeaturePyramid((1, 1, 1), 1)
+    for module in pyramid.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.dirac_(module.weight)
+    return pyramid
+
+
+@torch.no_grad()
+def test_the_way_down_adds_the_nearest_cell_of_the_level_above() -> None:
+    c3 = torch.arange(16.0).reshape(1, 1, 4, 4)
+    c4 = torch.tensor([[[[100.0, 200], [300, 400]]]])
+    c5 = torch.tensor([[[[5000.0]]]])
+    p3, p4, p5, p6, p7 = identity_pyramid()([c3, c4, c5])
+    assert p5.item() == 5000
+    assert p4[0, 0].tolist() == [[5100, 5200], [5300, 5400]]
+    assert p3[0, 0].tolist() == [
+        [5100, 5101, 5202, 5203],
+        [5104, 5105, 5206, 5207],
+        [5308, 5309, 5410, 5411],
+        [5312, 5313, 5414, 5415],
+    ]
+    # P6 comes from C5, not from P5.
+    assert p6.item() == 5000
+    assert p7.item() == 5000
+
+
+@torch.no_grad()
+def test_p7_sees_relu_of_p6_and_p6_sees_c5() -> None:
+    pyramid = identity_pyramid()
+    top = torch.tensor([[[[-3.0, 1.0, 2.0, 1.0]] * 4]])
+    c4, c3 = torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 16, 16)
+    *_, p6, p7 = pyramid([c3, c4, top])
+    assert p6[0, 0].tolist() == [[-3, 2], [-3, 2]]
+    assert p7.item() == 0
+    nn.init.zeros_(pyramid.inner_blocks[2].weight)
+    *_, p6_again, _ = pyramid([c3, c4, top])
+    assert torch.equal(p6, p6_again)
+
+
+def test_pyramid_start_is_kaiming_uniform_with_a_1() -> None:
+    torch.manual_seed(0)
+    pyramid = FeaturePyramid((32, 64, 96), 48)
+    for name, module in pyramid.named_modules():
+        if isinstance(module, nn.Conv2d):
+            fan_in = module.weight[0].numel()
+            # gain of a leaky ReLU with a = 1 is 1: uniform within sqrt(3 / fan_in).
+            bound = math.sqrt(3 / fan_in)
+            assert module.weight.abs().max().item() <= bound, name
+            assert module.weight.abs().max().item() > 0.98 * bound, name
+            assert module.bias is not None
+            assert not module.bias.any(), name
+
+
+# --- heads ---------------------------------------------------------------------------------------
+
+
+def head(
+    channels: int = 16, *, width: int = 16, depth: int = 4, outputs: int = 3, anchors: int = 9
+) -> Head:
+    return Head(
+        channels, width=width, depth=depth, anchors=anchors, outputs=outputs, bias=prior_bias()
+    )
+
+
+def test_sigmoid_of_the_prior_bias_is_the_prior() -> None:
+    assert PRIOR == 0.01
+    assert 1 / (1 + math.exp(-prior_bias())) == pytest.approx(0.01, rel=1e-12)
+    assert prior_bias() == pytest.approx(-4.59511985)
+    assert prior_bias(0.5) == 0
+    bias = head().out.bias
+    assert bias is not None
+    assert torch.allclose(bias.sigmoid(), torch.tensor(0.01), rtol=1e-6)
+
+
+@torch.no_grad()
+def test_outputs_are_cell_major_then_anchor_then_class() -> None:
+    """Each output channel a * K + k is given its own constant, each cell its own offset."""
+    made = Head(1, width=8, depth=0, anchors=2, outputs=3, bias=0.0)
+    nn.init.zeros_(made.out.weight)
+    made.out.weight[:, 0, 1, 1] = 1.0
+    assert made.out.bias is not None
+    made.out.bias.copy_(torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0.6]))
+    feature = torch.tensor([[[[10.0, 20.0, 30.0], [40.0, 50.0, 60.0]]]])
+    found = made(feature)
+    assert found.shape == (1, 2 * 3 * 2, 3)
+    expected = [
+        [cell + anchor + k for k in (0.1, 0.2, 0.3)]
+        for cell in (10, 20, 30, 40, 50, 60)
+        for anchor in (0.0, 0.3)
+    ]
+    assert torch.allclose(found[0], torch.tensor(expected))
+
+
+@pytest.mark.parametrize(("width", "depth", "convolutions"), [(16, 4, 5), (24, 2, 3), (8, 0, 1)])
+def test_width_and_depth(width: int, depth: int, convolutions: int) -> None:
+    made = head(width=width, depth=depth)
+    found = [module for module in made.modules() if isinstance(module, nn.Conv2d)]
+    assert len(found) == convolutions
+    assert [module.out_channels for module in found] == [width] * depth + [27]
+    assert sum(isinstance(module, nn.ReLU) for module in made.modules()) == depth
+    assert made(torch.zeros(2, 16, 4, 5)).shape == (2, 4 * 5 * 9, 3)
+
+
+def test_wide_heads_start_as_in_the_paper() -> None:
+    torch.manual_seed(0)
+    wide = head(256, width=256)
+    for module in wide.modules():
+        if isinstance(module, nn.Conv2d):
+            assert module.weight.std().item() == pytest.approx(0.01, rel=0.03)
+    hidden = [module for module in wide.conv if isinstance(module, nn.Conv2d)]
+    assert all(module.bias is not None and not module.bias.any() for module in hidden)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("width", [16, 64, 128])
+def test_narrow_heads_keep_the_signal(width: int) -> None:
+    """N(0, 0.01) leaves a thousandth of it over four convolutions of 64 channels."""
+    torch.manual_seed(0)
+    narrow = head(width, width=width)
+    signal = torch.randn(1, width, 24, 24)
+    kept = (narrow.conv(signal).std() / F.relu(signal).std()).item()
+    assert 0.2 < kept < 5
+    assert narrow.out.weight.std().item() == pytest.approx(0.01, rel=0.1)
+    for module in narrow.conv:
+        if isinstance(module, nn.Conv2d):
+            nn.init.normal_(module.weight, std=0.01)
+    lost = (narrow.conv(signal).std() / F.relu(signal).std()).item()
+    assert lost < 0.02
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("width", [16, 64, 256])
+def test_every_anchor_starts_near_the_prior(width: int) -> None:
+    torch.manual_seed(0)
+    p = head(width, width=width)(torch.randn(1, width, 16, 16)).sigmoid()
+    assert p.mean().item() == pytest.approx(0.01, rel=0.05)
+    assert p.min().item() > 0.002
+    assert p.max().item() < 0.05
