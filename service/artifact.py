@@ -17,6 +17,7 @@ from typing import Annotated, Any, Final, Literal
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from service.canvas import CanvasRule
@@ -142,7 +143,7 @@ def set_metadata(model: onnx.ModelProto, metadata: Metadata) -> None:
     others = {p.key: p.value for p in model.metadata_props if p.key != METADATA_KEY}
     onnx.helper.set_model_props(model, {**others, METADATA_KEY: metadata.to_json()})
     thresholds = metadata.thresholds
-    defaults = {
+    defaults: dict[str, NDArray[Any]] = {
         "score_threshold": np.array([thresholds.score], dtype=np.float32),
         "iou_threshold": np.array([thresholds.iou], dtype=np.float32),
         "max_detections": np.array([thresholds.max_detections], dtype=np.int64),
@@ -185,6 +186,9 @@ def _check_checksum(path: Path, digest: str) -> None:
     if not checksum.exists():
         return
     words = checksum.read_text(errors="replace").split()
+    if len(words) > 1 and words[1].lstrip("*") != path.name:
+        # Of another model file in the same folder.
+        return
     if not words or words[0].lower() != digest:
         raise ArtifactError(
             f"{path}: sha256 is {digest}, but {checksum.name} says "

@@ -44,7 +44,7 @@ class Head(nn.Module):
         """(B, C, H, W) to (B, H * W * anchors, outputs), row by row, cell by cell."""
         maps: Tensor = self.out(self.conv(feature))
         # To channels-last, then the channels split into (anchors, outputs).
-        return maps.permute(0, 2, 3, 1).flatten(1).unflatten(1, (-1, self.outputs))
+        return maps.permute(0, 2, 3, 1).reshape(maps.shape[0], -1, self.outputs)
 
 
 def _initialise_hidden(conv: nn.Conv2d) -> None:
