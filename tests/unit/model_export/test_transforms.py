@@ -285,6 +285,13 @@ def test_brightness_scales_all_channels_alike_within_its_range(seed: int) -> Non
 
 
 @given(seed=st.integers(0, 2**32))
+def test_an_even_grey_has_no_contrast_at_any_brightness(seed: int) -> None:
+    grey = (120, 120, 120)
+    both = jittered(grey, colour(brightness=0.5, contrast=0.9), seed)
+    assert both == pytest.approx(jittered(grey, colour(brightness=0.5), seed), abs=1)
+
+
+@given(seed=st.integers(0, 2**32))
 def test_hue_turns_colours_and_keeps_their_mean(seed: int) -> None:
     varied = jittered((130, 110, 90), colour(hue=0.5), seed)
     assert sum(varied) / 3 == pytest.approx(110, abs=1)
