@@ -97,15 +97,14 @@ class BatchQueue(Generic[Item]):
         """
         with self._condition:
             while True:
-                head, pause = self._ripest(time.monotonic())
+                now = time.monotonic()
+                head, pause = self._ripest(now)
                 if head is not None:
-                    batch = self._pop(head.key)
-                    if batch:
-                        return batch
-                elif self._closed and not self._length:
+                    # The same moment, so the head is still in time and the batch not empty.
+                    return self._pop(head.key, now)
+                if self._closed and not self._length:
                     return []
-                else:
-                    self._condition.wait(pause)
+                self._condition.wait(pause)
 
     def close(self) -> None:
         """Take nothing more in; those who wait in `take` get what is left, then an empty list."""
@@ -117,28 +116,47 @@ class BatchQueue(Generic[Item]):
         """The head of the lane to serve now, or how long until there is one (None: unknown)."""
         best: _Ticket[Item] | None = None
         pause: float | None = None
-        for lane in self._lanes.values():
-            head = next(iter(lane.values()))
+        for key in list(self._lanes):
+            head = self._head(key, now)
+            if head is None:
+                continue
             rest = head.arrived + self._policy.max_delay - now
-            if rest <= 0 or self._closed or len(lane) >= self._policy.max_batch_size:
+            full = len(self._lanes[key]) >= self._policy.max_batch_size
+            if rest <= 0 or full or self._closed:
                 if best is None or head.number < best.number:
                     best = head
             elif pause is None or rest < pause:
                 pause = rest
         return (None, pause) if best is None else (best.item, None)
 
-    def _pop(self, key: Hashable) -> list[Item]:
+    def _head(self, key: Hashable, now: float) -> _Ticket[Item] | None:
+        """The oldest item of a lane that is still worth its time; older ones are dropped."""
         lane = self._lanes[key]
-        now = time.monotonic()
-        batch: list[Item] = []
-        while lane and len(batch) < self._policy.max_batch_size:
-            _, ticket = lane.popitem(last=False)
+        while lane:
+            head = next(iter(lane.values()))
+            if _worth(head.item, now):
+                return head
+            lane.popitem(last=False)
             self._length -= 1
-            if not ticket.item.abandoned and ticket.item.deadline > now:
-                batch.append(ticket.item)
-        if not lane:
+        del self._lanes[key]
+        return None
+
+    def _pop(self, key: Hashable, now: float) -> list[Item]:
+        batch: list[Item] = []
+        while len(batch) < self._policy.max_batch_size:
+            head = self._head(key, now)
+            if head is None:
+                return batch
+            self._lanes[key].popitem(last=False)
+            self._length -= 1
+            batch.append(head.item)
+        if not self._lanes[key]:
             del self._lanes[key]
         return batch
+
+
+def _worth(item: Waiting, now: float) -> bool:
+    return not item.abandoned and item.deadline > now
 
 
 class Admission:

@@ -1,0 +1,213 @@
+"""The queue: order, equal keys, expiry, delay, bounds, many threads."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.batching import Admission, BatchQueue, Policy
+from service.errors import Unavailable
+
+FAR = float("inf")
+
+
+@dataclass(eq=False)
+class Item:
+    number: int
+    key: str = "a"
+    deadline: float = FAR
+    abandoned: bool = False
+
+
+def numbers(batch: list[Item]) -> list[int]:
+    return [item.number for item in batch]
+
+
+def drained(queue: BatchQueue[Item]) -> list[list[Item]]:
+    queue.close()
+    batches = []
+    while batch := queue.take():
+        batches.append(batch)
+    return batches
+
+
+def in_thread(function: Callable[[], object]) -> threading.Thread:
+    thread = threading.Thread(target=function, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_batches_hold_equal_keys_and_the_oldest_key_goes_first() -> None:
+    queue: BatchQueue[Item] = BatchQueue(Policy(max_batch_size=3))
+    for number, key in enumerate("abababaab"):
+        queue.push(Item(number, key))
+    assert [numbers(queue.take()) for _ in range(4)] == [[0, 2, 4], [1, 3, 5], [6, 7], [8]]
+    assert len(queue) == 0
+
+
+def test_a_batch_size_of_one_is_plain_first_in_first_out() -> None:
+    queue: BatchQueue[Item] = BatchQueue(Policy())
+    for number, key in enumerate("abcabc"):
+        queue.push(Item(number, key))
+    assert [numbers(batch) for batch in drained(queue)] == [[0], [1], [2], [3], [4], [5]]
+
+
+def test_expired_and_abandoned_items_never_come_out() -> None:
+    queue: BatchQueue[Item] = BatchQueue(Policy(max_batch_size=8))
+    now = time.monotonic()
+    queue.push(Item(0, deadline=now - 1))
+    queue.push(Item(1))
+    queue.push(Item(2, abandoned=True))
+    queue.push(Item(3, deadline=now + 60))
+    queue.push(Item(4, key="b", deadline=now - 1))
+    queue.push(Item(5, key="c"))
+    assert numbers(queue.take()) == [1, 3]
+    assert numbers(queue.take()) == [5], "a lane of nothing but expired items is no batch"
+    assert len(queue) == 0
+
+
+def test_expired_items_do_not_use_up_a_batch() -> None:
+    queue: BatchQueue[Item] = BatchQueue(Policy(max_batch_size=2))
+    for number in range(4):
+        queue.push(Item(number, deadline=FAR if number % 2 else 0.0))
+    assert numbers(queue.take()) == [1, 3]
+
+
+def test_remove_takes_out_what_waits_and_nothing_else() -> None:
+    queue: BatchQueue[Item] = BatchQueue(Policy(max_batch_size=8))
+    items = [Item(number) for number in range(3)]
+    for item in items:
+        queue.push(item)
+    assert queue.remove(items[1])
+    assert not queue.remove(items[1])
+    assert not queue.remove(Item(9, key="never seen"))
+    assert len(queue) == 2
+    assert numbers(queue.take()) == [0, 2]
+    assert not queue.remove(items[0])
+
+
+def test_without_delay_a_free_device_never_waits() -> None:
+    queue: BatchQueue[Item] = BatchQueue(Policy(max_batch_size=8, max_delay=0.0))
+    queue.push(Item(0))
+    started = time.monotonic()
+    assert numbers(queue.take()) == [0]
+    assert time.monotonic() - started < 0.5
+
+
+def test_with_delay_a_batch_fills_up_or_goes_when_its_oldest_waited_long_enough() -> None:
+    queue: BatchQueue[Item] = BatchQueue(Policy(max_batch_size=3, max_delay=0.2))
+    started = time.monotonic()
+    queue.push(Item(0))
+    batches: list[list[Item]] = []
+    taker = in_thread(lambda: batches.append(queue.take()))
+    time.sleep(0.05)
+    queue.push(Item(1))
+    taker.join(10)
+    assert numbers(batches[0]) == [0, 1]
+    assert time.monotonic() - started >= 0.2
+    for number in range(3):
+        queue.push(Item(number))
+    started = time.monotonic()
+    assert numbers(queue.take()) == [0, 1, 2]
+    assert time.monotonic() - started < 0.15, "a full batch does not wait"
+
+
+def test_with_delay_a_full_lane_overtakes_one_that_still_waits() -> None:
+    queue: BatchQueue[Item] = BatchQueue(Policy(max_batch_size=2, max_delay=30.0))
+    queue.push(Item(0, "slow"))
+    queue.push(Item(1, "full"))
+    queue.push(Item(2, "full"))
+    assert numbers(queue.take()) == [1, 2]
+    assert [numbers(batch) for batch in drained(queue)] == [[0]], "closing ends the wait"
+
+
+def test_close_wakes_everyone_and_drops_what_comes_after() -> None:
+    queue: BatchQueue[Item] = BatchQueue(Policy())
+    results: list[list[Item]] = []
+    takers = [in_thread(lambda: results.append(queue.take())) for _ in range(3)]
+    queue.close()
+    for taker in takers:
+        taker.join(10)
+    assert results == [[], [], []]
+    queue.push(Item(0))
+    assert len(queue) == 0
+    assert queue.take() == []
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.booleans()), max_size=40),
+    st.integers(1, 5),
+    st.sets(st.integers(0, 39)),
+)
+def test_every_live_item_comes_out_once_in_order(
+    arrivals: list[tuple[str, bool]], size: int, removed: set[int]
+) -> None:
+    queue: BatchQueue[Item] = BatchQueue(Policy(max_batch_size=size))
+    items = [Item(number, key, FAR if live else 0.0) for number, (key, live) in enumerate(arrivals)]
+    for item in items:
+        queue.push(item)
+    for item in items:
+        if item.number in removed:
+            assert queue.remove(item)
+    batches = drained(queue)
+    assert all(1 <= len(batch) <= size for batch in batches)
+    assert all(len({item.key for item in batch}) == 1 for batch in batches)
+    out = [item.number for batch in batches for item in batch]
+    live = [item for item in items if item.deadline == FAR and item.number not in removed]
+    assert sorted(out) == [item.number for item in live]
+    for key in "abc":
+        of_key = [item.number for batch in batches for item in batch if item.key == key]
+        assert of_key == sorted(of_key), "first in, first out within a key"
+    heads = [batch[0].number for batch in batches]
+    assert heads == sorted(heads), "the oldest of all goes first"
+    assert len(queue) == 0
+
+
+def test_many_producers_takers_and_removers_lose_nothing_and_double_nothing() -> None:
+    queue: BatchQueue[Item] = BatchQueue(Policy(max_batch_size=4))
+    taken: Counter[int] = Counter()
+    removed: Counter[int] = Counter()
+    lock = threading.Lock()
+
+    def take() -> None:
+        while batch := queue.take():
+            with lock:
+                taken.update(numbers(batch))
+
+    def produce(first: int) -> None:
+        for number in range(first, first + 300):
+            item = Item(number, key="abc"[number % 3])
+            queue.push(item)
+            if number % 7 == 0 and queue.remove(item):
+                with lock:
+                    removed[number] += 1
+
+    takers = [in_thread(take) for _ in range(3)]
+    producers = [in_thread(lambda first=first: produce(first)) for first in range(0, 1200, 300)]
+    for thread in producers:
+        thread.join(30)
+    queue.close()
+    for thread in takers:
+        thread.join(30)
+    assert taken + removed == Counter(range(1200))
+
+
+def test_admission_counts_and_gives_back() -> None:
+    admission = Admission(2)
+    with admission.slot(), admission.slot():
+        assert admission.held == 2
+        with pytest.raises(Unavailable, match="2 pictures") as refused, admission.slot():
+            pytest.fail("there was no room")
+        assert refused.value.reason == "queue-full"
+        assert refused.value.retry_after > 0
+    with pytest.raises(ZeroDivisionError), admission.slot():
+        raise ZeroDivisionError
+    assert admission.held == 0
+    admission.check()

@@ -1,0 +1,245 @@
+"""Decode threads and device threads together: answers, poison, cancellation, deadlines."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import time
+import weakref
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from service import pipeline as module
+from service.artifact import read_artifact
+from service.batching import Policy
+from service.detector import Detector
+from service.devices import Device, open_detector
+from service.errors import DeadlineExceeded, InferenceFailed, MalformedImage
+from service.pipeline import Outcome, Pipeline, Servable
+from tests import tiny_model
+from tests.pictures import BLUE, GREEN, RED, encoded, one_red, squares
+
+MAGENTA = (255, 0, 255)
+POISON = encoded(Image.new("RGB", (128, 96), MAGENTA))
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Servable]:
+    def make(**options: object) -> Servable:
+        path = tiny_model.save(tmp_path_factory.mktemp("models"), **options)
+        artifact = read_artifact(path)
+        return Servable("tiny", 1, artifact, (open_detector(artifact, Device("cpu")),))
+
+    return make
+
+
+@asynccontextmanager
+async def started(
+    policy: Policy | None = None, *, decode_threads: int = 2, sizes: list[int] | None = None
+) -> AsyncIterator[Pipeline]:
+    seen = [] if sizes is None else sizes
+    line = Pipeline(
+        devices=1,
+        decode_threads=decode_threads,
+        policy=policy or Policy(),
+        on_batch=seen.append,
+    )
+    line.start()
+    try:
+        yield line
+    finally:
+        line.close()
+
+
+async def detect(
+    line: Pipeline, model: Servable, data: bytes, *, seconds: float = 60.0, iou: float = 0.5
+) -> Outcome:
+    return await line.detect(
+        data,
+        model,
+        score=0.5,
+        iou=iou,
+        deadline=time.monotonic() + seconds,
+        max_pixels=50_000_000,
+    )
+
+
+async def test_an_outcome(load: Callable[..., Servable]) -> None:
+    async with started() as line:
+        outcome = await detect(line, load(), encoded(one_red()))
+    assert 0 in outcome.detections.labels
+    assert outcome.letterbox.original == (96, 128)
+    assert min(outcome.timing) >= 0.0
+
+
+async def test_answers_are_their_own_in_any_company(load: Callable[..., Servable]) -> None:
+    model = load()
+    contents = [
+        encoded(squares((16 * place, 16 * row, colour), size=size))
+        for place in range(5)
+        for row in range(3)
+        for colour in (RED, GREEN, BLUE)
+        for size in ((128, 96), (96, 128))
+    ]
+    async with started() as line:
+        alone = [await detect(line, model, content) for content in contents]
+    sizes: list[int] = []
+    async with started(Policy(max_batch_size=8, max_delay=0.05), sizes=sizes) as line:
+        together = await asyncio.gather(*(detect(line, model, each) for each in contents))
+    assert max(sizes) > 1, "nothing was batched, so nothing was tested"
+    assert max(sizes) <= 8
+    assert sum(sizes) == len(contents)
+    for one, other in zip(alone, together, strict=True):
+        assert one.letterbox == other.letterbox
+        assert one.detections.boxes.tolist() == other.detections.boxes.tolist()
+        assert one.detections.scores.tolist() == other.detections.scores.tolist()
+        assert one.detections.labels.tolist() == other.detections.labels.tolist()
+
+
+async def test_other_canvases_and_iou_thresholds_do_not_share_a_batch(
+    load: Callable[..., Servable],
+) -> None:
+    model, sizes = load(), []
+    async with started(Policy(max_batch_size=8, max_delay=0.1), sizes=sizes) as line:
+        wide, tall = encoded(one_red()), encoded(squares(size=(96, 128)))
+        jobs = [(wide, 0.5), (tall, 0.5), (wide, 0.4), (wide, 0.5)]
+        await asyncio.gather(*(detect(line, model, data, iou=iou) for data, iou in jobs))
+    assert sorted(sizes) == [1, 1, 2]
+
+
+async def test_a_bad_picture_fails_alone(load: Callable[..., Servable]) -> None:
+    model = load()
+    async with started(Policy(max_batch_size=4, max_delay=0.05)) as line:
+        answers = await asyncio.gather(
+            *(detect(line, model, each) for each in (encoded(one_red()), b"", encoded(one_red()))),
+            return_exceptions=True,
+        )
+    assert [type(answer) for answer in answers] == [Outcome, MalformedImage, Outcome]
+
+
+async def test_poison_in_a_batch_fails_alone(load: Callable[..., Servable]) -> None:
+    model, sizes = load(poison=True), []
+    good = encoded(one_red())
+    async with started(Policy(max_batch_size=4, max_delay=0.2), sizes=sizes) as line:
+        answers = await asyncio.gather(
+            *(detect(line, model, data) for data in (good, POISON, good, good)),
+            return_exceptions=True,
+        )
+        assert sizes == [4]
+        assert [type(each) for each in answers] == [Outcome, InferenceFailed, Outcome, Outcome]
+        assert line.fatal is None, "the picture is to blame, not the device"
+        assert isinstance(await detect(line, model, good), Outcome)
+
+
+async def test_a_device_that_died_is_told_from_a_bad_picture(
+    load: Callable[..., Servable], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(poison=True)
+
+    def dead(self: Detector, *args: object, **kwargs: object) -> None:
+        raise RuntimeError("CUDA error 700: an illegal memory access was encountered")
+
+    async with started() as line:
+        assert isinstance(await detect(line, model, encoded(one_red())), Outcome)
+        monkeypatch.setattr(Detector, "__call__", dead)
+        with pytest.raises(InferenceFailed):
+            await detect(line, model, encoded(one_red()))
+        assert line.fatal is not None
+        assert "CUDA error 700" in line.fatal
+
+
+async def test_late_pictures_cost_no_device_time(load: Callable[..., Servable]) -> None:
+    model, sizes = load(work=60), []
+    async with started(sizes=sizes) as line:
+        running = asyncio.create_task(detect(line, model, encoded(one_red())))
+        while not sizes:
+            await asyncio.sleep(0.001)
+        started_at = time.monotonic()
+        late = [detect(line, model, encoded(one_red()), seconds=0.02) for _ in range(5)]
+        answers = await asyncio.gather(*late, return_exceptions=True)
+        assert {type(answer) for answer in answers} == {DeadlineExceeded}
+        assert time.monotonic() - started_at < 5.0
+        assert line.depth == 0
+        await running
+        await detect(line, model, encoded(one_red()))
+    assert len(sizes) == 2
+
+
+async def test_cancelled_pictures_leave_the_queue(load: Callable[..., Servable]) -> None:
+    model, sizes = load(work=60), []
+    async with started(sizes=sizes) as line:
+        running = asyncio.create_task(detect(line, model, encoded(one_red())))
+        while not sizes:
+            await asyncio.sleep(0.001)
+        tasks = [asyncio.create_task(detect(line, model, encoded(one_red()))) for _ in range(20)]
+        await asyncio.sleep(0.02)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert line.depth == 0
+        await running
+        await detect(line, model, encoded(one_red()))
+    # One that was being decoded when it was cancelled may have slipped to the device.
+    assert len(sizes) <= 3
+
+
+async def test_first_come_first_served(load: Callable[..., Servable]) -> None:
+    model = load()
+    finished: list[int] = []
+
+    async def one(line: Pipeline, number: int) -> None:
+        size = (128, 96) if number % 2 else (96, 128)
+        await detect(line, model, encoded(squares(size=size)))
+        finished.append(number)
+
+    # One decode thread: with more, the order of arrival at the device is theirs to make.
+    async with started(decode_threads=1) as line:
+        await asyncio.gather(*(one(line, number) for number in range(40)))
+    assert finished == sorted(finished)
+
+
+@pytest.mark.parametrize("content", [encoded(one_red()), b"\xff\xd8\xff broken"])
+async def test_nothing_keeps_a_picture_alive(
+    load: Callable[..., Servable], content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: weakref.WeakSet[module.Work] = weakref.WeakSet()
+
+    class Watched(module.Work):
+        """Work that can be referred to weakly."""
+
+        __slots__ = ("__weakref__",)
+
+        def __post_init__(self) -> None:
+            alive.add(self)
+
+    monkeypatch.setattr(module, "Work", Watched)
+    model = load()
+    async with started() as line:
+        gc.disable()
+        try:
+            for _ in range(10):
+                try:
+                    await detect(line, model, content)
+                except MalformedImage:
+                    continue
+            # The device's thread may still be on its way back to the queue.
+            for _ in range(100):
+                if not alive:
+                    break
+                await asyncio.sleep(0.01)
+            assert len(alive) == 0
+        finally:
+            gc.enable()
+
+
+async def test_answers_after_the_end_harm_nobody(load: Callable[..., Servable]) -> None:
+    model = load(work=20)
+    async with started() as line:
+        task = asyncio.create_task(detect(line, model, encoded(one_red())))
+        await asyncio.sleep(0.01)
+        task.cancel()
+    assert Path(model.artifact.path).exists()
