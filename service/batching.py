@@ -100,8 +100,10 @@ class BatchQueue(Generic[Item]):
                 now = time.monotonic()
                 head, pause = self._ripest(now)
                 if head is not None:
-                    # The same moment, so the head is still in time and the batch not empty.
-                    return self._pop(head.key, now)
+                    if batch := self._pop(head.key, now):
+                        return batch
+                    # All of it was abandoned at this very moment; an empty list would mean the end.
+                    continue
                 if self._closed and not self._length:
                     return []
                 self._condition.wait(pause)

@@ -80,6 +80,24 @@ def test_expired_items_do_not_use_up_a_batch() -> None:
     assert numbers(queue.take()) == [1, 3]
 
 
+def test_an_item_abandoned_while_it_is_taken_does_not_look_like_the_end() -> None:
+    class Flickering(Item):
+        """Abandoned from the second look on, as when its client goes just then."""
+
+        looks = 0
+
+        def __getattribute__(self, name: str) -> object:
+            if name != "abandoned":
+                return super().__getattribute__(name)
+            self.looks += 1
+            return self.looks > 1
+
+    queue: BatchQueue[Item] = BatchQueue(Policy())
+    queue.push(Flickering(0))
+    queue.push(Item(1))
+    assert numbers(queue.take()) == [1]
+
+
 def test_remove_takes_out_what_waits_and_nothing_else() -> None:
     queue: BatchQueue[Item] = BatchQueue(Policy(max_batch_size=8))
     items = [Item(number) for number in range(3)]

@@ -8,7 +8,6 @@ import time
 import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -66,6 +65,14 @@ async def detect(
         deadline=time.monotonic() + seconds,
         max_pixels=50_000_000,
     )
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    for _ in range(20_000):
+        if condition():
+            return
+        await asyncio.sleep(0.001)
+    pytest.fail("it never happened")
 
 
 async def test_an_outcome(load: Callable[..., Servable]) -> None:
@@ -156,8 +163,7 @@ async def test_late_pictures_cost_no_device_time(load: Callable[..., Servable]) 
     model, sizes = load(work=60), []
     async with started(sizes=sizes) as line:
         running = asyncio.create_task(detect(line, model, encoded(one_red())))
-        while not sizes:
-            await asyncio.sleep(0.001)
+        await until(lambda: bool(sizes))
         started_at = time.monotonic()
         late = [detect(line, model, encoded(one_red()), seconds=0.02) for _ in range(5)]
         answers = await asyncio.gather(*late, return_exceptions=True)
@@ -173,8 +179,7 @@ async def test_cancelled_pictures_leave_the_queue(load: Callable[..., Servable])
     model, sizes = load(work=60), []
     async with started(sizes=sizes) as line:
         running = asyncio.create_task(detect(line, model, encoded(one_red())))
-        while not sizes:
-            await asyncio.sleep(0.001)
+        await until(lambda: bool(sizes))
         tasks = [asyncio.create_task(detect(line, model, encoded(one_red()))) for _ in range(20)]
         await asyncio.sleep(0.02)
         for task in tasks:
@@ -227,19 +232,16 @@ async def test_nothing_keeps_a_picture_alive(
                 except MalformedImage:
                     continue
             # The device's thread may still be on its way back to the queue.
-            for _ in range(100):
-                if not alive:
-                    break
-                await asyncio.sleep(0.01)
-            assert len(alive) == 0
+            await until(lambda: not alive)
         finally:
             gc.enable()
 
 
 async def test_answers_after_the_end_harm_nobody(load: Callable[..., Servable]) -> None:
-    model = load(work=20)
-    async with started() as line:
+    model, sizes = load(work=60), []
+    async with started(sizes=sizes) as line:
         task = asyncio.create_task(detect(line, model, encoded(one_red())))
-        await asyncio.sleep(0.01)
+        await until(lambda: bool(sizes))
         task.cancel()
-    assert Path(model.artifact.path).exists()
+    with pytest.raises(asyncio.CancelledError):
+        await task
