@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Final
-from urllib.error import URLError
 from urllib.request import urlopen
 
 import safetensors
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from model_export.retinanet.backbones import BACKBONES
@@ -55,7 +54,7 @@ class Checkpoint:
         try:
             network.load_state_dict(self.weights)
         except RuntimeError as error:
-            raise DataError(f"{self.path}: {error}") from error
+            raise DataError(f"{self.path}: {_one_line(error)}") from error
         return network.eval()
 
 
@@ -69,27 +68,29 @@ def load_checkpoint(path: Path) -> Checkpoint:
         description = Description.model_validate_json(text)
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such checkpoint") from error
-    except (
-        OSError,
-        KeyError,
-        RuntimeError,
-        ValidationError,
-        pickle.UnpicklingError,
-        safetensors.SafetensorError,
-    ) as error:
+    except Exception as error:
+        # On bytes of another kind the readers raise nearly anything: pickle alone EOFError,
+        # IndexError, AttributeError, UnicodeDecodeError and more.
         raise DataError(
-            f"{path}: not a checkpoint that `retinaserve train` wrote "
-            f"({type(error).__name__}: {str(error).splitlines()[0]})"
+            f"{path}: not a checkpoint that `retinaserve train` wrote ({_one_line(error)})"
         ) from error
     return Checkpoint(path=path, description=description, weights=weights)
 
 
 def save_weights(checkpoint: Checkpoint, path: Path, *, half: bool) -> None:
-    """Write weights and description as safetensors, in float16 if `half`."""
-    weights = {
-        name: tensor.half() if half and tensor.is_floating_point() else tensor
-        for name, tensor in checkpoint.weights.items()
-    }
+    """Write weights and description as safetensors, in float16 if `half`.
+
+    Raises DataError if a weight is beyond float16.
+    """
+    # safetensors takes no other memory format.
+    weights = {name: tensor.contiguous() for name, tensor in checkpoint.weights.items()}
+    if half:
+        weights = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
+        for name, tensor in weights.items():
+            if not tensor.isfinite().all():
+                raise DataError(
+                    f"{checkpoint.path}: {name} does not fit into float16; save it in full"
+                )
     safetensors.torch.save_file(
         weights, path, metadata={DESCRIPTION_KEY: checkpoint.description.model_dump_json()}
     )
@@ -100,14 +101,19 @@ def initialise_from(network: RetinaNet, checkpoint: Checkpoint, classes: tuple[s
 
     Where the class lists differ, the last classification convolution keeps its fresh start.
     """
-    weights = dict(checkpoint.weights)
     same = checkpoint.description.classes == classes
-    if not same:
-        weights = {k: v for k, v in weights.items() if not k.startswith(_CLASSIFIER)}
-    missing, unexpected = network.load_state_dict(weights, strict=False)
-    wrong = [key for key in missing if same or not key.startswith(_CLASSIFIER)]
-    if wrong or unexpected:
-        raise DataError(f"{checkpoint.path}: does not fit the model: {[*wrong, *unexpected][:5]}")
+    kept = {k: v for k, v in checkpoint.weights.items() if same or not k.startswith(_CLASSIFIER)}
+    wanted = {
+        k: v for k, v in network.state_dict().items() if same or not k.startswith(_CLASSIFIER)
+    }
+    other_shape = (k for k in kept if k in wanted and kept[k].shape != wanted[k].shape)
+    wrong = [*sorted(kept.keys() ^ wanted.keys()), *other_shape]
+    if wrong:
+        raise DataError(
+            f"{checkpoint.path}: does not fit the model, whose settings must be the checkpoint's "
+            f"own: {', '.join(wrong[:5])}"
+        )
+    network.load_state_dict(kept, strict=False)
     return same
 
 
@@ -121,7 +127,7 @@ def load_backbone(network: RetinaNet, path: Path) -> None:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+    except Exception as error:
         raise DataError(
             f"{path}: not a plain state dict of tensors ({type(error).__name__})"
         ) from error
@@ -129,7 +135,8 @@ def load_backbone(network: RetinaNet, path: Path) -> None:
         raise DataError(f"{path}: a state dict is expected, found {type(state).__name__}")
     wanted = network.backbone.state_dict()
     missing = [k for k in wanted if k not in state and not k.endswith("num_batches_tracked")]
-    wrong = [k for k in wanted if k in state and state[k].shape != wanted[k].shape]
+    shapes = {k: getattr(state[k], "shape", None) for k in wanted if k in state}
+    wrong = [k for k, shape in shapes.items() if shape != wanted[k].shape]
     if missing or wrong:
         raise DataError(
             f"{path}: not weights of {name}: "
@@ -155,7 +162,7 @@ def fetch_imagenet(backbone: str, cache: Path) -> Path:
         try:
             with urlopen(url, timeout=60) as response:
                 content = response.read()
-        except (URLError, OSError) as error:
+        except (OSError, HTTPException) as error:
             raise DataError(
                 f"cannot download {url} ({error}); fetch it on a machine that can, "
                 "then give it by --weights FILE"
@@ -186,3 +193,9 @@ def _read_lightning(path: Path) -> tuple[str, dict[str, Tensor]]:
         if key.startswith(AVERAGE_PREFIX)
     }
     return json.dumps(content[DESCRIPTION_KEY]), weights
+
+
+def _one_line(error: Exception) -> str:
+    """The error's kind and the beginning of what it says."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:2])}" if lines else type(error).__name__

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from model_export.retinanet.model import ModelConfig
 from model_export.transforms import Augmentation
@@ -18,7 +18,7 @@ DEFAULT_CANVAS = Buckets(sizes=(Size(384, 512), Size(512, 384), Size(448, 448)))
 
 
 class _Config(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class MatchingConfig(_Config):
@@ -28,6 +28,14 @@ class MatchingConfig(_Config):
     background: float = Field(default=0.4, ge=0, le=1)
     low_quality_matches: bool = True
     """Every object also claims its best anchor; without it small objects may learn nothing."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.background > self.foreground:
+            raise ValueError(
+                f"background {self.background} must not be above foreground {self.foreground}"
+            )
+        return self
 
 
 class LossConfig(_Config):
@@ -95,7 +103,9 @@ def load_config(path: Path | None, overrides: Mapping[str, Any]) -> TrainConfig:
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror}") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: not YAML: {error}") from error
+            raise DataError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+        if loaded is None:
+            loaded = {}
         if not isinstance(loaded, dict):
             raise DataError(f"{path}: expected a mapping of settings, got {type(loaded).__name__}")
         values = loaded
