@@ -300,6 +300,8 @@ def train(
     with warnings.catch_warnings():
         # Lightning advises worker processes; on a CPU they would only take cores from the network.
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        # Lightning's way to walk a batch; it is for Lightning to follow torch there.
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
         trainer.fit(trainee, loader, ckpt_path=last if resume else None, weights_only=True)
     return trainee.best_ap
 
