@@ -16,10 +16,29 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
 _DATA = click.Path(exists=True, file_okay=False, path_type=Path)
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _NEW_FILE = click.Path(dir_okay=False, path_type=Path)
+_RECIPES = Path(__file__).parent / "recipes"
+
+
+class _Recipe(click.ParamType[Path]):
+    """A YAML file, or the name of one that comes with the package."""
+
+    name = "recipe"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Path:
+        """The file's path."""
+        if isinstance(value, Path):
+            return value
+        known = {path.stem: path for path in sorted(_RECIPES.glob("*.yaml"))}
+        path = known.get(value, Path(value))
+        if not path.is_file():
+            self.fail(f"{value!r} is neither a file nor one of {', '.join(known)}", param, ctx)
+        return path
+
+
 # "\b" keeps click from joining the lines.
 _TRAIN_EXAMPLE = """\b
 Example:
-  retinaserve train --data cells --backbone mobilenet_v2 --weights imagenet \\
+  retinaserve train --data cells --config light --weights imagenet \\
       --max-minutes 60 --output runs/cells
 """
 _EVALUATE_EXAMPLE = """\b
@@ -70,7 +89,13 @@ _licence = click.option(
     type=click.FloatRange(min=0, min_open=True),
     help="Time that there is; the schedule is shaped to it.",
 )
-@click.option("--config", "config_file", type=_FILE, metavar="FILE.yaml", help="Settings.")
+@click.option(
+    "--config",
+    "config_file",
+    type=_Recipe(),
+    metavar="RECIPE|FILE.yaml",
+    help="Settings: light (a network for CPUs), blood-cells, or a file of your own.",
+)
 @click.option(
     "--set",
     "settings",
