@@ -60,7 +60,7 @@ class LazyCommand(click.Command):
             command: click.Command = self._entry.load()
             return command.main(
                 list(ctx.params["arguments"]),
-                prog_name=ctx.command_path,
+                prog_name=ctx.info_name,
                 standalone_mode=False,
                 parent=ctx.parent,
             )

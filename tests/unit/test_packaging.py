@@ -112,7 +112,8 @@ def test_importing_the_whole_service_loads_no_training_package() -> None:
     [
         (["--help"], 0, "serve"),
         (["serve", "--help"], 0, "--port"),
-        (["train", "--data", "x", "--output", "y"], 2, "pip install 'retinaserve[train]'"),
+        (["train", "--help"], 0, "Usage: retinaserve train [OPTIONS]"),
+        (["train", "--data", "docs", "--output", "x"], 2, "pip install 'retinaserve[train]'"),
     ],
 )
 def test_the_command_works_where_the_train_extra_is_not_installed(
