@@ -1,4 +1,4 @@
-"""JPEG to canvas with three decoders: what each costs, and how far its pixels are from a full decode.
+"""JPEG to canvas with three decoders: their cost, and how far they are from a full decode.
 
     pip install simplejpeg opencv-python-headless
     python benchmarks/decoders.py
