@@ -69,7 +69,10 @@ function drawBox(context, { box, class_id: index }, scale, unit, opacity, filled
 function drawLabel(context, { box, class_id: index, label, score }, scale, unit) {
   context.font = `600 ${12 * unit}px system-ui, sans-serif`;
   context.textBaseline = "middle";
-  const text = `${label} ${score.toFixed(2)}`;
+  const full = `${label} ${score.toFixed(2)}`;
+  // A label that dwarfs its box hides others; there the colour has to say the class.
+  const isDwarfed = context.measureText(full).width > 2.2 * (box.x2 - box.x1) * scale;
+  const text = isDwarfed ? score.toFixed(2) : full;
   const [width, height] = [context.measureText(text).width + 10 * unit, 18 * unit];
   const canvasWidth = context.canvas.width / context.getTransform().a;
   const left = box.x1 * scale - 1.25 * unit;
@@ -96,13 +99,15 @@ export function drawHistogram(canvas, detections, isShown, lowest) {
     const place = (detection.score - lowest) / (1 - lowest);
     stacks[Math.max(0, Math.min(bins - 1, Math.floor(place * bins)))].push(detection);
   }
-  const tallest = Math.max(4, ...stacks.map((stack) => stack.length));
-  const [step, rise] = [width / bins, (height - 1) / tallest];
+  // By the square root, so that the many weak ones do not flatten the few strong ones.
+  const tallest = Math.sqrt(Math.max(9, ...stacks.map((stack) => stack.length)));
+  const step = width / bins;
   stacks.forEach((stack, bin) => {
+    const rise = ((height - 1) * Math.sqrt(stack.length)) / tallest / stack.length;
     stack.sort((a, b) => a.class_id - b.class_id).forEach((detection, level) => {
       context.globalAlpha = isShown(detection) ? 1 : 0.22;
       context.fillStyle = colourOf(detection.class_id);
-      const gap = rise > 3 ? 1 : 0;
+      const gap = rise > 4 ? 1 : 0;
       context.fillRect(bin * step + 0.5, height - (level + 1) * rise, step - 1, rise - gap);
     });
   });

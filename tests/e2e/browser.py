@@ -164,7 +164,7 @@ def chromium(profile: Path) -> webdriver.Chrome:
         "disable-sync",
         "disable-dev-shm-usage",
         f"user-data-dir={profile}",
-        "window-size=1360,960",
+        "window-size=1360,1050",
     ):
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
