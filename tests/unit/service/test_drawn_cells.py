@@ -1,0 +1,81 @@
+"""The bundled model was trained on photographs alone; it has to find drawn cells all the same."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Iterable
+
+import numpy as np
+import pytest
+
+from service.artifact import read_artifact, scan_repository
+from service.detector import Detections, Detector
+from service.devices import open_detector, resolve
+from service.imaging import prepare
+from service.results import resolve as resolve_selection
+from service.results import select
+from service.samples import PLATELET, RED, WHITE, Box, draw_smear, sample_jpeg
+from service.settings import bundled_models
+
+
+@pytest.fixture(scope="module")
+def detector() -> Detector:
+    newest = max(scan_repository(bundled_models()), key=lambda entry: entry.version)
+    return open_detector(read_artifact(newest.path), resolve("cpu").devices[0])
+
+
+def detect(detector: Detector, picture: bytes) -> Detections:
+    """As the service does, at the model's own thresholds."""
+    metadata = detector.metadata
+    prepared = prepare(picture, metadata.canvas)
+    selection = resolve_selection(metadata)
+    [raw] = detector(
+        prepared.canvas[None],
+        np.array([prepared.letterbox.resized]),
+        score_threshold=selection.lowest_score,
+        iou_threshold=selection.iou,
+    )
+    return select(raw, prepared.letterbox, selection)
+
+
+def overlap(box: Box, others: np.ndarray) -> np.ndarray:
+    """(D,) IoU of one box with (D, 4) others."""
+    near = np.maximum(others[:, :2], box[:2])
+    far = np.minimum(others[:, 2:], box[2:])
+    shared = np.clip(far - near, 0, None).prod(axis=1)
+    areas = (others[:, 2:] - others[:, :2]).prod(axis=1)
+    return shared / (areas + (box[2] - box[0]) * (box[3] - box[1]) - shared)
+
+
+def found(cells: Iterable[tuple[str, Box]], seen: Detections, classes: tuple[str, ...]) -> int:
+    """How many cells have a detection of their class at IoU 0.5, each detection once."""
+    free, hits = set(range(len(seen))), 0
+    for name, box in cells:
+        ious = overlap(box, seen.boxes)
+        fits = [i for i in free if classes[seen.labels[i]] == name and ious[i] >= 0.5]
+        if fits:
+            free.remove(max(fits, key=lambda i: ious[i]))
+            hits += 1
+    return hits
+
+
+def test_drawn_cells_are_found_and_little_else(detector: Detector) -> None:
+    classes = detector.metadata.classes
+    drawn = hits = seen = 0
+    for seed in range(12):
+        image, cells = draw_smear(seed, platelets=3)
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=90)
+        detections = detect(detector, file.getvalue())
+        drawn += len(cells)
+        hits += found(cells, detections, classes)
+        seen += len(detections)
+    assert hits / drawn >= 0.95
+    assert hits / seen >= 0.85
+
+
+def test_the_sample_on_the_page_is_counted_right(detector: Detector) -> None:
+    detections = detect(detector, sample_jpeg())
+    counts = Counter(detector.metadata.classes[label] for label in detections.labels)
+    assert counts == {RED: 13, WHITE: 1, PLATELET: 3}
