@@ -1,0 +1,125 @@
+"""Real servers: `retinaserve serve` in a process of its own, on a port of the system's choice."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests import tiny_model
+
+ROOT = Path(__file__).resolve().parents[2]
+START_SECONDS = 60.0
+
+
+@dataclass
+class Process:
+    """A server that runs."""
+
+    popen: subprocess.Popen[str]
+    log: Path
+    url: str
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
+    def client(self, **options: object) -> httpx.Client:
+        options = {"timeout": 60.0, **options}
+        return httpx.Client(base_url=f"http://127.0.0.1:{self.port}", **options)  # type: ignore[arg-type]
+
+    def resident(self) -> int:
+        return int(psutil.Process(self.popen.pid).memory_info().rss)
+
+    def terminate(self) -> None:
+        self.popen.send_signal(signal.SIGTERM)
+
+    def exit_code(self, seconds: float = 30.0) -> int:
+        return self.popen.wait(seconds)
+
+
+Serve = Callable[..., Process]
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "service.cli", *map(str, arguments)]
+
+
+def environment(**settings: object) -> dict[str, str]:
+    mine = {f"RETINASERVE_{name.upper()}": str(value) for name, value in settings.items()}
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("RETINASERVE_")}
+    path = os.pathsep.join(filter(None, (str(ROOT), inherited.get("PYTHONPATH"))))
+    return {**inherited, "PYTHONPATH": path, **mine}
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Serve]:
+    """Start servers; all of them are gone when the test ends."""
+    running: list[Process] = []
+
+    def start(models: Path, *, arguments: tuple[object, ...] = (), **settings: object) -> Process:
+        log = tmp_path / f"server-{len(running)}.log"
+        with log.open("w") as stderr:
+            popen = subprocess.Popen(
+                command("serve", "--models", models, "--port", 0, "--device", "cpu", *arguments),
+                env=environment(**settings),
+                cwd=tmp_path,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+            )
+        assert popen.stdout is not None
+        line = popen.stdout.readline()
+        assert "http" in line, log.read_text()
+        process = Process(popen, log, line.split()[-1])
+        running.append(process)
+        until(lambda: ready(process))
+        return process
+
+    yield start
+    for process in running:
+        process.popen.kill()
+        process.popen.wait()
+        assert process.popen.stdout is not None
+        process.popen.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def quick_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that answers at once."""
+    root = tmp_path_factory.mktemp("quick")
+    tiny_model.save(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def slow_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that takes some tenths of a second."""
+    root = tmp_path_factory.mktemp("slow")
+    tiny_model.save(root, work=40)
+    return root
+
+
+def ready(process: Process) -> bool:
+    try:
+        with process.client() as client:
+            return client.get("/readyz").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def until(condition: Callable[[], bool], seconds: float = START_SECONDS) -> None:
+    limit = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > limit:
+            pytest.fail("it never happened")
+        time.sleep(0.02)

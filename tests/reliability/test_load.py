@@ -1,0 +1,181 @@
+"""Overload, slow and rude clients, memory."""
+
+from __future__ import annotations
+
+import socket
+import statistics
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.pictures import encoded, noise, one_red
+from tests.reliability.conftest import Process, Serve, until
+
+GOOD = encoded(one_red())
+MEBIBYTE = 1 << 20
+
+
+def metric(process: Process, name: str) -> float:
+    with process.client() as client:
+        for line in client.get("/metrics").text.splitlines():
+            if line.startswith(f"{name} "):
+                return float(line.split()[1])
+    raise AssertionError(f"no metric {name}")
+
+
+def test_healthz_answers_at_once_while_the_model_is_saturated(
+    serve: Serve, slow_models: Path
+) -> None:
+    process = serve(slow_models)
+    stop = threading.Event()
+
+    def hammer() -> None:
+        with process.client() as client:
+            while not stop.is_set():
+                client.post("/v1/detect", content=GOOD)
+
+    with ThreadPoolExecutor(8) as pool, process.client() as client:
+        for _ in range(8):
+            pool.submit(hammer)
+        until(lambda: metric(process, "retinaserve_queue_depth") >= 4)
+        seconds = []
+        for _ in range(40):
+            started = time.perf_counter()
+            assert client.get("/healthz").status_code == 200
+            seconds.append(time.perf_counter() - started)
+            time.sleep(0.01)
+        stop.set()
+    # The median: on a busy machine single answers wait for a core, whatever the server does.
+    assert statistics.median(seconds) < 0.050
+
+
+def test_a_full_queue_refuses_and_recovers(serve: Serve, slow_models: Path) -> None:
+    process = serve(slow_models, max_queue_size=3)
+
+    def post(_: int) -> httpx.Response:
+        with process.client() as client:
+            return client.post("/v1/detect", content=GOOD)
+
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(post, range(12)))
+    statuses = [answer.status_code for answer in answers]
+    assert set(statuses) == {200, 503}
+    refused = next(answer for answer in answers if answer.status_code == 503)
+    assert int(refused.headers["retry-after"]) >= 1
+    assert refused.headers["content-type"] == "application/problem+json"
+    assert "queue is full" in refused.json()["detail"]
+    assert post(0).status_code == 200
+    assert metric(process, "retinaserve_pictures_held") == 0
+
+
+def test_clients_that_go_away_leave_the_queue(serve: Serve, slow_models: Path) -> None:
+    process = serve(slow_models)
+    head = f"POST /v1/detect HTTP/1.1\r\nHost: x\r\nContent-Length: {len(GOOD)}\r\n\r\n".encode()
+    rude = [socket.create_connection(("127.0.0.1", process.port)) for _ in range(30)]
+    for connection in rude:
+        connection.sendall(head + GOOD)
+    until(lambda: metric(process, "retinaserve_pictures_held") >= 25)
+    for connection in rude:
+        connection.close()
+    until(lambda: metric(process, "retinaserve_pictures_held") == 0)
+    assert metric(process, "retinaserve_queue_depth") == 0
+    with process.client() as client:
+        assert client.post("/v1/detect", content=GOOD).status_code == 200
+        gone = 'retinaserve_requests_total{method="POST",route="/v1/detect",status="499"}'
+        assert f"{gone} " in client.get("/metrics").text
+    assert metric(process, "retinaserve_batch_size_count") < 20
+
+
+def test_a_slow_body_is_given_up(serve: Serve, quick_models: Path) -> None:
+    process = serve(quick_models, body_timeout_ms=300)
+    with socket.create_connection(("127.0.0.1", process.port), timeout=30) as connection:
+        started = time.monotonic()
+        connection.sendall(
+            b"POST /v1/detect HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n\r\nabc"
+        )
+        answer = connection.makefile("rb").read().decode()
+    assert answer.startswith("HTTP/1.1 408 ")
+    assert "connection: close" in answer.lower()
+    assert 0.25 < time.monotonic() - started < 10
+    assert metric(process, "retinaserve_pictures_held") == 0
+
+
+def test_a_hundred_megabytes_are_refused_without_being_held(
+    serve: Serve, quick_models: Path
+) -> None:
+    process = serve(quick_models)
+    before = process.resident()
+    with process.client() as client:
+
+        def body() -> object:
+            for _ in range(100):
+                yield bytes(MEBIBYTE)
+
+        headers = {"Content-Length": str(100 * MEBIBYTE)}
+        answer = client.post("/v1/detect", content=bytes(100 * MEBIBYTE), headers=headers)
+        assert answer.status_code == 413
+        answer = client.post("/v1/detect", content=body())  # type: ignore[arg-type]
+        assert answer.status_code == 413
+        assert client.post("/v1/detect", content=GOOD).status_code == 200
+    assert process.resident() - before < 80 * MEBIBYTE
+
+
+def test_large_forms_never_touch_the_disk(
+    serve: Serve, quick_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Nothing can be written there, as with a read-only root.
+    for name in ("TMPDIR", "TEMP", "TMP"):
+        monkeypatch.setenv(name, "/proc")
+    process = serve(quick_models)
+    large = encoded(noise((1100, 1000)))
+    assert len(large) > 3_000_000
+    with process.client() as client:
+        answer = client.post("/v1/detect", files={"file": ("large.png", large)})
+        assert answer.status_code == 200
+        files = [("files", ("a", large)), ("files", ("b", large))]
+        answer = client.post("/v1/detect/batch", files=files)
+        assert [each["status"] for each in answer.json()["results"]] == [200, 200]
+
+
+def test_memory_is_flat(serve: Serve, quick_models: Path) -> None:
+    process = serve(quick_models, log_level="warning")
+    bodies = [GOOD, encoded(noise((640, 480)), "JPEG"), b"\xff\xd8\xff broken", b""]
+
+    def some(count: int) -> None:
+        with process.client() as client:
+            for number in range(count):
+                client.post("/v1/detect", content=bodies[number % len(bodies)])
+
+    def many(count: int) -> None:
+        with ThreadPoolExecutor(4) as pool:
+            for _ in range(4):
+                pool.submit(some, count)
+
+    many(150)
+    before = process.resident()
+    many(250)
+    assert process.resident() - before < 12 * MEBIBYTE
+
+
+def test_ndjson_lines_come_as_they_finish(serve: Serve, slow_models: Path) -> None:
+    process = serve(slow_models)
+    arrivals: list[float] = []
+    files = [("files", (f"{i}", GOOD)) for i in range(4)]
+    with (
+        process.client() as client,
+        client.stream(
+            "POST",
+            "/v1/detect/batch",
+            files=files,
+            headers={"Accept": "application/x-ndjson"},
+        ) as answer,
+    ):
+        for line in answer.iter_lines():
+            arrivals.append(time.monotonic())
+            assert '"status":200' in line
+    assert len(arrivals) == 4
+    assert arrivals[-1] - arrivals[0] > 0.05, "the first did not wait for the last"

@@ -1,0 +1,97 @@
+"""What `serve` says when it starts, and when it cannot."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests import tiny_model
+from tests.pictures import encoded, one_red
+from tests.reliability.conftest import Serve, command, environment
+
+
+def refused(*arguments: object, **settings: object) -> tuple[int, str]:
+    done = subprocess.run(
+        command("serve", *arguments),
+        env=environment(**settings),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.stdout == ""
+    return done.returncode, done.stderr.strip()
+
+
+def test_one_line_with_the_url(serve: Serve, quick_models: Path) -> None:
+    process = serve(quick_models)
+    assert process.url == f"http://localhost:{process.port}"
+    with process.client() as client:
+        answer = client.post("/v1/detect", content=encoded(one_red()))
+        assert answer.status_code == 200
+    process.terminate()
+    assert process.exit_code() == 0
+    assert process.popen.stdout is not None
+    assert process.popen.stdout.read() == "", "one line, and that was it"
+
+
+def test_a_busy_port(quick_models: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, text = refused("--models", quick_models, "--device", "cpu", "--port", port)
+    assert code == 1
+    assert text.count("\n") == 0
+    assert f"port {port}" in text
+    assert "in use" in text
+
+
+def test_an_empty_repository(tmp_path: Path) -> None:
+    code, text = refused("--models", tmp_path, "--device", "cpu", "--port", 0)
+    assert code == 2
+    assert text.count("\n") == 0
+    assert f"{tmp_path}/<name>/<version>/model.onnx" in text
+
+
+def test_a_setting_that_makes_no_sense(quick_models: Path) -> None:
+    code, text = refused("--models", quick_models, max_queue_size="many")
+    assert code == 2
+    assert "RETINASERVE_MAX_QUEUE_SIZE=many" in text
+    code, text = refused("--models", quick_models, "--device", "tpu")
+    assert code == 2
+    assert "--device=tpu" in text
+
+
+def test_a_broken_model_is_no_reason_to_die(serve: Serve, tmp_path: Path) -> None:
+    tiny_model.save(tmp_path / "m")
+    tiny_model.save(tmp_path / "m", version=2).write_bytes(b"no model")
+    process = serve(tmp_path / "m")
+    with process.client() as client:
+        (model,) = client.get("/v1/models").json()["models"]
+        assert [version["state"] for version in model["versions"]] == ["ready", "failed"]
+
+
+def test_behind_a_proxy_that_takes_a_prefix_off(serve: Serve, quick_models: Path) -> None:
+    process = serve(quick_models, arguments=("--root-path", "/cells"))
+    with process.client() as client:
+        assert client.get("/openapi.json").json()["servers"] == [{"url": "/cells"}]
+        assert client.get("/healthz").status_code == 200
+
+
+def test_tls(serve: Serve, quick_models: Path, tmp_path: Path) -> None:
+    code, text = refused("--models", quick_models, "--ssl-keyfile", __file__)
+    assert code == 2
+    assert "--ssl-certfile" in text
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_the_log_is_on_stderr(serve: Serve, quick_models: Path, log_format: str) -> None:
+    process = serve(quick_models, log_format=log_format)
+    with process.client() as client:
+        client.post("/v1/detect", content=b"", headers={"X-Request-Id": "job-5"})
+    process.terminate()
+    assert process.exit_code() == 0
+    (line,) = [line for line in process.log.read_text().splitlines() if "job-5" in line]
+    assert line.startswith("{") == (log_format == "json")

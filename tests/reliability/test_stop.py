@@ -1,0 +1,128 @@
+"""Graceful stop, with real signals."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.pictures import encoded, one_red
+from tests.reliability.conftest import Process, Serve, ready, until
+
+GOOD = encoded(one_red())
+
+
+def in_flight(process: Process) -> float:
+    with process.client() as client:
+        for line in client.get("/metrics").text.splitlines():
+            if line.startswith("retinaserve_pictures_held "):
+                return float(line.split()[1])
+    raise AssertionError("the metric is gone")
+
+
+def post_in_background(process: Process, answers: list[httpx.Response]) -> threading.Thread:
+    def post() -> None:
+        with process.client() as client:
+            answers.append(client.post("/v1/detect", content=GOOD))
+
+    thread = threading.Thread(target=post)
+    thread.start()
+    until(lambda: in_flight(process) >= 1)
+    return thread
+
+
+def refuses_connections(process: Process) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", process.port), timeout=5).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+def test_work_in_flight_finishes(serve: Serve, slow_models: Path) -> None:
+    process = serve(slow_models)
+    answers: list[httpx.Response] = []
+    thread = post_in_background(process, answers)
+    process.terminate()
+    until(lambda: refuses_connections(process))
+    thread.join(30)
+    (answer,) = answers
+    assert answer.status_code == 200
+    assert answer.headers["connection"] == "close"
+    assert answer.json()["detections"]
+    assert process.exit_code() == 0
+
+
+def test_the_delay_keeps_serving_while_not_ready(serve: Serve, quick_models: Path) -> None:
+    process = serve(quick_models, drain_delay_seconds=2.0)
+    with process.client() as client:
+        assert client.get("/readyz").status_code == 200
+        signalled = time.monotonic()
+        process.terminate()
+        until(lambda: client.get("/readyz").status_code == 503)
+        answer = client.get("/readyz")
+        assert "draining" in answer.json()["reason"]
+        assert client.post("/v1/detect", content=GOOD).status_code == 200
+        assert not refuses_connections(process), "new connections are welcome until the delay ends"
+    assert process.exit_code() == 0
+    assert time.monotonic() - signalled >= 2.0
+
+
+def test_the_drain_has_an_end(serve: Serve, slow_models: Path) -> None:
+    process = serve(slow_models, drain_seconds=1, request_timeout_ms=120_000)
+    answers: list[httpx.Response] = []
+
+    def post() -> None:
+        with process.client() as client, contextlib.suppress(httpx.TransportError):
+            answers.append(client.post("/v1/detect", content=GOOD))
+
+    # Several times as much work as fits the drain.
+    threads = [threading.Thread(target=post) for _ in range(40)]
+    for thread in threads:
+        thread.start()
+    until(lambda: in_flight(process) >= 40)
+    signalled = time.monotonic()
+    process.terminate()
+    assert process.exit_code() == 0
+    assert time.monotonic() - signalled < 6.0
+    for thread in threads:
+        thread.join(30)
+    assert sum(answer.status_code == 200 for answer in answers) < 40
+
+
+def test_idle_keep_alive_connections_do_not_hold_it_up(serve: Serve, quick_models: Path) -> None:
+    process = serve(quick_models)
+    with process.client() as client:
+        assert client.get("/healthz").status_code == 200
+        signalled = time.monotonic()
+        process.terminate()
+        assert process.exit_code() == 0
+        assert time.monotonic() - signalled < 5.0
+
+
+def test_a_signal_while_models_load(serve: Serve, quick_models: Path) -> None:
+    process = serve(quick_models, drain_delay_seconds=30)
+    process.terminate()
+    until(lambda: not ready(process))
+    # The second signal means: now.
+    process.terminate()
+    assert process.exit_code(10) == 0
+
+
+@pytest.mark.parametrize("content", [b"\xff\xd8\xff", GOOD])
+def test_stopping_right_after_work_is_clean(
+    serve: Serve, quick_models: Path, content: bytes
+) -> None:
+    process = serve(quick_models)
+    with process.client() as client:
+        client.post("/v1/detect", content=content)
+    process.terminate()
+    assert process.exit_code() == 0
+    log = process.log.read_text()
+    assert "Traceback" not in log
+    assert "rror" not in log.replace("400", "")
