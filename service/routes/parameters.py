@@ -124,14 +124,16 @@ def deadline(headers: Headers, *, arrived: float, read: float, limit_ms: int) ->
 
 def deadline_ms(asked: str, limit_ms: int) -> int:
     """The value of `X-Deadline-Ms`. Raises InvalidParameter."""
-    if not (asked.isascii() and asked.isdecimal() and 1 <= int(asked) <= limit_ms):
+    # int() itself refuses thousands of digits, with an error of its own.
+    plausible = asked.isascii() and asked.isdecimal() and len(asked) <= len(str(limit_ms)) + 8
+    if not (plausible and 1 <= int(asked) <= limit_ms):
         raise InvalidParameter(f"X-Deadline-Ms: {asked!r} is not a whole number in 1..{limit_ms}")
     return int(asked)
 
 
 def wanted_image(accept: str | None) -> ImageType | None:
     """The picture type that `Accept` prefers to JSON; None for JSON."""
-    if accept is None or "image/" not in accept:
+    if accept is None or accept == "*/*":
         return None
     json_weight, best, image = 0.0, 0.0, None
     for item in accept.split(","):

@@ -1,0 +1,184 @@
+"""Bodies: limits while reading, multipart and base64 in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from starlette.datastructures import Headers
+
+from service.bodies import (
+    ClientGone,
+    decode_base64,
+    parse_json,
+    parse_multipart,
+    read_body,
+)
+from service.errors import (
+    BodyTimeout,
+    InvalidParameter,
+    MalformedRequest,
+    TooLarge,
+    UnsupportedMedia,
+)
+
+
+def chunks(*bodies: bytes, gone: bool = False) -> Callable[[], Awaitable[dict[str, Any]]]:
+    messages: list[dict[str, Any]] = [
+        {"type": "http.request", "body": body, "more_body": gone or i < len(bodies) - 1}
+        for i, body in enumerate(bodies)
+    ]
+    if gone:
+        messages.append({"type": "http.disconnect"})
+
+    async def receive() -> dict[str, Any]:
+        return messages.pop(0)
+
+    return receive
+
+
+async def read(
+    *bodies: bytes, limit: int = 10, headers: dict[str, str] | None = None, gone: bool = False
+) -> bytes:
+    receive = chunks(*bodies, gone=gone)
+    return bytes(await read_body(Headers(headers or {}), receive, limit=limit, timeout=5.0))
+
+
+async def test_reading() -> None:
+    assert await read(b"") == b""
+    assert await read(b"0123456789") == b"0123456789"
+    assert await read(b"012", b"", b"345", b"6789") == b"0123456789"
+    assert await read(b"", b"0") == b"0"
+
+
+async def test_one_chunk_is_not_copied() -> None:
+    chunk = b"0123456789"
+    assert await read_body(Headers(), chunks(chunk), limit=10, timeout=5.0) is chunk
+
+
+async def test_limits() -> None:
+    with pytest.raises(TooLarge, match="larger than 10 bytes"):
+        await read(b"0123456789a")
+    with pytest.raises(TooLarge):
+        await read(b"01234", b"56789", b"a")
+    with pytest.raises(TooLarge, match="11 bytes are declared"):
+        await read(headers={"Content-Length": "11"})
+    with pytest.raises(TooLarge):
+        await read(headers={"Content-Length": "9" * 5000})
+    assert await read(b"0", headers={"Content-Length": "0001"}) == b"0"
+    with pytest.raises(UnsupportedMedia, match="'br'"):
+        await read(b"0", headers={"Content-Encoding": "br"})
+    with pytest.raises(ClientGone):
+        await read(b"0", b"1", gone=True)
+
+
+async def test_a_body_that_never_ends_in_time() -> None:
+    async def receive() -> dict[str, Any]:
+        await asyncio.sleep(0.01)
+        return {"type": "http.request", "body": b"", "more_body": True}
+
+    started = time.monotonic()
+    with pytest.raises(BodyTimeout, match=r"0\.05 s"):
+        await read_body(Headers(), receive, limit=10, timeout=0.05)
+    assert time.monotonic() - started < 5.0
+
+
+def form(parts: Sequence[tuple[str, str | None, bytes]], data: bytes = b"") -> tuple[bytes, str]:
+    files = [
+        (name, (filename, content) if filename is not None else (None, content))
+        for name, filename, content in parts
+    ]
+    request = httpx.Request("POST", "http://x", files=files)
+    return request.read(), request.headers["content-type"]
+
+
+names = st.text(st.characters(codec="ascii", categories=("L", "N")), min_size=1, max_size=8)
+
+
+@given(
+    st.lists(st.tuples(names, st.none() | names, st.binary(max_size=200)), min_size=1, max_size=8)
+)
+def test_multipart_comes_back_as_it_was_sent(
+    parts: list[tuple[str, str | None, bytes]],
+) -> None:
+    body, content_type = form(parts)
+    for held in (body, bytearray(body)):
+        found = parse_multipart(held, content_type, max_parts=8)
+        assert [(each.name, each.filename, bytes(each.data)) for each in found] == parts
+
+
+def test_what_looks_like_a_boundary_stays_in_the_picture() -> None:
+    content = b"\r\n--b\r--b\r\n--\r\n\r\n--bb"[:-1] + b"\r\n-" * 50
+    body = (
+        b'--boundary\r\nContent-Disposition: form-data; name="file"\r\n\r\n'
+        + content
+        + b"\r\n--boundary--\r\n"
+    )
+    (part,) = parse_multipart(body, 'multipart/form-data; boundary="boundary"', max_parts=1)
+    assert bytes(part.data) == content
+
+
+def test_a_large_part_is_a_view_of_the_body() -> None:
+    body, content_type = form([("file", "a.jpg", bytes(5_000_000))])
+    (part,) = parse_multipart(body, content_type, max_parts=1)
+    assert part.data.obj is body
+
+
+def test_too_many_parts() -> None:
+    body, content_type = form([("a", None, b"x")] * 5)
+    assert len(parse_multipart(body, content_type, max_parts=5)) == 5
+    with pytest.raises(InvalidParameter, match="more than 4 parts"):
+        parse_multipart(body, content_type, max_parts=4)
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type", "message"),
+    [
+        (b"--b--", "multipart/form-data", "boundary"),
+        (b"--c\r\n", "multipart/form-data; boundary=b", "malformed"),
+        (b"--b\r\nX: y\r\n\r\n1\r\n--b--", "multipart/form-data; boundary=b", "no name"),
+        (
+            b'--b\r\nContent-Disposition: form-data; name="f"\r\n\r\n1',
+            "multipart/form-data; boundary=b",
+            "closing boundary",
+        ),
+        (b"", "multipart/form-data; boundary=b", "closing boundary"),
+        (b"--b--", "multipart/form-data; boundary=" + "b" * 1000, "malformed"),
+    ],
+)
+def test_broken_multipart(body: bytes, content_type: str, message: str) -> None:
+    with pytest.raises(MalformedRequest, match=message):
+        parse_multipart(body, content_type, max_parts=8)
+
+
+@given(st.binary(max_size=2000), st.sampled_from(["", "\n", "\r\n", " "]), st.integers(1, 80))
+def test_base64_with_any_line_breaks(content: bytes, separator: str, width: int) -> None:
+    text = base64.b64encode(content).decode()
+    broken = separator.join(text[i : i + width] for i in range(0, len(text), width))
+    assert decode_base64(broken) == content
+
+
+def test_base64_longer_than_one_step() -> None:
+    content = bytes(range(256)) * 10_000
+    assert decode_base64(base64.b64encode(content).decode()) == content
+
+
+@pytest.mark.parametrize(
+    "text", ["a", "ab=c", "aGk=aGk=", "§§§§", "aG k=!", "data:image/png;base64,aGk="]
+)
+def test_broken_base64(text: str) -> None:
+    with pytest.raises(MalformedRequest, match="base64"):
+        decode_base64(text)
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"{", b"\xff", b"null"])
+def test_broken_json(body: bytes) -> None:
+    with pytest.raises(MalformedRequest, match="JSON"):
+        parse_json(body)
