@@ -17,7 +17,7 @@ from service.envelope import Envelope
 from service.errors import InvalidParameter, RetinaserveError, Unavailable
 from service.observability import request_id
 from service.problems import headers_of, http_problem, problem_of, respond
-from service.routes import batch, detect, health, models, page
+from service.routes import batch, detect, docs, health, models, page
 from service.settings import Settings
 
 _DESCRIPTION: Final = "Pictures in, detections out. Boxes are pixels of the original picture."
@@ -44,6 +44,7 @@ def create_app(settings: Settings, *, hardware: Hardware | None = None) -> FastA
         version=package_version(),
         description=_DESCRIPTION,
         lifespan=lifespan,
+        docs_url=None,
         redoc_url=None,
     )
     app.state.service = service
@@ -51,6 +52,7 @@ def create_app(settings: Settings, *, hardware: Hardware | None = None) -> FastA
     _add_error_handlers(app, service)
     for module in (detect, batch, health, models):
         module.add_routes(app, service)
+    docs.add_routes(app)
     page.add_routes(app)
     return app
 

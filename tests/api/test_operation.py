@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 
 import httpx
@@ -197,14 +198,24 @@ def shape(value: object) -> object:
     return type(value)
 
 
-async def test_page_and_documentation(client: httpx.AsyncClient) -> None:
+async def test_page(client: httpx.AsyncClient) -> None:
     page = await client.get("/")
     assert page.status_code == 200
     assert page.headers["content-type"].startswith("text/html")
     assert (await client.get("/static/sample.jpg")).headers["content-type"] == "image/jpeg"
     assert (await client.get("/static/../api.py")).status_code == 404
+
+
+async def test_documentation_comes_from_this_server_alone(client: httpx.AsyncClient) -> None:
     docs = await client.get("/docs")
     assert docs.status_code == 200
+    assert "//" not in docs.text
+    assert "<script>" not in docs.text, "a strict content policy would stop it"
+    addresses = re.findall(r'(?:src|href)="([^"]+)"', docs.text)
+    assert len(addresses) == 4
+    for address in addresses:
+        assert (await client.get(f"/{address}")).status_code == 200, address
+    assert "openapi.json" in (await client.get("/docs.js")).text
 
 
 async def test_the_log_has_the_request_id_and_never_a_forged_line(
