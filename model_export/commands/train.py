@@ -13,6 +13,7 @@ import click
 import numpy as np
 import yaml
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from model_export.checkpoints import Checkpoint, fetch_imagenet, load_checkpoint
 from model_export.commands.data import load
@@ -21,7 +22,8 @@ from model_export.data_report import summarise
 from model_export.datasets import Dataset
 from model_export.provenance import provenance
 from model_export.retinanet.anchors import canvas_anchors
-from model_export.training import CONFIG, LAST, train
+from model_export.training import BEST, CONFIG, LAST, train
+from service.artifact import MODEL_FILE
 from service.canvas import Size
 from service.errors import DataError
 from service.settings import bundled_models
@@ -75,7 +77,10 @@ def run(
                 licences=licences,
             ),
         )
-    click.echo(f"best AP {best:.4f}; next: retinaserve export {output / 'best.ckpt'} --data {data}")
+    click.echo(
+        f"best AP {best:.4f}; next:\n  retinaserve export {output / BEST} --data {data} "
+        f"--output models/{output.name}/1/{MODEL_FILE}"
+    )
 
 
 def adopt(config: TrainConfig, checkpoint: Checkpoint) -> TrainConfig:
@@ -177,10 +182,18 @@ def _report(config: TrainConfig, training: Dataset, validation: Dataset) -> None
         click.echo(f"{summarise(dataset, config.canvas, anchors)}\n")
 
 
+class _BesideBars(logging.Handler):
+    """Writes messages above a progress bar instead of into it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line."""
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
 @contextmanager
 def _messages() -> Iterator[None]:
     """Show the project's own messages on stderr, and of Lightning's only warnings."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _BesideBars()
     handler.setFormatter(logging.Formatter("%(message)s"))
     ours = logging.getLogger("model_export")
     before = ours.level
