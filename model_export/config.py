@@ -87,7 +87,7 @@ class TrainConfig(_Config):
     """auto: bf16 where the hardware multiplies it, else 32."""
     workers: int | None = Field(default=None, ge=0)
     """Processes that prepare batches; left open: none on a CPU, up to 8 beside a GPU."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
 
 
 def load_config(path: Path | None, overrides: Mapping[str, Any]) -> TrainConfig:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from model_export.datasets import Dataset
+
+# The last part alone, at the beginning or behind a "=".
+_ABSOLUTE: Final = re.compile(r"(^|=)/(?:[^/]*/)*([^/]+)/*$")
 
 
 def provenance(
@@ -25,13 +30,28 @@ def provenance(
     return {
         "retinaserve": _version(),
         "git_commit": git_commit(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command(sys.argv),
         "config": dict(config),
         "data": {"name": data.root.resolve().name, "pictures": len(data.samples)},
         "weights": _file(weights),
         "init": _file(init),
         "licences": list(licences),
     }
+
+
+def resumed(before: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a resumed run is made of: what it began with, under the settings it goes on with."""
+    again = {"retinaserve": _version(), "git_commit": git_commit(), "command": command(sys.argv)}
+    return {**before, "config": dict(config), "resumed": [*before.get("resumed", []), again]}
+
+
+def command(arguments: Sequence[str]) -> str:
+    """A command line for a shell, absolute paths cut to their last part.
+
+    >>> command(["/usr/bin/retinaserve", "train", "--data=/home/me/cells", "--set", "epochs=3"])
+    'retinaserve train --data=cells --set epochs=3'
+    """
+    return shlex.join(_ABSOLUTE.sub(r"\1\2", each) for each in arguments)
 
 
 def git_commit(source: Path | None = None) -> str | None:

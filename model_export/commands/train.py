@@ -20,7 +20,7 @@ from model_export.commands.data import load
 from model_export.config import TrainConfig, dump_config, load_config
 from model_export.data_report import summarise
 from model_export.datasets import Dataset
-from model_export.provenance import provenance
+from model_export.provenance import provenance, resumed
 from model_export.retinanet.anchors import canvas_anchors
 from model_export.training import BEST, CONFIG, LAST, train
 from service.artifact import MODEL_FILE
@@ -57,6 +57,17 @@ def run(
     validation = load(data, "val", classes=training.classes)
     _report(config, training, validation)
     backbone = _backbone_weights(weights, config)
+    settings = config.model_dump(mode="json")
+    if resume and known is not None:
+        made_of = resumed(known.description.provenance, settings)
+    else:
+        made_of = provenance(
+            config=settings,
+            data=training,
+            weights=backbone,
+            init=None if started_from is None else started_from.path,
+            licences=licences,
+        )
     output.mkdir(parents=True, exist_ok=True)
     dump_config(config, output / CONFIG)
     with _messages():
@@ -69,13 +80,7 @@ def run(
             init=started_from,
             resume=resume,
             device=device,
-            provenance=provenance(
-                config=config.model_dump(mode="json"),
-                data=training,
-                weights=backbone,
-                init=None if started_from is None else started_from.path,
-                licences=licences,
-            ),
+            provenance=made_of,
         )
     click.echo(
         f"best AP {best:.4f}; next:\n  retinaserve export {output / BEST} --data {data} "
