@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +15,17 @@ from model_export.export import export
 from model_export.operating_points import best_thresholds
 from model_export.verification import Report, verify
 from service import devices
-from service.artifact import Metrics, Thresholds, read_artifact, write_metadata
+from service.artifact import (
+    Metadata,
+    Metrics,
+    Thresholds,
+    read_artifact,
+    write_checksum,
+    write_metadata,
+)
 from service.canvas import Buckets, ShortSide
 
 VERIFIED_PICTURES: Final = 6
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,31 +49,41 @@ def release(
     """Write a model file, verify it on `pictures` and, given `held_out` data, measure it.
 
     With `held_out` the file says how well it detects there, and its thresholds are the ones of
-    highest F1 for each class; `score` replaces these. Raises VerificationError, and then leaves
-    no file behind.
+    highest F1 for each class; `score` replaces these. Raises VerificationError. The file comes to
+    its place when all of this is done: whatever fails, a file that was there stays as it was.
     """
-    thresholds = Thresholds() if score is None else Thresholds(score=score)
-    metadata = export(checkpoint, output, name=name, canvas=canvas, thresholds=thresholds)
-    try:
-        detector = devices.open_detector(read_artifact(output), devices.Device("cpu"))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=output.parent) as folder:
+        draft = Path(folder) / output.name
+        thresholds = Thresholds() if score is None else Thresholds(score=score)
+        metadata = export(checkpoint, draft, name=name, canvas=canvas, thresholds=thresholds)
+        detector = devices.open_detector(read_artifact(draft), devices.Device("cpu"))
         report = verify(checkpoint.build(), detector, pictures, metadata.canvas)
-    except Exception:
-        output.unlink(missing_ok=True)
-        raise
-    if held_out is None:
-        return Release(report, None)
-    evaluation, found = evaluate_file(output, held_out)
-    if score is None:
+        evaluation = None
+        if held_out is not None:
+            evaluation = _measure(draft, metadata, held_out, choose_thresholds=score is None)
+        draft.replace(output)
+    write_checksum(output)
+    return Release(report, evaluation)
+
+
+def _measure(
+    model: Path, metadata: Metadata, held_out: Dataset, *, choose_thresholds: bool
+) -> Evaluation:
+    """Evaluate a file and write the answer into it."""
+    evaluation, found = evaluate_file(model, held_out)
+    thresholds = metadata.thresholds
+    if choose_thresholds:
         per_class = best_thresholds(held_out.samples, found, metadata.classes)
         rounded = {label: round(value, 2) for label, value in per_class.items()}
         thresholds = thresholds.model_copy(update={"per_class": rounded})
     metrics = Metrics(
-        dataset=held_out.root.name,
+        dataset=held_out.root.resolve().name,
         split=held_out.split,
         ap=round(evaluation.ap or 0.0, 4),
         ap50=round(evaluation.ap50 or 0.0, 4),
     )
     write_metadata(
-        output, metadata.model_copy(update={"metrics": metrics, "thresholds": thresholds})
+        model, metadata.model_copy(update={"metrics": metrics, "thresholds": thresholds})
     )
-    return Release(report, evaluation)
+    return evaluation

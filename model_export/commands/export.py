@@ -105,14 +105,14 @@ def _with_licences(checkpoint: Checkpoint, licences: Sequence[str]) -> Checkpoin
 
 
 def _pictures(held_out: Dataset | None) -> list[bytes]:
-    """Pictures to verify on: the data's own, else drawn ones, lying and upright."""
+    """Pictures to verify on: the data's own, filled up with drawn ones, lying and upright."""
+    pictures: list[bytes] = []
     if held_out is not None:
         try:
-            return [each.path.read_bytes() for each in held_out.samples[:VERIFIED_PICTURES]]
+            pictures = [each.path.read_bytes() for each in held_out.samples[:VERIFIED_PICTURES]]
         except OSError as error:
             raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from error
-    pictures = []
-    for seed in range(VERIFIED_PICTURES):
+    for seed in range(len(pictures), VERIFIED_PICTURES):
         width, height = ((640, 480), (480, 640))[seed % 2]
         file = io.BytesIO()
         draw_smear(seed, width=width, height=height)[0].save(file, "PNG")
