@@ -15,8 +15,8 @@ from service.context import Service
 from service.devices import Hardware
 from service.envelope import Envelope
 from service.errors import InvalidParameter, RetinaserveError, Unavailable
-from service.observability import request_id
 from service.problems import headers_of, http_problem, problem_of, respond
+from service.request_id import request_id
 from service.routes import batch, detect, docs, health, models, page
 from service.settings import Settings
 

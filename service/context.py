@@ -52,7 +52,9 @@ class Service:
         self.pictures = Admission(settings.max_queue_size)
         self.uploads = Admission(settings.max_queue_size)
         """Bodies that are arriving: bounded too, so that slow clients cannot fill the memory."""
-        self.batch_window = 2 * batch * len(self.hardware.devices) + threads
+        self.batch_window = min(
+            settings.max_queue_size, 2 * batch * len(self.hardware.devices) + threads
+        )
         """Pictures of one batch request in the pipeline at a time: enough to keep every thread
         busy, and not so many that other clients wait for all of them."""
         self.draining = False

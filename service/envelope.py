@@ -13,8 +13,9 @@ import orjson
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.bodies import ClientGone
-from service.observability import Metrics, request_id
+from service.observability import Metrics
 from service.problems import MEDIA_TYPE, http_problem
+from service.request_id import request_id
 
 _log = logging.getLogger("retinaserve.access")
 _error_log = logging.getLogger("retinaserve.error")

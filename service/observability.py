@@ -6,7 +6,6 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterable
-from contextvars import ContextVar
 from typing import Final
 
 import orjson
@@ -25,9 +24,7 @@ from prometheus_client.registry import Collector
 
 from service.devices import Hardware
 from service.registry import Registry
-
-request_id: Final[ContextVar[str]] = ContextVar("request_id", default="-")
-"""Id of the request that the current task works for."""
+from service.request_id import request_id
 
 _SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _SIZES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)

@@ -19,8 +19,9 @@ from service.artifact import Artifact, Metadata
 from service.batching import BatchQueue, Policy
 from service.canvas import Letterbox, Size
 from service.detector import Detections, Detector
-from service.errors import DeadlineExceeded, InferenceFailed, RetinaserveError
+from service.errors import DeadlineExceeded, InferenceFailed, RetinaserveError, Unavailable
 from service.imaging import Prepared, prepare
+from service.request_id import request_id
 
 _log = logging.getLogger("retinaserve.pipeline")
 _JOIN_SECONDS: Final = 0.5
@@ -81,6 +82,7 @@ class Work:
     future: asyncio.Future[Outcome]
     max_pixels: int
     arrived: float = field(default_factory=time.monotonic)
+    request_id: str = field(default_factory=request_id.get)
     abandoned: bool = False
     prepared: Prepared | None = None
     decode_seconds: float = 0.0
@@ -92,10 +94,14 @@ class Work:
             return None
         return BatchKey(self.model, self.prepared.letterbox.canvas, self.iou)
 
-    def expire(self) -> None:
-        """Tell the one who waits that the deadline has passed. On the event loop."""
+    def fail(self, error: RetinaserveError) -> None:
+        """Answer the one who waits, if he still does, with an error. On the event loop."""
         if not self.future.done():
-            self.future.set_exception(DeadlineExceeded("the deadline passed before the answer"))
+            self.future.set_exception(error)
+
+    def expire(self) -> None:
+        """The deadline has passed. On the event loop."""
+        self.fail(DeadlineExceeded("the deadline passed before the answer"))
 
 
 class Pipeline:
@@ -113,6 +119,7 @@ class Pipeline:
         self.fatal: str | None = None
         """Why the device will not answer again, once that is known."""
         self._on_batch = on_batch
+        self._pending: set[Work] = set()
         self._arrived: BatchQueue[Work] = BatchQueue(Policy())
         self._ready: BatchQueue[Work] = BatchQueue(policy)
         self._threads = [
@@ -132,6 +139,11 @@ class Pipeline:
         """Start the threads."""
         for thread in self._threads:
             thread.start()
+
+    def abort(self, reason: str) -> None:
+        """Answer everyone who waits with Unavailable. On the event loop."""
+        for work in self._pending:
+            work.fail(Unavailable(reason, reason="draining"))
 
     def close(self) -> None:
         """Stop the threads once they finished what they hold."""
@@ -160,10 +172,12 @@ class Pipeline:
         future: asyncio.Future[Outcome] = loop.create_future()
         work = Work(data, model, score, iou, deadline, future, max_pixels)
         timer = loop.call_later(max(0.0, deadline - time.monotonic()), work.expire)
+        self._pending.add(work)
         self._arrived.push(work)
         try:
             return await work.future
         finally:
+            self._pending.discard(work)
             timer.cancel()
             self._withdraw(work)
             # An exception's traceback holds this frame, and the future holds the exception:
@@ -192,7 +206,10 @@ class Pipeline:
             _deliver([(work, error)])
             return
         except Exception:
-            _log.exception("decoding failed in a way that nobody foresaw")
+            _log.exception(
+                "decoding failed in a way that nobody foresaw",
+                extra={"request_id": work.request_id},
+            )
             _deliver([(work, InferenceFailed("the picture could not be processed"))])
             return
         work.decode_seconds = time.monotonic() - started
@@ -219,7 +236,12 @@ class Pipeline:
 
     def _failed(self, detector: Detector, work: Work, error: Exception) -> InferenceFailed:
         """Find out who is to blame, the picture or the device."""
-        _log.error("inference failed on %s: %s", work.model.name, error)
+        _log.error(
+            "inference failed on %s: %s",
+            work.model.name,
+            error,
+            extra={"request_id": work.request_id},
+        )
         assert work.prepared is not None, "only decoded pictures reach a device"
         try:
             detector.warm(work.prepared.letterbox.canvas)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import importlib.util
 import logging
+import math
 import signal
 import socket
 import threading
@@ -98,7 +99,8 @@ class Server(uvicorn.Server):
                 # Longer than the usual 60 s of load balancers, which then close first: the other
                 # way round a request can meet a connection that is just being closed.
                 timeout_keep_alive=75,
-                timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
+                # What did not even arrive by the end of the drain is cut off.
+                timeout_graceful_shutdown=math.ceil(settings.drain_seconds) + 1,
             )
         )
 
@@ -134,8 +136,13 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close the listener, finish what is in flight."""
-        _log.info("draining for at most %g s", self._service.settings.drain_seconds)
+        seconds = self._service.settings.drain_seconds
+        _log.info("draining for at most %g s", seconds)
+        late = asyncio.get_running_loop().call_later(
+            seconds, self._service.pipeline.abort, "the server stops; try another or again later"
+        )
         await super().shutdown(sockets)
+        late.cancel()
         # Tasks that were cancelled at the end of the drain get to answer their cancellation.
         await asyncio.sleep(0)
 

@@ -22,9 +22,9 @@ from service.errors import (
     Unavailable,
     UnsupportedMedia,
 )
-from service.observability import request_id
 from service.pipeline import Servable
 from service.problems import problem_of
+from service.request_id import request_id
 from service.results import Selection
 from service.routes import openapi
 from service.routes.detect import (

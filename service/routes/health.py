@@ -51,14 +51,9 @@ def add_routes(app: FastAPI, service: Service) -> None:
         ("/metrics", routes.metrics),
     ):
         app.add_api_route(
-            path,
-            endpoint,
-            methods=["GET", "HEAD"],
-            tags=["operation"],
-            response_class=Response,
-            # One operation id for each method would be needed; GET is the one to describe.
-            include_in_schema=False,
+            path, endpoint, methods=["GET"], tags=["operation"], response_class=Response
         )
+        app.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
 
 
 def _json(document: dict[str, str | None], reason: str | None) -> Response:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import threading
 import time
@@ -78,7 +77,7 @@ def test_the_drain_has_an_end(serve: Serve, slow_models: Path) -> None:
     answers: list[httpx.Response] = []
 
     def post() -> None:
-        with process.client() as client, contextlib.suppress(httpx.TransportError):
+        with process.client() as client:
             answers.append(client.post("/v1/detect", content=GOOD))
 
     # Several times as much work as fits the drain.
@@ -92,7 +91,12 @@ def test_the_drain_has_an_end(serve: Serve, slow_models: Path) -> None:
     assert time.monotonic() - signalled < 6.0
     for thread in threads:
         thread.join(30)
-    assert sum(answer.status_code == 200 for answer in answers) < 40
+    statuses = [answer.status_code for answer in answers]
+    assert len(statuses) == 40
+    assert set(statuses) == {200, 503}
+    late = next(answer for answer in answers if answer.status_code == 503)
+    assert int(late.headers["retry-after"]) >= 1
+    assert "the server stops" in late.json()["detail"]
 
 
 def test_idle_keep_alive_connections_do_not_hold_it_up(serve: Serve, quick_models: Path) -> None:
