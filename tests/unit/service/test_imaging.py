@@ -477,3 +477,19 @@ def test_a_bomb_of_text_is_refused() -> None:
 def test_a_picture_without_pixels_is_refused(size: tuple[int, int]) -> None:
     with pytest.raises(MalformedImage):
         prepare(png(*size, 8, 2, (b"IDAT", zlib.compress(b""))), RULE)
+
+
+def test_a_webp_beyond_what_the_decoder_takes_is_too_large_whatever_the_limit() -> None:
+    with pytest.raises(TooLarge, match="too large to decode"):
+        probe(webp_canvas(16_000, 16_000), max_pixels=10**9)
+
+
+def test_a_png_that_breaks_off_before_its_exif_may_come_is_not_measured() -> None:
+    data = encoded(quarters(), "PNG")
+    with pytest.raises(MalformedImage, match="truncated"):
+        probe(data[: len(data) // 2])
+
+
+def test_a_webp_of_no_known_kind_is_refused() -> None:
+    with pytest.raises(MalformedImage):
+        probe(b"RIFF\x10\0\0\0WEBPVP9 " + bytes(20))
