@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from service.context import Service
 from service.devices import Hardware
 from service.envelope import Envelope
-from service.errors import InvalidParameter, RetinaserveError, Unavailable
+from service.errors import InvalidParameter, RetinaserveError
 from service.problems import headers_of, http_problem, problem_of, respond
 from service.request_id import request_id
 from service.routes import batch, detect, docs, health, models, page
@@ -68,8 +68,7 @@ def package_version() -> str:
 def _add_error_handlers(app: FastAPI, service: Service) -> None:
     async def own(request: Request, error: Exception) -> Response:
         assert isinstance(error, RetinaserveError)
-        reason = error.reason if isinstance(error, Unavailable) else error.slug
-        service.metrics.refusals.labels(reason).inc()
+        service.metrics.count_refusal(error)
         document = problem_of(error, instance=request.url.path, request_id=request_id.get())
         return respond(document, headers_of(error))
 

@@ -23,6 +23,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from service.devices import Hardware
+from service.errors import RetinaserveError, Unavailable
 from service.registry import Registry
 from service.request_id import request_id
 
@@ -56,7 +57,7 @@ class Metrics:
             buckets=_SIZES,
             registry=self.registry,
         )
-        self.refusals = Counter(
+        self._refusals = Counter(
             "retinaserve_refusals",
             "Pictures and requests that were refused, by reason.",
             ("reason",),
@@ -76,6 +77,11 @@ class Metrics:
         """Record the seconds of one answered picture."""
         for child, seconds in zip(self._stages, (decode, queue, inference, total), strict=True):
             child.observe(seconds)
+
+    def count_refusal(self, error: RetinaserveError) -> None:
+        """Count one request or picture that got an error."""
+        reason = error.reason if isinstance(error, Unavailable) else error.slug
+        self._refusals.labels(reason).inc()
 
     def count_detections(self, model: str, classes: tuple[str, ...], counts: list[int]) -> None:
         """Count the objects of one answer; counts[k] of class k."""

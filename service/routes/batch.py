@@ -19,7 +19,6 @@ from service.errors import (
     InvalidParameter,
     MalformedRequest,
     RetinaserveError,
-    Unavailable,
     UnsupportedMedia,
 )
 from service.pipeline import Servable
@@ -156,12 +155,11 @@ class _Run:
             async with self._window:
                 return answer | {"status": 200} | await self._detect(picture)
         except RetinaserveError as error:
-            if isinstance(error, Unavailable):
-                self._service.metrics.refusals.labels(error.reason).inc()
             failure = error
         except Exception:
             _log.exception("picture %d of a batch failed in a way that nobody foresaw", index)
             failure = RetinaserveError("the server failed on this picture; its log says why")
+        self._service.metrics.count_refusal(failure)
         document = problem_of(failure, instance=self._path, request_id=request_id.get())
         return answer | {"status": failure.status, "error": document}
 

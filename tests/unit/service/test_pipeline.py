@@ -8,6 +8,7 @@ import time
 import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -15,8 +16,8 @@ from PIL import Image
 from service import pipeline as module
 from service.artifact import read_artifact
 from service.batching import Policy
-from service.detector import Detector
-from service.devices import Device, open_detector
+from service.detector import Detections, Detector
+from service.devices import Device, open_detector, providers, session_options
 from service.errors import DeadlineExceeded, InferenceFailed, MalformedImage
 from service.pipeline import Outcome, Pipeline, Servable
 from tests import tiny_model
@@ -190,6 +191,41 @@ async def test_cancelled_pictures_leave_the_queue(load: Callable[..., Servable])
         await detect(line, model, encoded(one_red()))
     # One that was being decoded when it was cancelled may have slipped to the device.
     assert len(sizes) <= 3
+
+
+async def test_two_devices_share_the_work(load: Callable[..., Servable]) -> None:
+    alone = load(work=4)
+    used: list[int] = []
+
+    class Counting(Detector):
+        """A real session that notes whose it is."""
+
+        number: int
+
+        def __call__(self, *args: Any, **kwargs: Any) -> list[Detections]:
+            used.append(self.number)
+            return super().__call__(*args, **kwargs)
+
+    detectors = []
+    for number in range(2):
+        device = Device("cpu")
+        detector = Counting(
+            alone.artifact, providers=providers(device), options=session_options(device)
+        )
+        detector.number = number
+        detectors.append(detector)
+    model = Servable("tiny", 1, alone.artifact, tuple(detectors))
+    line = Pipeline(devices=2, decode_threads=2, policy=Policy(), on_batch=lambda _: None)
+    line.start()
+    try:
+        answers = await asyncio.gather(
+            *(detect(line, model, encoded(one_red())) for _ in range(20))
+        )
+    finally:
+        line.close()
+    assert len({answer.detections.boxes.tobytes() for answer in answers}) == 1
+    assert len(used) == 20
+    assert set(used) == {0, 1}
 
 
 async def test_first_come_first_served(load: Callable[..., Servable]) -> None:
