@@ -78,7 +78,10 @@ class TrainConfig(_Config):
     """The schedule reaches its end when this time is over, if that is before the last epoch."""
     batch_size: int = Field(default=8, ge=1)
     freeze_norms: bool = True
-    """Keep batch norm statistics as the weights brought them; right for small batches."""
+    """Keep batch norm statistics as the weights brought them, which is right for small batches.
+
+    A run that starts from random weights has none to keep, and learns them.
+    """
     ema_decay: float = Field(default=0.999, ge=0, lt=1)
     """Decay of the averaged weights, which are what is validated, saved and exported."""
     validate_every: int = Field(default=5, ge=1)

@@ -32,8 +32,19 @@ class TrainingError(RetinaserveError):
 class Trainee(lightning.LightningModule):
     """The network, its running average, the optimiser and the schedule."""
 
-    def __init__(self, network: RetinaNet, config: TrainConfig, description: Description) -> None:
+    def __init__(
+        self,
+        network: RetinaNet,
+        config: TrainConfig,
+        description: Description,
+        *,
+        pretrained: bool,
+    ) -> None:
+        """`pretrained`: the backbone's weights, and so its norms' statistics, come from a file."""
         super().__init__()
+        # A fresh network's statistics are no more than mean 0 and variance 1: frozen at these,
+        # deep networks explode or go silent.
+        self._norms_frozen = config.freeze_norms and pretrained
         self.network = network
         self.average = AveragedModel(network, avg_fn=averaging(config.ema_decay), use_buffers=False)
         self.average.requires_grad_(False)
@@ -65,7 +76,7 @@ class Trainee(lightning.LightningModule):
         """Choose the modes anew: validation has left the average as it wants it."""
         self.network.train()
         self.average.eval()
-        if self.config.freeze_norms:
+        if self._norms_frozen:
             freeze_norms(self.network.modules())
         self.sums = {"steps": 0.0, "classification": 0.0, "regression": 0.0}
 
@@ -134,12 +145,17 @@ class Trainee(lightning.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put in what a reader of the checkpoint and a resumed run need."""
         checkpoint[DESCRIPTION_KEY] = self.description.model_dump(mode="json")
-        checkpoint["progress"] = {"minutes": self.minutes(), "best_ap": self.best_ap}
+        checkpoint["progress"] = {
+            "minutes": self.minutes(),
+            "best_ap": self.best_ap,
+            "norms_frozen": self._norms_frozen,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on where the run stopped."""
         self._minutes_before = float(checkpoint["progress"]["minutes"])
         self.best_ap = float(checkpoint["progress"]["best_ap"])
+        self._norms_frozen = bool(checkpoint["progress"]["norms_frozen"])
 
     def _count_not_finite(self) -> None:
         self._not_finite += 1

@@ -63,7 +63,8 @@ def train(
         canvas=config.canvas,
         provenance=provenance or {},
     )
-    trainee = Trainee(network, config, description)
+    pretrained = init is not None or weights is not None
+    trainee = Trainee(network, config, description, pretrained=pretrained)
     examples = CanvasCache(training.samples, config.canvas, title="train pictures")
     held_out = CanvasCache(validation.samples, config.canvas, title="val pictures")
     sampler = CanvasBatchSampler(
