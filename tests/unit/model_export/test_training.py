@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import math
-import time
+import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from model_export.checkpoints import AVERAGE_PREFIX, load_checkpoint
-from model_export.config import LossConfig, MatchingConfig, OptimiserConfig, TrainConfig
+from model_export import trainee
+from model_export.checkpoints import AVERAGE_PREFIX, Checkpoint, Description, load_checkpoint
+from model_export.config import OptimiserConfig, TrainConfig
 from model_export.datasets import Dataset, load_voc
-from model_export.objective import Losses
+from model_export.objective import Losses, detection_loss
+from model_export.recording import write_row
 from model_export.retinanet.anchors import AnchorConfig
-from model_export.retinanet.model import Level, ModelConfig, RetinaNet
+from model_export.retinanet.model import ModelConfig, RetinaNet
 from model_export.trainee import TrainingError, averaging, parameter_groups, schedule
 from model_export.training import train
 from model_export.transforms import Augmentation, Batch, Key, TrainingBatches
@@ -39,9 +42,9 @@ CONFIG = TrainConfig(
     model=MODEL,
     canvas=Buckets(sizes=(Size(64, 96), Size(96, 64))),
     optimiser=OptimiserConfig(lr=0.01, warmup_steps=3),
-    epochs=4,
+    epochs=3,
     batch_size=2,
-    validate_every=2,
+    validate_every=3,
     ema_decay=0.9,
     precision="32",
     workers=0,
@@ -107,6 +110,37 @@ def watch_batches(
     return seen
 
 
+# --- learning ------------------------------------------------------------------------------------
+
+
+def test_a_network_learns_its_own_pictures(many: Dataset, tmp_path: Path) -> None:
+    config = changed(
+        model=MODEL.model_copy(update={"backbone": "resnet18"}),
+        optimiser=OptimiserConfig(name="adamw", lr=2e-3, warmup_steps=5),
+        augmentation=Augmentation.none(),
+        freeze_norms=False,
+        epochs=2,
+        batch_size=4,
+        validate_every=5,
+    )
+    # One epoch over repeated pictures costs less than many epochs.
+    training = dataclasses.replace(many, samples=many.samples * 9)
+    best = train(config, training, many, tmp_path, device="cpu")
+    first, last = rows(tmp_path)
+    assert first["ap50"] == ""
+    assert float(last["ap50"]) > 0.5
+    assert best == pytest.approx(float(last["ap"]))
+    assert float(last["classification_loss"]) < float(first["classification_loss"])
+    for name in ("last.ckpt", "best.ckpt", "metrics.csv", "curves.png"):
+        assert (tmp_path / name).stat().st_size > 0
+    # What a reader gets are the averaged weights, which are not the current ones.
+    kept = load_checkpoint(tmp_path / "best.ckpt").weights
+    content = saved(tmp_path, "best.ckpt")["state_dict"]
+    name = "classification_head.out.weight"
+    assert torch.equal(kept[name], content[AVERAGE_PREFIX + name])
+    assert not torch.equal(kept[name], content["network." + name])
+
+
 # --- resuming ------------------------------------------------------------------------------------
 
 
@@ -117,8 +151,8 @@ def test_a_resumed_run_equals_one_in_one_go(
     with monkeypatch.context() as patch:
         order = watch_batches(patch)
         whole = train(config, few, few, tmp_path / "whole", device="cpu")
-    steps = len(order) // 4
-    assert [keys[0].epoch for keys in order] == [e for e in range(4) for _ in range(steps)]
+    steps = len(order) // 3
+    assert [keys[0].epoch for keys in order] == [0] * steps + [1] * steps + [2] * steps
 
     with monkeypatch.context() as patch:
         before = watch_batches(patch, crash_before=2)
@@ -142,3 +176,192 @@ def test_a_resumed_run_equals_one_in_one_go(
         }
     minutes = [float(row["minutes"]) for row in rows(tmp_path / "parts")]
     assert minutes == sorted(minutes)
+
+
+def test_a_row_replaces_what_a_killed_run_left_behind(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    for epoch, value in ((1, "a"), (2, "b"), (3, "lost"), (2, "again"), (3, "c")):
+        write_row(path, {"epoch": epoch, "value": value})
+    assert rows(tmp_path) == [
+        {"epoch": "1", "value": "a"},
+        {"epoch": "2", "value": "again"},
+        {"epoch": "3", "value": "c"},
+    ]
+    assert [each.name for each in tmp_path.iterdir()] == ["metrics.csv"]
+
+
+def test_nothing_to_resume(few: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"last\.ckpt: nothing to resume"):
+        train(CONFIG, few, few, tmp_path / "run", resume=True, device="cpu")
+
+
+# --- time ----------------------------------------------------------------------------------------
+
+
+def test_the_schedule_ends_with_the_time(
+    few: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = iter(range(0, 10_000, 4))
+    clock = types.SimpleNamespace(monotonic=lambda: next(seconds))
+    monkeypatch.setattr(trainee, "time", clock)
+    config = changed(epochs=1000, max_minutes=1.0, validate_every=1000)
+    train(config, few, few, tmp_path, device="cpu")
+    history = rows(tmp_path)
+    assert len(history) < 10
+    assert [row["ap"] != "" for row in history] == [False] * (len(history) - 1) + [True]
+    assert 1.0 <= float(history[-1]["minutes"]) < 1.3
+    assert float(history[-1]["lr"]) < 0.05 * config.optimiser.lr
+    assert (tmp_path / "best.ckpt").exists()
+    # The clock goes on where it stopped: there is time for one step, and a last validation.
+    train(config, few, few, tmp_path, resume=True, device="cpu")
+    assert len(rows(tmp_path)) == len(history) + 1
+    assert float(rows(tmp_path)[-1]["minutes"]) > float(history[-1]["minutes"])
+
+
+# --- what goes wrong -----------------------------------------------------------------------------
+
+
+def fresh_checkpoint(classes: tuple[str, ...]) -> Checkpoint:
+    network = RetinaNet(MODEL, classes=len(classes))
+    return Checkpoint(
+        path=Path("fresh.ckpt"),
+        description=Description(classes=classes, model=MODEL, canvas=CONFIG.canvas),
+        weights={name: tensor.clone() for name, tensor in network.state_dict().items()},
+    )
+
+
+def infinite_loss(losses: Losses) -> Losses:
+    return Losses(losses.classification * math.inf, losses.regression)
+
+
+def infinite_gradient(losses: Losses) -> Losses:
+    # The root's gradient is infinite at 0, where its value is 0.
+    root = torch.sqrt(losses.classification - losses.classification.detach())
+    return Losses(losses.classification + root, losses.regression)
+
+
+def break_losses(
+    monkeypatch: pytest.MonkeyPatch, faults: Sequence[Callable[[Losses], Losses]]
+) -> list[Losses]:
+    """Every loss gets one fault after the other."""
+    made: list[Losses] = []
+
+    def broken(*arguments: Any, **options: Any) -> Losses:
+        losses = detection_loss(*arguments, **options)
+        made.append(losses)
+        return faults[len(made) % len(faults)](losses)
+
+    monkeypatch.setattr(trainee, "detection_loss", broken)
+    return made
+
+
+def test_steps_that_are_not_finite_leave_the_network_as_it_was(
+    few: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = fresh_checkpoint(few.classes)
+    made = break_losses(monkeypatch, [infinite_loss, infinite_gradient])
+    train(changed(epochs=1), few, few, tmp_path, init=before, device="cpu")
+    assert len(made) >= 3
+    content = saved(tmp_path)["state_dict"]
+    for name, tensor in before.weights.items():
+        assert torch.equal(content["network." + name], tensor), name
+        torch.testing.assert_close(content[AVERAGE_PREFIX + name], tensor)
+
+
+def test_a_run_that_is_not_finite_gives_up(
+    few: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = break_losses(monkeypatch, [infinite_loss])
+    with pytest.raises(TrainingError, match=r"20 steps in a row; try a lower optimiser\.lr"):
+        train(changed(epochs=30, batch_size=1, validate_every=99), few, few, tmp_path, device="cpu")
+    assert len(made) == 20
+    # An epoch without a single finite step has no loss, rather than a loss of zero.
+    assert rows(tmp_path)[0]["classification_loss"] == "nan"
+
+
+def test_pictures_without_objects_train_in_half_precision(few: Dataset, tmp_path: Path) -> None:
+    negative = few.samples[-1]
+    assert len(negative.boxes) == 0
+    training = dataclasses.replace(few, samples=(negative, few.samples[0]))
+    train(changed(epochs=1, batch_size=1, precision="bf16"), training, few, tmp_path, device="cpu")
+    row = rows(tmp_path)[0]
+    assert math.isfinite(float(row["classification_loss"]))
+    assert math.isfinite(float(row["regression_loss"]))
+    for name, tensor in saved(tmp_path)["state_dict"].items():
+        if tensor.is_floating_point():
+            assert tensor.dtype == torch.float32, name
+            assert tensor.isfinite().all(), name
+
+
+@pytest.mark.parametrize(
+    ("device", "words"),
+    [("gpu", "expected auto, cpu, cuda or cuda:N"), ("cuda:99", "this torch sees")],
+)
+def test_devices_that_are_not_there(few: Dataset, tmp_path: Path, device: str, words: str) -> None:
+    with pytest.raises(DeviceError, match=f"--device {device}: {words}"):
+        train(CONFIG, few, few, tmp_path / "run", device=device)
+    assert not (tmp_path / "run").exists()
+
+
+def test_half_precision_that_a_cpu_lacks(few: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="fp16 needs a GPU"):
+        train(changed(precision="fp16"), few, few, tmp_path / "run", device="cpu")
+
+
+# --- schedule, groups, average -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("step", "progress", "share"),
+    [
+        (0, 0.0, 0.1),
+        (4, 0.0, 0.5),
+        (9, 0.0, 1.0),
+        (1000, 0.0, 1.0),
+        (1000, 0.25, 0.2 + 0.8 * (1 + math.sqrt(0.5)) / 2),
+        (1000, 0.5, 0.6),
+        (1000, 1.0, 0.2),
+        (1000, 7.0, 0.2),
+        # The warm-up counts steps, so it lasts even where time is short.
+        (4, 1.0, 0.1),
+    ],
+)
+def test_schedule(step: int, progress: float, share: float) -> None:
+    settings = OptimiserConfig(warmup_steps=10, final_lr_share=0.2)
+    assert schedule(settings, step, progress) == pytest.approx(share)
+
+
+def test_no_warm_up() -> None:
+    assert schedule(OptimiserConfig(warmup_steps=0), 0, 0.0) == 1.0
+
+
+def test_every_parameter_learns_in_one_group() -> None:
+    network = RetinaNet(MODEL, classes=2)
+    settings = OptimiserConfig(lr=0.1, backbone_lr_share=0.5, weight_decay=0.01)
+    groups = parameter_groups(network, settings)
+    members = [id(p) for group in groups for p in group["params"]]
+    assert sorted(members) == sorted(id(p) for p in network.parameters())
+    group_of = {id(p): group for group in groups for p in group["params"]}
+    for name, parameter in network.named_parameters():
+        group = group_of[id(parameter)]
+        assert group["peak_lr"] == (0.05 if name.startswith("backbone.") else 0.1), name
+        assert group["weight_decay"] == (0.01 if name.endswith("weight") and parameter.ndim == 4
+                                         else 0.0), name  # fmt: skip
+    # Outside of the backbone comes last or first, but always in the same place: resuming
+    # matches groups by their order.
+    assert [len(g["params"]) for g in groups] == [
+        len(g["params"]) for g in parameter_groups(RetinaNet(MODEL, classes=2), settings)
+    ]
+
+
+def test_the_average_forgets_its_start() -> None:
+    average = averaging(0.999)
+    zero, one = torch.zeros(1), torch.ones(1)
+    # Decay 2/11 after one update, (1 + n) / (10 + n) after n, 0.999 at last.
+    assert average(zero, one, 1).item() == pytest.approx(9 / 11)
+    assert average(zero, one, torch.tensor(90)).item() == pytest.approx(0.09)
+    assert average(zero, one, 10**6).item() == pytest.approx(0.001)
+    value: Tensor = zero
+    for count in range(1, 30):
+        value = average(value, one, count)
+    assert value.item() > 0.99
