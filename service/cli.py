@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -136,6 +137,9 @@ def serve(
     ssl_keyfile: Path | None,
 ) -> None:
     """Run the service."""
+    # The imports below take a second or two, and as process 1 of a container a process without a
+    # handler does not even see the signal.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     from service.commands import serve as command
 
     command.run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 import sys
 import threading
 from pathlib import Path
@@ -29,12 +30,18 @@ def run(
     configure_logging(settings.log_format, settings.log_level)
     with listen(settings.host, settings.port) as listener:
         app = create_app(settings)
+        server = Server(app, root_path=root_path, certificate=certificate, key=key)
+        try:
+            server.config.load()
+        except ssl.SSLError as error:
+            raise DataError(
+                f"--ssl-certfile {certificate}: not a certificate with its key: {error}"
+            ) from error
         click.echo(
             f"retinaserve serves {app.state.service.registry.default} on "
             f"{app.state.service.hardware.name}: {url(listener, tls=certificate is not None)}"
         )
         sys.stdout.flush()
-        server = Server(app, root_path=root_path, certificate=certificate, key=key)
         server.run([listener])
     _leave()
 

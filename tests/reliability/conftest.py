@@ -18,7 +18,7 @@ import pytest
 from tests import tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
-START_SECONDS = 60.0
+START_SECONDS = 120.0
 
 
 @dataclass

@@ -19,7 +19,7 @@ def refused(*arguments: object, **settings: object) -> tuple[int, str]:
         env=environment(**settings),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
     assert done.stdout == ""
@@ -80,10 +80,16 @@ def test_behind_a_proxy_that_takes_a_prefix_off(serve: Serve, quick_models: Path
         assert client.get("/healthz").status_code == 200
 
 
-def test_tls(serve: Serve, quick_models: Path, tmp_path: Path) -> None:
+def test_a_key_without_its_certificate(quick_models: Path) -> None:
     code, text = refused("--models", quick_models, "--ssl-keyfile", __file__)
     assert code == 2
     assert "--ssl-certfile" in text
+
+
+def test_a_certificate_that_is_none(quick_models: Path) -> None:
+    code, text = refused("--models", quick_models, "--port", 0, "--ssl-certfile", __file__)
+    assert code == 2
+    assert f"--ssl-certfile {__file__}" in text.splitlines()[-1]
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])

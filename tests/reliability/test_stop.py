@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import socket
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -11,7 +13,7 @@ import httpx
 import pytest
 
 from tests.pictures import encoded, one_red
-from tests.reliability.conftest import Process, Serve, ready, until
+from tests.reliability.conftest import Process, Serve, command, environment, ready, until
 
 GOOD = encoded(one_red())
 
@@ -109,11 +111,28 @@ def test_idle_keep_alive_connections_do_not_hold_it_up(serve: Serve, quick_model
         assert time.monotonic() - signalled < 5.0
 
 
-def test_a_signal_while_models_load(serve: Serve, quick_models: Path) -> None:
+def test_a_signal_before_anything_is_loaded(quick_models: Path) -> None:
+    process = subprocess.Popen(
+        command("serve", "--models", quick_models, "--port", 0),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    status = Path(f"/proc/{process.pid}/status")
+    until(lambda: bool(caught_signals(status) & 1 << (signal.SIGTERM - 1)))
+    process.terminate()
+    assert process.wait(30) == 0
+
+
+def caught_signals(status: Path) -> int:
+    (mask,) = (line for line in status.read_text().splitlines() if line.startswith("SigCgt:"))
+    return int(mask.split()[1], 16)
+
+
+def test_a_second_signal_means_now(serve: Serve, quick_models: Path) -> None:
     process = serve(quick_models, drain_delay_seconds=30)
     process.terminate()
     until(lambda: not ready(process))
-    # The second signal means: now.
     process.terminate()
     assert process.exit_code(10) == 0
 
