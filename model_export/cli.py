@@ -215,6 +215,12 @@ def evaluate(
     "--data", type=_DATA, metavar="DIR", help="Measure the file here and choose thresholds."
 )
 @click.option("--split", default="val", show_default=True, help="Which part of --data.")
+@click.option(
+    "--save-weights",
+    type=_NEW_FILE,
+    metavar="FILE.safetensors",
+    help="Also write a small checkpoint (weights only, float16) for train --init.",
+)
 @_licence
 def export(
     checkpoint: Path,
@@ -224,6 +230,7 @@ def export(
     score: float | None,
     data: Path | None,
     split: str,
+    save_weights: Path | None,
     licences: tuple[str, ...],
 ) -> None:
     """Write a checkpoint as a model file.
@@ -240,5 +247,6 @@ def export(
         score=score,
         data=data,
         split=split,
+        weights_file=save_weights,
         licences=licences,
     )

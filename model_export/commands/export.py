@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 from pydantic import ValidationError
 
-from model_export.checkpoints import Checkpoint, load_checkpoint
+from model_export.checkpoints import Checkpoint, load_checkpoint, save_weights
 from model_export.commands.data import load
 from model_export.commands.evaluate import table
 from model_export.config import describe
@@ -35,9 +35,12 @@ def run(
     score: float | None,
     data: Path | None,
     split: str,
+    weights_file: Path | None,
     licences: Sequence[str],
 ) -> None:
     """Write, verify and, given data, measure a model file. Raises RetinaserveError."""
+    if weights_file is not None and weights_file.suffix != ".safetensors":
+        raise DataError(f"--save-weights {weights_file}: expected a name that ends in .safetensors")
     rule = None if canvas is None else parse_canvas(canvas)
     checkpoint = _with_licences(load_checkpoint(checkpoint_file), licences)
     held_out = None
@@ -60,6 +63,10 @@ def run(
     thresholds = read_artifact(output).metadata.thresholds
     own = "".join(f", {label} {value:g}" for label, value in thresholds.per_class.items())
     click.echo(f"score thresholds: {thresholds.score:g}{own}")
+    if weights_file is not None:
+        weights_file.parent.mkdir(parents=True, exist_ok=True)
+        save_weights(checkpoint, weights_file, half=True)
+        click.echo(f"wrote {weights_file}, {weights_file.stat().st_size / 1e6:.1f} MB")
 
 
 def parse_canvas(text: str) -> Buckets | ShortSide:

@@ -189,7 +189,10 @@ def trained(data, tmp_path_factory) -> tuple[Path, Result]:
 def exported(data, trained, tmp_path_factory) -> tuple[Path, Result]:
     """That run's last checkpoint as a model file, measured."""
     output = tmp_path_factory.mktemp("models") / "cells" / "2" / "model.onnx"
-    result = call("export", trained[0] / "last.ckpt", "--output", output, "--data", data)
+    result = call(
+        *("export", trained[0] / "last.ckpt", "--output", output, "--data", data),
+        *("--save-weights", output.parent / "checkpoint.safetensors"),
+    )
     assert result.exit_code == 0, result.output
     return output, result
 
@@ -314,7 +317,8 @@ def test_export_describes_and_verifies(exported):
     assert metadata.provenance["licences"] == ["data: MIT", "weights: Apache-2.0"]
     assert "file against torch:" in result.stdout
     assert "score thresholds: 0.3" in result.stdout
-    assert sorted(path.name for path in output.parent.iterdir()) == ["model.onnx", "model.sha256"]
+    written = sorted(path.name for path in output.parent.iterdir())
+    assert written == ["checkpoint.safetensors", "model.onnx", "model.sha256"]
 
 
 def test_exported_file_is_evaluated(exported, data):
@@ -324,10 +328,10 @@ def test_exported_file_is_evaluated(exported, data):
     assert "10 pictures, 9 objects" in result.stdout
 
 
-def test_export_without_data_and_with_another_canvas(trained, tmp_path):
+def test_export_without_data_and_with_another_canvas(exported, tmp_path):
     # A bare safetensors file, as the bundled model's.
-    weights, output = tmp_path / "weights.safetensors", tmp_path / "small.onnx"
-    save_weights(load_checkpoint(trained[0] / "last.ckpt"), weights, half=True)
+    weights = exported[0].with_name("checkpoint.safetensors")
+    output = tmp_path / "small.onnx"
     result = call(
         "export", weights, "--output", output, "--canvas", "64x96",
         "--score-threshold", "0.25", "--licence", "CC0",
@@ -342,6 +346,16 @@ def test_export_without_data_and_with_another_canvas(trained, tmp_path):
     assert metadata.provenance["licences"] == ["CC0"]
     # The checksum in the folder is of the exported file, and keeps no other from being read.
     assert read_artifact(rectangles.write_model(tmp_path / "other.onnx")).metadata.classes
+
+
+def test_weights_are_saved_as_safetensors_only(trained, tmp_path):
+    result = call(
+        *("export", trained[0] / "last.ckpt", "--output", tmp_path / "m.onnx"),
+        *("--save-weights", tmp_path / "m.ckpt"),
+    )
+    assert result.exit_code == 2
+    assert "ends in .safetensors" in result.stderr
+    assert not any(tmp_path.iterdir())
 
 
 def test_export_of_something_else(tmp_path):
