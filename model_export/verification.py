@@ -87,6 +87,11 @@ class Report:
 
     def __str__(self) -> str:
         canvases = ", ".join(f"{c.height}x{c.width}" for c in self.canvases)
+        if not self.against_torch.detections:
+            return (
+                f"nothing to verify by: on {self.pictures} pictures, canvases {canvases}, "
+                f"neither file nor network found anything above score {SCORE}; is it trained?"
+            )
         return (
             f"verified on {self.pictures} pictures, canvases {canvases}, "
             f"batches of {', '.join(map(str, BATCH_SIZES))}\n"
