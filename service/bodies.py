@@ -26,6 +26,10 @@ from service.errors import (
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Body = bytes | bytearray
 
+_MAX_JSON_COMMAS: Final = 100_000
+"""Far above what pictures need, far below what 32 MB can hold: `{},` makes 30 bytes of memory from
+each one, and the interpreter stands still while they are made."""
+
 _BASE64_STEP: Final = 1 << 20
 """Characters decoded at a time, a multiple of 4: the interpreter can switch threads between."""
 
@@ -167,6 +171,10 @@ class _PartCollector:
 
 def parse_json(body: Body) -> dict[str, Any]:
     """A JSON object. Raises MalformedRequest."""
+    if body.count(b",") > _MAX_JSON_COMMAS:
+        raise MalformedRequest(
+            f"the JSON body holds more than {_MAX_JSON_COMMAS} values; send pictures only"
+        )
     try:
         document = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -179,7 +187,7 @@ def parse_json(body: Body) -> dict[str, Any]:
 def decode_base64(text: object) -> bytes:
     """Bytes of a base64 string, white space allowed. Raises MalformedRequest."""
     if not isinstance(text, str):
-        raise MalformedRequest("an image in JSON is a string of base64")
+        raise MalformedRequest('"image" is missing or no string; send the picture as base64')
     if text.startswith("data:"):
         raise MalformedRequest("an image in JSON is plain base64, without a data: prefix")
     try:

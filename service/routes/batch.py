@@ -32,6 +32,7 @@ from service.routes.detect import (
     image_json,
     model_json,
     receive_body,
+    take_apart,
 )
 from service.routes.parameters import BatchQuery, deadline, parse_query
 
@@ -40,15 +41,14 @@ _log = logging.getLogger("retinaserve.batch")
 NDJSON: Final = "application/x-ndjson"
 _SPARE_PARTS: Final = 16
 """Parts of other names that a form may carry along."""
-_BIG_BODY: Final = 256 * 1024
 
 
 class Picture(NamedTuple):
     """One picture of a request, as it was sent."""
 
     id: str
-    content: memoryview | str
-    """Bytes, or base64."""
+    content: object
+    """A memoryview of the bytes; or what JSON gave, base64 if all is well."""
 
 
 class BatchRoute:
@@ -86,13 +86,9 @@ class BatchRoute:
         kind = content_type.partition(";")[0].strip().lower()
         most = self._service.settings.max_batch_images
         if kind == "multipart/form-data":
-            pictures = _form_pictures(body, content_type, most)
+            pictures = await take_apart(self._service, _form_pictures, body, content_type, most)
         elif kind == "application/json":
-            pictures = (
-                _json_pictures(body)
-                if len(body) < _BIG_BODY
-                else await self._service.off_loop(_json_pictures, body)
-            )
+            pictures = await take_apart(self._service, _json_pictures, body)
         else:
             raise UnsupportedMedia(
                 f"Content-Type {content_type!r} is not accepted here; send multipart/form-data "
@@ -167,7 +163,7 @@ class _Run:
         service, model = self._service, self._model
         with service.pictures.slot():
             content = picture.content
-            if isinstance(content, str):
+            if not isinstance(content, memoryview):
                 content = memoryview(await service.off_loop(decode_base64, content))
             outcome, found = await detect_one(service, content, model, self._selection, self._limit)
             return {
@@ -193,9 +189,10 @@ def _json_pictures(body: Body) -> list[Picture]:
 
 
 def _json_picture(index: int, entry: object) -> Picture:
-    if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
+    if not isinstance(entry, dict):
         raise MalformedRequest(f'images[{index}] must be {{"image": "<base64>"}}')
-    name = entry.get("id", str(index))
-    if not isinstance(name, str | int):
+    name = entry.get("id")
+    if not isinstance(name, str | int | None):
         raise MalformedRequest(f"images[{index}].id must be a string")
-    return Picture(str(name), entry["image"])
+    # What is no base64 is this picture's own error, not the request's.
+    return Picture(str(index if name is None else name), entry.get("image"))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any, Final
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 import numpy as np
 import orjson
@@ -41,8 +41,12 @@ from service.routes.parameters import (
     wanted_image,
 )
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 _BIG_BODY: Final = 256 * 1024
-"""From this size on a JSON body is worth a thread."""
+"""From this size on taking a body apart is worth a thread. Base64 takes its time, and so does a
+form that is full of almost-boundaries."""
 _MANY_DETECTIONS: Final = 200
 """From this number on an answer is worth a thread."""
 _MAX_PARTS: Final = 16
@@ -89,11 +93,9 @@ class DetectRoute:
     async def _picture(self, content_type: str, body: Body) -> bytes | memoryview:
         kind = content_type.partition(";")[0].strip().lower()
         if kind == "multipart/form-data":
-            return _file_part(body, content_type)
+            return await take_apart(self._service, _file_part, body, content_type)
         if kind == "application/json":
-            if len(body) < _BIG_BODY:
-                return _json_image(body)
-            return await self._service.off_loop(_json_image, body)
+            return await take_apart(self._service, _json_image, body)
         return body if isinstance(body, bytes) else memoryview(body)
 
 
@@ -121,6 +123,19 @@ async def receive_body(service: Service, request: Request) -> Body:
             limit=settings.max_body_bytes,
             timeout=settings.body_timeout_ms / 1e3,
         )
+
+
+async def take_apart(
+    service: Service,
+    function: Callable[Concatenate[Body, P], T],
+    body: Body,
+    *args: P.args,
+    **kwargs: P.kwargs,
+) -> T:
+    """`function` of a body, in a thread where that may take more than a moment."""
+    if len(body) < _BIG_BODY:
+        return function(body, *args, **kwargs)
+    return await service.off_loop(function, body, *args, **kwargs)
 
 
 @asynccontextmanager

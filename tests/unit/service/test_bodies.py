@@ -178,6 +178,19 @@ def test_broken_base64(text: str) -> None:
         decode_base64(text)
 
 
+@pytest.mark.parametrize("rubbish", [b"{}", b"0", b'""'])
+def test_json_of_a_million_values_is_refused_before_they_are_made(rubbish: bytes) -> None:
+    body = b'{"images":[' + b",".join([rubbish] * 1_000_000) + b"]}"
+    with pytest.raises(MalformedRequest, match="more than 100000 values"):
+        parse_json(body)
+
+
+def test_base64_that_is_no_text() -> None:
+    for value in (None, 7, ["aGk="]):
+        with pytest.raises(MalformedRequest, match="missing or no string"):
+            decode_base64(value)
+
+
 @pytest.mark.parametrize("body", [b"", b"[]", b"{", b"\xff", b"null"])
 def test_broken_json(body: bytes) -> None:
     with pytest.raises(MalformedRequest, match="JSON"):
