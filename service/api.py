@@ -74,9 +74,11 @@ def _add_error_handlers(app: FastAPI, service: Service) -> None:
 
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
+        allowed = (error.headers or {}).get("Allow")
+        remedy = "" if allowed is None else f"; use {allowed}"
         document = http_problem(
             error.status_code,
-            f"{request.method} {request.url.path}: {error.detail}",
+            f"{request.method} {request.url.path}: {error.detail}{remedy}",
             instance=request.url.path,
             request_id=request_id.get(),
         )

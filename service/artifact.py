@@ -126,16 +126,22 @@ def read_artifact(path: Path) -> Artifact:
 
 
 def write_metadata(path: Path, metadata: Metadata) -> None:
-    """Replace the description inside a model file; a checksum file beside it is renewed."""
-    model = _parse(path, path.read_bytes())
-    set_metadata(model, metadata)
-    # Beside the target first: a kill half-way must not cost the model.
-    partial = path.with_name(path.name + ".part")
-    partial.write_bytes(model.SerializeToString())
-    partial.replace(path)
-    checksum = path.parent / CHECKSUM_FILE
-    if checksum.exists():
-        write_checksum(path)
+    """Replace the description inside a model file; a checksum file beside it is renewed.
+
+    Raises ArtifactError.
+    """
+    try:
+        model = _parse(path, path.read_bytes())
+        set_metadata(model, metadata)
+        # Beside the target first: a kill half-way must not cost the model.
+        partial = path.with_name(path.name + ".part")
+        partial.write_bytes(model.SerializeToString())
+        partial.replace(path)
+        checksum = path.parent / CHECKSUM_FILE
+        if checksum.exists():
+            write_checksum(path)
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be changed: {error.strerror or error}") from error
 
 
 def set_metadata(model: onnx.ModelProto, metadata: Metadata) -> None:

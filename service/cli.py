@@ -125,8 +125,16 @@ def retinaserve() -> None:
 @click.option("--host", help="Address to listen on; default 127.0.0.1.")
 @click.option("--port", type=int, help="Port to listen on; default 8000; 0: any free one.")
 @click.option("--root-path", default="", help="Path prefix that a proxy in front takes off.")
-@click.option("--ssl-certfile", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--ssl-keyfile", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--ssl-certfile",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Serve HTTPS with this certificate (PEM).",
+)
+@click.option(
+    "--ssl-keyfile",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The certificate's key, where it is a file of its own.",
+)
 def serve(
     models_dir: Path | None,
     device: str | None,

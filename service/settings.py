@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -12,6 +14,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from service.errors import DataError
 
 ENV_PREFIX: Final = "RETINASERVE_"
+_KUBERNETES_LINK: Final = re.compile(r"(.+_)?(SERVICE_(HOST|PORT)|PORT_\d+_(TCP|UDP|SCTP)).*")
+"""What follows the prefix in variables that describe a Kubernetes service of that name."""
 
 
 def bundled_models() -> Path:
@@ -56,10 +60,10 @@ class Settings(BaseSettings):
     body_timeout_ms: int = Field(default=10_000, ge=1)
     """Longest time that a body may take to arrive."""
 
-    drain_delay_seconds: float = Field(default=0.0, ge=0.0)
+    drain_delay_seconds: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
     """After SIGTERM: how long to go on serving, with /readyz at 503, before the listener closes."""
 
-    drain_seconds: float = Field(default=8.0, ge=0.0)
+    drain_seconds: float = Field(default=8.0, ge=0.0, allow_inf_nan=False)
     """After the listener closed: how long work in flight may take to finish."""
 
     max_body_bytes: int = Field(default=33_554_432, ge=1)
@@ -90,6 +94,18 @@ class Settings(BaseSettings):
     @classmethod
     def _lower_log_level(cls, value: object) -> object:
         return value.lower() if isinstance(value, str) else value
+
+
+def unknown_variables(environment: Iterable[str]) -> list[str]:
+    """Variables that look like settings and are none: misspelt, or of another version."""
+    known = {ENV_PREFIX + name.upper() for name in Settings.model_fields}
+    return sorted(
+        name
+        for name in environment
+        if name.upper().startswith(ENV_PREFIX)
+        and name.upper() not in known
+        and not _KUBERNETES_LINK.fullmatch(name.upper().removeprefix(ENV_PREFIX))
+    )
 
 
 def load_settings(**given: object) -> Settings:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import ssl
 import sys
 import threading
@@ -13,7 +15,9 @@ from service.api import create_app
 from service.errors import DataError
 from service.observability import configure_logging
 from service.server import Server, listen, url
-from service.settings import load_settings
+from service.settings import load_settings, unknown_variables
+
+_log = logging.getLogger("retinaserve")
 
 
 def run(
@@ -28,6 +32,9 @@ def run(
         raise DataError("--ssl-keyfile needs --ssl-certfile")
     settings = load_settings(**given)
     configure_logging(settings.log_format, settings.log_level)
+    for name in unknown_variables(os.environ):
+        # Whoever sets, say, a rate limit must not believe that there is one.
+        _log.warning("%s is no setting of this version and does nothing", name)
     with listen(settings.host, settings.port) as listener:
         app = create_app(settings)
         server = Server(app, root_path=root_path, certificate=certificate, key=key)
@@ -56,6 +63,4 @@ def _leave() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     if stuck:
-        import os
-
         os._exit(0)

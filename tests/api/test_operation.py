@@ -198,6 +198,12 @@ def shape(value: object) -> object:
     return type(value)
 
 
+async def test_a_wrong_method_is_told_the_right_one(client: httpx.AsyncClient) -> None:
+    answer = await client.get("/v1/detect")
+    assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
+    assert answer.json()["detail"].endswith("use POST")
+
+
 async def test_page(client: httpx.AsyncClient) -> None:
     page = await client.get("/")
     assert page.status_code == 200

@@ -242,6 +242,16 @@ def test_set_threshold_refuses_and_leaves_the_file_alone(models: Path, change: s
     assert path.read_bytes() == before
 
 
+def test_a_file_that_cannot_be_changed_is_one_line(models: Path) -> None:
+    path = next(models.glob("*/*/model.onnx"))
+    # The place of the new file is taken: unlike a file's mode, that stops root too.
+    path.with_name("model.onnx.part").mkdir()
+    result = run("inspect", path, "--set-threshold", "0.25")
+    assert result.exit_code == 2
+    assert "cannot be changed: Is a directory" in result.output
+    assert len(result.output.splitlines()) == 1
+
+
 def test_inspect_of_something_else(tmp_path: Path) -> None:
     path = tmp_path / "x.onnx"
     path.write_bytes(b"PK\x03\x04 not a model")

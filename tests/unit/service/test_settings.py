@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from service.errors import DataError
-from service.settings import Settings, bundled_models, load_settings
+from service.settings import Settings, bundled_models, load_settings, unknown_variables
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +46,8 @@ def test_the_environment_and_options_on_top(monkeypatch: pytest.MonkeyPatch) -> 
         ("MAX_QUEUE_DELAY_MS", "-1"),
         ("LOG_FORMAT", "xml"),
         ("DRAIN_SECONDS", "soon"),
+        ("DRAIN_SECONDS", "inf"),
+        ("DRAIN_DELAY_SECONDS", "nan"),
     ],
 )
 def test_what_is_wrong_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
@@ -63,6 +65,21 @@ def test_a_kubernetes_service_link_is_no_port(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("RETINASERVE_PORT", "tcp://10.43.0.17:8000")
     monkeypatch.setenv("RETINASERVE_SERVICE_HOST", "10.43.0.17")
     assert load_settings().port == 8000
+
+
+def test_variables_that_do_nothing_are_found() -> None:
+    harmless = [
+        "PATH",
+        "RETINASERVE_PORT",
+        "retinaserve_log_level",
+        "RETINASERVE_SERVICE_HOST",
+        "RETINASERVE_SERVICE_PORT_HTTP",
+        "RETINASERVE_PORT_8000_TCP_ADDR",
+        "RETINASERVE_GPU_SERVICE_PORT",
+    ]
+    assert unknown_variables(harmless) == []
+    wrong = ["RETINASERVE_MAX_BODY_SIZE", "RETINASERVE_RATE_LIMITS"]
+    assert unknown_variables([*harmless, *wrong]) == wrong
 
 
 def test_every_setting_is_described() -> None:
