@@ -101,6 +101,26 @@ def test_the_drain_has_an_end(serve: Serve, slow_models: Path) -> None:
     assert "the server stops" in late.json()["detail"]
 
 
+def test_a_body_that_is_still_arriving_is_told_to_go_elsewhere(
+    serve: Serve, quick_models: Path
+) -> None:
+    process = serve(quick_models, drain_seconds=0)
+    address = ("127.0.0.1", process.port)
+    with socket.create_connection(address, timeout=30) as connection:
+        head = b"POST /v1/detect HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n\r\n"
+        connection.sendall(head + b"abc")
+        # Answered after the other connection's bytes were taken in.
+        assert ready(process)
+        process.terminate()
+        answer = connection.makefile("rb").read().decode().lower()
+    assert answer.startswith("http/1.1 503 ")
+    assert "connection: close" in answer
+    assert "retry-after: " in answer
+    assert "application/problem+json" in answer
+    assert process.exit_code() == 0
+    assert "Traceback" not in process.log.read_text()
+
+
 def test_idle_keep_alive_connections_do_not_hold_it_up(serve: Serve, quick_models: Path) -> None:
     process = serve(quick_models)
     with process.client() as client:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.model_export import rectangles
+from tests.unit.model_export import random_model, rectangles
+from tests.unit.model_export.random_model import RandomModel
 
 
 @pytest.fixture
@@ -19,3 +20,9 @@ def rectangles_model(tmp_path: Path) -> Path:
 def rectangles_data(tmp_path: Path) -> Path:
     """Ten pictures of a red or green rectangle, the last without one."""
     return rectangles.draw_data(tmp_path / "rectangles")
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> RandomModel:
+    """One exported network for all tests: an export takes seconds."""
+    return random_model.make(tmp_path_factory.mktemp("exported") / "model.onnx")

@@ -315,7 +315,7 @@ def test_export_describes_and_verifies(exported):
     assert metadata.classes == ("red", "green")
     assert (metadata.metrics.dataset, metadata.metrics.split) == ("rectangles", "val")
     assert metadata.provenance["licences"] == ["data: MIT", "weights: Apache-2.0"]
-    assert "file against torch:" in result.stdout
+    assert "6 pictures, canvases 96x128" in result.stdout
     assert "score thresholds: 0.3" in result.stdout
     written = sorted(path.name for path in output.parent.iterdir())
     assert written == ["checkpoint.safetensors", "model.onnx", "model.sha256"]
