@@ -9,7 +9,7 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
-from model_export.checkpoints import load_checkpoint, save_weights
+from model_export.checkpoints import load_checkpoint
 from model_export.commands.export import default_name, parse_canvas
 from model_export.commands.train import parse_setting
 from model_export.provenance import git_commit
