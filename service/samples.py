@@ -25,7 +25,7 @@ Box = tuple[float, float, float, float]
 
 _Field = NDArray[np.float32]
 
-SAMPLE_SEED: Final = 24
+SAMPLE_SEED: Final = 56
 """Chosen by eye: every kind of cell, whole, cut and overlapping, and none hidden."""
 
 _AREA: Final = 640 * 480
