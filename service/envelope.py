@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
 import uuid
 from collections.abc import MutableMapping
+from http import HTTPStatus
 from typing import Any, Final
 
 import orjson
@@ -54,11 +56,18 @@ class Envelope:
             await self._app(scope, receive, send_marked)
         except ClientGone:
             pass
+        except asyncio.CancelledError:
+            # The server stops, and this request did not even arrive by the end of the drain.
+            if begun:
+                raise
+            await _send_problem(scope, name, send_marked, 503, "the server stops; try again later")
         except Exception:
             _error_log.exception("the request failed in a way that nobody foresaw")
             if begun:
                 raise
-            await _send_opaque(scope, name, send_marked)
+            # It tells nothing but the id under which the log tells all.
+            detail = f"something went wrong; the server's log has it under request {name}"
+            await _send_problem(scope, name, send_marked, 500, detail)
         finally:
             self._record(scope, status, time.perf_counter() - started)
 
@@ -101,18 +110,14 @@ def _request_id(scope: Scope) -> str:
     return uuid.uuid4().hex
 
 
-async def _send_opaque(scope: Scope, name: str, send: Send) -> None:
-    """A 500 that tells nothing but the id under which the log tells all."""
-    document = http_problem(
-        500,
-        f"something went wrong; the server's log has it under request {name}",
-        instance=scope["path"],
-        request_id=name,
-    )
+async def _send_problem(scope: Scope, name: str, send: Send, status: int, detail: str) -> None:
+    document = http_problem(status, detail, instance=scope["path"], request_id=name)
     content = orjson.dumps(document)
     headers = [
         (b"content-type", MEDIA_TYPE.encode()),
         (b"content-length", str(len(content)).encode()),
     ]
-    await send({"type": "http.response.start", "status": 500, "headers": headers})
+    if status == HTTPStatus.SERVICE_UNAVAILABLE:
+        headers.append((b"retry-after", b"1"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": content})
