@@ -44,16 +44,27 @@ class Envelope:
         request_id.set(name)
         status = _CLIENT_GONE
         begun = False
+        # Asking for the body is what makes the server send 100 Continue.
+        waits = any(header == b"expect" for header, _ in scope["headers"])
+
+        async def receive_marked() -> MutableMapping[str, Any]:
+            nonlocal waits
+            waits = False
+            return await receive()
 
         async def send_marked(message: MutableMapping[str, Any]) -> None:
             nonlocal status, begun
             if message["type"] == "http.response.start":
                 status, begun = message["status"], True
                 message["headers"] = [*message["headers"], (b"x-request-id", name.encode())]
+                if waits:
+                    # The client keeps its body back, and the server would take the client's next
+                    # request for it.
+                    message["headers"].append((b"connection", b"close"))
             await send(message)
 
         try:
-            await self._app(scope, receive, send_marked)
+            await self._app(scope, receive_marked if waits else receive, send_marked)
         except ClientGone:
             pass
         except asyncio.CancelledError:

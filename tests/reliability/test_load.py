@@ -104,6 +104,26 @@ def test_a_slow_body_is_given_up(serve: Serve, quick_models: Path) -> None:
     assert metric(process, "retinaserve_pictures_held") == 0
 
 
+def test_a_body_that_was_never_asked_for_ends_the_connection(
+    serve: Serve, quick_models: Path
+) -> None:
+    """The client keeps its body back: what comes next on that connection is no body."""
+    process = serve(quick_models, max_body_bytes=1000)
+    with socket.create_connection(("127.0.0.1", process.port), timeout=30) as connection:
+        connection.sendall(
+            b"POST /v1/detect HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\n"
+            b"Expect: 100-continue\r\nContent-Length: 2000\r\n\r\n"
+        )
+        received = b""
+        while chunk := connection.recv(65536):
+            received += chunk
+    head = received.lower()
+    assert head.startswith(b"http/1.1 413 ")
+    assert b"connection: close" in head
+    with process.client() as client:
+        assert client.get("/healthz").status_code == 200
+
+
 def test_a_hundred_megabytes_are_refused_without_being_held(
     serve: Serve, quick_models: Path
 ) -> None:
