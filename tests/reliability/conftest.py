@@ -105,9 +105,9 @@ def quick_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def slow_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that takes some tenths of a second."""
+    """A model that takes some tenths of a second on two idle cores, and longer on busy ones."""
     root = tmp_path_factory.mktemp("slow")
-    tiny_model.save(root, work=40)
+    tiny_model.save(root, work=250)
     return root
 
 
