@@ -35,9 +35,6 @@ _SUMMARIES: Final = {
     "train": "Train a detector on labelled pictures.",
     "evaluate": "COCO metrics of a model file on labelled pictures.",
     "export": "Write a checkpoint as a model file.",
-    "import-torchvision": "Turn a torchvision RetinaNet checkpoint into ours.",
-    "study": "Analyses of losses, anchors and data.",
-    "data": "What is in a data set and what no anchor reaches.",
 }
 """Lines for --help: loading a command to ask it may take seconds."""
 
