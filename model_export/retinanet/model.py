@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from model_export.retinanet.anchors import LEVELS, AnchorConfig, base_anchors, grid_anchors
 from model_export.retinanet.backbones import BACKBONES
 from model_export.retinanet.fpn import FeaturePyramid
-from model_export.retinanet.heads import Head, prior_bias
+from model_export.retinanet.heads import PRIOR, Head, prior_bias
 
 
 class ModelConfig(BaseModel):
@@ -26,6 +26,8 @@ class ModelConfig(BaseModel):
     head_width: int = Field(default=256, ge=8)
     head_depth: int = Field(default=4, ge=0)
     """3x3 convolutions before the output convolution of each head."""
+    prior: float = Field(default=PRIOR, gt=0, lt=1)
+    """Probability of "object" at the start of training; 0.5 is a bias of 0."""
     anchors: AnchorConfig = AnchorConfig()
 
     @field_validator("backbone")
@@ -67,7 +69,7 @@ class RetinaNet(nn.Module):
             depth=config.head_depth,
             anchors=per_cell,
             outputs=classes,
-            bias=prior_bias(),
+            bias=prior_bias(config.prior),
         )
         self.regression_head = Head(
             config.fpn_channels,
