@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from model_export.losses import BoxLoss, ClassificationLoss, Focal, SmoothL1
 from model_export.retinanet.model import ModelConfig
 from model_export.transforms import Augmentation
 from service.canvas import Buckets, CanvasRule, Size
@@ -39,11 +40,10 @@ class MatchingConfig(_Config):
 
 
 class LossConfig(_Config):
-    """Focal loss for classes, smooth L1 for boxes."""
+    """What training minimises: a loss of classes plus a loss of boxes."""
 
-    alpha: float = Field(default=0.25, ge=0, le=1)
-    gamma: float = Field(default=2.0, ge=0)
-    smooth_l1_beta: float = Field(default=0.1, ge=0)
+    classification: ClassificationLoss = Focal()
+    box: BoxLoss = SmoothL1()
     box_weight: float = Field(default=1.0, ge=0)
 
 

@@ -1,4 +1,4 @@
-"""What training minimises: focal loss over all anchors plus box regression of the foreground."""
+"""What training minimises: a loss of classes over anchors plus box regression of the foreground."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model_export.config import LossConfig, MatchingConfig
-from model_export.losses import focal_loss, smooth_l1_loss
-from model_export.retinanet.box_coding import encode
 from model_export.retinanet.matching import IGNORED, box_iou, match
 from model_export.retinanet.model import Level
 
@@ -55,19 +53,13 @@ def detection_loss(
         foreground = matched >= 0
         targets = torch.zeros_like(logits[index], dtype=torch.float32)
         targets[foreground, classes[matched[foreground]]] = 1.0
-        classification = (
-            classification
-            + (
-                focal_loss(logits[index], targets, alpha=loss.alpha, gamma=loss.gamma)
-                * used[:, None]
-            ).sum()
-        )
+        elements = loss.classification.elements(logits[index], targets)
+        counted = loss.classification.counted(elements.detach(), targets, anchors, used)
+        classification = classification + (elements * counted[:, None]).sum()
         if objects.numel():
-            wanted = encode(objects[matched[foreground]], anchors[foreground])
-            regression = (
-                regression
-                + smooth_l1_loss(deltas[index][foreground], wanted, beta=loss.smooth_l1_beta).sum()
-            )
+            wanted = objects[matched[foreground]]
+            boxes_loss = loss.box(deltas[index][foreground], anchors[foreground], wanted)
+            regression = regression + boxes_loss.sum()
         foreground_count = foreground_count + foreground.sum()
     scale = _shared_scale(foreground_count)
     # Touching every delta keeps the regression head in the graph of a batch without objects.

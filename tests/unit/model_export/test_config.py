@@ -17,6 +17,7 @@ from model_export.config import (
     dump_config,
     load_config,
 )
+from model_export.losses import Focal, SmoothL1
 from model_export.retinanet.model import ModelConfig
 from service.canvas import ShortSide, Size
 from service.errors import DataError
@@ -25,8 +26,8 @@ from service.errors import DataError
 def test_the_defaults_are_the_paper_s_where_it_has_them() -> None:
     config = load_config(None, {})
     assert config == TrainConfig()
-    assert (config.loss.alpha, config.loss.gamma) == (0.25, 2.0)
-    assert config.loss.smooth_l1_beta == 0.1
+    assert config.loss.classification == Focal(alpha=0.25, gamma=2.0)
+    assert config.loss.box == SmoothL1(beta=0.1)
     assert (config.matching.foreground, config.matching.background) == (0.5, 0.4)
     assert config.matching.low_quality_matches
     assert (config.optimiser.lr, config.optimiser.momentum) == (0.01, 0.9)
@@ -54,10 +55,12 @@ def test_overrides_go_over_the_file_and_the_file_over_the_defaults(tmp_path: Pat
     path = tmp_path / "c.yaml"
     path.write_text("epochs: 7\noptimiser:\n  lr: 1e-3\n  momentum: 0.8\ncanvas:\n"
                     "  rule: buckets\n  sizes: [[64, 96]]\n")  # fmt: skip
-    config = load_config(path, {"optimiser.lr": 0.5, "loss.gamma": 1, "model.backbone": "resnet18"})
+    config = load_config(
+        path, {"optimiser.lr": 0.5, "loss.classification.gamma": 1, "model.backbone": "resnet18"}
+    )
     assert config.epochs == 7
     assert (config.optimiser.lr, config.optimiser.momentum) == (0.5, 0.8)
-    assert config.loss == LossConfig(gamma=1)
+    assert config.loss == LossConfig(classification=Focal(gamma=1))
     assert config.model.backbone == "resnet18"
     assert config.canvas.all_canvases() == (Size(64, 96),)
     # YAML 1.1 takes 1e-3 for text.
@@ -74,9 +77,14 @@ def test_overrides_go_over_the_file_and_the_file_over_the_defaults(tmp_path: Pat
         ("optimiser: {lr: .nan}", "optimiser.lr"),
         ("optimiser: {lr: .inf}", "optimiser.lr"),
         ("optimiser: {name: lion}", "optimiser.name"),
-        ("loss: {alpha: 1.5}", "loss.alpha"),
-        ("loss: {gamma: -1}", "loss.gamma"),
-        ("loss: {gamma: .inf}", "loss.gamma"),
+        ("loss: {classification: {alpha: 1.5}}", "loss.classification.focal.alpha"),
+        ("loss: {classification: {gamma: -1}}", "loss.classification.focal.gamma"),
+        ("loss: {classification: {gamma: .inf}}", "loss.classification.focal.gamma"),
+        ("loss: {classification: {name: ce, gamma: 2}}", "loss.classification.ce.gamma"),
+        ("loss: {classification: {name: dice}}", "loss.classification"),
+        ("loss: {classification: focal}", "loss.classification"),
+        ("loss: {box: {name: l1, beta: 1}}", "loss.box.l1.beta"),
+        ("loss: {classification: {name: ohem, keep: 0}}", "loss.classification.ohem.keep"),
         ("model: {backbone: vgg16}", "model.backbone"),
         ("model: {head_depth: -1}", "model.head_depth"),
         ("model: {anchors: {ratios: []}}", "model.anchors.ratios"),

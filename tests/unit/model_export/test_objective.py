@@ -14,7 +14,7 @@ import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
 from model_export.config import LossConfig, MatchingConfig
-from model_export.losses import focal_loss
+from model_export.losses import Focal, SmoothL1, focal_loss
 from model_export.objective import Losses, detection_loss
 from model_export.retinanet.model import Level
 
@@ -132,7 +132,9 @@ def test_without_objects_the_divisor_is_1_and_every_parameter_has_a_gradient() -
 def test_settings_reach_the_losses() -> None:
     made = levels(logit=1.0, delta=0.05)
     boxes: list[list[tuple[float, ...]]] = [[(0, 0, 10, 10)]]
-    chosen = LossConfig(alpha=0.6, gamma=0.5, smooth_l1_beta=0.0, box_weight=3.0)
+    chosen = LossConfig(
+        classification=Focal(alpha=0.6, gamma=0.5), box=SmoothL1(beta=0.0), box_weight=3.0
+    )
     losses = loss_of(made, boxes, [[0]], loss=chosen)
     one = focal_loss(torch.ones(1), torch.ones(1), alpha=0.6, gamma=0.5).item()
     zero = focal_loss(torch.ones(1), torch.zeros(1), alpha=0.6, gamma=0.5).item()
@@ -180,7 +182,9 @@ def test_boxes_that_are_none_change_nothing(rubbish: tuple[float, ...]) -> None:
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
 def test_extreme_predictions_stay_finite(logit: float, gamma: float) -> None:
     made = levels(logit=logit, delta=1e4)
-    losses = loss_of(made, [[(0, 0, 10, 10)]], [[1]], loss=LossConfig(gamma=gamma))
+    losses = loss_of(
+        made, [[(0, 0, 10, 10)]], [[1]], loss=LossConfig(classification=Focal(gamma=gamma))
+    )
     total = losses.classification + losses.regression
     total.backward()
     assert total.isfinite()
