@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,17 +12,21 @@ from torch import Tensor, nn
 class FeaturePyramid(nn.Module):
     """C3, C4, C5 to P3 .. P7 of `channels` channels each.
 
-    P6 is a stride-2 3x3 convolution on C5, P7 the same on ReLU(P6). Convolutions start Kaiming
-    uniform with a = 1.
+    P6 is a stride-2 3x3 convolution on C5 (or, with `p6_from`, on P5), P7 the same on ReLU(P6).
+    Convolutions start Kaiming uniform with a = 1.
     """
 
-    def __init__(self, in_channels: Sequence[int], channels: int) -> None:
+    def __init__(
+        self, in_channels: Sequence[int], channels: int, *, p6_from: Literal["c5", "p5"] = "c5"
+    ) -> None:
         super().__init__()
+        self._p6_from = p6_from
         self.inner_blocks = nn.ModuleList(nn.Conv2d(c, channels, 1) for c in in_channels)
         self.layer_blocks = nn.ModuleList(
             nn.Conv2d(channels, channels, 3, padding=1) for _ in in_channels
         )
-        self.p6 = nn.Conv2d(in_channels[-1], channels, 3, stride=2, padding=1)
+        p6_inputs = {"c5": in_channels[-1], "p5": channels}[p6_from]
+        self.p6 = nn.Conv2d(p6_inputs, channels, 3, stride=2, padding=1)
         self.p7 = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -39,5 +44,5 @@ class FeaturePyramid(nn.Module):
                 top, scale_factor=2.0, mode="nearest"
             )
             outputs.insert(0, self.layer_blocks[index](top))
-        p6 = self.p6(features[-1])
+        p6 = self.p6({"c5": features[-1], "p5": outputs[-1]}[self._p6_from])
         return [*outputs, p6, self.p7(F.relu(p6))]

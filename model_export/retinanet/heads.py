@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from typing import Final, Literal
 
 from torch import Tensor, nn
 
 PRIOR = 0.01
 """At the start every anchor says "object" with this probability (Focal Loss, section 3.3)."""
 
+GROUPS: Final = 32
+"""Groups of a group norm (arXiv 1803.08494)."""
+
 _PAPER_WIDTH = 256
+
+# What stands between a hidden convolution of so many channels and its ReLU.
+_NORMS: Final[Mapping[str, Callable[[int], list[nn.Module]]]] = {
+    "none": lambda width: [],
+    "group": lambda width: [nn.GroupNorm(GROUPS, width)],
+}
 
 
 def prior_bias(prior: float = PRIOR) -> float:
@@ -22,18 +33,32 @@ def prior_bias(prior: float = PRIOR) -> float:
 
 
 class Head(nn.Module):
-    """`depth` 3x3 convolutions with ReLU, then one 3x3 convolution to `anchors * outputs` maps."""
+    """`depth` 3x3 convolutions with ReLU, then one 3x3 convolution to `anchors * outputs` maps.
+
+    With `norm` "group" a group norm comes before each ReLU, and its bias replaces the
+    convolution's.
+    """
 
     def __init__(
-        self, channels: int, *, width: int, depth: int, anchors: int, outputs: int, bias: float
+        self,
+        channels: int,
+        *,
+        width: int,
+        depth: int,
+        anchors: int,
+        outputs: int,
+        bias: float,
+        norm: Literal["none", "group"] = "none",
     ) -> None:
         super().__init__()
         self.outputs = outputs
         layers: list[nn.Module] = []
         for index in range(depth):
-            conv = nn.Conv2d(channels if index == 0 else width, width, 3, padding=1)
+            norms = _NORMS[norm](width)
+            inputs = channels if index == 0 else width
+            conv = nn.Conv2d(inputs, width, 3, padding=1, bias=not norms)
             _initialise_hidden(conv)
-            layers += [conv, nn.ReLU(inplace=True)]
+            layers += [conv, *norms, nn.ReLU(inplace=True)]
         self.conv = nn.Sequential(*layers)
         self.out = nn.Conv2d(width if depth else channels, anchors * outputs, 3, padding=1)
         nn.init.normal_(self.out.weight, std=0.01)
@@ -54,5 +79,5 @@ def _initialise_hidden(conv: nn.Conv2d) -> None:
         # The paper's N(0, 0.01) is right for 256 channels; four narrower convolutions would
         # leave a thousandth of the signal.
         nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-    assert conv.bias is not None
-    nn.init.zeros_(conv.bias)
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from model_export.retinanet.anchors import LEVELS, AnchorConfig, base_anchors, grid_anchors
+from model_export.retinanet.anchors import (
+    LEVELS,
+    AnchorConfig,
+    cell_strides,
+    grid_anchors,
+    level_base_anchors,
+)
 from model_export.retinanet.backbones import BACKBONES
 from model_export.retinanet.fpn import FeaturePyramid
-from model_export.retinanet.heads import PRIOR, Head, prior_bias
+from model_export.retinanet.heads import GROUPS, PRIOR, Head, prior_bias
 
 
 class ModelConfig(BaseModel):
@@ -22,10 +29,16 @@ class ModelConfig(BaseModel):
 
     backbone: str = "resnet50"
     """One of the names in `model_export.retinanet.backbones.BACKBONES`."""
+    norm_eps: float = Field(default=1e-5, ge=0)
+    """Added to the variance in the backbone's batch norms; 0 suits frozen norms alone."""
     fpn_channels: int = Field(default=256, ge=8)
+    p6_from: Literal["c5", "p5"] = "c5"
+    """What P6 is made of: the backbone's last stage (Focal Loss, section 4), or P5."""
     head_width: int = Field(default=256, ge=8)
     head_depth: int = Field(default=4, ge=0)
     """3x3 convolutions before the output convolution of each head."""
+    head_norm: Literal["none", "group"] = "none"
+    """Behind each of these convolutions: nothing, or a group norm of 32 groups."""
     prior: float = Field(default=PRIOR, gt=0, lt=1)
     """Probability of "object" at the start of training; 0.5 is a bias of 0."""
     anchors: AnchorConfig = AnchorConfig()
@@ -36,6 +49,16 @@ class ModelConfig(BaseModel):
         if name not in BACKBONES:
             raise ValueError(f"unknown backbone {name!r}; one of {', '.join(BACKBONES)}")
         return name
+
+    @model_validator(mode="after")
+    def _check_groups(self) -> ModelConfig:
+        # Groups of one channel would make a level of a single cell all zero.
+        if self.head_norm == "group" and (self.head_width % GROUPS or self.head_width < 2 * GROUPS):
+            raise ValueError(
+                f"head_norm group has {GROUPS} groups of two channels or more: head_width must be "
+                f"{2 * GROUPS}, {3 * GROUPS} or another multiple of {GROUPS}, got {self.head_width}"
+            )
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +84,12 @@ class RetinaNet(nn.Module):
         self.config = config
         spec = BACKBONES[config.backbone]
         self.backbone = spec.build()
-        self.fpn = FeaturePyramid(self.backbone.channels, config.fpn_channels)
+        for module in self.backbone.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eps = config.norm_eps
+        self.fpn = FeaturePyramid(
+            self.backbone.channels, config.fpn_channels, p6_from=config.p6_from
+        )
         per_cell = config.anchors.per_cell
         self.classification_head = Head(
             config.fpn_channels,
@@ -70,6 +98,7 @@ class RetinaNet(nn.Module):
             anchors=per_cell,
             outputs=classes,
             bias=prior_bias(config.prior),
+            norm=config.head_norm,
         )
         self.regression_head = Head(
             config.fpn_channels,
@@ -78,13 +107,12 @@ class RetinaNet(nn.Module):
             anchors=per_cell,
             outputs=4,
             bias=0.0,
+            norm=config.head_norm,
         )
         self.register_buffer("mean", torch.tensor(spec.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(3, 1, 1), persistent=False)
-        for level, sizes in zip(LEVELS, config.anchors.sizes, strict=True):
-            self.register_buffer(
-                f"anchors_p{level}", base_anchors(sizes, config.anchors.ratios), persistent=False
-            )
+        for level, base in zip(LEVELS, level_base_anchors(config.anchors), strict=True):
+            self.register_buffer(f"anchors_p{level}", base, persistent=False)
 
     def forward(self, images: Tensor, image_sizes: Tensor) -> list[Level]:
         """Predictions for P3 to P7.
@@ -101,7 +129,12 @@ class RetinaNet(nn.Module):
                     self.get_buffer(f"anchors_p{level}"),
                     height=feature.shape[2],
                     width=feature.shape[3],
-                    stride=2**level,
+                    stride=cell_strides(
+                        self.config.anchors.stride,
+                        level=level,
+                        canvas=(images.shape[1], images.shape[2]),
+                        grid=(feature.shape[2], feature.shape[3]),
+                    ),
                     offset=self.config.anchors.offset,
                 ),
             )

@@ -13,7 +13,9 @@ from model_export.retinanet.anchors import (
     AnchorConfig,
     base_anchors,
     canvas_anchors,
+    cell_strides,
     grid_anchors,
+    level_base_anchors,
     level_shapes,
 )
 
@@ -78,7 +80,7 @@ def test_order_and_centres() -> None:
     """Row by row, cell by cell, then ratio-major, then size."""
     base = base_anchors([8.0, 16.0], [1.0, 4.0])
     assert sides(base) == [(8, 8), (16, 16), (4, 16), (8, 32)]
-    grid = grid_anchors(base, height=2, width=3, stride=8, offset=0.5)
+    grid = grid_anchors(base, height=2, width=3, stride=(8, 8), offset=0.5)
     assert grid.shape == (24, 4)
     centres = ((grid[:, :2] + grid[:, 2:]) / 2).tolist()
     assert centres[::4] == [[4, 4], [12, 4], [20, 4], [4, 12], [12, 12], [20, 12]]
@@ -88,8 +90,50 @@ def test_order_and_centres() -> None:
 
 
 def test_offset_0_centres_anchors_on_cell_corners() -> None:
-    grid = grid_anchors(base_anchors([8.0], [1.0]), height=1, width=2, stride=16, offset=0.0)
+    grid = grid_anchors(base_anchors([8.0], [1.0]), height=1, width=2, stride=(16, 16), offset=0.0)
     assert grid.tolist() == [[-4, -4, 4, 4], [12, -4, 20, 4]]
+
+
+def test_corners_round_to_whole_pixels_halves_to_the_even_one() -> None:
+    sizes = ((32.0, 40.0, 50.0), (64.0, 80.0, 101.0), (128.0, 161.0, 203.0),
+             (256.0, 322.0, 406.0), (512.0, 645.0, 812.0))  # fmt: skip
+    p3, p4, p5, _, p7 = level_base_anchors(AnchorConfig(sizes=sizes, round_corners=True))
+    # 32 * sqrt(2) / 2 = 22.6, 32 / sqrt(2) / 2 = 11.3 and so on; the squares are exact halves.
+    assert p3[:, 2:].tolist() == [
+        [23, 11], [28, 14], [35, 18], [16, 16], [20, 20], [25, 25], [11, 23], [14, 28], [18, 35],
+    ]  # fmt: skip
+    assert torch.equal(p3[:, :2], -p3[:, 2:])
+    assert [level[3:6, 2].tolist() for level in (p4, p5, p7)] == [
+        [32, 40, 50],  # 50.5
+        [64, 80, 102],  # 80.5, 101.5
+        [256, 322, 406],  # 322.5
+    ]
+    exact = level_base_anchors(AnchorConfig(sizes=sizes))[0]
+    assert exact[3:6, 2].tolist() == [16, 20, 25]
+    assert exact[0, 2].item() == pytest.approx(22.627417)
+
+
+def test_strides_of_the_canvas_are_whole_pixels_per_cell() -> None:
+    shapes = level_shapes(800, 1344)
+    found = [
+        cell_strides("canvas", level=level, canvas=(800, 1344), grid=grid)
+        for level, grid in zip(LEVELS, shapes, strict=True)
+    ]
+    # 800 / 13 = 61.5, 1344 / 21 = 64, 800 / 7 = 114.3, 1344 / 11 = 122.2.
+    assert found == [(8, 8), (16, 16), (32, 32), (61, 64), (114, 122)]
+    assert cell_strides("level", level=6, canvas=(800, 1344), grid=(13, 21)) == (64, 64)
+
+
+def test_anchors_of_a_canvas_take_its_strides() -> None:
+    few = {"sizes": ((10.0,), (20.0,), (40.0,), (80.0,), (160.0,)), "ratios": (1.0,), "offset": 0.0}
+    anchors = canvas_anchors(AnchorConfig.model_validate(few | {"stride": "canvas"}), 160, 224)
+    centres = ((anchors[:, :2] + anchors[:, 2:]) / 2).tolist()
+    # 160 = 5 * 32 has 3 and 2 cells of 53 and 80 pixels, 224 = 7 * 32 has 4 and 2 of 56 and 112.
+    assert centres[-16:-4] == [[x, y] for y in (0, 53, 106) for x in (0, 56, 112, 168)]
+    assert centres[-4:] == [[0, 0], [112, 0], [0, 80], [112, 80]]
+    fixed = canvas_anchors(AnchorConfig.model_validate(few), 160, 224)
+    assert torch.equal(anchors[:-16], fixed[:-16])
+    assert fixed[-1].tolist() == [48, 48, 208, 208]
 
 
 def test_anchors_of_a_canvas_are_the_levels_in_turn() -> None:
@@ -112,6 +156,7 @@ def test_anchors_of_a_canvas_are_the_levels_in_turn() -> None:
         ({"sizes": ((0.0,),) * 5}, "must be positive"),
         ({"ratios": (1.0, -1.0)}, "must be positive"),
         ({"ratios": ()}, "at least 1 item"),
+        ({"stride": "power"}, "'level' or 'canvas'"),
     ],
 )
 def test_anchors_that_make_no_sense_are_refused(wrong: dict[str, object], message: str) -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model_export.retinanet.fpn import FeaturePyramid
-from model_export.retinanet.heads import PRIOR, Head, prior_bias
+from model_export.retinanet.heads import GROUPS, PRIOR, Head, prior_bias
 
 # --- pyramid -------------------------------------------------------------------------------------
 
@@ -74,6 +74,20 @@ def test_p7_sees_relu_of_p6_and_p6_sees_c5() -> None:
     nn.init.zeros_(pyramid.inner_blocks[2].weight)
     *_, p6_again, _ = pyramid([c3, c4, top])
     assert torch.equal(p6, p6_again)
+
+
+@torch.no_grad()
+def test_p6_may_see_p5_instead() -> None:
+    pyramid = FeaturePyramid((3, 4, 5), 2, p6_from="p5")
+    assert pyramid.p6.in_channels == 2
+    for module in (pyramid.inner_blocks[2], pyramid.layer_blocks[2], pyramid.p6):
+        assert isinstance(module, nn.Conv2d)
+        nn.init.dirac_(module.weight)
+    nn.init.constant_(pyramid.layer_blocks[2].bias, 7.0)
+    c3, c4 = torch.zeros(1, 3, 8, 8), torch.zeros(1, 4, 4, 4)
+    *_, p5, p6, _ = pyramid([c3, c4, torch.full((1, 5, 2, 2), 3.0)])
+    assert p5.flatten().tolist() == [10.0] * 8
+    assert p6.flatten().tolist() == [10.0] * 2
 
 
 def test_pyramid_start_is_kaiming_uniform_with_a_1() -> None:
@@ -175,3 +189,24 @@ def test_every_anchor_starts_near_the_prior(width: int) -> None:
     assert p.mean().item() == pytest.approx(0.01, rel=0.05)
     assert p.min().item() > 0.002
     assert p.max().item() < 0.05
+
+
+@torch.no_grad()
+def test_group_norms_stand_before_each_relu_and_bring_the_bias() -> None:
+    made = Head(16, width=64, depth=2, anchors=9, outputs=3, bias=prior_bias(), norm="group")
+    kinds = [type(module) for module in made.conv]
+    assert kinds == [nn.Conv2d, nn.GroupNorm, nn.ReLU] * 2
+    for conv, norm in ((made.conv[0], made.conv[1]), (made.conv[3], made.conv[4])):
+        assert isinstance(conv, nn.Conv2d)
+        assert conv.bias is None
+        assert isinstance(norm, nn.GroupNorm)
+        assert (norm.num_groups, norm.num_channels, norm.eps) == (GROUPS, 64, 1e-5)
+    assert made.out.bias is not None
+    # However weak the convolutions, the signal stays.
+    feature = torch.randn(1, 16, 6, 6)
+    strong = made.conv(feature)
+    for module in made.conv:
+        if isinstance(module, nn.Conv2d):
+            module.weight.mul_(0.25)
+    assert strong.std() > 0.3
+    assert torch.allclose(made.conv(feature), strong, atol=0.01)

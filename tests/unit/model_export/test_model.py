@@ -128,11 +128,36 @@ def test_the_state_dict_holds_what_is_learned_and_nothing_else() -> None:
         ({"fpn_channels": 4}, "fpn_channels"),
         ({"head_depth": -1}, "head_depth"),
         ({"depth": 3}, "depth"),
+        ({"norm_eps": -1e-5}, "norm_eps"),
+        ({"p6_from": "c4"}, "p6_from"),
+        ({"head_norm": "batch"}, "head_norm"),
+        ({"head_norm": "group", "head_width": 32}, "must be 64, 96 or another multiple of 32"),
+        ({"head_norm": "group", "head_width": 100}, "got 100"),
     ],
 )
 def test_models_that_make_no_sense_are_refused(wrong: dict[str, object], field: str) -> None:
     with pytest.raises(ValidationError, match=field):
         ModelConfig.model_validate(wrong)
+
+
+def test_what_a_config_leaves_out_means_what_it_always_did() -> None:
+    """Checkpoints written before a setting existed do not have it."""
+    written = {
+        "backbone": "resnet18", "fpn_channels": 16, "head_width": 16, "head_depth": 1,
+        "anchors": {"sizes": [[16.0]] * 5, "ratios": [1.0], "offset": 0.5},
+    }  # fmt: skip
+    config = ModelConfig.model_validate(written)
+    assert (config.norm_eps, config.p6_from, config.head_norm) == (1e-5, "c5", "none")
+    assert (config.anchors.stride, config.anchors.round_corners) == ("level", False)
+    assert config.prior == 0.01
+
+
+def test_norm_eps_is_that_of_every_batch_norm() -> None:
+    config = ModelConfig(backbone="resnet18", fpn_channels=8, head_width=8, norm_eps=0.0)
+    with torch.device("meta"):
+        modules = list(RetinaNet(config, classes=1).modules())
+    norms = [module.eps for module in modules if isinstance(module, torch.nn.BatchNorm2d)]
+    assert norms == [0.0] * 20
 
 
 # --- padding and normalisation -------------------------------------------------------------------
