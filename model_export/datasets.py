@@ -1,4 +1,4 @@
-"""Labelled folders to one sample type; bad data is found here, by file and line, before training.
+"""Labelled folders of any format to one sample type; bad data is found here, before training.
 
 Boxes are x1, y1, x2, y2 in pixels of the upright picture, continuous edges from 0 to the
 picture's side: VOC's xmin..xmax are taken as they are written.
@@ -6,52 +6,24 @@ picture's side: VOC's xmin..xmax are taken as they are written.
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import numpy as np
-from numpy.typing import NDArray
-
-from model_export import voc
+from model_export.class_choice import ClassChoice
+from model_export.formats import choose_format
+from model_export.labels import Reading
 from model_export.problems import Kind, Problem, describe_all, refuse_fatal
-from model_export.splits import (
-    Entry,
-    Folder,
-    find_entries,
-    find_naming_entries,
-    leaked,
-    open_folder,
-)
-from service import imaging
-from service.canvas import Size
-from service.errors import DataError, MalformedImage, RetinaserveError
+from model_export.samples import CLIP_TOLERANCE, MIN_SIDE, Sample, SampleReader, nearest
+from service.errors import DataError
 
-CLIP_TOLERANCE: Final = 2.0
-"""Pixels. Tools that count from 1 or round put edges this far outside; not worth a line each."""
+__all__ = ["CLIP_TOLERANCE", "MIN_SIDE", "Dataset", "Sample", "load", "load_voc", "split_names"]
 
-MIN_SIDE: Final = 1.0
-"""Pixels. A box with a shorter side is taken as a slip of the mouse, not as an object."""
-
-_HEADER_BYTES: Final = 1 << 18
 _THREADS: Final = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One picture with its labels."""
-
-    path: Path
-    size: Size
-    """Of the upright picture, that is after EXIF orientation."""
-    boxes: NDArray[np.float32]
-    """(N, 4) x1, y1, x2, y2 in pixels of the upright picture; N may be 0."""
-    labels: NDArray[np.int64]
-    """(N,) index into the data set's classes."""
+_NAMED: Final = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,37 +38,36 @@ class Dataset:
     """None of them fatal."""
 
 
-def load_voc(root: Path, split: str, *, classes: Sequence[str] | None = None) -> Dataset:
-    """Read one split of a Pascal VOC folder, or of a flat folder of NAME.xml beside NAME.jpg.
+def load(
+    root: Path,
+    split: str,
+    *,
+    format: str = "auto",  # noqa: A002 - what the option is called
+    classes: Sequence[str] | None = None,
+    keep: Sequence[str] | None = None,
+    remap: Mapping[str, str] | None = None,
+) -> Dataset:
+    """Read one split of a labelled folder in any of the formats.
 
-    Without ImageSets/Main a fifth of the pictures is "val", chosen by a hash of the file stem,
-    the rest "train". Without `classes` they are the names found in the train split (without
-    ImageSets/Main in all of the folder), whichever split is read, by falling count and then by
-    name. Objects marked difficult are kept, pictures without objects are negatives. Raises
-    DataError with every problem that stops training.
+    `remap` gives classes new names, `keep` leaves out the objects of all others. Without `classes`
+    they are `keep`, or else the names found in the train split (in all of the folder where nobody
+    chose the splits), whichever split is read, by falling count and then by name: the same in
+    every format. Pictures without objects are negatives. Raises DataError with every problem that
+    stops training.
     """
-    folder = open_folder(root)
-    entries, problems = find_entries(folder, split)
-    problems += leaked(folder, entries, split)
-    naming: list[Entry] = []
+    choice = ClassChoice(None if keep is None else tuple(keep), dict(remap or {}))
+    reading = choose_format(root, format).read(root, split, naming=classes is None)
+    problems = list(reading.problems)
     if classes is None:
-        naming, found = find_naming_entries(folder)
-        problems = list(dict.fromkeys(problems + found))
-    annotations, found = _parse_all(dict.fromkeys([*entries, *naming]))
-    problems += found
-    if classes is None:
-        classes = _by_count(annotations[entry] for entry in naming if entry in annotations)
-    readers = [
-        _SampleReader(entry, annotations[entry], folder, tuple(classes))
-        for entry in entries
-        if entry in annotations
-    ]
+        classes = _find_classes(root, reading, choice)
+    readers = [SampleReader(each, tuple(classes), choice) for each in reading.pictures]
     with ThreadPoolExecutor(_THREADS) as pool:
-        samples = list(pool.map(_SampleReader.read, readers))
+        samples = list(pool.map(SampleReader.read, readers))
     for reader in readers:
         problems += reader.problems
-    kept = tuple(sample for sample in samples if sample is not None)
+    problems += _left_out(root, readers)
     refuse_fatal(problems, what=f"{root}, split {split!r}")
+    kept = tuple(sample for sample in samples if sample is not None)
     if not kept:
         raise DataError(
             f"{root}: every picture of the split {split!r} is left out\n{describe_all(problems)}"
@@ -106,129 +77,57 @@ def load_voc(root: Path, split: str, *, classes: Sequence[str] | None = None) ->
     return Dataset(root, split, tuple(classes), kept, tuple(problems))
 
 
-def _parse_all(entries: Iterable[Entry]) -> tuple[dict[Entry, voc.Annotation], list[Problem]]:
-    annotations: dict[Entry, voc.Annotation] = {}
-    problems: list[Problem] = []
-    for entry in entries:
-        try:
-            annotations[entry] = voc.parse(entry.annotation.read_bytes())
-        except voc.AnnotationError as error:
-            problems.append(Problem(entry.annotation, error.line, str(error), fatal=True))
-        except OSError as error:
-            what = f"cannot be read ({error.strerror})"
-            problems.append(Problem(entry.annotation, None, what, fatal=True))
-    return annotations, problems
+def load_voc(root: Path, split: str, *, classes: Sequence[str] | None = None) -> Dataset:
+    """`load` of a folder that is known to be Pascal VOC."""
+    return load(root, split, format="voc", classes=classes)
 
 
-def _by_count(annotations: Iterable[voc.Annotation]) -> tuple[str, ...]:
-    """Class names by falling count, then by name."""
-    counts = Counter(item.name for annotation in annotations for item in annotation.objects)
-    return tuple(sorted(counts, key=lambda name: (-counts[name], name)))
+def split_names(root: Path, *, format: str = "auto") -> tuple[str, ...]:  # noqa: A002 - as above
+    """The splits of a labelled folder. Raises DataError."""
+    return choose_format(root, format).split_names(root)
 
 
-class _SampleReader:
-    """Turns one annotation into a sample and collects what is wrong with it."""
-
-    def __init__(
-        self, entry: Entry, annotation: voc.Annotation, folder: Folder, classes: tuple[str, ...]
-    ) -> None:
-        self._entry = entry
-        self._annotation = annotation
-        self._folder = folder
-        self._classes = classes
-        self.problems: list[Problem] = []
-
-    def read(self) -> Sample | None:
-        """None if the picture is left out or unusable."""
-        path = self._picture()
-        if path is None:
-            self._note(1, f"no picture {self._entry.stem}.jpg (or .png, .webp); add it", fatal=True)
-            return None
-        try:
-            size = _probe(path)
-        except (RetinaserveError, OSError) as error:
-            self.problems.append(Problem(path, None, f"{error}; replace it", fatal=True))
-            return None
-        if not self._size_agrees(size):
-            return None
-        boxes: list[tuple[float, float, float, float]] = []
-        labels: list[int] = []
-        for item in self._annotation.objects:
-            label = self._label(item)
-            box = self._box(item, size)
-            if label is not None and box is not None:
-                boxes.append(box)
-                labels.append(label)
-        return Sample(
-            path=path,
-            size=size,
-            boxes=np.array(boxes, dtype=np.float32).reshape(-1, 4),
-            labels=np.array(labels, dtype=np.int64),
-        )
-
-    def _note(self, line: int, what: str, *, fatal: bool, kind: Kind = Kind.UNUSABLE) -> None:
-        self.problems.append(Problem(self._entry.annotation, line, what, fatal, kind))
-
-    def _picture(self) -> Path | None:
-        # Tools write Windows paths here as well.
-        name = self._annotation.filename.replace("\\", "/").rsplit("/", 1)[-1]
-        same_stem = self._folder.pictures.get(self._entry.stem, ())
-        named = self._folder.pictures.get(Path(name).stem, ())
-        exact = [path for path in named if path.name == name]
-        if same_stem:
-            return next((path for path in same_stem if path.name == name), same_stem[0])
-        return exact[0] if exact else None
-
-    def _size_agrees(self, size: Size) -> bool:
-        labelled = self._annotation.size
-        if labelled is None or labelled == (size.height, size.width):
-            return True
-        what = (
-            f"labelled at {labelled[1]:g} x {labelled[0]:g}, but the picture is "
-            f"{size.width} x {size.height}"
-        )
-        if labelled == (size.width, size.height):
-            what += " once turned upright (EXIF orientation)"
-        what += ": the boxes would be wrong; label it anew, or correct <size> if the boxes fit"
-        self._note(self._annotation.size_line, what, fatal=False, kind=Kind.WRONG_SIZE)
-        return False
-
-    def _label(self, item: voc.VocObject) -> int | None:
-        if item.name in self._classes:
-            return self._classes.index(item.name)
-        known = ", ".join(self._classes[:40]) or "none"
-        near = difflib.get_close_matches(item.name.lower(), map(str.lower, self._classes), n=1)
-        hint = next((name for name in self._classes if [name.lower()] == near), None)
-        what = f"unknown class {item.name!r}; known: {known}"
-        what += f"; did you mean {hint!r}?" if hint else "; rename it, or add it to the train split"
-        self._note(item.line, what, fatal=True, kind=Kind.UNKNOWN_CLASS)
-        return None
-
-    def _box(self, item: voc.VocObject, size: Size) -> tuple[float, float, float, float] | None:
-        x1, y1, x2, y2 = item.box
-        text = f"box {x1:g},{y1:g},{x2:g},{y2:g} of {item.name!r}"
-        picture = f"the picture of {size.width} x {size.height}"
-        if x2 - x1 < MIN_SIDE or y2 - y1 < MIN_SIDE:
-            what = f"{text} is {x2 - x1:g} x {y2 - y1:g} px; draw it anew, in pixels"
-            self._note(item.box_line, what, fatal=False, kind=Kind.NO_AREA)
-            return None
-        clipped = (max(x1, 0.0), max(y1, 0.0), min(x2, size.width), min(y2, size.height))
-        if clipped[2] - clipped[0] < MIN_SIDE or clipped[3] - clipped[1] < MIN_SIDE:
-            what = f"{text} lies outside {picture}; draw it anew"
-            self._note(item.box_line, what, fatal=False, kind=Kind.OUTSIDE)
-            return None
-        beyond = max(abs(a - b) for a, b in zip(item.box, clipped, strict=True))
-        if beyond > CLIP_TOLERANCE:
-            what = f"{text} reaches {beyond:g} px out of {picture}; clipped"
-            self._note(item.box_line, what, fatal=False, kind=Kind.CLIPPED)
-        return clipped
+def _find_classes(root: Path, reading: Reading, choice: ClassChoice) -> tuple[str, ...]:
+    """The class list that the labels themselves give. Raises DataError if a chosen one is not."""
+    written = reading.names
+    # Where annotations could not be read the names are not all there, and that is what to report.
+    sound = not any(problem.fatal for problem in reading.problems)
+    if sound:
+        for name in choice.remap:
+            _check_there(root, name, written, what="the class to rename")
+    counts = choice.count(written)
+    if choice.keep is None:
+        return tuple(sorted(counts, key=lambda name: (-counts[name], name)))
+    if sound:
+        renamed = ClassChoice(None, choice.remap).count(written)
+        for name in choice.keep:
+            _check_there(root, name, renamed, what="the class to keep")
+    return choice.keep
 
 
-def _probe(path: Path) -> Size:
-    with path.open("rb") as file:
-        head = file.read(_HEADER_BYTES)
-        try:
-            return imaging.probe(head)
-        except MalformedImage:
-            # Long EXIF blocks and colour profiles push the size further back.
-            return imaging.probe(head + file.read())
+def _check_there(root: Path, name: str, counts: Mapping[str, int], *, what: str) -> None:
+    if name in counts:
+        return
+    hint = nearest(name, counts)
+    known = ", ".join(sorted(counts, key=lambda each: -counts[each])[:_NAMED]) or "none"
+    meant = f"; did you mean {hint!r}?" if hint else ""
+    raise DataError(
+        f"{root}: no object of the train split is of {what}, {name!r}; there are {known}{meant}"
+    )
+
+
+def _left_out(root: Path, readers: Sequence[SampleReader]) -> list[Problem]:
+    counts: Counter[str] = Counter()
+    for reader in readers:
+        counts.update(reader.left_out)
+    if not counts:
+        return []
+    listed = ", ".join(f"{number} {name}" for name, number in counts.most_common(_NAMED))
+    if len(counts) > _NAMED:
+        listed += f", and of {len(counts) - _NAMED} classes more"
+    emptied = sum(reader.emptied for reader in readers)
+    what = (
+        f"{counts.total()} objects of classes that are not used left out ({listed}); {emptied} "
+        "pictures have no other and count as pictures without objects"
+    )
+    return [Problem(root, None, what, fatal=False, kind=Kind.UNUSED_CLASS)]

@@ -27,6 +27,9 @@ class Kind(StrEnum):
     UNLABELLED = "picture left out, it has no annotation"
     TWICE = "listed twice, taken once"
     LEAKED = "picture of this split that is in train too"
+    UNUSED_CLASS = "note on classes that are not used"
+    CROWD = "note on regions that are no single object"
+    NEGATIVE = "note on pictures that nothing is written about"
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import Final
 from xml.parsers import expat
 
+from model_export.labels import LabelledObject
+
 EDGES: Final = ("xmin", "ymin", "xmax", "ymax")
 
 _OBJECT: Final = ("annotation", "object")
@@ -33,18 +35,6 @@ class AnnotationError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class VocObject:
-    """One <object>: its class and its box as they are written."""
-
-    name: str
-    line: int
-    """Line of the class name."""
-    box: tuple[float, float, float, float]
-    """x1, y1, x2, y2, pixels of the picture that was labelled; finite, else unchecked."""
-    box_line: int
-
-
-@dataclass(frozen=True, slots=True)
 class Annotation:
     """What one file says."""
 
@@ -53,7 +43,7 @@ class Annotation:
     size: tuple[float, float] | None
     """(height, width) as written; None where it is absent, zero or no number."""
     size_line: int
-    objects: tuple[VocObject, ...]
+    objects: tuple[LabelledObject, ...]
 
 
 def parse(text: bytes) -> Annotation:
@@ -91,7 +81,7 @@ class _Reader:
     line: int = 1
     top: dict[str, _Field] = field(default_factory=dict)
     current: dict[str, _Field] = field(default_factory=dict)
-    objects: list[VocObject] = field(default_factory=list)
+    objects: list[LabelledObject] = field(default_factory=list)
 
     def start(self, tag: str, _attributes: Mapping[str, str]) -> None:
         if not self.path and tag != "annotation":
@@ -144,7 +134,7 @@ class _Reader:
         return height, width
 
 
-def _to_object(fields: Mapping[str, _Field]) -> VocObject:
+def _to_object(fields: Mapping[str, _Field]) -> LabelledObject:
     line = fields["object"].line
     name = fields.get("name")
     if name is None or not name.text:
@@ -167,7 +157,7 @@ def _to_object(fields: Mapping[str, _Field]) -> VocObject:
             )
         box.append(number)
     x1, y1, x2, y2 = box
-    return VocObject(name.text, name.line, (x1, y1, x2, y2), fields["bndbox"].line)
+    return LabelledObject(name.text, (x1, y1, x2, y2), name.line, fields["bndbox"].line)
 
 
 def _number(text: str) -> float | None:

@@ -275,7 +275,7 @@ def test_a_picture_of_another_size_than_labelled_is_left_out(folder: VocFolder) 
     assert [sample.path.stem for sample in dataset.samples] == ["a"]
     problem = only_problem(dataset)
     assert (problem.file, problem.line, problem.kind) == (path, 2, Kind.WRONG_SIZE)
-    assert "labelled at 640 x 480, but the picture is 80 x 60" in problem.what
+    assert "labelled at 640 x 480, but the picture b.jpg is 80 x 60" in problem.what
 
 
 @pytest.mark.parametrize(("size", "kept"), [((60, 80), 2), ((80, 60), 1)])
