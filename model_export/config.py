@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -52,6 +53,11 @@ class OptimiserConfig(_Config):
 
     name: Literal["sgd", "adamw"] = "sgd"
     lr: float = Field(default=0.01, gt=0)
+    lr_batch: int | None = Field(default=None, ge=1)
+    """The batch that `lr` is meant for: a batch of another size learns at a proportional rate.
+
+    Left open, `lr` is taken as it is.
+    """
     backbone_lr_share: float = Field(default=1.0, ge=0)
     """The backbone learns at this share of `lr`."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
@@ -77,6 +83,9 @@ class TrainConfig(_Config):
     max_minutes: float | None = Field(default=None, gt=0)
     """The schedule reaches its end when this time is over, if that is before the last epoch."""
     batch_size: int = Field(default=8, ge=1)
+    """Pictures per step, over all processes together: several share them."""
+    accumulate: int = Field(default=1, ge=1)
+    """Each process walks its share of a batch in so many parts: less memory, the same gradient."""
     freeze_norms: bool = True
     """Keep batch norm statistics as the weights brought them, which is right for small batches.
 
@@ -90,6 +99,10 @@ class TrainConfig(_Config):
     """auto: bf16 where the hardware multiplies it, else 32."""
     workers: int | None = Field(default=None, ge=0)
     """Processes that prepare batches; left open: none on a CPU, up to 8 beside a GPU."""
+    channels_last: bool | None = None
+    """Keep each pixel's channels together in memory; left open: yes, it is faster everywhere."""
+    compile: bool = False
+    """Let torch.compile translate the network: minutes at the start, faster steps on GPUs."""
     seed: int = Field(default=0, ge=0, lt=2**32)
 
 
@@ -112,12 +125,24 @@ def load_config(path: Path | None, overrides: Mapping[str, Any]) -> TrainConfig:
         if not isinstance(loaded, dict):
             raise DataError(f"{path}: expected a mapping of settings, got {type(loaded).__name__}")
         values = loaded
-    for key, value in overrides.items():
-        _set(values, key.split("."), value)
     try:
-        return TrainConfig.model_validate(values)
+        return apply_overrides(values, overrides)
+    except DataError as error:
+        raise DataError(f"{path or 'config'}: {error}") from error
+
+
+def apply_overrides(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> TrainConfig:
+    """A config from a mapping of settings with dotted overrides on top, both left as they are.
+
+    Raises DataError that names the field.
+    """
+    merged = copy.deepcopy(dict(values))
+    for key, value in overrides.items():
+        _set(merged, key.split("."), value)
+    try:
+        return TrainConfig.model_validate(merged)
     except ValidationError as error:
-        raise DataError(f"{path or 'config'}: {describe(error)}") from error
+        raise DataError(describe(error)) from error
 
 
 def dump_config(config: TrainConfig, path: Path) -> None:
