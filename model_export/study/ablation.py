@@ -122,7 +122,9 @@ def expand(rows: Sequence[RowConfig]) -> list[Row]:
     for row in rows:
         keys = list(row.grid)
         for values in itertools.product(*row.grid.values()):
-            names = [f"{key.rsplit('.', 1)[-1]} {value}" for key, value in zip(keys, values)]
+            names = [
+                f"{key.rsplit('.', 1)[-1]} {value}" for key, value in zip(keys, values, strict=True)
+            ]
             settings = {**row.set, **dict(zip(keys, values, strict=True))}
             expanded.append(Row(", ".join([row.name, *names]), settings, row.paper))
     return expanded
@@ -178,9 +180,7 @@ def subset(dataset: Dataset, pictures: int | None, *, seed: int) -> Dataset:
         return hashlib.sha256(text.encode()).hexdigest()
 
     chosen = sorted(sorted(range(len(dataset.samples)), key=key)[:pictures])
-    return dataclasses.replace(
-        dataset, samples=tuple(dataset.samples[index] for index in chosen)
-    )
+    return dataclasses.replace(dataset, samples=tuple(dataset.samples[index] for index in chosen))
 
 
 def merge_classes(dataset: Dataset, name: str | None) -> Dataset:

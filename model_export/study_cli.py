@@ -1,0 +1,116 @@
+"""`retinaserve study`: the paper's exhibits; heavy imports inside the functions, as in `cli`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+_CONTEXT = {"help_option_names": ["-h", "--help"]}
+_DATA = click.Path(exists=True, file_okay=False, path_type=Path)
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_CONFIGS = Path(__file__).parent / "study" / "configs"
+
+_output = click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+    metavar="DIR",
+    help="Folder for the figures and tables; made if need be.",
+)
+_data = click.option("--data", type=_DATA, required=True, metavar="DIR", help="Labelled pictures.")
+_device = click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+
+
+class _Study(click.ParamType[Path]):
+    """A YAML file, or the name of one that comes with the package."""
+
+    name = "study"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Path:
+        """The file's path."""
+        if isinstance(value, Path):
+            return value
+        known = {path.stem: path for path in sorted(_CONFIGS.glob("*.yaml"))}
+        path = known.get(value, Path(value))
+        if not path.is_file():
+            self.fail(f"{value!r} is neither a file nor one of {', '.join(known)}", param, ctx)
+        return path
+
+
+@click.group(context_settings=_CONTEXT)
+def study() -> None:
+    """The exhibits of Focal Loss, arXiv 1708.02002, from this code and your data."""
+
+
+@study.command()
+@_output
+def curves(output: Path) -> None:
+    """Loss and gradient against p_t for several gamma (figure 1), and FL*."""
+    from model_export.commands import study as command
+
+    command.curves(output)
+
+
+@study.command()
+@click.argument("checkpoint", type=_FILE, metavar="CHECKPOINT")
+@_data
+@click.option("--split", default="val", show_default=True, help="Which part of the data.")
+@_output
+@_device
+def cdf(checkpoint: Path, data: Path, split: str, output: Path, device: str) -> None:
+    """Which examples carry the loss of a trained model (figure 4), over a whole data set."""
+    from model_export.commands import study as command
+
+    command.cdf(checkpoint, data=data, split=split, output=output, device=device)
+
+
+@study.command()
+@click.option(
+    "--config",
+    "config_file",
+    type=_Study(),
+    required=True,
+    metavar="STUDY|FILE.yaml",
+    help="losses (the paper's losses, small), grid (more of them), anchors, or a file of your own.",
+)
+@_data
+@_output
+@click.option(
+    "--weights", type=_FILE, metavar="FILE", help="Start backbones from ImageNet weights."
+)
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="One setting for all runs, such as epochs=3; repeatable.",
+)
+@click.option("--row", "rows", multiple=True, metavar="NAME", help="Run this row only; repeatable.")
+@_device
+def ablate(
+    config_file: Path,
+    data: Path,
+    output: Path,
+    weights: Path | None,
+    settings: tuple[str, ...],
+    rows: tuple[str, ...],
+    device: str,
+) -> None:
+    """A grid of training runs, one row each, over several seeds.
+
+    Started again with the same --output, it goes on where it stopped. With several processes give
+    each its own rows; whichever ends last writes the whole table.
+    """
+    from model_export.commands import study as command
+
+    command.ablate(
+        config_file=config_file,
+        data=data,
+        output=output,
+        weights=weights,
+        settings=settings,
+        only=rows,
+        device=device,
+    )
