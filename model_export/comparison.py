@@ -1,4 +1,4 @@
-"""Two models on the same pictures: the difference in AP, with a paired bootstrap interval.
+"""Two models on the same pictures: the differences, with paired bootstrap intervals.
 
 Pictures are drawn with replacement, the same for both models. Matching does not cross pictures,
 so it is done once; a draw only weighs each picture's matches by how often it was drawn.
@@ -13,6 +13,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from model_export.calibration_error import reliability
 from model_export.datasets import Sample
 from model_export.evaluation import Matches, match
 from service.detector import Detections
@@ -33,6 +34,11 @@ class Difference:
     low: float
     high: float
 
+    @property
+    def beyond_chance(self) -> bool:
+        """Whether the interval leaves 0 out."""
+        return self.low > 0 or self.high < 0
+
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
@@ -40,6 +46,8 @@ class Comparison:
 
     ap: Difference
     ap50: Difference
+    d_ece: Difference | None
+    """Less is better. None if a model detects nothing to bin."""
 
 
 def compare(
@@ -61,14 +69,20 @@ def compare(
         np.bincount(generator.integers(count, size=count), minlength=count)
         for _ in range(resamples)
     ]
-    means = [np.array([mean_precision(each, draw) for draw in draws]) for each in matched]
-    differences = means[0] - means[1]  # (1 + resamples, 2)
-    # A draw of pictures without any object measures nothing.
-    ends = np.nanpercentile(differences[1:], _INTERVAL, axis=0)
-    ap, ap50 = (
-        Difference(float(differences[0, i]), float(ends[0, i]), float(ends[1, i])) for i in range(2)
-    )
-    return Comparison(ap=ap, ap50=ap50)
+    figures = [np.array([_figures(each, draw) for draw in draws]) for each in matched]
+    ap, ap50, d_ece = (_difference(column) for column in (figures[0] - figures[1]).T)
+    return Comparison(ap=ap, ap50=ap50, d_ece=None if np.isnan(d_ece.value) else d_ece)
+
+
+def calibration_error(matches: Sequence[Matches], weights: NDArray[np.int64]) -> float:
+    """D-ECE over all classes when picture i counts weights[i] times; nan with nothing to bin."""
+    judged = [each.at_50() for each in matches]
+    error = reliability(
+        np.concatenate([each.scores for each in judged]),
+        np.concatenate([each.hits for each in judged]),
+        weights=np.concatenate([weights[each.images] for each in judged]),
+    ).error
+    return float("nan") if error is None else error
 
 
 def mean_precision(matches: Sequence[Matches], weights: NDArray[np.int64]) -> tuple[float, float]:
@@ -92,7 +106,8 @@ def average_precision(matches: Matches, weights: NDArray[np.int64]) -> NDArray[n
     counted = weights[matches.images]
     # Precision can only rise where something hits, so the curve is needed there alone.
     hitting = np.flatnonzero(matches.hits.any(axis=0) & (counted > 0))
-    found = np.cumsum(counted)[hitting]
+    passing = counted * ~matches.ignored if matches.ignored.any() else counted
+    found = np.cumsum(passing, axis=-1)[..., hitting]
     hits = np.cumsum(matches.hits[:, hitting] * counted[hitting], axis=1)
     recall = hits / objects
     envelope = np.maximum.accumulate((hits / found)[:, ::-1], axis=1)[:, ::-1]
@@ -104,3 +119,16 @@ def average_precision(matches: Matches, weights: NDArray[np.int64]) -> NDArray[n
             for line, reached in zip(padded, recall, strict=True)
         ]
     )
+
+
+def _figures(matches: Sequence[Matches], weights: NDArray[np.int64]) -> tuple[float, float, float]:
+    return *mean_precision(matches, weights), calibration_error(matches, weights)
+
+
+def _difference(values: NDArray[np.float64]) -> Difference:
+    """From (1 + resamples,) differences, that of all the pictures first."""
+    if np.isnan(values).all():
+        return Difference(float("nan"), float("nan"), float("nan"))
+    # A draw of pictures without any object measures nothing.
+    low, high = np.nanpercentile(values[1:], _INTERVAL)
+    return Difference(float(values[0]), float(low), float(high))

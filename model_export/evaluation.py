@@ -7,9 +7,7 @@ the metrics are pycocotools' own.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 import statistics
 import time
 from collections import deque
@@ -17,15 +15,14 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
 from model_export.datasets import Dataset, Sample
+from model_export.pycoco import evaluator, silence
 from service import devices, imaging, results
 from service.artifact import read_artifact
 from service.canvas import Buckets, ShortSide, Size
@@ -41,8 +38,14 @@ SCORE: Final = 0.01
 KEPT_DETECTIONS: Final = 300
 """Per picture, over all classes."""
 
+_FEW: Final = (1, 10)
+"""COCO also tells the recall with so few detections per picture and class."""
+_AREAS: Final = 4
+"""All, small, medium, large."""
+
 _DECODE_THREADS: Final = 4
 _TIMED_PICTURES: Final = 24
+_TIMED_BATCHES: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,8 @@ class ClassResult:
 
     ap: float | None
     ap50: float | None
+    ap75: float | None
+    ar100: float | None
     count: int
     """Objects in the truth."""
 
@@ -61,8 +66,15 @@ class Timing:
 
     session: float
     """Median of the session alone, one picture per call, at the file's own thresholds."""
+    session_p95: float
+    """What one call in twenty takes longer than."""
+    batch: float
+    """The session alone, `batch_size` pictures per call."""
     pipeline: float
     """Whole pipeline: reading, decoding, letterbox, batched session, mapping back."""
+    batch_size: int
+    device: str
+    """As settings write it: "cpu", "cuda:0"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +90,15 @@ class Evaluation:
     ap_medium: float | None
     ap_large: float | None
     """Objects above 96^2 pixels of the original picture."""
+    ar1: float | None
+    """Mean of the highest recall over the IoUs and the classes, with one detection per picture
+    and class."""
+    ar10: float | None
     ar100: float | None
-    """Mean of the highest recall over the IoUs and the classes."""
+    ar_small: float | None
+    """Recall of objects by size, like `ap_small`, with 100 detections."""
+    ar_medium: float | None
+    ar_large: float | None
     per_class: dict[str, ClassResult]
     images: int
     boxes: int
@@ -100,8 +119,24 @@ class Matches:
     """(D,) index of the picture."""
     hits: NDArray[np.bool_]
     """(T, D) whether the detection matched an object at IoU 0.50, 0.55 .. 0.95."""
+    ignored: NDArray[np.bool_]
+    """(T, D) neither hit nor miss: it lies where the truth does not tell objects apart."""
     objects: NDArray[np.int64]
     """(I,) objects in each picture."""
+
+    def at_50(self) -> Judged:
+        """The detections that count at IoU 0.50."""
+        counted = ~self.ignored[0]
+        return Judged(self.scores[counted], self.hits[0, counted], self.images[counted])
+
+
+class Judged(NamedTuple):
+    """Detections in falling score at one IoU, all (D,)."""
+
+    scores: NDArray[np.float64]
+    hits: NDArray[np.bool_]
+    images: NDArray[np.int64]
+    """Index of the picture."""
 
 
 def evaluate_file(
@@ -131,10 +166,7 @@ def evaluate_file(
     started = time.perf_counter()
     found = detect(detector, dataset.samples, batch_size=size)
     pipeline = (time.perf_counter() - started) / max(1, len(dataset.samples))
-    timing = Timing(
-        session=1000 * _session_seconds(detector, dataset.samples[:_TIMED_PICTURES]),
-        pipeline=1000 * pipeline,
-    )
+    timing = _time(detector, dataset.samples[:_TIMED_PICTURES], chosen, pipeline, size)
     metrics = coco_metrics(dataset.samples, found, dataset.classes)
     return dataclasses.replace(metrics, timing=timing), found
 
@@ -181,29 +213,37 @@ def coco_metrics(
 ) -> Evaluation:
     """COCO metrics of detections in original pixels, found[i] being those of truth[i].
 
-    Pictures without objects count through their false positives. Works without any detection and
-    without any object.
+    The same numbers as pycocotools' own summary, to the last digit, if each object's area is that
+    of its box. `max_detections`, at least 10, counts per picture and class. Pictures without
+    objects count through their false positives. Works without any detection and without any
+    object.
     """
-    with _silence():
-        run = _evaluator(truth, found, classes)
-        run.params.maxDets = [max_detections]
+    with silence():
+        run = evaluator(truth, found, classes)
+        run.params.maxDets = [*_FEW, max_detections]
         run.evaluate()
         run.accumulate()
-    precision: NDArray[np.float64] = run.eval["precision"]  # (T, R, K, A, 1), -1: no objects
-    recall: NDArray[np.float64] = run.eval["recall"]  # (T, K, A, 1)
+    # Last axis: at most 1, 10 and max_detections of a class in a picture; -1: no objects.
+    precision: NDArray[np.float64] = run.eval["precision"]  # (T, R, K, A, 3)
+    recall: NDArray[np.float64] = run.eval["recall"]  # (T, K, A, 3)
     counts = _count_labels(truth, len(classes))
+    ap = [_mean(precision[:, :, :, area, 2]) for area in range(_AREAS)]
+    ar = [_mean(recall[:, :, area, 2]) for area in range(_AREAS)]
     return Evaluation(
-        ap=_mean(precision[:, :, :, 0]),
-        ap50=_mean(precision[0, :, :, 0]),
-        ap75=_mean(precision[5, :, :, 0]),
-        ap_small=_mean(precision[:, :, :, 1]),
-        ap_medium=_mean(precision[:, :, :, 2]),
-        ap_large=_mean(precision[:, :, :, 3]),
-        ar100=_mean(recall[:, :, 0]),
+        ap=ap[0],
+        ap50=_mean(precision[0, :, :, 0, 2]),
+        ap75=_mean(precision[5, :, :, 0, 2]),
+        ap_small=ap[1],
+        ap_medium=ap[2],
+        ap_large=ap[3],
+        ar1=_mean(recall[:, :, 0, 0]),
+        ar10=_mean(recall[:, :, 0, 1]),
+        ar100=ar[0],
+        ar_small=ar[1],
+        ar_medium=ar[2],
+        ar_large=ar[3],
         per_class={
-            name: ClassResult(
-                _mean(precision[:, :, k, 0]), _mean(precision[0, :, k, 0]), int(counts[k])
-            )
+            name: _class_result(precision[:, :, k, 0, 2], recall[:, k, 0, 2], int(counts[k]))
             for k, name in enumerate(classes)
         },
         images=len(truth),
@@ -219,8 +259,8 @@ def match(
     max_detections: int = MAX_DETECTIONS,
 ) -> list[Matches]:
     """Match detections with objects as `coco_metrics` does, without the mean over them."""
-    with _silence():
-        run = _evaluator(truth, found, classes)
+    with silence():
+        run = evaluator(truth, found, classes)
         run.params.maxDets = [max_detections]
         run.params.areaRng = run.params.areaRng[:1]
         run.params.areaRngLbl = run.params.areaRngLbl[:1]
@@ -256,90 +296,79 @@ def _prepare(sample: Sample, rule: Buckets | ShortSide) -> imaging.Prepared:
         raise DataError(f"{sample.path}: {error}; replace the picture") from error
 
 
-def _session_seconds(detector: Detector, samples: Sequence[Sample]) -> float:
-    """Median time of one picture in one call, nothing else running, as a request would see it."""
+def _time(
+    detector: Detector,
+    samples: Sequence[Sample],
+    device: devices.Device,
+    pipeline: float,
+    batch_size: int,
+) -> Timing:
+    """Time the session as requests would see it, nothing else running.
+
+    `pipeline` is what the whole pipeline took in seconds per picture.
+    """
+    pictures = [_prepare(sample, detector.metadata.canvas) for sample in samples]
+    alone = [_seconds(detector, [each]) for each in pictures]
+    first = pictures[0].letterbox.canvas
+    alike = [each for each in pictures if each.letterbox.canvas == first]
+    full = [alike[index % len(alike)] for index in range(batch_size)]
+    # One picture per call has been timed already.
+    batches = [_seconds(detector, full) for _ in range(_TIMED_BATCHES)] if batch_size > 1 else alone
+    return Timing(
+        session=1000 * statistics.median(alone),
+        session_p95=1000 * float(np.percentile(alone, 95)),
+        batch=1000 * statistics.median(batches) / batch_size,
+        pipeline=1000 * pipeline,
+        batch_size=batch_size,
+        device=device.name,
+    )
+
+
+def _seconds(detector: Detector, pictures: Sequence[imaging.Prepared]) -> float:
     defaults = results.resolve(detector.metadata)
-    seconds: list[float] = []
-    for sample in samples:
-        prepared = _prepare(sample, detector.metadata.canvas)
-        canvases = prepared.canvas[np.newaxis]
-        sizes = np.array([prepared.letterbox.resized], dtype=np.int64)
-        started = time.perf_counter()
-        detector(canvases, sizes, score_threshold=defaults.lowest_score, iou_threshold=defaults.iou)
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
+    canvases = np.stack([each.canvas for each in pictures])
+    sizes = np.array([each.letterbox.resized for each in pictures], dtype=np.int64)
+    started = time.perf_counter()
+    detector(canvases, sizes, score_threshold=defaults.lowest_score, iou_threshold=defaults.iou)
+    return time.perf_counter() - started
+
+
+def _class_result(
+    precision: NDArray[np.float64], recall: NDArray[np.float64], count: int
+) -> ClassResult:
+    """From (T, R) precisions and (T,) recalls of one class."""
+    return ClassResult(
+        ap=_mean(precision),
+        ap50=_mean(precision[0]),
+        ap75=_mean(precision[5]),
+        ar100=_mean(recall),
+        count=count,
+    )
 
 
 def _collect(cells: Sequence[dict[str, Any] | None], thresholds: int) -> Matches:
     scores = [np.zeros(0)]
     images = [np.zeros(0, dtype=np.int64)]
     hits = [np.zeros((thresholds, 0), dtype=bool)]
+    ignored = [np.zeros((thresholds, 0), dtype=bool)]
     objects = np.zeros(len(cells), dtype=np.int64)
     for index, cell in enumerate(cells):
         if cell is None:
             continue
         scores.append(np.asarray(cell["dtScores"], dtype=np.float64))
         images.append(np.full(len(cell["dtScores"]), index, dtype=np.int64))
-        hits.append(cell["dtMatches"] > 0)
-        objects[index] = len(cell["gtIds"])
+        ignored.append(cell["dtIgnore"])
+        hits.append((cell["dtMatches"] > 0) & ~cell["dtIgnore"])
+        objects[index] = np.count_nonzero(cell["gtIgnore"] == 0)
     joined = np.concatenate(scores)
     order = np.argsort(-joined, kind="stable")
     return Matches(
         scores=joined[order],
         images=np.concatenate(images)[order],
         hits=np.concatenate(hits, axis=1)[:, order],
+        ignored=np.concatenate(ignored, axis=1)[:, order],
         objects=objects,
     )
-
-
-def _evaluator(
-    truth: Sequence[Sample], found: Sequence[Detections], classes: Sequence[str]
-) -> COCOeval:
-    if len(truth) != len(found):
-        raise ValueError(f"{len(truth)} pictures, but detections of {len(found)}")
-    images = [
-        {"id": index, "width": sample.size.width, "height": sample.size.height}
-        for index, sample in enumerate(truth)
-    ]
-    categories = [{"id": index, "name": name} for index, name in enumerate(classes)]
-    objects = [
-        _annotation(index, box, label)
-        for index, sample in enumerate(truth)
-        for box, label in zip(sample.boxes, sample.labels, strict=True)
-    ]
-    detections = [
-        {**_annotation(index, box, label), "score": float(score)}
-        for index, each in enumerate(found)
-        for box, label, score in zip(each.boxes, each.labels, each.scores, strict=True)
-    ]
-    return COCOeval(
-        _index(images, categories, objects), _index(images, categories, detections), "bbox"
-    )
-
-
-def _index(
-    images: list[dict[str, Any]],
-    categories: list[dict[str, Any]],
-    annotations: list[dict[str, Any]],
-) -> COCO:
-    # Not COCO.loadRes: it cannot take an empty list.
-    coco = COCO()
-    # Ids start at 1: pycocotools writes the matched id into a table where 0 means "no match".
-    numbered = [{**each, "id": number} for number, each in enumerate(annotations, start=1)]
-    coco.dataset = {"images": images, "categories": categories, "annotations": numbered}
-    coco.createIndex()
-    return coco
-
-
-def _annotation(image: int, box: NDArray[np.floating[Any]], label: int) -> dict[str, Any]:
-    x1, y1, x2, y2 = (float(side) for side in box)
-    return {
-        "image_id": image,
-        "category_id": int(label),
-        "bbox": [x1, y1, x2 - x1, y2 - y1],
-        "area": (x2 - x1) * (y2 - y1),
-        "iscrowd": 0,
-    }
 
 
 def _count_labels(truth: Sequence[Sample], classes: int) -> NDArray[np.int64]:
@@ -352,8 +381,3 @@ def _count_labels(truth: Sequence[Sample], classes: int) -> NDArray[np.int64]:
 def _mean(values: NDArray[np.float64]) -> float | None:
     measured = values[values > -1]
     return float(measured.mean()) if measured.size else None
-
-
-def _silence() -> contextlib.redirect_stdout[io.StringIO]:
-    """pycocotools prints its progress."""
-    return contextlib.redirect_stdout(io.StringIO())

@@ -12,9 +12,6 @@ from model_export.datasets import Sample
 from model_export.evaluation import SCORE, Matches, match
 from service.detector import Detections
 
-_AT_50 = 0
-"""Row of IoU 0.50 in `Matches.hits`."""
-
 
 @dataclass(frozen=True, slots=True)
 class OperatingPoints:
@@ -58,11 +55,12 @@ def operating_points(matches: Matches) -> OperatingPoints | None:
     total = int(matches.objects.sum())
     if total == 0:
         return None
+    judged = matches.at_50()
     # Detections with equal scores pass a threshold together.
-    ends = np.flatnonzero(np.diff(matches.scores, append=-np.inf))
-    hits = np.cumsum(matches.hits[_AT_50])[ends]
+    ends = np.flatnonzero(np.diff(judged.scores, append=-np.inf))
+    hits = np.cumsum(judged.hits)[ends]
     return OperatingPoints(
-        scores=matches.scores[ends], precision=hits / (ends + 1), recall=hits / total
+        scores=judged.scores[ends], precision=hits / (ends + 1), recall=hits / total
     )
 
 

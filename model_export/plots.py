@@ -13,8 +13,6 @@ from matplotlib.figure import Figure
 from model_export.evaluation import SCORE, Matches
 from model_export.operating_points import operating_points
 
-_AT_50 = 0
-"""Row of IoU 0.50 in `Matches.hits`."""
 _LEGEND = 12
 """So many classes fit into a legend."""
 _BINS = 40
@@ -70,9 +68,9 @@ def score_histogram(matches: Sequence[Matches], classes: Sequence[str]) -> Figur
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     edges = np.linspace(SCORE, 1.0, _BINS + 1)
     for axes, each, name in zip(grid, matches, classes, strict=False):
-        hits = each.hits[_AT_50]
+        judged = each.at_50()
         axes.hist(
-            [each.scores[hits], each.scores[~hits]],
+            [judged.scores[judged.hits], judged.scores[~judged.hits]],
             bins=edges,
             stacked=True,
             label=["hit", "false positive"],
@@ -81,7 +79,8 @@ def score_histogram(matches: Sequence[Matches], classes: Sequence[str]) -> Figur
         axes.set_yscale("symlog")
         axes.set_title(f"{name}, {int(each.objects.sum())} objects", fontsize=10)
         axes.set(xlabel="score", ylabel="detections")
-        axes.legend(fontsize=8)
+        # A fixed place: looking for the best one takes matplotlib seconds, and it warns of it.
+        axes.legend(fontsize=8, loc="upper right")
     for axes in grid[len(classes) :]:
         axes.set_visible(False)
     return figure
@@ -100,7 +99,7 @@ def _figure(title: str, *, across: str, up: str) -> tuple[Figure, Axes]:
 def _legend(axes: Axes) -> None:
     named = len(axes.get_legend_handles_labels()[0])
     if 0 < named <= _LEGEND:
-        axes.legend()
+        axes.legend(loc="lower left")
     elif named:
         axes.legend(ncols=2, fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
 

@@ -10,7 +10,12 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from model_export.comparison import average_precision, compare, mean_precision
+from model_export.comparison import (
+    average_precision,
+    calibration_error,
+    compare,
+    mean_precision,
+)
 from model_export.datasets import Dataset, Sample, load_voc
 from model_export.evaluation import coco_metrics, evaluate_file, match
 from model_export.operating_points import best_thresholds, operating_points
@@ -142,7 +147,8 @@ def test_no_objects_at_all_is_none_not_nan():
     assert result.ar100 is None
     assert result.boxes == 0
     text = json.dumps(result.to_dict(), allow_nan=False)
-    assert json.loads(text)["per_class"]["cell"] == {"ap": None, "ap50": None, "count": 0}
+    none = dict.fromkeys(("ap", "ap50", "ap75", "ar100"))
+    assert json.loads(text)["per_class"]["cell"] == {**none, "count": 0}
 
 
 def test_class_without_objects_is_left_out_of_the_mean():
@@ -236,17 +242,25 @@ def test_agrees_with_pycocotools_on_json_files(seed, tmp_path):
     truth, found = random_case(seed)
     result = coco_metrics(truth, found, CLASSES)
     expected = reference(truth, found, tmp_path)
-    ours = [
-        result.ap,
-        result.ap50,
-        result.ap75,
-        result.ap_small,
-        result.ap_medium,
-        result.ap_large,
-        result.ar100,
-    ]
     assert 0.05 < result.ap < 0.95
-    assert ours == pytest.approx([*expected[:6], expected[8]], abs=1e-12)
+    # Not approximately: to the last digit.
+    assert twelve(result) == expected.tolist()
+
+
+def test_agrees_with_pycocotools_where_sizes_and_classes_are_missing(tmp_path):
+    # No large object, no detection of a speck, and a picture with neither.
+    truth = [sample([[0, 0, 30, 30], [50, 50, 100, 100]], [0, 1]), EMPTY]
+    found = [detections([[0, 0, 30, 28]], [0.9], [0]), NOTHING]
+    expected = [None if value == -1 else value for value in reference(truth, found, tmp_path)]
+    assert twelve(coco_metrics(truth, found, CLASSES)) == expected
+    assert expected[5] is None
+
+
+def twelve(result) -> list[float | None]:
+    """In the order of pycocotools' summary."""
+    names = ["ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"]
+    names += ["ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large"]
+    return [getattr(result, name) for name in names]
 
 
 @settings(max_examples=15, deadline=None)
@@ -362,8 +376,9 @@ def test_weights_equal_pictures_taken_several_times(seed, drawn):
 def test_a_model_against_itself_is_exactly_zero():
     truth, found = random_case(5)
     outcome = compare(truth, found, found, CLASSES, resamples=50)
-    for each in (outcome.ap, outcome.ap50):
+    for each in (outcome.ap, outcome.ap50, outcome.d_ece):
         assert (each.value, each.low, each.high) == (0.0, 0.0, 0.0)
+        assert not each.beyond_chance
 
 
 def test_difference_is_signed_and_repeatable():
@@ -374,9 +389,28 @@ def test_difference_is_signed_and_repeatable():
     assert outcome.ap.value == pytest.approx(better.ap - other.ap)
     assert outcome.ap50.value == pytest.approx(better.ap50 - other.ap50)
     assert 0 < outcome.ap.low <= outcome.ap.value <= outcome.ap.high
+    assert outcome.ap.beyond_chance
     assert compare(truth, found, worse, CLASSES, resamples=200) == outcome
     swapped = compare(truth, worse, found, CLASSES, resamples=200)
     assert swapped.ap.low == pytest.approx(-outcome.ap.high)
+
+
+def test_calibration_is_compared_too():
+    truth, found = random_case(9, pictures=30)
+    # All of these scores are between 0 and 1, so halves are as well, and most detections hit.
+    unsure = [detections(each.boxes, each.scores / 2, each.labels) for each in found]
+    outcome = compare(truth, found, unsure, CLASSES, resamples=100).d_ece
+    once = np.ones(len(truth), dtype=np.int64)
+    errors = [calibration_error(match(truth, each, CLASSES), once) for each in (found, unsure)]
+    assert outcome.value == pytest.approx(errors[0] - errors[1])
+    assert outcome.low <= outcome.value <= outcome.high
+
+
+def test_nothing_detected_leaves_calibration_open():
+    truth, found = random_case(9, pictures=5)
+    outcome = compare(truth, found, [NOTHING] * 5, CLASSES, resamples=5)
+    assert outcome.d_ece is None
+    assert outcome.ap.value > 0
 
 
 def test_comparison_without_objects_is_refused():
@@ -397,8 +431,10 @@ def test_rectangles_are_found_where_they_are(rectangles_model, rectangles_data):
         assert each.labels.tolist() == truth.labels.tolist()
         # The canvas is a little coarser than the picture.
         assert np.abs(each.boxes - truth.boxes).max(initial=0) < 3
-    assert evaluation.timing.session > 0
-    assert evaluation.timing.pipeline > 0
+    timing = evaluation.timing
+    assert min(timing.session, timing.batch, timing.pipeline) > 0
+    assert timing.session <= timing.session_p95
+    assert (timing.batch_size, timing.device) == (3, "cpu")
 
 
 def test_batch_size_does_not_matter(rectangles_model, rectangles_data):
