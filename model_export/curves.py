@@ -20,14 +20,14 @@ def training_curves(metrics: Path, output: Path) -> None:
     for name in ("classification_loss", "regression_loss"):
         losses.plot(epochs, [float(row[name]) for row in rows], label=name.replace("_", " "))
     losses.set_yscale("log")
-    losses.legend()
+    losses.legend(loc="upper right")
     rates.plot(epochs, [float(row["lr"]) for row in rows])
     rates.set_title("learning rate", fontsize=10)
     for name in ("ap", "ap50"):
         points = [(int(row["epoch"]), float(row[name])) for row in rows if row[name]]
         metric.plot([p[0] for p in points], [p[1] for p in points], marker=".", label=name)
     if metric.lines and len(metric.lines[0].get_xdata()):
-        metric.legend()
+        metric.legend(loc="lower right")
     metric.set_title("validation", fontsize=10)
     for axes in (losses, rates, metric):
         axes.set_xlabel("epoch")

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from model_export.config import LossConfig, MatchingConfig
+from model_export.distributed import add_up, processes
 from model_export.retinanet.matching import IGNORED, box_iou, match
 from model_export.retinanet.model import Level
 
@@ -23,6 +23,29 @@ class Losses:
     regression: Tensor
 
 
+def assign(anchors: Tensor, boxes: Sequence[Tensor], matching: MatchingConfig) -> list[Tensor]:
+    """For each picture with objects `boxes` [(n, 4)] what `match` says of anchors (A, 4)."""
+    return [
+        match(
+            box_iou(objects, anchors),
+            foreground=matching.foreground,
+            background=matching.background,
+            low_quality_matches=matching.low_quality_matches,
+        )
+        for objects in boxes
+    ]
+
+
+def normaliser(assigned: Sequence[Tensor]) -> Tensor:
+    """What the sums over all anchors are multiplied by, a float32 scalar.
+
+    1 / the number of foreground anchors in the whole batch, over all processes, and at least 1
+    (Focal Loss, section 4), times the number of processes: their gradients are averaged.
+    """
+    counts = [(matched >= 0).sum(dtype=torch.float32) for matched in assigned]
+    return processes() / add_up(torch.stack(counts).sum()).clamp(min=1.0)
+
+
 def detection_loss(
     levels: Sequence[Level],
     boxes: Sequence[Tensor],
@@ -33,22 +56,29 @@ def detection_loss(
 ) -> Losses:
     """Loss of a batch of B pictures with objects `boxes` [(n, 4)] and `labels` [(n,)].
 
-    Both parts are sums over all anchors divided by the number of foreground anchors in the
-    whole batch, over all processes, and at least 1 (Focal Loss, section 4).
+    Both parts are sums over all anchors times the `normaliser` of this batch.
     """
+    assigned = assign(torch.cat([level.anchors for level in levels]), boxes, matching)
+    return assigned_loss(levels, assigned, boxes, labels, loss=loss, scale=normaliser(assigned))
+
+
+def assigned_loss(
+    levels: Sequence[Level],
+    assigned: Sequence[Tensor],
+    boxes: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    *,
+    loss: LossConfig,
+    scale: Tensor,
+) -> Losses:
+    """The sums over all anchors, as `assign` gave them their objects, times `scale`."""
     logits = torch.cat([level.logits for level in levels], dim=1)
     deltas = torch.cat([level.deltas for level in levels], dim=1)
     anchors = torch.cat([level.anchors for level in levels])
     classification = logits.new_zeros((), dtype=torch.float32)
     regression = logits.new_zeros((), dtype=torch.float32)
-    foreground_count = logits.new_zeros((), dtype=torch.float32)
-    for index, (objects, classes) in enumerate(zip(boxes, labels, strict=True)):
-        matched = match(
-            box_iou(objects, anchors),
-            foreground=matching.foreground,
-            background=matching.background,
-            low_quality_matches=matching.low_quality_matches,
-        )
+    pictures = zip(assigned, boxes, labels, strict=True)
+    for index, (matched, objects, classes) in enumerate(pictures):
         used = matched != IGNORED
         foreground = matched >= 0
         targets = torch.zeros_like(logits[index], dtype=torch.float32)
@@ -60,17 +90,6 @@ def detection_loss(
             wanted = objects[matched[foreground]]
             boxes_loss = loss.box(deltas[index][foreground], anchors[foreground], wanted)
             regression = regression + boxes_loss.sum()
-        foreground_count = foreground_count + foreground.sum()
-    scale = _shared_scale(foreground_count)
     # Touching every delta keeps the regression head in the graph of a batch without objects.
     nothing = F.relu(deltas.float().sum() * 0.0)
     return Losses(classification * scale, (regression * loss.box_weight + nothing) * scale)
-
-
-def _shared_scale(foreground_count: Tensor) -> Tensor:
-    """1 / foreground anchors of all processes, times the processes: gradients are averaged."""
-    processes = 1
-    if dist.is_available() and dist.is_initialized():
-        processes = dist.get_world_size()
-        dist.all_reduce(foreground_count)
-    return processes / foreground_count.clamp(min=1.0)

@@ -17,6 +17,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from model_export.checkpoints import Description
 from model_export.curves import training_curves
 from model_export.datasets import Sample
+from model_export.distributed import from_first, gather, share
 from model_export.evaluation import KEPT_DETECTIONS, SCORE, Evaluation, coco_metrics
 from model_export.retinanet.postprocess import candidates, suppress
 from model_export.trainee import Trainee
@@ -34,9 +35,13 @@ _log = logging.getLogger(__name__)
 
 
 class Recorder(lightning.Callback):
-    """After each epoch: validate if it is due, write metrics and curves, save checkpoints."""
+    """After each epoch: validate if it is due, write metrics and curves, save checkpoints.
+
+    Every process validates its share of the pictures; the first one writes.
+    """
 
     def __init__(self, output: Path, samples: Sequence[Sample], examples: Sequence[Example]):
+        """`samples` is the whole split, `examples` this process's share of it."""
         self._output = output
         self._samples = samples
         self._examples = examples
@@ -44,13 +49,12 @@ class Recorder(lightning.Callback):
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """Validate the averaged weights, not the current ones: they are what is kept."""
         trainee: Trainee = pl_module
-        if not trainer.is_global_zero:
-            return
         config = trainee.config
         epoch = trainer.current_epoch + 1
         final = epoch == config.epochs or trainer.should_stop
         evaluation: Evaluation | None = None
-        if final or epoch % config.validate_every == 0:
+        due = final or epoch % config.validate_every == 0
+        if due:
             evaluation = validate(
                 trainee.average.module,
                 self._samples,
@@ -58,10 +62,12 @@ class Recorder(lightning.Callback):
                 trainee.description,
                 device=trainee.device,
             )
-        self._record(trainee, epoch, evaluation)
-        best = evaluation is not None and (evaluation.ap or 0.0) > trainee.best_ap
-        if evaluation is not None and best:
-            trainee.best_ap = evaluation.ap or 0.0
+        if trainer.is_global_zero:
+            self._record(trainee, epoch, evaluation)
+        ap = from_first((evaluation.ap or 0.0) if evaluation else None) if due else None
+        best = ap is not None and ap > trainee.best_ap
+        if ap is not None and best:
+            trainee.best_ap = ap
         # A run that is killed in between goes on from the older `last` and finds the best again.
         if best:
             trainer.save_checkpoint(self._output / BEST)
@@ -145,14 +151,21 @@ def validate(
     description: Description,
     *,
     device: torch.device,
-) -> Evaluation:
-    """COCO metrics of a network as it stands, in torch, at score 0.01 and 300 detections."""
+) -> Evaluation | None:
+    """COCO metrics of a network as it stands, in torch, at score 0.01 and 300 detections.
+
+    `examples` is this process's `share`; the first process gets the metrics, the others None.
+    """
     network.eval()
     found = [
         detect_example(network, example, description.canvas.fit(sample.size), device=device)
-        for example, sample in zip(examples, samples, strict=True)
+        for example, sample in zip(examples, share(samples), strict=True)
     ]
-    return coco_metrics(samples, found, description.classes)
+    shares = gather(found)
+    if shares is None:
+        return None
+    ordered = [shares[index % len(shares)][index // len(shares)] for index in range(len(samples))]
+    return coco_metrics(samples, ordered, description.classes)
 
 
 @torch.no_grad()

@@ -5,22 +5,31 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final
 
 import lightning
 import torch
+import torch.distributed as dist
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies.parallel import ParallelStrategy
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from model_export.checkpoints import DESCRIPTION_KEY, Description
 from model_export.config import OptimiserConfig, TrainConfig
-from model_export.objective import detection_loss
+from model_export.distributed import add_up, processes
+from model_export.objective import assign, assigned_loss, normaliser
+from model_export.retinanet.anchors import canvas_anchors
+from model_export.retinanet.matching import IGNORED
 from model_export.retinanet.model import RetinaNet, freeze_norms
 from model_export.transforms import Batch
 from service.errors import RetinaserveError
 
 PATIENCE: Final = 20
 """Steps in a row with a loss or gradient that is not finite before the run gives up."""
+_KEPT_CANVASES: Final = 16
+"""Canvas sizes whose anchors stay in memory."""
 
 
 class TrainingError(RetinaserveError):
@@ -42,6 +51,8 @@ class Trainee(lightning.LightningModule):
     ) -> None:
         """`pretrained`: the backbone's weights, and so its norms' statistics, come from a file."""
         super().__init__()
+        # Gradients of several backward passes make one step; see training_step.
+        self.automatic_optimization = False
         # A fresh network's statistics are no more than mean 0 and variance 1: frozen at these,
         # deep networks explode or go silent.
         self._norms_frozen = config.freeze_norms and pretrained
@@ -52,9 +63,13 @@ class Trainee(lightning.LightningModule):
         self.description = description
         self.best_ap = -1.0
         self.sums: dict[str, float] = {}
+        self._steps = 0
         self._minutes_before = 0.0
         self._started = time.monotonic()
+        self._first_minutes = 0.0
+        self._finite = True
         self._not_finite = 0
+        self._anchors: dict[torch.Size, Tensor] = {}
 
     def minutes(self) -> float:
         """Time spent on this run, over all its resumptions."""
@@ -63,14 +78,15 @@ class Trainee(lightning.LightningModule):
     def progress(self) -> float:
         """Share of the schedule that is over: by steps or by time, whichever is further."""
         total = self.config.epochs * self.trainer.num_training_batches
-        done = self.global_step / total
+        done = self._steps / total
         if self.config.max_minutes is not None:
-            done = max(done, self.minutes() / self.config.max_minutes)
+            done = max(done, self._agreed_minutes() / self.config.max_minutes)
         return min(done, 1.0)
 
     def on_fit_start(self) -> None:
         """Start the clock when the work starts."""
         self._started = time.monotonic()
+        self._first_minutes = self._minutes_before
 
     def on_train_epoch_start(self) -> None:
         """Choose the modes anew: validation has left the average as it wants it."""
@@ -80,46 +96,39 @@ class Trainee(lightning.LightningModule):
             freeze_norms(self.network.modules())
         self.sums = {"steps": 0.0, "classification": 0.0, "regression": 0.0}
 
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Set the learning rates for this step."""
-        share = schedule(self.config.optimiser, self.global_step, self.progress())
-        optimiser = self.optimizers(use_pl_optimizer=False)
-        assert isinstance(optimiser, torch.optim.Optimizer)
+    def transfer_batch_to_device(
+        self, batch: Batch, device: torch.device, dataloader_idx: int
+    ) -> Batch:
+        """Copy from page-locked memory while the device still works on the step before."""
+        return batch.to(device, non_blocking=device.type != "cpu")
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """One step of the optimiser on this process's share of a batch.
+
+        What the batch's loss is divided by is known before the first backward pass, so that all
+        parts of all shares add up to the gradient of the whole.
+        """
+        optimiser = self.optimizers()
+        assert isinstance(optimiser, LightningOptimizer)
+        share = schedule(self.config.optimiser, self._steps, self.progress())
         for group in optimiser.param_groups:
             group["lr"] = group["peak_lr"] * share
+        optimiser.zero_grad()
+        classification, regression = self._share_figures(self._backward(batch))
+        self._finite = math.isfinite(classification + regression)
+        if self._finite:
+            self.sums["steps"] += 1
+            self.sums["classification"] += classification
+            self.sums["regression"] += regression
+            self.log("loss", classification + regression, prog_bar=True, batch_size=len(batch))
+        optimiser.step()
+        self._steps += 1
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
-        """Loss of one batch; None, which skips the step, if it is not finite."""
-        levels = self.network(batch.images, batch.image_sizes)
-        losses = detection_loss(
-            levels,
-            batch.boxes,
-            batch.labels,
-            matching=self.config.matching,
-            loss=self.config.loss,
-        )
-        total = losses.classification + losses.regression
-        if not torch.isfinite(total):
-            self._count_not_finite()
-            return None
-        self.sums["steps"] += 1
-        self.sums["classification"] += losses.classification.item()
-        self.sums["regression"] += losses.regression.item()
-        self.log("loss", total.detach(), prog_bar=True, batch_size=len(batch.boxes))
-        return total
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: int | float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip the gradient's norm; drop a gradient that is not finite, which skips the step."""
         learning = [p for p in self.network.parameters() if p.grad is not None]
-        if not learning:
-            return
         norm = torch.nn.utils.clip_grad_norm_(learning, self.config.optimiser.gradient_clip)
-        if torch.isfinite(norm):
+        if self._finite and torch.isfinite(norm):
             self._not_finite = 0
             return
         # One such step would leave nothing finite in the network or in its average.
@@ -131,31 +140,90 @@ class Trainee(lightning.LightningModule):
         """Update the average; stop when the time is over."""
         self.average.update_parameters(self.network)
         limit = self.config.max_minutes
-        if limit is not None and self.minutes() >= limit:
+        if limit is not None and self._agreed_minutes() >= limit:
             self.trainer.should_stop = True
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """SGD or AdamW; no weight decay on biases and norms, a rate of its own for the backbone."""
         settings = self.config.optimiser
-        groups = parameter_groups(self.network, settings)
+        groups = parameter_groups(self.network, settings, batch_size=self.config.batch_size)
         if settings.name == "adamw":
             return torch.optim.AdamW(groups, lr=settings.lr)
         return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum)
+
+    def _agreed_minutes(self) -> float:
+        """`minutes` of the first process, for all: else each had its own learning rate."""
+        return self.minutes() if processes() == 1 else self._first_minutes
+
+    def _backward(self, batch: Batch) -> Tensor:
+        """Add up the gradients of all parts; (2,) this process's part of both losses."""
+        assigned = assign(self._anchors_of(batch), batch.boxes, self.config.matching)
+        if not batch.counted:
+            assigned = [torch.full_like(matched, IGNORED) for matched in assigned]
+        scale = normaliser(assigned)
+        parts = batch.split(self.config.accumulate)
+        figures = torch.zeros(2, device=batch.images.device)
+        done = 0
+        for part in parts:
+            last = part is parts[-1]
+            with nullcontext() if last else self._unshared():
+                losses = assigned_loss(
+                    self.network(part.images, part.image_sizes),
+                    assigned[done : done + len(part)],
+                    part.boxes,
+                    part.labels,
+                    loss=self.config.loss,
+                    scale=scale,
+                )
+                self.manual_backward(losses.classification + losses.regression)
+            figures += torch.stack([losses.classification, losses.regression]).detach()
+            done += len(part)
+        return figures
+
+    def _unshared(self) -> AbstractContextManager[None]:
+        """Within it, processes do not exchange gradients: they do that once for all parts."""
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ParallelStrategy):
+            return strategy.block_backward_sync()
+        return nullcontext()
+
+    def _share_figures(self, figures: Tensor) -> list[float]:
+        """Both losses of the whole batch; and all processes read the first one's clock."""
+        if processes() == 1:
+            return figures.tolist()
+        clock = self.minutes() if dist.get_rank() == 0 else 0.0
+        shared = torch.cat([figures.double(), figures.new_tensor([clock], dtype=torch.float64)])
+        *losses, self._first_minutes = add_up(shared).tolist()
+        return [each / processes() for each in losses]
+
+    def _anchors_of(self, batch: Batch) -> Tensor:
+        """(A, 4) anchors of the batch's canvas."""
+        size = batch.images.shape[1:3]
+        if size not in self._anchors:
+            if len(self._anchors) >= _KEPT_CANVASES:
+                self._anchors.clear()
+            anchors = canvas_anchors(self.description.model.anchors, *size)
+            self._anchors[size] = anchors.to(batch.images.device)
+        return self._anchors[size]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put in what a reader of the checkpoint and a resumed run need."""
         checkpoint[DESCRIPTION_KEY] = self.description.model_dump(mode="json")
         checkpoint["progress"] = {
             "minutes": self.minutes(),
+            "steps": self._steps,
             "best_ap": self.best_ap,
             "norms_frozen": self._norms_frozen,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on where the run stopped."""
-        self._minutes_before = float(checkpoint["progress"]["minutes"])
-        self.best_ap = float(checkpoint["progress"]["best_ap"])
-        self._norms_frozen = bool(checkpoint["progress"]["norms_frozen"])
+        progress = checkpoint["progress"]
+        self._minutes_before = float(progress["minutes"])
+        # Older checkpoints leave the count to Lightning.
+        self._steps = int(progress.get("steps", checkpoint["global_step"]))
+        self.best_ap = float(progress["best_ap"])
+        self._norms_frozen = bool(progress["norms_frozen"])
 
     def _count_not_finite(self) -> None:
         self._not_finite += 1
@@ -178,8 +246,22 @@ def schedule(settings: OptimiserConfig, step: int, progress: float) -> float:
     return cosine * min(1.0, (step + 1) / max(settings.warmup_steps, 1))
 
 
-def parameter_groups(network: RetinaNet, settings: OptimiserConfig) -> list[dict[str, Any]]:
+def peak_rate(settings: OptimiserConfig, *, batch_size: int) -> float:
+    """The learning rate that the schedule rises to: `lr`, in proportion to the batch if asked for.
+
+    As in "Accurate, Large Minibatch SGD", arXiv 1706.02677, section 2.1.
+
+    >>> peak_rate(OptimiserConfig(lr=0.01, lr_batch=16), batch_size=64)
+    0.04
+    """
+    return settings.lr * (1.0 if settings.lr_batch is None else batch_size / settings.lr_batch)
+
+
+def parameter_groups(
+    network: RetinaNet, settings: OptimiserConfig, *, batch_size: int
+) -> list[dict[str, Any]]:
     """Optimiser groups: (backbone or not) x (decayed or not), each with its peak rate."""
+    peak = peak_rate(settings, batch_size=batch_size)
     groups: dict[tuple[bool, bool], list[Tensor]] = {}
     for name, parameter in network.named_parameters():
         key = (name.startswith("backbone."), parameter.ndim > 1)
@@ -187,7 +269,7 @@ def parameter_groups(network: RetinaNet, settings: OptimiserConfig) -> list[dict
     return [
         {
             "params": parameters,
-            "peak_lr": settings.lr * (settings.backbone_lr_share if backbone else 1.0),
+            "peak_lr": peak * (settings.backbone_lr_share if backbone else 1.0),
             "weight_decay": settings.weight_decay if decayed else 0.0,
         }
         for (backbone, decayed), parameters in sorted(groups.items(), reverse=True)

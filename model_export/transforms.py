@@ -7,6 +7,7 @@ canvas pixels, continuous edges.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -140,6 +141,11 @@ class Batch:
     """B times (N, 4) float32: x1, y1, x2, y2 in canvas pixels."""
     labels: list[torch.Tensor]
     """B times (N,) int64."""
+    counted: bool = True
+    """False where this process has no share of a batch: its picture is another's, and teaches
+    nothing."""
+    smallest_share: int | None = None
+    """Pictures of the process that has the fewest, where several share a batch."""
 
     def __len__(self) -> int:
         return int(self.images.shape[0])
@@ -158,6 +164,25 @@ class Batch:
             function(self.image_sizes),
             [function(boxes) for boxes in self.boxes],
             [function(labels) for labels in self.labels],
+            self.counted,
+            self.smallest_share,
+        )
+
+    def split(self, parts: int) -> list[Batch]:
+        """At most `parts` batches of nearly as many pictures each; as many on every process."""
+        count = len(self)
+        parts = min(parts, count if self.smallest_share is None else self.smallest_share)
+        edges = [count * part // parts for part in range(parts + 1)]
+        return [self._cut(slice(*ends)) for ends in itertools.pairwise(edges)]
+
+    def _cut(self, part: slice) -> Batch:
+        return Batch(
+            self.images[part],
+            self.image_sizes[part],
+            self.boxes[part],
+            self.labels[part],
+            self.counted,
+            self.smallest_share,
         )
 
 
@@ -181,6 +206,8 @@ def transpose(batch: Batch) -> Batch:
         image_sizes=batch.image_sizes.flip(1),
         boxes=[boxes[:, [1, 0, 3, 2]] for boxes in batch.boxes],
         labels=batch.labels,
+        counted=batch.counted,
+        smallest_share=batch.smallest_share,
     )
 
 
@@ -247,19 +274,37 @@ class TrainingBatches(TorchDataset[Batch]):
     """Augmented batches by the keys of a CanvasBatchSampler.
 
     For `DataLoader(batches, sampler=sampler, batch_size=None)`: a batch depends on its keys and
-    the seed alone, so that any number of workers and a resumed run give the same ones.
+    the seed alone, so that any number of workers and a resumed run give the same ones. Of several
+    `processes` that are given the same keys, each makes its share of the examples;
+    together they make what one process would.
     """
 
-    def __init__(self, cache: CanvasCache, augmentation: Augmentation, *, seed: int) -> None:
+    def __init__(
+        self,
+        cache: CanvasCache,
+        augmentation: Augmentation,
+        *,
+        seed: int,
+        rank: int = 0,
+        processes: int = 1,
+    ) -> None:
         self._cache = cache
         self._augmentation = augmentation
         self._seed = seed
+        self._rank = rank
+        self._processes = processes
 
     def __len__(self) -> int:
         return len(self._cache)
 
     def __getitem__(self, keys: Sequence[Key]) -> Batch:
-        batch = collate([self.example(key) for key in keys])
+        share = keys[self._rank :: self._processes]
+        # A process without a share still takes part in the step, so it needs some picture; one of
+        # the batch leaves the statistics that batch norms share nearly as they are.
+        spare = [keys[self._rank % len(keys)]]
+        batch = collate([self.example(key) for key in share or spare])
+        batch.counted = bool(share)
+        batch.smallest_share = max(1, len(keys) // self._processes)
         # The 1 keeps this stream apart from those of the samples, which have one number less.
         rng = np.random.default_rng([self._seed, keys[0].epoch, keys[0].sample, 1])
         return transpose(batch) if rng.random() < self._augmentation.transpose else batch

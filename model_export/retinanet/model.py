@@ -155,5 +155,5 @@ class RetinaNet(nn.Module):
 def freeze_norms(modules: Iterable[nn.Module]) -> None:
     """Put batch norms into evaluation mode: their statistics stay, their weights still learn."""
     for module in modules:
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
             module.eval()

@@ -61,7 +61,7 @@ def test_large_gradients_are_clipped() -> None:
     optimiser = made.configure_optimizers()
     for parameter in made.network.parameters():
         parameter.grad = torch.ones_like(parameter)
-    made.configure_gradient_clipping(optimiser)
+    made.on_before_optimizer_step(optimiser)
     grads = [p.grad for p in made.network.parameters() if p.grad is not None]
     assert torch.stack([g.norm() for g in grads]).norm().item() == pytest.approx(
         made.config.optimiser.gradient_clip, rel=1e-3
@@ -79,7 +79,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing(bad: float) -> None:
     grad = next(made.network.parameters()).grad
     assert grad is not None
     grad.view(-1)[0] = bad
-    made.configure_gradient_clipping(optimiser, 10.0, "norm")
+    made.on_before_optimizer_step(optimiser)
     optimiser.step()
     for key, value in made.network.state_dict().items():
         assert torch.equal(value, before[key]), key

@@ -18,7 +18,7 @@ from model_export import trainee
 from model_export.checkpoints import AVERAGE_PREFIX, Checkpoint, Description, load_checkpoint
 from model_export.config import OptimiserConfig, TrainConfig
 from model_export.datasets import Dataset, load_voc
-from model_export.objective import Losses, detection_loss
+from model_export.objective import Losses, assigned_loss
 from model_export.recording import write_row
 from model_export.retinanet.anchors import AnchorConfig
 from model_export.retinanet.model import ModelConfig, RetinaNet
@@ -247,11 +247,11 @@ def break_losses(
     made: list[Losses] = []
 
     def broken(*arguments: Any, **options: Any) -> Losses:
-        losses = detection_loss(*arguments, **options)
+        losses = assigned_loss(*arguments, **options)
         made.append(losses)
         return faults[len(made) % len(faults)](losses)
 
-    monkeypatch.setattr(trainee, "detection_loss", broken)
+    monkeypatch.setattr(trainee, "assigned_loss", broken)
     return made
 
 
@@ -338,7 +338,7 @@ def test_no_warm_up() -> None:
 def test_every_parameter_learns_in_one_group() -> None:
     network = RetinaNet(MODEL, classes=2)
     settings = OptimiserConfig(lr=0.1, backbone_lr_share=0.5, weight_decay=0.01)
-    groups = parameter_groups(network, settings)
+    groups = parameter_groups(network, settings, batch_size=8)
     members = [id(p) for group in groups for p in group["params"]]
     assert sorted(members) == sorted(id(p) for p in network.parameters())
     group_of = {id(p): group for group in groups for p in group["params"]}
@@ -350,7 +350,8 @@ def test_every_parameter_learns_in_one_group() -> None:
     # Outside of the backbone comes last or first, but always in the same place: resuming
     # matches groups by their order.
     assert [len(g["params"]) for g in groups] == [
-        len(g["params"]) for g in parameter_groups(RetinaNet(MODEL, classes=2), settings)
+        len(g["params"])
+        for g in parameter_groups(RetinaNet(MODEL, classes=2), settings, batch_size=8)
     ]
 
 

@@ -1,0 +1,226 @@
+"""Many processes, one run: who takes part, what they share, and how one machine starts them.
+
+torchrun tells every process its place by environment variables; a run that it did not start has
+one process, for which everything here is free.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from service.errors import RetinaserveError
+
+
+class ProcessLost(RetinaserveError):
+    """Another process of the run ended before this one was done."""
+
+    title = "Process lost"
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """One process's place among those of the run."""
+
+    rank: int = 0
+    size: int = 1
+    local_size: int = 1
+    """Processes on this machine."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one process that writes files and talks."""
+        return self.rank == 0
+
+    @property
+    def nodes(self) -> int:
+        """Machines, each with as many processes."""
+        return self.size // self.local_size
+
+
+def world() -> World:
+    """This process's place, as torchrun tells it."""
+    if not dist.is_torchelastic_launched():
+        return World()
+    names = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    return World(*(int(os.environ[name]) for name in names))
+
+
+T = TypeVar("T")
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+    """This process's part of what all processes go through together."""
+    place = world()
+    return items[place.rank :: place.size]
+
+
+# --- what processes share ------------------------------------------------------------------------
+
+
+def processes() -> int:
+    """How many processes train together; 1 where no process group is up."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def add_up(tensor: Tensor) -> Tensor:
+    """Sum a tensor over all processes, in place."""
+    if processes() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather(value: Any) -> list[Any] | None:
+    """Every process's value, by rank, on the first process; None on the others."""
+    if processes() == 1:
+        return [value]
+    gathered: list[Any] | None = [None] * processes() if dist.get_rank() == 0 else None
+    dist.gather_object(value, gathered)
+    return gathered
+
+
+def from_first(value: Any) -> Any:
+    """The first process's value, on every process."""
+    if processes() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+# --- batch norms ---------------------------------------------------------------------------------
+
+
+class SharedBatchNorm(nn.BatchNorm2d):
+    """Batch norm with statistics of the whole batch over all processes, on any device.
+
+    torch's own `SyncBatchNorm` is faster, and refuses CPUs.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to the same."""
+        if not self.training or processes() == 1:
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return self._normalise(x.float()).to(x.dtype)
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        own = x.new_tensor([x.numel() / x.shape[1]])
+        sums = _SharedSum.apply(torch.cat([x.sum(dim=(0, 2, 3)), own]))
+        count = sums[-1].detach()
+        mean = sums[:-1] / count
+        centred = x - mean[:, None, None]
+        variance = _SharedSum.apply(centred.square().sum(dim=(0, 2, 3))) / count
+        with torch.no_grad():
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            assert self.num_batches_tracked is not None
+            assert self.momentum is not None
+            self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(mean, self.momentum)
+            # The running variance is the unbiased one.
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        scale = torch.rsqrt(variance + self.eps) * self.weight
+        return centred * scale[:, None, None] + self.bias[:, None, None]
+
+
+class _SharedSum(torch.autograd.Function):
+    """Sum over all processes, whose gradient is the sum of all processes' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return add_up(value.clone())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return add_up(gradients[0].clone())
+
+
+def share_norms(network: nn.Module, *, cuda: bool) -> None:
+    """Let batch norms that learn statistics learn those of the whole batch, in place."""
+    if cuda:
+        nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        return
+    for module in network.modules():
+        if type(module) is nn.BatchNorm2d:
+            # Nothing but the forward differs, so state and place in the network stay.
+            module.__class__ = SharedBatchNorm
+
+
+# --- start and end -------------------------------------------------------------------------------
+
+
+def launch(count: int, command: Sequence[str]) -> None:
+    """Run a command as `count` processes of one run on this machine, until all have ended.
+
+    The first one that fails ends the others. Raises SystemExit with its exit status, or
+    ProcessLost if a signal ended it.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # Processes that each take all cores only get into each other's way.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    # What failed has said why; torch's report of it is a page long.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    settings = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=str(uuid.uuid4()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(settings, command[0])(*command[1:])
+    except SignalException as error:
+        raise SystemExit(128 + error.sigval) from error
+    except ChildFailedError as error:
+        # One that a signal ended is the cause; the others fail because they miss it.
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        rank = min(codes, key=lambda each: (codes[each] >= 0, each))
+        if codes[rank] >= 0:
+            raise SystemExit(error.get_first_failure()[1].exitcode) from error
+        name = signal.Signals(-codes[rank]).name
+        raise ProcessLost(f"process {rank} of {count} was ended by {name}") from error
+
+
+def this_command() -> list[str]:
+    """What starts this process once more."""
+    return [sys.executable, *sys.argv]
+
+
+@contextmanager
+def lost_processes_named() -> Iterator[None]:
+    """Turn torch's account of a connection that broke off into one line. Raises ProcessLost."""
+    try:
+        yield
+    except RuntimeError as error:
+        if processes() == 1 or not _is_broken_connection(error):
+            raise
+        raise ProcessLost(
+            f"process {dist.get_rank()} of {dist.get_world_size()} lost another one, "
+            "whose own message says why"
+        ) from error
+
+
+def _is_broken_connection(error: RuntimeError) -> bool:
+    words = (
+        "Connection closed by peer",
+        "Connection reset by peer",
+        "remote process has terminated",
+    )
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
