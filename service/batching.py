@@ -185,3 +185,18 @@ class Admission:
             yield
         finally:
             self.held -= 1
+
+    @contextmanager
+    def more(self, places: int) -> Iterator[None]:
+        """Hold further places, for a picture's tiles: all, or Unavailable is raised."""
+        if self.held + places > self.limit:
+            raise Unavailable(
+                f"the queue has room for {self.limit - self.held} more of the picture's "
+                f"{places + 1} canvases; try again in a second, or with larger tiles",
+                reason="queue-full",
+            )
+        self.held += places
+        try:
+            yield
+        finally:
+            self.held -= places

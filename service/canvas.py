@@ -111,6 +111,10 @@ class Buckets(_Rule):
         """Every canvas that this rule can produce, known in advance, so that it can be warmed."""
         return self.sizes
 
+    def tiles(self) -> tuple[Letterbox, ...]:
+        """Pictures that fill a canvas at their own resolution, one for each canvas."""
+        return tuple(Letterbox(size, size, size) for size in self.sizes)
+
     def largest(self) -> Size:
         """The canvas of greatest area."""
         return max(self.sizes, key=lambda size: size.area)
@@ -138,6 +142,12 @@ class ShortSide(_Rule):
     def all_canvases(self) -> tuple[Size, ...]:
         """Nothing is known in advance: the canvas follows each picture's aspect ratio."""
         return ()
+
+    def tiles(self) -> tuple[Letterbox, ...]:
+        """Pictures that this rule neither scales nor could take larger: wide, tall and square."""
+        short = min(self.short, self.long)
+        shapes = (Size(short, self.long), Size(self.long, short), Size(short, short))
+        return tuple(self.fit(shape) for shape in shapes)
 
     def largest(self) -> Size:
         """An upper bound of every canvas's area."""

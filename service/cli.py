@@ -170,6 +170,14 @@ def serve(
     type=click.FloatRange(0.0, 1.0),
     help="Only detections that score above this; default: the model's own.",
 )
+@click.option(
+    "--tile",
+    default="off",
+    show_default=True,
+    metavar="off|auto|N",
+    help="Cut large pictures into overlapping tiles; auto: of the model's canvas size, where the "
+    "picture would shrink to less than half; N: with N pixels on the longer side.",
+)
 @click.option("--device", help="auto, cpu, cuda or cuda:1.")
 @click.option(
     "--output", type=click.Choice(["json", "coco", "csv"]), default="json", show_default=True
@@ -183,6 +191,7 @@ def detect(
     paths: tuple[Path, ...],
     model: str | None,
     score_threshold: float | None,
+    tile: str,
     device: str | None,
     output: str,
     save_dir: Path | None,
@@ -192,6 +201,7 @@ def detect(
     A file that is no good picture is reported, the others go on, and the exit code is 2.
     """
     from service.commands import detect as command
+    from service.tiling import parse_tile
 
     failed = command.run(
         paths,
@@ -200,6 +210,7 @@ def detect(
         device=device,
         output=output,
         save_dir=save_dir,
+        tile=parse_tile(tile),
     )
     sys.exit(2 if failed else 0)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from asyncio import get_running_loop
+from asyncio import Semaphore, get_running_loop
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
@@ -57,6 +57,9 @@ class Service:
         )
         """Pictures of one batch request in the pipeline at a time: enough to keep every thread
         busy, and not so many that other clients wait for all of them."""
+        self.decoded_pictures = Semaphore(1 + len(self.hardware.devices))
+        """Bounds how many large pictures lie decoded in memory while their tiles are detected:
+        one for each device, and the next one, so that no device waits for it."""
         self.draining = False
         self._helpers = ThreadPoolExecutor(threads, thread_name_prefix="helper")
         self.metrics.watch(

@@ -33,8 +33,8 @@ class Detections:
     def __len__(self) -> int:
         return len(self.scores)
 
-    def pick(self, chosen: NDArray[np.bool_] | slice) -> Detections:
-        """The detections that a mask or a slice chooses."""
+    def pick(self, chosen: NDArray[np.bool_] | NDArray[np.int64] | slice) -> Detections:
+        """The detections that a mask, indices or a slice choose."""
         return Detections(self.boxes[chosen], self.scores[chosen], self.labels[chosen])
 
 

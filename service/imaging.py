@@ -62,6 +62,58 @@ class Prepared:
     letterbox: Letterbox
 
 
+class Opened:
+    """A compressed picture whose header was read. For one thread at a time."""
+
+    def __init__(self, header: ImageFile.ImageFile) -> None:
+        self._header = header
+        try:
+            self._orientation = _orientation(header)
+        except Exception as error:
+            raise _malformed(error) from error
+        self.size = self._turned(Size(height=header.height, width=header.width))
+        """Upright."""
+
+    def prepare(self, rule: Buckets | ShortSide) -> Prepared:
+        """Decode the picture and place it on its canvas, scaled in one go. Raises MalformedImage.
+
+        Afterwards this object is used up: its pixels may have been scaled while decoding.
+        """
+        placed = rule.fit(self.size)
+        resized = self._turned(placed.resized)
+        wanted = (resized.width, resized.height)
+        try:
+            if isinstance(self._header, JpegImageFile):
+                # The decoder scales by 1/2, 1/4 or 1/8 at a fraction of the cost of decoding in
+                # full; `draft` picks the smallest that is still at least the size asked for.
+                self._header.draft(None, wanted)
+            scaled = _to_rgb(self._header).resize(wanted, Image.Resampling.BILINEAR)
+            upright = _transposed(scaled, self._orientation)
+        except Exception as error:
+            # Whatever a decoder throws on bytes from outside means that the bytes are bad: Pillow
+            # raises OSError, SyntaxError, ValueError, struct.error, zlib.error and more.
+            raise _malformed(error) from error
+        return _place(upright, placed)
+
+    def decode(self) -> Image.Image:
+        """Every pixel: upright, RGB. Raises MalformedImage."""
+        try:
+            return _transposed(_to_rgb(self._header), self._orientation)
+        except Exception as error:
+            raise _malformed(error) from error
+
+    def _turned(self, size: Size) -> Size:
+        """From upright to stored, and back."""
+        if self._orientation in _SWAPS_SIDES:
+            return Size(height=size.width, width=size.height)
+        return size
+
+
+def open_picture(data: bytes | memoryview, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Opened:
+    """Read a compressed picture's header. Raises MalformedImage, UnsupportedMedia or TooLarge."""
+    return Opened(_open(data, max_pixels=max_pixels))
+
+
 def prepare(
     data: bytes | memoryview,
     rule: Buckets | ShortSide,
@@ -72,34 +124,29 @@ def prepare(
 
     Raises MalformedImage, UnsupportedMedia or TooLarge.
     """
-    header = _open(data, max_pixels=max_pixels)
-    try:
-        placed = rule.fit(_upright_size(header))
-        if isinstance(header, JpegImageFile):
-            # The decoder scales by 1/2, 1/4 or 1/8 at a fraction of the cost of decoding in
-            # full; `draft` picks the smallest that is still at least the size asked for.
-            header.draft(None, _turned(header, placed.resized))
-        resized = _to_rgb(header).resize(_turned(header, placed.resized), Image.Resampling.BILINEAR)
-        upright = _transposed(resized, _orientation(header))
-    except Exception as error:
-        # Whatever a decoder throws on bytes from outside means that the bytes are bad: Pillow
-        # raises OSError, SyntaxError, ValueError, struct.error, zlib.error and more.
-        raise _malformed(error) from error
-    canvas = np.zeros((placed.canvas.height, placed.canvas.width, 3), dtype=np.uint8)
-    canvas[: placed.resized.height, : placed.resized.width] = np.asarray(upright)
-    return Prepared(canvas=canvas, letterbox=placed)
+    return open_picture(data, max_pixels=max_pixels).prepare(rule)
+
+
+def cut(picture: Image.Image, corner: tuple[int, int], placed: Letterbox) -> Prepared:
+    """Place the part of a decoded picture (RGB) that begins at `corner` (x, y) on a canvas.
+
+    The part's size is `placed.original`; where that is `placed.resized`, pixels stay as they are.
+    May run in several threads at once on the same picture.
+    """
+    (x, y), (height, width) = corner, placed.original
+    part = (x, y, x + width, y + height)
+    if placed.resized == placed.original:
+        return _place(picture.crop(part), placed)
+    wanted = (placed.resized.width, placed.resized.height)
+    return _place(picture.resize(wanted, Image.Resampling.BILINEAR, box=part), placed)
 
 
 def decode(data: bytes | memoryview, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
-    """Decode a compressed picture in full: upright, RGB. For drawing; detection uses `prepare`.
+    """Decode a compressed picture in full: upright, RGB.
 
     Raises MalformedImage, UnsupportedMedia or TooLarge.
     """
-    image = _open(data, max_pixels=max_pixels)
-    try:
-        return _transposed(_to_rgb(image), _orientation(image))
-    except Exception as error:
-        raise _malformed(error) from error
+    return open_picture(data, max_pixels=max_pixels).decode()
 
 
 def probe(data: bytes | memoryview, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Size:
@@ -107,11 +154,7 @@ def probe(data: bytes | memoryview, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> 
 
     Raises MalformedImage, UnsupportedMedia or TooLarge.
     """
-    image = _open(data, max_pixels=max_pixels)
-    try:
-        return _upright_size(image)
-    except Exception as error:
-        raise _malformed(error) from error
+    return open_picture(data, max_pixels=max_pixels).size
 
 
 def media_type(data: bytes | memoryview) -> str:
@@ -197,18 +240,10 @@ def _orientation(image: ImageFile.ImageFile) -> int:
     return value if value in _TRANSPOSE else 1
 
 
-def _upright_size(image: ImageFile.ImageFile) -> Size:
-    width, height = image.size
-    if _orientation(image) in _SWAPS_SIDES:
-        width, height = height, width
-    return Size(height=height, width=width)
-
-
-def _turned(image: ImageFile.ImageFile, upright: Size) -> tuple[int, int]:
-    """(width, height) before orientation of what has size `upright` after it."""
-    if _orientation(image) in _SWAPS_SIDES:
-        return upright.height, upright.width
-    return upright.width, upright.height
+def _place(resized: Image.Image, placed: Letterbox) -> Prepared:
+    canvas = np.zeros((placed.canvas.height, placed.canvas.width, 3), dtype=np.uint8)
+    canvas[: placed.resized.height, : placed.resized.width] = np.asarray(resized)
+    return Prepared(canvas=canvas, letterbox=placed)
 
 
 def _transposed(image: Image.Image, orientation: int) -> Image.Image:
@@ -232,4 +267,5 @@ def _to_rgb(image: ImageFile.ImageFile) -> Image.Image:
         rgba = image.convert("RGBA")
         page = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(page, rgba).convert("RGB")
-    return image.convert("RGB")
+    # Pillow's conversion to the mode that a picture already has is a second copy of it.
+    return image if image.mode == "RGB" else image.convert("RGB")

@@ -57,6 +57,11 @@ class Metrics:
             buckets=_SIZES,
             registry=self.registry,
         )
+        self.tiles = Counter(
+            "retinaserve_tiles",
+            "Canvases of pictures that were cut into tiles.",
+            registry=self.registry,
+        )
         self._refusals = Counter(
             "retinaserve_refusals",
             "Pictures and requests that were refused, by reason.",
@@ -103,7 +108,7 @@ class Metrics:
         ).set_function(waiting)
         Gauge(
             "retinaserve_pictures_held",
-            "Pictures in the service now, from arrival to answer.",
+            "Pictures (of tiled ones, canvases) in the service now, from arrival to answer.",
             registry=self.registry,
         ).set_function(held)
         Info("retinaserve_device", "The device in use.", registry=self.registry).info(

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -72,7 +73,8 @@ class Outcome(NamedTuple):
 class Work:
     """One picture on its way through the pipeline."""
 
-    data: bytes | memoryview
+    make: Callable[[], Prepared]
+    """Puts it on its canvas. Raises what `imaging.prepare` raises."""
     model: Servable
     score: float
     """Detections that score lower need not be found."""
@@ -80,7 +82,6 @@ class Work:
     deadline: float
     """On the clock of `time.monotonic`."""
     future: asyncio.Future[Outcome]
-    max_pixels: int
     arrived: float = field(default_factory=time.monotonic)
     request_id: str = field(default_factory=request_id.get)
     abandoned: bool = False
@@ -168,9 +169,22 @@ class Pipeline:
 
         Raises what `imaging.prepare` raises, DeadlineExceeded, or InferenceFailed.
         """
+        make = partial(prepare, data, model.metadata.canvas, max_pixels=max_pixels)
+        return await self.detect_canvas(make, model, score=score, iou=iou, deadline=deadline)
+
+    async def detect_canvas(
+        self,
+        make: Callable[[], Prepared],
+        model: Servable,
+        *,
+        score: float,
+        iou: float,
+        deadline: float,
+    ) -> Outcome:
+        """Detect on the canvas that `make` makes, in a decode thread. Otherwise as `detect`."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Outcome] = loop.create_future()
-        work = Work(data, model, score, iou, deadline, future, max_pixels)
+        work = Work(make, model, score, iou, deadline, future)
         timer = loop.call_later(max(0.0, deadline - time.monotonic()), work.expire)
         self._pending.add(work)
         self._arrived.push(work)
@@ -199,7 +213,7 @@ class Pipeline:
     def _decode(self, work: Work) -> None:
         started = time.monotonic()
         try:
-            prepared = prepare(work.data, work.model.metadata.canvas, max_pixels=work.max_pixels)
+            prepared = work.make()
         except RetinaserveError as error:
             # The frames of its traceback hold the picture.
             error.__traceback__ = error.__cause__ = error.__context__ = None

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from service.artifact import Metadata
+from service.artifact import MAX_DETECTIONS_CAP, Metadata
 from service.canvas import Letterbox, Size
 from service.detector import Detections
 from service.errors import InvalidParameter
@@ -23,6 +23,8 @@ class Selection:
     """(K,) a detection of class k scores strictly above scores[k]; inf for classes not wanted."""
     iou: float
     max_detections: int
+    max_when_tiled: int
+    """The same for a picture that is cut into tiles: the model's default is made for one canvas."""
 
     @property
     def lowest_score(self) -> float:
@@ -62,6 +64,7 @@ def resolve(
         scores=scores,
         iou=defaults.iou if iou_threshold is None else iou_threshold,
         max_detections=defaults.max_detections if max_detections is None else max_detections,
+        max_when_tiled=MAX_DETECTIONS_CAP if max_detections is None else max_detections,
     )
 
 
@@ -89,6 +92,12 @@ def native(detections: Detections, classes: Sequence[str]) -> list[dict[str, Any
         }
         for label, score, (x1, y1, x2, y2) in _rows(detections)
     ]
+
+
+def image(size: Size, canvases: int | None = None) -> dict[str, int]:
+    """A picture's size in the API's own shape, with its canvases where tiles were asked for."""
+    document = {"width": size.width, "height": size.height}
+    return document if canvases is None else document | {"tiles": canvases}
 
 
 def coco(detections: Detections, *, image_id: int = 0) -> list[dict[str, Any]]:

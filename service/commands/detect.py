@@ -13,7 +13,6 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, Final, Protocol, TextIO
 
-import numpy as np
 import orjson
 from tqdm import tqdm
 
@@ -30,10 +29,11 @@ from service.errors import (
     RetinaserveError,
     UnknownModel,
 )
-from service.imaging import Prepared, decode, media_type, prepare
+from service.imaging import decode, media_type, open_picture
 from service.problems import problem_of
-from service.results import Selection, select
+from service.results import Selection
 from service.settings import Settings, load_settings
+from service.tiling import Canvases, Tile, detect, lay_out, plan
 
 _SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 _ENCODINGS: Final[dict[str, Encoding]] = {
@@ -57,6 +57,8 @@ class Found:
     """What a picture holds, in original pixels."""
 
     image: Size
+    canvases: int | None
+    """How many it took; None where nobody asked for tiles."""
     detections: Detections
     timing_ms: dict[str, float]
 
@@ -98,6 +100,7 @@ def run(
     device: str | None,
     output: str,
     save_dir: Path | None,
+    tile: Tile = "off",
 ) -> int:
     """Detect in everything below `paths`; the number of pictures that failed.
 
@@ -115,7 +118,7 @@ def run(
         bar = stack.enter_context(
             tqdm(total=len(sources), unit="picture", file=sys.stderr, disable=len(sources) == 1)
         )
-        answers = _detect_all(sources, loaded, pool, settings.max_image_pixels)
+        answers = _detect_all(sources, loaded, pool, settings.max_image_pixels, tile)
         for index, (source, answer) in enumerate(answers):
             found = answer
             if save_dir is not None and isinstance(answer, Found):
@@ -190,42 +193,44 @@ def _unique(relative: Path, taken: set[Path]) -> Path:
 
 
 def _detect_all(
-    sources: Sequence[Source], loaded: LoadedModel, pool: ThreadPoolExecutor, max_pixels: int
+    sources: Sequence[Source],
+    loaded: LoadedModel,
+    pool: ThreadPoolExecutor,
+    max_pixels: int,
+    tile: Tile,
 ) -> Iterator[tuple[Source, Found | RetinaserveError]]:
     """In order; a few pictures are decoded ahead of the one in inference."""
-    ahead: deque[tuple[Source, Future[tuple[Prepared, float]]]] = deque()
-    waiting = iter(sources)
-    for source in waiting:
-        ahead.append((source, pool.submit(_prepare, source.path, loaded, max_pixels)))
-        if len(ahead) > 2 * cpu_count():
-            yield _detect_one(*ahead.popleft(), loaded)
+    ahead: deque[tuple[Source, Future[tuple[Canvases, float]]]] = deque()
+    # Pictures that are cut into tiles stay decoded in full until their turn: one is enough.
+    most = 2 * cpu_count() if tile == "off" else 1
+    for source in sources:
+        ahead.append((source, pool.submit(_prepare, source.path, loaded, max_pixels, tile)))
+        if len(ahead) > most:
+            yield _detect_one(*ahead.popleft(), loaded, tile)
     while ahead:
-        yield _detect_one(*ahead.popleft(), loaded)
+        yield _detect_one(*ahead.popleft(), loaded, tile)
 
 
-def _prepare(path: Path, loaded: LoadedModel, max_pixels: int) -> tuple[Prepared, float]:
+def _prepare(
+    path: Path, loaded: LoadedModel, max_pixels: int, tile: Tile
+) -> tuple[Canvases, float]:
     started = monotonic()
     rule = loaded.detector.metadata.canvas
-    prepared = prepare(_read(path), rule, max_pixels=max_pixels)
-    return prepared, (monotonic() - started) * 1e3
+    opened = open_picture(_read(path), max_pixels=max_pixels)
+    canvases = lay_out(opened, plan(opened.size, rule, tile), rule)
+    return canvases, (monotonic() - started) * 1e3
 
 
 def _detect_one(
-    source: Source, decoded: Future[tuple[Prepared, float]], loaded: LoadedModel
+    source: Source, decoded: Future[tuple[Canvases, float]], loaded: LoadedModel, tile: Tile
 ) -> tuple[Source, Found | RetinaserveError]:
     try:
-        prepared, decode_ms = decoded.result()
+        canvases, decode_ms = decoded.result()
     except RetinaserveError as error:
         return source, error
     started = monotonic()
-    letterbox, selection = prepared.letterbox, loaded.selection
     try:
-        (raw,) = loaded.detector(
-            prepared.canvas[np.newaxis],
-            np.array([letterbox.resized], dtype=np.int64),
-            score_threshold=selection.lowest_score,
-            iou_threshold=selection.iou,
-        )
+        detections = detect(canvases, loaded.detector, loaded.selection)
     except Exception as error:
         # onnxruntime's errors share no base class that it documents.
         return source, InferenceFailed(f"the model failed on this picture: {error}")
@@ -236,7 +241,8 @@ def _detect_one(
         "inference": round(inference_ms, 2),
         "total": round(decode_ms + inference_ms, 2),
     }
-    return source, Found(letterbox.original, select(raw, letterbox, selection), timing)
+    count = None if tile == "off" else canvases.plan.count
+    return source, Found(canvases.plan.whole.original, count, detections, timing)
 
 
 def _read(path: Path) -> bytes:
@@ -365,6 +371,6 @@ class CsvWriter:
 
 def _picture_json(found: Found, loaded: LoadedModel) -> dict[str, Any]:
     return {
-        "image": {"width": found.image.width, "height": found.image.height},
+        "image": results.image(found.image, found.canvases),
         "detections": results.native(found.detections, loaded.classes),
     }

@@ -15,6 +15,7 @@ from starlette.responses import StreamingResponse
 from service import results
 from service.bodies import Body, decode_base64, parse_json, parse_multipart
 from service.context import Service
+from service.detection import detect_one
 from service.errors import (
     InvalidParameter,
     MalformedRequest,
@@ -28,13 +29,12 @@ from service.results import Selection
 from service.routes import openapi
 from service.routes.detect import (
     cancelled_when_gone,
-    detect_one,
-    image_json,
     model_json,
     receive_body,
     take_apart,
 )
 from service.routes.parameters import BatchQuery, deadline, parse_query
+from service.tiling import Tile
 
 _log = logging.getLogger("retinaserve.batch")
 
@@ -71,7 +71,7 @@ class BatchRoute:
             read=time.monotonic(),
             limit_ms=service.settings.request_timeout_ms,
         )
-        run = _Run(service, model, selection, limit, request.url.path)
+        run = _Run(service, model, selection, limit, query.tile, request.url.path)
         if NDJSON in request.headers.get("accept", "").lower():
             return StreamingResponse(run.lines(pictures), media_type=NDJSON)
         async with cancelled_when_gone(request.receive):
@@ -118,14 +118,18 @@ class _Run:
         model: Servable,
         selection: Selection,
         limit: float,
+        tile: Tile,
         path: str,
     ) -> None:
         self._service = service
         self._model = model
         self._selection = selection
         self._limit = limit
+        self._tile = tile
         self._path = path
-        self._window = asyncio.Semaphore(service.batch_window)
+        # A tiled picture fills the window alone, and pictures of one request must not take the
+        # places that another one's tiles need.
+        self._window = asyncio.Semaphore(service.batch_window if tile == "off" else 1)
 
     async def answers(self, pictures: Sequence[Picture]) -> AsyncIterator[dict[str, Any]]:
         """One answer for each picture, as each finishes."""
@@ -165,10 +169,12 @@ class _Run:
             content = picture.content
             if not isinstance(content, memoryview):
                 content = memoryview(await service.off_loop(decode_base64, content))
-            outcome, found = await detect_one(service, content, model, self._selection, self._limit)
+            answer = await detect_one(
+                service, content, model, self._selection, self._limit, self._tile
+            )
             return {
-                "image": image_json(outcome.letterbox.original),
-                "detections": results.native(found, model.metadata.classes),
+                "image": results.image(answer.image, answer.canvases),
+                "detections": results.native(answer.found, model.metadata.classes),
             }
 
 

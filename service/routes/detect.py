@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
-import numpy as np
 import orjson
 from fastapi import FastAPI, Request, Response
 
@@ -23,13 +22,12 @@ from service.bodies import (
     parse_multipart,
     read_body,
 )
-from service.canvas import Size
 from service.context import Service
+from service.detection import Answer, detect_one
 from service.detector import Detections
 from service.errors import MalformedRequest
 from service.imaging import decode
-from service.pipeline import Outcome, Servable
-from service.results import Selection, select
+from service.pipeline import Servable
 from service.routes import openapi
 from service.routes.parameters import (
     DetectQuery,
@@ -75,19 +73,17 @@ class DetectRoute:
         with service.pictures.slot():
             async with cancelled_when_gone(request.receive):
                 picture = await self._picture(request.headers.get("content-type", ""), body)
-                outcome, found = await detect_one(service, picture, model, selection, limit)
+                answer = await detect_one(service, picture, model, selection, limit, query.tile)
                 image_type = wanted_image(request.headers.get("accept"))
                 if image_type is not None:
                     content = await service.off_loop(
-                        _annotated, picture, found, model, image_type, service
+                        _annotated, picture, answer.found, model, image_type, service
                     )
                     return Response(content, media_type=image_type)
-                if len(found) < _MANY_DETECTIONS:
-                    content = _write(query.format, model, outcome, found, read)
+                if len(answer.found) < _MANY_DETECTIONS:
+                    content = _write(query.format, model, answer, read)
                 else:
-                    content = await service.off_loop(
-                        _write, query.format, model, outcome, found, read
-                    )
+                    content = await service.off_loop(_write, query.format, model, answer, read)
         return Response(content, media_type="application/json")
 
     async def _picture(self, content_type: str, body: Body) -> bytes | memoryview:
@@ -164,57 +160,25 @@ async def cancelled_when_gone(receive: Receive) -> AsyncIterator[None]:
         watcher.cancel()
 
 
-async def detect_one(
-    service: Service,
-    picture: bytes | memoryview,
-    model: Servable,
-    selection: Selection,
-    limit: float,
-) -> tuple[Outcome, Detections]:
-    """One picture through the pipeline; its wanted detections in original pixels."""
-    started = time.monotonic()
-    outcome = await service.pipeline.detect(
-        picture,
-        model,
-        score=selection.lowest_score,
-        iou=selection.iou,
-        deadline=limit,
-        max_pixels=service.settings.max_image_pixels,
-    )
-    found = select(outcome.detections, outcome.letterbox, selection)
-    classes = model.metadata.classes
-    counts = np.bincount(found.labels, minlength=len(classes)).tolist()
-    service.metrics.count_detections(model.name, classes, counts)
-    service.metrics.observe_stages(*outcome.timing, time.monotonic() - started)
-    return outcome, found
-
-
 def model_json(model: Servable) -> dict[str, Any]:
     """How answers name the model that made them."""
     return {"name": model.name, "version": model.version}
 
 
-def image_json(size: Size) -> dict[str, int]:
-    """How answers give a picture's size."""
-    return {"width": size.width, "height": size.height}
-
-
-def _write(
-    shape: Format, model: Servable, outcome: Outcome, found: Detections, read: float
-) -> bytes:
+def _write(shape: Format, model: Servable, answer: Answer, read: float) -> bytes:
     """The answer as JSON. `read` is when the body was complete."""
-    classes = model.metadata.classes
+    found, classes = answer.found, model.metadata.classes
     if shape == "coco":
         return orjson.dumps(results.coco(found))
     if shape == "roboflow":
-        return orjson.dumps(results.roboflow(found, classes, outcome.letterbox.original))
+        return orjson.dumps(results.roboflow(found, classes, answer.image))
     if shape == "hf":
         return orjson.dumps(results.hugging_face(found, classes))
-    timing = outcome.timing._asdict() | {"total": time.monotonic() - read}
+    timing = answer.timing._asdict() | {"total": time.monotonic() - read}
     return orjson.dumps(
         {
             "model": model_json(model),
-            "image": image_json(outcome.letterbox.original),
+            "image": results.image(answer.image, answer.canvases),
             "detections": results.native(found, classes),
             "timing_ms": {stage: round(seconds * 1e3, 2) for stage, seconds in timing.items()},
         }

@@ -52,6 +52,9 @@ class ImageSize(BaseModel):
 
     width: int
     height: int
+    tiles: int | None = None
+    """Canvases that the picture took, the whole picture's included; only where `tile` was asked
+    for. 1: it went onto one canvas, as without."""
 
 
 class TimingMs(BaseModel):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Final, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from starlette.datastructures import Headers
 from starlette.requests import Request
 
 from service.artifact import MAX_DETECTIONS_CAP, Metadata
 from service.errors import InvalidParameter
 from service.results import Selection, resolve
+from service.tiling import MAX_TILE, MIN_TILE, parse_tile
 
 Format = Literal["native", "coco", "roboflow", "hf"]
 ImageType = Literal["image/jpeg", "image/png"]
@@ -22,6 +23,8 @@ _IMAGE_RANGES: Final[dict[str, ImageType]] = {
     "image/*": "image/jpeg",
 }
 
+TileSide = Annotated[int, Field(ge=MIN_TILE, le=MAX_TILE)]
+TileQuery = Annotated[Literal["off", "auto"] | TileSide, BeforeValidator(parse_tile)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 
 
@@ -40,6 +43,9 @@ class BatchQuery(BaseModel):
     """Most detections for a picture."""
     classes: list[str] | None = None
     """Only these classes: repeated, or separated by commas."""
+    tile: TileQuery = "off"
+    """Cut large pictures into overlapping tiles. auto: tiles of the model's canvas size, for
+    pictures that would shrink to less than half; a number: a tile's longer side in pixels."""
     model: str | None = None
     """Name of the model; default: the server's default model."""
     version: int | None = Field(default=None, ge=1)

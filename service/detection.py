@@ -1,0 +1,160 @@
+"""One compressed picture through the service: as a whole, or tile by tile. For every protocol."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from service.canvas import Size
+from service.context import Service
+from service.detector import Detections
+from service.errors import DeadlineExceeded
+from service.imaging import Opened, Prepared, open_picture
+from service.pipeline import Outcome, Servable, Timing
+from service.results import Selection, select
+from service.tiling import MAX_VIEWS, Plan, Tile, lay_out, merge, plan
+
+
+class Answer(NamedTuple):
+    """What a picture holds."""
+
+    image: Size
+    """Upright."""
+    found: Detections
+    """What the request asked for, in pixels of the picture."""
+    timing: Timing
+    canvases: int | None
+    """How many the picture took; None where nobody asked for tiles."""
+
+
+async def detect_one(
+    service: Service,
+    picture: bytes | memoryview,
+    model: Servable,
+    selection: Selection,
+    limit: float,
+    tile: Tile = "off",
+) -> Answer:
+    """Detect on a picture that holds a place in `service.pictures`, and count it.
+
+    `limit` is when an answer is too late, on the clock of `time.monotonic`. Raises what
+    `Pipeline.detect` raises; for tiles also TooLarge, or Unavailable where not all find room.
+    """
+    started = time.monotonic()
+    if tile == "off":
+        answer = await _whole(service, picture, model, selection, limit)
+    else:
+        answer = await _tiled(service, picture, model, selection, limit, tile)
+    classes = model.metadata.classes
+    counts = np.bincount(answer.found.labels, minlength=len(classes)).tolist()
+    service.metrics.count_detections(model.name, classes, counts)
+    service.metrics.observe_stages(*answer.timing, time.monotonic() - started)
+    return answer
+
+
+async def _whole(
+    service: Service,
+    picture: bytes | memoryview,
+    model: Servable,
+    selection: Selection,
+    limit: float,
+) -> Answer:
+    outcome = await service.pipeline.detect(
+        picture,
+        model,
+        score=selection.lowest_score,
+        iou=selection.iou,
+        deadline=limit,
+        max_pixels=service.settings.max_image_pixels,
+    )
+    found = select(outcome.detections, outcome.letterbox, selection)
+    return Answer(outcome.letterbox.original, found, outcome.timing, None)
+
+
+async def _tiled(
+    service: Service,
+    picture: bytes | memoryview,
+    model: Servable,
+    selection: Selection,
+    limit: float,
+    tile: Tile,
+) -> Answer:
+    started = time.monotonic()
+    try:
+        async with asyncio.timeout(max(0.0, limit - started)):
+            opened, chosen = await service.off_loop(_open, service, picture, model, tile)
+            # A PNG may have to be decoded before it says which way up it is.
+            opening = time.monotonic() - started
+            with service.pictures.more(chosen.count - 1):
+                answer = await _views(service, opened, chosen, model, selection, limit)
+    except TimeoutError:
+        raise DeadlineExceeded("the deadline passed before every tile was done") from None
+    timing = answer.timing._replace(decode=answer.timing.decode + opening)
+    return answer._replace(timing=timing)
+
+
+def _open(
+    service: Service, picture: bytes | memoryview, model: Servable, tile: Tile
+) -> tuple[Opened, Plan]:
+    settings = service.settings
+    opened = open_picture(picture, max_pixels=settings.max_image_pixels)
+    most = min(MAX_VIEWS, settings.max_queue_size)
+    return opened, plan(opened.size, model.metadata.canvas, tile, limit=most)
+
+
+async def _views(
+    service: Service,
+    opened: Opened,
+    chosen: Plan,
+    model: Servable,
+    selection: Selection,
+    limit: float,
+) -> Answer:
+    rule = model.metadata.canvas
+    detect = partial(
+        service.pipeline.detect_canvas,
+        model=model,
+        score=selection.lowest_score,
+        iou=selection.iou,
+        deadline=limit,
+    )
+    if chosen.count == 1:
+        outcome = await detect(partial(opened.prepare, rule))
+        found = merge(chosen, [outcome.detections], selection)
+        return Answer(opened.size, found, outcome.timing, 1)
+    arrived = time.monotonic()
+    async with service.decoded_pictures:
+        started = time.monotonic()
+        canvases = await service.off_loop(lay_out, opened, chosen, rule)
+        decoded = time.monotonic()
+        # No more at a time than of a batch's pictures: other requests come in between.
+        window = asyncio.Semaphore(service.batch_window)
+
+        async def one(make: Callable[[], Prepared]) -> Outcome:
+            async with window:
+                return await detect(make)
+
+        outcomes = await _all([one(make) for make in canvases.makers])
+        seconds = time.monotonic() - decoded
+        raw = [outcome.detections for outcome in outcomes]
+        found = await service.off_loop(merge, chosen, raw, selection)
+    service.metrics.tiles.inc(chosen.count)
+    # Tiles take turns, so only the first one's wait is a wait of the picture.
+    first = min(seconds, *(each.timing.decode + each.timing.queue for each in outcomes))
+    timing = Timing(decoded - started, started - arrived + first, seconds - first)
+    return Answer(opened.size, found, timing, chosen.count)
+
+
+async def _all(jobs: Sequence[Coroutine[None, None, Outcome]]) -> list[Outcome]:
+    """Every outcome in order; the first failure ends the other jobs and is raised."""
+    tasks = [asyncio.create_task(job) for job in jobs]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
