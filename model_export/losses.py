@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 from torch import Tensor
 
 from model_export.mining import hard_examples
-from model_export.retinanet.box_coding import decode, encode
+from model_export.retinanet.box_coding import MAX_LOG_SCALE, decode, encode
 
 Alpha = Annotated[float, Field(ge=0, le=1)]
 
@@ -268,7 +268,11 @@ class GIoU(_Loss):
 
     def __call__(self, deltas: Tensor, anchors: Tensor, objects: Tensor) -> Tensor:
         """(F,) loss of deltas (F, 4) at anchors (F, 4) that learn objects (F, 4)."""
-        return giou_loss(decode(deltas.float(), anchors), objects)
+        deltas = deltas.float()
+        # `decode` clamps the scale, and there the gradient is 0: a box that has grown beyond would
+        # never come back. Clamped here in value only, it keeps the gradient of the clamp's edge.
+        deltas = deltas + (deltas.clamp(max=MAX_LOG_SCALE) - deltas).detach()
+        return giou_loss(decode(deltas, anchors), objects)
 
 
 # --- choice in a config --------------------------------------------------------------------------

@@ -282,6 +282,14 @@ def test_giou_pulls_a_box_that_is_apart() -> None:
     assert box.grad[0, 0] > 0
 
 
+def test_giou_brings_back_a_box_that_has_grown_beyond_the_clamp() -> None:
+    deltas = torch.tensor([[0.0, 0, 12, 12]], requires_grad=True)
+    anchors = torch.tensor([[0.0, 0, 16, 16]])
+    GIoU()(deltas, anchors, anchors).sum().backward()
+    assert deltas.grad is not None
+    assert (deltas.grad[0, 2:] > 0).all()
+
+
 @pytest.mark.parametrize("box_loss", [SmoothL1(), SmoothL1(beta=1.0), L1(), GIoU()], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("delta", [0.0, 1.0, -60.0, 60.0, 1e4, -1e4])
