@@ -6,6 +6,8 @@ without the extra is found when a command runs, where `service.cli` names the re
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,16 +61,53 @@ _licence = click.option(
 )
 
 
+def _split_names(_context: Any, _parameter: Any, value: str | None) -> list[str] | None:
+    return None if value is None else [name.strip() for name in value.split(",")]
+
+
+def _pair_names(_context: Any, _parameter: Any, value: tuple[str, ...]) -> dict[str, str] | None:
+    pairs = [text.partition("=") for text in value]
+    for text, (_, separator, _) in zip(value, pairs, strict=True):
+        if not separator:
+            raise click.BadParameter(f"{text!r}: expected OLD=NEW")
+    return {old.strip(): new.strip() for old, _, new in pairs} or None
+
+
+def _labels(command: Callable[..., None]) -> Callable[..., None]:
+    """Add --format, --classes and --remap; they come as `labels`, settings of a DataConfig."""
+
+    @click.option(
+        "--format",
+        "layout",
+        type=click.Choice(["auto", "voc", "coco", "yolo"]),
+        help="How the folder is laid out; default: auto, by what is in it.",
+    )
+    @click.option(
+        "--classes",
+        metavar="A,B,…",
+        callback=_split_names,
+        help="Use objects of these classes only, by their new names.",
+    )
+    @click.option(
+        "--remap",
+        multiple=True,
+        metavar="OLD=NEW",
+        callback=_pair_names,
+        help="Another name for a class; several may become one; repeatable.",
+    )
+    @functools.wraps(command)
+    def with_labels(
+        *, layout: str | None, classes: list[str] | None, remap: dict[str, str] | None, **rest: Any
+    ) -> None:
+        given = {"format": layout, "classes": classes, "remap": remap}
+        command(labels={key: value for key, value in given.items() if value is not None}, **rest)
+
+    return with_labels
+
+
 @click.command(context_settings=_CONTEXT, epilog=_TRAIN_EXAMPLE)
 @click.option("--data", type=_DATA, required=True, metavar="DIR", help="Labelled pictures.")
-@click.option(
-    "--format",
-    "layout",
-    type=click.Choice(["auto", "voc"]),
-    default="auto",
-    show_default=True,
-    help="How the folder is laid out.",
-)
+@_labels
 @click.option(
     "--output",
     type=_FOLDER,
@@ -103,6 +142,11 @@ _licence = click.option(
     metavar="KEY=VALUE",
     help="One setting, such as optimiser.lr=0.005; repeatable, above --config.",
 )
+@click.option(
+    "--anchors",
+    type=click.Choice(["auto"]),
+    help="Take the anchors that `data check` recommends, and its canvas where none is named.",
+)
 @click.option("--batch-size", type=click.IntRange(min=1), help="Pictures per step.")
 @click.option("--seed", type=int, help="The same seed gives the same run.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
@@ -110,7 +154,7 @@ _licence = click.option(
 @_licence
 def train(
     data: Path,
-    layout: str,
+    labels: dict[str, Any],
     output: Path,
     backbone: str | None,
     weights: str | None,
@@ -119,6 +163,7 @@ def train(
     max_minutes: float | None,
     config_file: Path | None,
     settings: tuple[str, ...],
+    anchors: str | None,
     batch_size: int | None,
     seed: int | None,
     device: str,
@@ -129,8 +174,6 @@ def train(
 
     Before it starts it prints what is in the data and what no anchor reaches.
     """
-    # "auto" and "voc" say the same while there is one layout to tell.
-    del layout
     from model_export.commands import train as command
 
     if weights is not None and init is not None:
@@ -147,7 +190,9 @@ def train(
         output=output,
         config_file=config_file,
         overrides=dict(map(command.parse_setting, settings))
-        | {key: value for key, value in given.items() if value is not None},
+        | {key: value for key, value in given.items() if value is not None}
+        | {f"data.{key}": value for key, value in labels.items()},
+        fit_anchors=anchors == "auto",
         weights=weights,
         init=init,
         resume=resume,
@@ -160,6 +205,7 @@ def train(
 @click.argument("model", type=_FILE, metavar="MODEL.onnx")
 @click.option("--data", type=_DATA, required=True, metavar="DIR", help="Labelled pictures.")
 @click.option("--split", default="val", show_default=True, help="Which part of the data.")
+@_labels
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1.")
 @click.option(
     "--batch-size", type=click.IntRange(min=1), help="Pictures per call; default: the device's."
@@ -171,6 +217,7 @@ def evaluate(
     model: Path,
     data: Path,
     split: str,
+    labels: dict[str, Any],
     device: str,
     batch_size: int | None,
     against: Path | None,
@@ -188,6 +235,7 @@ def evaluate(
         model,
         data=data,
         split=split,
+        labels=labels,
         device=device,
         batch_size=batch_size,
         against=against,
@@ -215,6 +263,7 @@ def evaluate(
     "--data", type=_DATA, metavar="DIR", help="Measure the file here and choose thresholds."
 )
 @click.option("--split", default="val", show_default=True, help="Which part of --data.")
+@_labels
 @click.option(
     "--save-weights",
     type=_NEW_FILE,
@@ -230,6 +279,7 @@ def export(
     score: float | None,
     data: Path | None,
     split: str,
+    labels: dict[str, Any],
     save_weights: Path | None,
     licences: tuple[str, ...],
 ) -> None:
@@ -247,6 +297,7 @@ def export(
         score=score,
         data=data,
         split=split,
+        labels=labels,
         weights_file=save_weights,
         licences=licences,
     )

@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from model_export.formats import FormatName
 from model_export.losses import BoxLoss, ClassificationLoss, Focal, SmoothL1
 from model_export.retinanet.model import ModelConfig
 from model_export.transforms import Augmentation
@@ -21,6 +22,25 @@ DEFAULT_CANVAS = Buckets(sizes=(Size(384, 512), Size(512, 384), Size(448, 448)))
 
 class _Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class DataConfig(_Config):
+    """How a labelled folder is read, and what of it is used."""
+
+    format: FormatName = "auto"
+    classes: tuple[str, ...] | None = None
+    """Objects of these, by their new names, are used, in this order; left open: all of them."""
+    remap: dict[str, str] = Field(default_factory=dict)
+    """New names of classes by those that are written."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        names = [*(self.classes or ()), *self.remap, *self.remap.values()]
+        if self.classes == () or not all(name.strip() for name in names):
+            raise ValueError("classes and remap need names that are not empty")
+        if len(set(self.classes or ())) != len(self.classes or ()):
+            raise ValueError(f"classes names one twice: {', '.join(self.classes or ())}")
+        return self
 
 
 class MatchingConfig(_Config):
@@ -73,6 +93,7 @@ class OptimiserConfig(_Config):
 class TrainConfig(_Config):
     """A training run."""
 
+    data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     canvas: CanvasRule = DEFAULT_CANVAS
     augmentation: Augmentation = Augmentation()

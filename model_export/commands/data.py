@@ -2,21 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
+from pydantic import ValidationError
 
-from model_export.datasets import Dataset, load_voc
+from model_export import datasets
+from model_export.config import DataConfig, describe
+from model_export.datasets import Dataset
 from service.errors import DataError
 
 
-def load(root: Path, split: str, *, classes: Sequence[str] | None = None) -> Dataset:
+def load(
+    root: Path,
+    split: str,
+    choice: DataConfig | None = None,
+    *,
+    classes: Sequence[str] | None = None,
+) -> Dataset:
     """Read one split. What stops it is listed on stderr; DataError then says it in one line."""
+    choice = choice or DataConfig()
     try:
-        return load_voc(root, split, classes=classes)
+        return datasets.load(
+            root,
+            split,
+            format=choice.format,
+            classes=classes,
+            keep=choice.classes,
+            remap=choice.remap,
+        )
     except DataError as error:
         reason, *listing = str(error).splitlines()
         for line in listing:
             click.echo(line, err=True)
         raise DataError(reason) from error
+
+
+def used(labels: Mapping[str, Any]) -> DataConfig:
+    """What --format, --classes and --remap say. Raises click.UsageError."""
+    try:
+        return DataConfig.model_validate(dict(labels))
+    except ValidationError as error:
+        raise click.UsageError(describe(error).lstrip(": ")) from error
+
+
+def options(choice: DataConfig) -> str:
+    """The same as options of a command line, with a space behind, for a line to copy."""
+    words = [] if choice.format == "auto" else ["--format", choice.format]
+    if choice.classes is not None:
+        words += ["--classes", ",".join(choice.classes)]
+    for old, new in choice.remap.items():
+        words += ["--remap", f"{old}={new}"]
+    return "".join(f"{shlex.quote(word)} " for word in words)

@@ -11,8 +11,9 @@ from typing import Any
 import click
 import numpy as np
 
-from model_export.commands.data import load
+from model_export.commands.data import load, used
 from model_export.comparison import Comparison, Difference, compare
+from model_export.config import DataConfig
 from model_export.datasets import Dataset
 from model_export.evaluation import Evaluation, evaluate_file, match
 from model_export.operating_points import OperatingPoints, operating_points
@@ -26,6 +27,7 @@ def run(
     *,
     data: Path,
     split: str,
+    labels: Mapping[str, Any],
     device: str,
     batch_size: int | None,
     against: Path | None,
@@ -34,7 +36,7 @@ def run(
 ) -> None:
     """Measure a file and print what was found. Raises RetinaserveError."""
     artifact = read_artifact(model)
-    dataset = load_for(model, data, split)
+    dataset = load_for(model, data, split, used(labels))
     evaluation, found = evaluate_file(model, dataset, device=device, batch_size=batch_size)
     matches = match(dataset.samples, found, dataset.classes)
     points = dict(zip(dataset.classes, map(operating_points, matches), strict=True))
@@ -70,11 +72,13 @@ def run(
         click.echo(f"wrote {json_file}")
 
 
-def load_for(model: Path, data: Path, split: str) -> Dataset:
+def load_for(
+    model: Path, data: Path, split: str, choice: DataConfig | None = None
+) -> Dataset:
     """Read a split with a model file's class list. Raises DataError if the data has others."""
     classes = read_artifact(model).metadata.classes
     try:
-        return load(data, split, classes=classes)
+        return load(data, split, choice, classes=classes)
     except DataError as error:
         raise DataError(f"{error} (the classes of {model} are {', '.join(classes)})") from error
 

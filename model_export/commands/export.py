@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 from pydantic import ValidationError
 
 from model_export.checkpoints import Checkpoint, load_checkpoint, save_weights
-from model_export.commands.data import load
+from model_export.commands.data import load, used
 from model_export.commands.evaluate import table
 from model_export.config import describe
 from model_export.datasets import Dataset
@@ -35,6 +36,7 @@ def run(
     score: float | None,
     data: Path | None,
     split: str,
+    labels: Mapping[str, Any],
     weights_file: Path | None,
     licences: Sequence[str],
 ) -> None:
@@ -45,7 +47,7 @@ def run(
     checkpoint = _with_licences(load_checkpoint(checkpoint_file), licences)
     held_out = None
     if data is not None:
-        held_out = load(data, split, classes=checkpoint.description.classes)
+        held_out = load(data, split, used(labels), classes=checkpoint.description.classes)
     done = release(
         checkpoint,
         output,

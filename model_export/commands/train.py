@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from model_export.checkpoints import Checkpoint, fetch_imagenet, load_checkpoint
-from model_export.commands.data import load
-from model_export.config import TrainConfig, dump_config, load_config
+from model_export.commands.data import load, options
+from model_export.config import DataConfig, TrainConfig, dump_config, load_config
+from model_export.data_advice import advise
 from model_export.data_report import summarise
 from model_export.datasets import Dataset
 from model_export.provenance import provenance, resumed
@@ -40,6 +41,7 @@ def run(
     output: Path,
     config_file: Path | None,
     overrides: Mapping[str, Any],
+    fit_anchors: bool,
     weights: str | None,
     init: str | None,
     resume: bool,
@@ -48,13 +50,19 @@ def run(
 ) -> None:
     """Check everything, print what is in the data, then train. Raises RetinaserveError."""
     _check_folder(output, resume=resume, config_file=config_file, weights=weights, init=init)
+    if fit_anchors and (resume or init is not None):
+        raise DataError("--anchors goes with a new network only: the checkpoint has its anchors")
     started_from = _load_init(init)
     config = load_config(output / CONFIG if resume else config_file, overrides)
     if started_from is not None:
         config = adopt(config, started_from)
     known = load_checkpoint(output / LAST) if resume else started_from
-    training = _training_data(data, known, resume=resume)
-    validation = load(data, "val", classes=training.classes)
+    training = _training_data(data, config.data, known, resume=resume)
+    validation = load(data, "val", config.data, classes=training.classes)
+    if fit_anchors:
+        advice = advise(training, config)
+        config = advice.apply(config)
+        click.echo(f"{advice}\n")
     _report(config, training, validation)
     backbone = _backbone_weights(weights, config)
     settings = config.model_dump(mode="json")
@@ -84,7 +92,7 @@ def run(
         )
     click.echo(
         f"best AP {best:.4f}; next:\n  retinaserve export {output / BEST} --data {data} "
-        f"--output models/{output.name}/1/{MODEL_FILE}"
+        f"{options(config.data)}--output models/{output.name}/1/{MODEL_FILE}"
     )
 
 
@@ -153,13 +161,15 @@ def bundled_checkpoint() -> Path:
     return found[-1]
 
 
-def _training_data(data: Path, known: Checkpoint | None, *, resume: bool) -> Dataset:
+def _training_data(
+    data: Path, used: DataConfig, known: Checkpoint | None, *, resume: bool
+) -> Dataset:
     """The train split; with the class order of a checkpoint that has the same classes."""
-    training = load(data, "train")
+    training = load(data, "train", used)
     if known is None or training.classes == known.description.classes:
         return training
     if set(training.classes) == set(known.description.classes):
-        return load(data, "train", classes=known.description.classes)
+        return load(data, "train", used, classes=known.description.classes)
     if resume:
         raise DataError(
             f"{data}: its classes are {', '.join(training.classes)}, but the run began with "
