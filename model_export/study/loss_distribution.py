@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from model_export.config import MatchingConfig
 from model_export.losses import focal_loss
-from model_export.retinanet.matching import IGNORED, box_iou, match
+from model_export.objective import assign
+from model_export.retinanet.matching import IGNORED
 from model_export.retinanet.model import RetinaNet
 from model_export.study.figures import panels, save, write_columns
 from model_export.transforms import Example, collate
@@ -102,12 +103,7 @@ def collect(
         levels = network(batch.images, batch.image_sizes)
         logits = torch.cat([level.logits for level in levels], dim=1)[0]
         anchors = torch.cat([level.anchors for level in levels])
-        matched = match(
-            box_iou(batch.boxes[0], anchors),
-            foreground=matching.foreground,
-            background=matching.background,
-            low_quality_matches=matching.low_quality_matches,
-        )
+        [matched] = assign(anchors, batch.boxes, matching)
         true = torch.zeros_like(logits, dtype=torch.bool)
         positive = matched >= 0
         true[positive, batch.labels[0][matched[positive]]] = True
