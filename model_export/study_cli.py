@@ -73,7 +73,7 @@ def cdf(checkpoint: Path, data: Path, split: str, output: Path, device: str) -> 
     type=_Study(),
     required=True,
     metavar="STUDY|FILE.yaml",
-    help="losses (small), grid, anchors, blood-cells, or a file of your own.",
+    help="losses, detector (both small), grid, anchors, blood-cells, or a file of your own.",
 )
 @_data
 @_output
