@@ -5,6 +5,7 @@ Both carry the same description: classes, model config, canvas and where the wei
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ from service.errors import DataError
 DESCRIPTION_KEY: Final = "retinaserve"
 AVERAGE_PREFIX: Final = "average.module."
 _CLASSIFIER = "classification_head.out."
+_DETECTOR_BACKBONE: Final = "backbone.body."
+# Where training loops keep the state dict in what they save.
+_WRAPPERS: Final = ("model", "state_dict", "model_state_dict")
 
 
 class Description(BaseModel):
@@ -120,19 +124,13 @@ def initialise_from(network: RetinaNet, checkpoint: Checkpoint, classes: tuple[s
 def load_backbone(network: RetinaNet, path: Path) -> None:
     """Load an ImageNet state dict with torchvision's key names into the backbone.
 
-    Raises DataError if the file is not one, or is of another backbone.
+    One of a torchvision detector does as well. Raises DataError if the file is neither, or is of
+    another backbone.
     """
     name = network.config.backbone
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file") from error
-    except Exception as error:
-        raise DataError(
-            f"{path}: not a plain state dict of tensors ({type(error).__name__})"
-        ) from error
-    if not isinstance(state, dict):
-        raise DataError(f"{path}: a state dict is expected, found {type(state).__name__}")
+    state = read_state_dict(path)
+    if any(str(key).startswith(_DETECTOR_BACKBONE) for key in state):
+        state = {str(key).removeprefix(_DETECTOR_BACKBONE): value for key, value in state.items()}
     wanted = network.backbone.state_dict()
     missing = [k for k in wanted if k not in state and not k.endswith("num_batches_tracked")]
     shapes = {k: getattr(state[k], "shape", None) for k in wanted if k in state}
@@ -143,6 +141,27 @@ def load_backbone(network: RetinaNet, path: Path) -> None:
             + (f"{missing[0]} is missing" if missing else f"{wrong[0]} has another shape")
         )
     network.backbone.load_state_dict({k: state[k] for k in wanted if k in state}, strict=False)
+
+
+def read_state_dict(path: Path) -> dict[Any, Any]:
+    """What `torch.save` wrote of a state dict, or of a training loop's dict around one.
+
+    Nothing in the file is executed. Raises DataError.
+    """
+    try:
+        # torchvision's own training script saves its options beside the weights: plain values.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file") from error
+    except Exception as error:
+        raise DataError(
+            f"{path}: not a plain state dict of tensors ({type(error).__name__})"
+        ) from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: a state dict is expected, found {type(content).__name__}")
+    wrapped = [content[key] for key in _WRAPPERS if isinstance(content.get(key), dict)]
+    return dict(wrapped[0]) if wrapped else content
 
 
 def fetch_imagenet(backbone: str, cache: Path) -> Path:

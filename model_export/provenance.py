@@ -39,6 +39,20 @@ def provenance(
     }
 
 
+def imported(
+    *, source: Path, config: Mapping[str, Any], licences: Sequence[str]
+) -> dict[str, Any]:
+    """What a checkpoint is made of whose weights another program has trained."""
+    return {
+        "retinaserve": _version(),
+        "git_commit": git_commit(),
+        "command": command(sys.argv),
+        "config": dict(config),
+        "weights": _file(source),
+        "licences": list(licences),
+    }
+
+
 def resumed(before: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """What a resumed run is made of: what it began with, under the settings it goes on with."""
     again = {"retinaserve": _version(), "git_commit": git_commit(), "command": command(sys.argv)}
