@@ -21,7 +21,7 @@ _NEW_FILE = click.Path(dir_okay=False, path_type=Path)
 _RECIPES = Path(__file__).parent / "recipes"
 
 
-class _Recipe(click.ParamType[Path]):
+class Recipe(click.ParamType[Path]):
     """A YAML file, or the name of one that comes with the package."""
 
     name = "recipe"
@@ -52,7 +52,7 @@ Example:
   retinaserve export runs/cells/best.ckpt --data cells \\
       --output models/cells/1/model.onnx
 """
-licence_option = click.option(
+_licence = click.option(
     "--licence",
     "licences",
     multiple=True,
@@ -73,7 +73,7 @@ def _pair_names(_context: Any, _parameter: Any, value: tuple[str, ...]) -> dict[
     return {old.strip(): new.strip() for old, _, new in pairs} or None
 
 
-def _labels(command: Callable[..., None]) -> Callable[..., None]:
+def label_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add --format, --classes and --remap; they come as `labels`, settings of a DataConfig."""
 
     @click.option(
@@ -107,7 +107,7 @@ def _labels(command: Callable[..., None]) -> Callable[..., None]:
 
 @click.command(context_settings=_CONTEXT, epilog=_TRAIN_EXAMPLE)
 @click.option("--data", type=_DATA, required=True, metavar="DIR", help="Labelled pictures.")
-@_labels
+@label_options
 @click.option(
     "--output",
     type=_FOLDER,
@@ -131,7 +131,7 @@ def _labels(command: Callable[..., None]) -> Callable[..., None]:
 @click.option(
     "--config",
     "config_file",
-    type=_Recipe(),
+    type=Recipe(),
     metavar="RECIPE|FILE.yaml",
     help="Settings: light (a network for CPUs), blood-cells, or a file of your own.",
 )
@@ -151,7 +151,7 @@ def _labels(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--seed", type=int, help="The same seed gives the same run.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--resume", is_flag=True, help="Go on where the run in --output stopped.")
-@licence_option
+@_licence
 def train(
     data: Path,
     labels: dict[str, Any],
@@ -205,7 +205,7 @@ def train(
 @click.argument("model", type=_FILE, metavar="MODEL.onnx")
 @click.option("--data", type=_DATA, required=True, metavar="DIR", help="Labelled pictures.")
 @click.option("--split", default="val", show_default=True, help="Which part of the data.")
-@_labels
+@label_options
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1.")
 @click.option(
     "--batch-size", type=click.IntRange(min=1), help="Pictures per call; default: the device's."
@@ -263,14 +263,14 @@ def evaluate(
     "--data", type=_DATA, metavar="DIR", help="Measure the file here and choose thresholds."
 )
 @click.option("--split", default="val", show_default=True, help="Which part of --data.")
-@_labels
+@label_options
 @click.option(
     "--save-weights",
     type=_NEW_FILE,
     metavar="FILE.safetensors",
     help="Also write a small checkpoint (weights only, float16) for train --init.",
 )
-@licence_option
+@_licence
 def export(
     checkpoint: Path,
     output: Path,

@@ -88,18 +88,18 @@ class Advice:
 
     def _lines(self) -> Iterator[str]:
         before, after = self.before, self.after
-        yield "recommended                              before      after"
-        yield _row("canvas", _canvas(before.canvas), _canvas(after.canvas))
+        yield f"recommended canvas: {_canvas(after.canvas)} (before: {_canvas(before.canvas)})"
+        yield _row("", "before", "after")
         yield _row("anchors per cell", before.anchors.per_cell, after.anchors.per_cell)
         yield _row("objects with an anchor at IoU 0.5", *_shares(before.overall, after.overall))
-        yield _row("  mean over the classes", *_shares(before.balanced, after.balanced))
+        yield _row("  the mean over the classes", *_shares(before.balanced, after.balanced))
         yield _row(
-            "  mean of the best IoU",
+            "  their best IoU, the mean",
             f"{before.balanced.overlap:.3f}",
             f"{after.balanced.overlap:.3f}",
         )
         yield _row(
-            f"objects of {CLEAR_SIDE:g} px and more", f"{before.clear:.1%}", f"{after.clear:.1%}"
+            f"objects of {CLEAR_SIDE:g} px, the mean", f"{before.clear:.1%}", f"{after.clear:.1%}"
         )
         if self.canvas_kept:
             own = _canvas(self.smallest_canvas)

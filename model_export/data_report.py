@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from model_export.datasets import Dataset
+from model_export.datasets import Dataset, Sample
 from model_export.problems import Problem, problem_listing
 from service.canvas import Buckets, ShortSide, Size
 
@@ -19,6 +20,11 @@ FOREGROUND_IOU: Final = 0.5
 
 UNREACHED_WARNING: Final = 0.02
 """Share of a class's boxes; above it the canvas or the anchors do not suit the data."""
+
+RARE_SHARE: Final = 0.02
+"""Of the commonest class's objects; a class with fewer is called rare."""
+
+SHARES: Final = (0.05, 0.5, 0.95)
 
 _CHUNK: Final = 1 << 21
 _NAMED: Final = 5
@@ -86,6 +92,26 @@ class ClassSummary:
 
 
 @dataclass(frozen=True, slots=True)
+class Missed:
+    """An object that no anchor overlaps by FOREGROUND_IOU."""
+
+    picture: Path
+    name: str
+    box: tuple[float, float, float, float]
+    """x1, y1, x2, y2 in pixels of the upright picture."""
+    sides: tuple[float, float]
+    """(width, height) in canvas pixels."""
+
+    def __str__(self) -> str:
+        x1, y1, x2, y2 = self.box
+        width, height = self.sides
+        return (
+            f"{self.picture}: {self.name!r} at {x1:g},{y1:g},{x2:g},{y2:g}, "
+            f"{width:.0f} x {height:.0f} px on the canvas"
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class DataReport:
     """A data set on its canvases; `str()` of it is a table."""
 
@@ -95,6 +121,10 @@ class DataReport:
     """Pictures without objects."""
     classes: tuple[ClassSummary, ...]
     problems: tuple[Problem, ...]
+    sides: tuple[float, ...]
+    """Roots of the areas on the canvas, in pixels, at the shares SHARES of the objects."""
+    missed: tuple[Missed, ...]
+    """Smallest first."""
 
     def warnings(self) -> list[str]:
         """What somebody should look at before training."""
@@ -118,7 +148,49 @@ class DataReport:
                 f"warning: no anchor reaches {named} (IoU {FOREGROUND_IOU:g}); a larger canvas or "
                 "other anchor sizes and ratios would"
             )
-        return warnings
+        return warnings + self._balance_warnings()
+
+    def _balance_warnings(self) -> list[str]:
+        most = max(self.classes, key=lambda item: item.objects, default=None)
+        if most is None:
+            return []
+        rare = [item for item in self.classes if 0 < item.objects < RARE_SHARE * most.objects]
+        if not rare:
+            return []
+        rare.sort(key=lambda item: item.objects)
+        named = ", ".join(f"{item.name} ({item.objects})" for item in rare[:_NAMED])
+        if len(rare) > _NAMED:
+            named += f" and {len(rare) - _NAMED} classes more"
+        warning = (
+            f"warning: few objects beside the {most.objects} of {most.name}: {named}; label more "
+            "of these, join them by --remap, or expect their AP to vary from run to run"
+        )
+        return [warning]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "pictures": self.pictures,
+            "pictures_without_objects": self.negatives,
+            "objects": sum(item.objects for item in self.classes),
+            "classes": {
+                item.name: {
+                    "objects": item.objects,
+                    "pictures": item.pictures,
+                    "median_width": item.median[0],
+                    "median_height": item.median[1],
+                    "unreached": item.unreached,
+                }
+                for item in self.classes
+            },
+            "root_of_area": dict(zip(map(str, SHARES), self.sides, strict=False)),
+            "warnings": self.warnings(),
+            "problems": [problem.to_dict() for problem in self.problems],
+            "unreached": [
+                {"picture": str(each.picture), "class": each.name, "box": list(each.box)}
+                for each in self.missed
+            ],
+        }
 
     def __str__(self) -> str:
         total = sum(item.objects for item in self.classes)
@@ -126,7 +198,7 @@ class DataReport:
             f"{self.split}: {self.pictures} pictures, {self.negatives} of them without objects; "
             f"{total} objects"
         )
-        parts = [head, *self._table(), *self.warnings()]
+        parts = [head, *self._table(), *self._sizes(), *self.warnings()]
         if self.problems:
             parts.append(problem_listing(self.problems))
         return "\n".join(parts)
@@ -142,6 +214,15 @@ class DataReport:
             )
         return rows
 
+    def _sizes(self) -> list[str]:
+        if not self.sides:
+            return []
+        shares = ", ".join(
+            f"{100 * share:g} % below {side:.0f}"
+            for share, side in zip(SHARES, self.sides, strict=True)
+        )
+        return [f"objects on the canvas, root of the area in px: {shares}"]
+
 
 def summarise(
     dataset: Dataset,
@@ -149,22 +230,26 @@ def summarise(
     anchors: Callable[[Size], NDArray[np.float32]],
 ) -> DataReport:
     """Measure a data set; `anchors` gives a canvas's (A, 4) anchors in canvas pixels."""
-    by_canvas: dict[Size, list[tuple[NDArray[np.float32], NDArray[np.int64]]]] = {}
+    by_canvas: dict[Size, list[tuple[Sample, NDArray[np.float32]]]] = {}
     pictures: Counter[int] = Counter()
     for sample in dataset.samples:
         placed = rule.fit(sample.size)
-        by_canvas.setdefault(placed.canvas, []).append(
-            (placed.to_canvas(sample.boxes), sample.labels)
-        )
+        there = placed.to_canvas(sample.boxes)
+        by_canvas.setdefault(placed.canvas, []).append((sample, there))
         pictures.update(np.unique(sample.labels).tolist())
     boxes = np.zeros((0, 4), dtype=np.float32)
     labels = np.zeros(0, dtype=np.int64)
     missed = np.zeros(0, dtype=np.bool_)
+    named: list[Missed] = []
     for canvas, members in by_canvas.items():
-        there = np.concatenate([item[0] for item in members])
+        there = np.concatenate([item[1] for item in members])
+        out = unreached(there, anchors(canvas))
         boxes = np.concatenate([boxes, there])
-        labels = np.concatenate([labels, *(item[1] for item in members)])
-        missed = np.concatenate([missed, unreached(there, anchors(canvas))])
+        labels = np.concatenate([labels, *(item[0].labels for item in members)])
+        missed = np.concatenate([missed, out])
+        named += _name_missed(members, out, dataset.classes)
+    named.sort(key=lambda each: each.sides[0] * each.sides[1])
+    areas = _areas(boxes)
     return DataReport(
         split=dataset.split,
         pictures=len(dataset.samples),
@@ -174,7 +259,25 @@ def summarise(
             for index, name in enumerate(dataset.classes)
         ),
         problems=dataset.problems,
+        sides=tuple(np.sqrt(np.quantile(areas, SHARES)).tolist()) if len(areas) else (),
+        missed=tuple(named),
     )
+
+
+def _name_missed(
+    members: Iterable[tuple[Sample, NDArray[np.float32]]],
+    missed: NDArray[np.bool_],
+    classes: Sequence[str],
+) -> Iterator[Missed]:
+    """The missed objects of the pictures on one canvas; `missed` goes through all their objects."""
+    first = 0
+    for sample, there in members:
+        for index in np.flatnonzero(missed[first : first + len(there)]):
+            x1, y1, x2, y2 = sample.boxes[index].tolist()
+            width, height = (there[index, 2:] - there[index, :2]).tolist()
+            name = classes[sample.labels[index]]
+            yield Missed(sample.path, name, (x1, y1, x2, y2), (width, height))
+        first += len(there)
 
 
 def _summarise_class(

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from service.errors import DataError
 
@@ -46,6 +46,23 @@ class Problem:
         place = f"{self.file}" if self.line is None else f"{self.file}:{self.line}"
         return f"{place}: {self.what}"
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "file": str(self.file),
+            "line": self.line,
+            "what": self.what,
+            "kind": self.kind.value,
+        }
+
+
+class BadData(DataError):
+    """Labelled data with problems that stop training; the message lists the first of them."""
+
+    def __init__(self, message: str, problems: Sequence[Problem]) -> None:
+        super().__init__(message)
+        self.problems = tuple(problems)
+
 
 def describe_all(problems: Sequence[Problem], *, limit: int = LISTED_PROBLEMS) -> str:
     """One line per problem; what exceeds `limit` is counted."""
@@ -56,11 +73,11 @@ def describe_all(problems: Sequence[Problem], *, limit: int = LISTED_PROBLEMS) -
 
 
 def refuse_fatal(problems: Iterable[Problem], *, what: str) -> None:
-    """Raise DataError if any problem stops training; `what` says what was read."""
+    """Raise BadData if any problem stops training; `what` says what was read."""
     fatal = [problem for problem in problems if problem.fatal]
     if fatal:
         counted = "1 problem stops" if len(fatal) == 1 else f"{len(fatal)} problems stop"
-        raise DataError(f"{what}: {counted} training\n{describe_all(fatal)}")
+        raise BadData(f"{what}: {counted} training\n{describe_all(fatal)}", fatal)
 
 
 def problem_listing(problems: Sequence[Problem], *, limit: int = LISTED_PROBLEMS) -> str:

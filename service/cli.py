@@ -35,7 +35,7 @@ _SUMMARIES: Final = {
     "train": "Train a detector on labelled pictures.",
     "evaluate": "COCO metrics of a model file on labelled pictures.",
     "export": "Write a checkpoint as a model file.",
-    "import-torchvision": "Turn a RetinaNet of torchvision's into a checkpoint.",
+    "data": "What is in labelled pictures, what is wrong, what they need.",
     "study": "The paper's exhibits: loss curves, distributions, ablations.",
 }
 """Lines for --help: loading a command to ask it may take seconds."""

@@ -10,22 +10,18 @@ from pathlib import Path
 from typing import Any, Final
 
 import click
-import numpy as np
 import yaml
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from model_export.checkpoints import Checkpoint, fetch_imagenet, load_checkpoint
-from model_export.commands.data import load, options
+from model_export.commands.data import anchors_of, load, options
 from model_export.config import DataConfig, TrainConfig, dump_config, load_config
 from model_export.data_advice import advise
 from model_export.data_report import summarise
 from model_export.datasets import Dataset
 from model_export.provenance import provenance, resumed
-from model_export.retinanet.anchors import canvas_anchors
 from model_export.training import BEST, CONFIG, LAST, train
 from service.artifact import MODEL_FILE
-from service.canvas import Size
 from service.errors import DataError
 from service.settings import bundled_models
 
@@ -187,14 +183,8 @@ def _backbone_weights(weights: str | None, config: TrainConfig) -> Path | None:
 
 
 def _report(config: TrainConfig, training: Dataset, validation: Dataset) -> None:
-    def anchors(canvas: Size) -> NDArray[np.float32]:
-        boxes: NDArray[np.float32] = canvas_anchors(
-            config.model.anchors, canvas.height, canvas.width
-        ).numpy()
-        return boxes
-
     for dataset in (training, validation):
-        click.echo(f"{summarise(dataset, config.canvas, anchors)}\n")
+        click.echo(f"{summarise(dataset, config.canvas, anchors_of(config))}\n")
 
 
 class _BesideBars(logging.Handler):

@@ -1,0 +1,121 @@
+"""`retinaserve data check`: a labelled folder to counts, problems and a recommendation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import click
+
+from model_export import datasets
+from model_export.commands.data import anchors_of, used
+from model_export.commands.export import parse_canvas
+from model_export.config import DataConfig, TrainConfig, load_config
+from model_export.data_advice import Advice, advise
+from model_export.data_report import DataReport, summarise
+from model_export.datasets import Dataset
+from model_export.problems import BadData, Problem, describe_all
+from service.errors import DataError
+
+_USUAL: Final = ("train", "val", "test")
+_SHOWN_BOXES: Final = 10
+
+
+def run(
+    root: Path,
+    *,
+    labels: Mapping[str, Any],
+    splits: Sequence[str],
+    canvas: str | None,
+    config_file: Path | None,
+    json_file: Path | None,
+) -> None:
+    """Print what is in a folder. Raises DataError if something in it stops training."""
+    used(labels)
+    overrides = {f"data.{key}": value for key, value in labels.items()}
+    if canvas is not None:
+        overrides["canvas"] = parse_canvas(canvas).model_dump(mode="json")
+    config = load_config(config_file, overrides)
+    found = _read_all(root, splits or _splits_of(root, config.data), config.data)
+    reports = [summarise(each, config.canvas, anchors_of(config)) for each in found.datasets]
+    for report in reports:
+        click.echo(f"{report}\n")
+        for line in _unreached(report):
+            click.echo(line)
+    advice = _advice(found.datasets, config)
+    if advice is not None:
+        click.echo(str(advice))
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        answer = _answer(root, reports, found.fatal, advice)
+        json_file.write_text(json.dumps(answer, indent=2, allow_nan=False) + "\n")
+        click.echo(f"wrote {json_file}")
+    if found.fatal:
+        click.echo(describe_all(found.fatal, limit=len(found.fatal)), err=True)
+        count = len(found.fatal)
+        raise DataError(f"{root}: {count} problem{'s' * (count > 1)} to solve before training")
+
+
+class _Found:
+    """The splits that could be read, and what stopped the others."""
+
+    def __init__(self) -> None:
+        self.datasets: list[Dataset] = []
+        self.fatal: list[Problem] = []
+
+
+def _read_all(root: Path, splits: Sequence[str], choice: DataConfig) -> _Found:
+    found = _Found()
+    classes: tuple[str, ...] | None = None
+    for split in splits:
+        try:
+            dataset = datasets.load(
+                root,
+                split,
+                format=choice.format,
+                classes=classes,
+                keep=choice.classes,
+                remap=choice.remap,
+            )
+        except BadData as error:
+            # Reading another split again finds what is wrong with train.
+            found.fatal = list(dict.fromkeys([*found.fatal, *error.problems]))
+        else:
+            classes = dataset.classes
+            found.datasets.append(dataset)
+    return found
+
+
+def _splits_of(root: Path, choice: DataConfig) -> list[str]:
+    there = datasets.split_names(root, format=choice.format)
+    return [split for split in _USUAL if split in there] or list(there)
+
+
+def _advice(found: Sequence[Dataset], config: TrainConfig) -> Advice | None:
+    """From the train split, which `train --anchors auto` looks at."""
+    training = next((each for each in found if each.split == "train"), None)
+    if training is None or not any(len(sample.boxes) for sample in training.samples):
+        return None
+    return advise(training, config)
+
+
+def _unreached(report: DataReport) -> Iterator[str]:
+    if not report.missed:
+        return
+    yield f"objects that no anchor reaches, the smallest of {len(report.missed)}:"
+    for each in report.missed[:_SHOWN_BOXES]:
+        yield f"  {each}"
+    yield ""
+
+
+def _answer(
+    root: Path, reports: Sequence[DataReport], fatal: Sequence[Problem], advice: Advice | None
+) -> dict[str, Any]:
+    return {
+        "data": root.resolve().name,
+        "splits": {report.split: report.to_dict() for report in reports},
+        "stops_training": [problem.to_dict() for problem in fatal],
+        "recommended": None if advice is None else advice.to_dict(),
+    }
