@@ -52,7 +52,7 @@ Example:
   retinaserve export runs/cells/best.ckpt --data cells \\
       --output models/cells/1/model.onnx
 """
-_licence = click.option(
+licence_option = click.option(
     "--licence",
     "licences",
     multiple=True,
@@ -151,7 +151,7 @@ def label_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--seed", type=int, help="The same seed gives the same run.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--resume", is_flag=True, help="Go on where the run in --output stopped.")
-@_licence
+@licence_option
 def train(
     data: Path,
     labels: dict[str, Any],
@@ -270,7 +270,7 @@ def evaluate(
     metavar="FILE.safetensors",
     help="Also write a small checkpoint (weights only, float16) for train --init.",
 )
-@_licence
+@licence_option
 def export(
     checkpoint: Path,
     output: Path,

@@ -36,6 +36,7 @@ _SUMMARIES: Final = {
     "evaluate": "COCO metrics of a model file on labelled pictures.",
     "export": "Write a checkpoint as a model file.",
     "data": "What is in labelled pictures, what is wrong, what they need.",
+    "import-torchvision": "Turn a RetinaNet of torchvision's into a checkpoint.",
     "study": "The paper's exhibits: loss curves, distributions, ablations.",
 }
 """Lines for --help: loading a command to ask it may take seconds."""
