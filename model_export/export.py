@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -23,6 +24,9 @@ from service.detector import INPUTS
 
 OPSET: Final = 18
 PRODUCER: Final = "retinaserve"
+
+_NETWORK: Final = "network"
+"""What `CandidateNetwork` calls the network; the exporter keeps the names of its weights."""
 
 
 class CandidateNetwork(nn.Module):
@@ -68,6 +72,20 @@ def export(
     partial.replace(output)
     write_checksum(output)
     return metadata
+
+
+def replace_weights(path: Path, weights: Mapping[str, Tensor], metadata: Metadata) -> None:
+    """Give a float32 file that `export` wrote other weights, by the network's own names."""
+    model = onnx.load(path)
+    initializers = {each.name: each for each in model.graph.initializer}
+    for name, weight in weights.items():
+        name_in_file = f"{_NETWORK}.{name}"
+        initializers[name_in_file].CopyFrom(
+            onnx.numpy_helper.from_array(weight.numpy(), name_in_file)
+        )
+    set_metadata(model, metadata)
+    onnx.save(model, path)
+    write_checksum(path)
 
 
 def build(network: RetinaNet, *, classes: int) -> onnx.ModelProto:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -80,22 +80,26 @@ NO_DIFFERENCE: Final = Difference(boxes=0.0, scores=0.0, detections=0, unpaired=
 class Report:
     """What `verify` found."""
 
-    against_torch: Difference
+    against: Difference
+    """The file against what it was written from."""
     in_company: Difference
     canvases: tuple[Size, ...]
     pictures: int
+    origin: str = "torch"
+    """What the file was written from."""
 
     def __str__(self) -> str:
         canvases = ", ".join(f"{c.height}x{c.width}" for c in self.canvases)
-        if not self.against_torch.detections:
+        if not self.against.detections:
             return (
                 f"nothing to verify by: on {self.pictures} pictures, canvases {canvases}, "
-                f"neither file nor network found anything above score {SCORE}; is it trained?"
+                f"neither file nor {self.origin} found anything above score {SCORE}; "
+                "is it trained?"
             )
         return (
             f"verified on {self.pictures} pictures, canvases {canvases}, "
             f"batches of {', '.join(map(str, BATCH_SIZES))}\n"
-            f"  file against torch:         {self.against_torch}\n"
+            f"  {f'file against {self.origin}:':<27} {self.against}\n"
             f"  in a batch against alone:   {self.in_company}"
         )
 
@@ -111,10 +115,46 @@ def verify(
     Every picture is tried on every canvas of the rule, so that padding is tried as well.
     Raises VerificationError when they differ by more than the contract allows.
     """
+    reference = CandidateNetwork(network.eval())
+    report = _compare_all(
+        detector, lambda prepared: _run_torch(reference, prepared), pictures, rule, origin="torch"
+    )
+    if not (report.against.agrees and report.in_company.agrees):
+        raise VerificationError(f"the file does not do what the network does: {report}")
+    return report
+
+
+def verify_reduced(
+    full: Detector, reduced: Detector, pictures: Sequence[bytes], rule: Buckets | ShortSide
+) -> Report:
+    """Compare a file of smaller precision with the float32 file that it was written from.
+
+    How far the two may differ, AP must say; company must not matter to it either.
+    Raises VerificationError when it does, or when the file finds nothing where the other does.
+    """
+    report = _compare_all(
+        reduced, lambda prepared: _run(full, [prepared])[0], pictures, rule, origin="fp32"
+    )
+    if not report.in_company.agrees:
+        raise VerificationError(f"the file's answer depends on a picture's company: {report}")
+    if report.against.unpaired > report.against.detections:
+        raise VerificationError(
+            f"the file finds other things than the float32 file; keep --precision fp32: {report}"
+        )
+    return report
+
+
+def _compare_all(
+    detector: Detector,
+    origin_of: Callable[[Prepared], Detections],
+    pictures: Sequence[bytes],
+    rule: Buckets | ShortSide,
+    *,
+    origin: str,
+) -> Report:
     rules: list[Buckets | ShortSide] = [Buckets(sizes=(size,)) for size in rule.all_canvases()]
     rules = rules or [rule]
-    reference = CandidateNetwork(network.eval())
-    against_torch = in_company = NO_DIFFERENCE
+    against = in_company = NO_DIFFERENCE
     canvases: dict[Size, None] = {}
     for one in rules:
         groups: dict[Size, list[Prepared]] = {}
@@ -125,16 +165,21 @@ def verify(
             canvases[size] = None
             alone = [_run(detector, [prepared])[0] for prepared in group]
             for found, prepared in zip(alone, group, strict=True):
-                against_torch |= compare(found, _run_torch(reference, prepared))
-            for batch in BATCH_SIZES:
-                for first in range(0, len(group) - batch + 1, batch):
-                    together = _run(detector, group[first : first + batch])
-                    for a, b in zip(together, alone[first : first + batch], strict=True):
-                        in_company |= compare(a, b)
-    report = Report(against_torch, in_company, tuple(canvases), len(pictures))
-    if not (against_torch.agrees and in_company.agrees):
-        raise VerificationError(f"the file does not do what the network does: {report}")
-    return report
+                against |= compare(found, origin_of(prepared))
+            in_company |= _compare_company(detector, group, alone)
+    return Report(against, in_company, tuple(canvases), len(pictures), origin)
+
+
+def _compare_company(
+    detector: Detector, group: Sequence[Prepared], alone: Sequence[Detections]
+) -> Difference:
+    difference = NO_DIFFERENCE
+    for batch in BATCH_SIZES:
+        for first in range(0, len(group) - batch + 1, batch):
+            together = _run(detector, group[first : first + batch])
+            for a, b in zip(together, alone[first : first + batch], strict=True):
+                difference |= compare(a, b)
+    return difference
 
 
 def compare(a: Detections, b: Detections) -> Difference:

@@ -130,8 +130,8 @@ def test_a_file_agrees_with_its_network(
     assert report.canvases == (Size(96, 128), Size(128, 96))
     assert report.pictures == 5
     # Every picture on every canvas; in company, batches of 1, 2 and 5 make 5 + 4 + 5 of each.
-    assert report.against_torch.detections > 200
-    assert report.in_company.detections > 2 * report.against_torch.detections
+    assert report.against.detections > 200
+    assert report.in_company.detections > 2 * report.against.detections
     assert "verified on 5 pictures, canvases 96x128, 128x96, batches of 1, 2, 5" in str(report)
 
 
@@ -216,6 +216,6 @@ def test_a_file_that_agrees_comes_to_its_place(
         pictures=pictures,
     )  # fmt: skip
     assert done.evaluation is None
-    assert done.report.against_torch.agrees
+    assert done.report.against.agrees
     assert sorted(path.name for path in output.parent.iterdir()) == ["model.onnx", "model.sha256"]
     assert read_artifact(output).metadata == exported.metadata
