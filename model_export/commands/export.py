@@ -5,19 +5,24 @@ from __future__ import annotations
 import dataclasses
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 from pydantic import ValidationError
 
+from model_export import datasets
+from model_export.calibration import FOLDS, Calibration
 from model_export.checkpoints import Checkpoint, load_checkpoint, save_weights
 from model_export.commands.data import load, used
 from model_export.commands.evaluate import table
-from model_export.config import describe
-from model_export.datasets import Dataset
-from model_export.release import VERIFIED_PICTURES, release
+from model_export.config import DataConfig, describe
+from model_export.datasets import Dataset, Sample
+from model_export.precision import Precision
+from model_export.reduction import RANGE_PICTURES
+from model_export.reduction import table as reduction_table
+from model_export.release import VERIFIED_PICTURES, Reduction, release
 from service.artifact import MODEL_FILE, read_artifact
 from service.canvas import Buckets, ShortSide, Size
 from service.errors import DataError
@@ -39,15 +44,28 @@ def run(
     labels: Mapping[str, Any],
     weights_file: Path | None,
     licences: Sequence[str],
+    calibrate_on: Path | None = None,
+    calibrate_split: str = "val",
+    precision: Precision = Precision.FP32,
+    max_loss: float | None = None,
 ) -> None:
     """Write, verify and, given data, measure a model file. Raises RetinaserveError."""
+    if precision is Precision.INT8 and data is None:
+        raise DataError(
+            "--precision int8 needs --data DIR: pictures show which activations there are, and "
+            "labels what it costs"
+        )
     if weights_file is not None and weights_file.suffix != ".safetensors":
         raise DataError(f"--save-weights {weights_file}: expected a name that ends in .safetensors")
     rule = None if canvas is None else parse_canvas(canvas)
     checkpoint = _with_licences(load_checkpoint(checkpoint_file), licences)
-    held_out = None
+    classes = checkpoint.description.classes
+    held_out = calibration_data = None
     if data is not None:
-        held_out = load(data, split, used(labels), classes=checkpoint.description.classes)
+        held_out = load(data, split, used(labels), classes=classes)
+    if calibrate_on is not None:
+        calibration_data = load(calibrate_on, calibrate_split, used(labels), classes=classes)
+    pictures = _pictures(held_out)
     done = release(
         checkpoint,
         output,
@@ -55,10 +73,19 @@ def run(
         canvas=rule,
         score=score,
         held_out=held_out,
-        pictures=_pictures(held_out),
+        pictures=pictures,
+        calibrate_on=calibration_data,
+        reduction=_reduction(precision, held_out, used(labels), pictures, max_loss),
     )
     click.echo(f"wrote {output}, {output.stat().st_size / 1e6:.1f} MB")
     click.echo(str(done.report))
+    if done.calibration is not None:
+        for line in calibration_lines(done.calibration, classes):
+            click.echo(line)
+    if done.reduced is not None:
+        click.echo(f"{precision}: {done.reduced}")
+        for line in reduction_table(done.rows):
+            click.echo(line)
     if done.evaluation is not None:
         for line in table(done.evaluation):
             click.echo(line)
@@ -69,6 +96,18 @@ def run(
         weights_file.parent.mkdir(parents=True, exist_ok=True)
         save_weights(checkpoint, weights_file, half=True)
         click.echo(f"wrote {weights_file}, {weights_file.stat().st_size / 1e6:.1f} MB")
+
+
+def calibration_lines(calibration: Calibration, classes: Sequence[str]) -> Iterator[str]:
+    """What the calibration did, as lines of text."""
+    yield (
+        f"calibrated on {calibration.detections} detections of {calibration.pictures} pictures; "
+        f"calibration error {calibration.before:.4f}, afterwards {calibration.after:.4f} by "
+        f"{FOLDS}-fold cross-validation"
+    )
+    score_map = calibration.score_map
+    for name, scale, offset in zip(classes, score_map.scales, score_map.offsets, strict=True):
+        yield f"  {name}: logit * {scale:.3f} {offset:+.3f}"
 
 
 def parse_canvas(text: str) -> Buckets | ShortSide:
@@ -113,17 +152,53 @@ def _with_licences(checkpoint: Checkpoint, licences: Sequence[str]) -> Checkpoin
     return dataclasses.replace(checkpoint, description=description)
 
 
+def _reduction(
+    precision: Precision,
+    held_out: Dataset | None,
+    choice: DataConfig,
+    pictures: Sequence[bytes],
+    max_loss: float | None,
+) -> Reduction | None:
+    """What a smaller precision needs: for int8 pictures of the kind that it will see."""
+    if precision is Precision.FP32:
+        return None
+    if precision is Precision.INT8 and held_out is not None:
+        pictures = _range_pictures(held_out, choice)
+    return Reduction(precision, pictures, max_loss)
+
+
+def _range_pictures(held_out: Dataset, choice: DataConfig) -> list[bytes]:
+    """Pictures of the train split, evenly spread; where there is none, the measured ones."""
+    try:
+        samples = datasets.load(
+            held_out.root,
+            "train",
+            format=choice.format,
+            classes=held_out.classes,
+            keep=choice.classes,
+            remap=choice.remap,
+        ).samples
+    except DataError:
+        samples = held_out.samples
+    step = max(1, len(samples) // RANGE_PICTURES)
+    return _read(samples[::step][:RANGE_PICTURES])
+
+
 def _pictures(held_out: Dataset | None) -> list[bytes]:
     """Pictures to verify on: the data's own, filled up with drawn ones, lying and upright."""
     pictures: list[bytes] = []
     if held_out is not None:
-        try:
-            pictures = [each.path.read_bytes() for each in held_out.samples[:VERIFIED_PICTURES]]
-        except OSError as error:
-            raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from error
+        pictures = _read(held_out.samples[:VERIFIED_PICTURES])
     for seed in range(len(pictures), VERIFIED_PICTURES):
         width, height = ((640, 480), (480, 640))[seed % 2]
         file = io.BytesIO()
         draw_smear(seed, width=width, height=height)[0].save(file, "PNG")
         pictures.append(file.getvalue())
     return pictures
+
+
+def _read(samples: Sequence[Sample]) -> list[bytes]:
+    try:
+        return [each.path.read_bytes() for each in samples]
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from error
