@@ -37,7 +37,7 @@ MIN_TILE: Final = 32
 MAX_TILE: Final = 65535
 """No accepted picture format has a longer side."""
 MAX_VIEWS: Final = 128
-"""Canvases that the service gives to one picture: a 4K frame takes 64 of 448 x 608."""
+"""Canvases that the service gives to one picture: a 4K frame takes 61 of 608 x 448."""
 
 OVERLAP: Final = 0.25
 """Least share of a tile's side that it has in common with the next tile."""

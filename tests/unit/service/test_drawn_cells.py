@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -15,8 +14,9 @@ from service.devices import open_detector, resolve
 from service.imaging import prepare
 from service.results import resolve as resolve_selection
 from service.results import select
-from service.samples import PLATELET, RED, WHITE, Box, draw_smear, sample_jpeg
+from service.samples import PLATELET, RED, WHITE, draw_smear, sample_jpeg
 from service.settings import bundled_models
+from tests.matching import found
 
 
 @pytest.fixture(scope="module")
@@ -37,27 +37,6 @@ def detect(detector: Detector, picture: bytes) -> Detections:
         iou_threshold=selection.iou,
     )
     return select(raw, prepared.letterbox, selection)
-
-
-def overlap(box: Box, others: np.ndarray) -> np.ndarray:
-    """(D,) IoU of one box with (D, 4) others."""
-    near = np.maximum(others[:, :2], box[:2])
-    far = np.minimum(others[:, 2:], box[2:])
-    shared = np.clip(far - near, 0, None).prod(axis=1)
-    areas = (others[:, 2:] - others[:, :2]).prod(axis=1)
-    return shared / (areas + (box[2] - box[0]) * (box[3] - box[1]) - shared)
-
-
-def found(cells: Iterable[tuple[str, Box]], seen: Detections, classes: tuple[str, ...]) -> int:
-    """How many cells have a detection of their class at IoU 0.5, each detection once."""
-    free, hits = set(range(len(seen))), 0
-    for name, box in cells:
-        ious = overlap(box, seen.boxes)
-        fits = [i for i in free if classes[seen.labels[i]] == name and ious[i] >= 0.5]
-        if fits:
-            free.remove(max(fits, key=lambda i: ious[i]))
-            hits += 1
-    return hits
 
 
 def test_drawn_cells_are_found_and_little_else(detector: Detector) -> None:
