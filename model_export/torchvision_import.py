@@ -120,10 +120,10 @@ def convert(
     name = _architecture(renamed, architecture, count, path)
     found_eps = norm_eps(state) if eps is None else eps
     model = ARCHITECTURES[name].model_copy(update={"norm_eps": found_eps})
-    weights = _fresh_weights(model, count)
-    weights |= {key: value.to(weights[key].dtype) for key, value in renamed.items()}
+    weights = _counted(renamed)
     notes = []
     if len(present) < len(PARTS):
+        weights = _fresh_weights(model, count) | weights
         notes.append(
             f"the file has {' and '.join(present)} alone; the rest starts fresh and has yet to "
             "learn: retinaserve train --init"
@@ -258,6 +258,18 @@ def _differences(state: Mapping[str, Tensor], model: ModelConfig, count: int) ->
                 f"{key} has shape {tuple(state[key].shape)}, not {tuple(wanted[key].shape)}"
             )
     return found
+
+
+def _counted(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights in full precision, and the counts of batches that frozen norms do not have."""
+    weights = {
+        key.replace("running_var", _COUNT): torch.tensor(0)
+        for key in state
+        if key.endswith("running_var")
+    }
+    return weights | {
+        key: value.float() if value.is_floating_point() else value for key, value in state.items()
+    }
 
 
 def _fresh_weights(model: ModelConfig, count: int) -> dict[str, Tensor]:

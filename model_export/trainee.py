@@ -24,7 +24,7 @@ from model_export.retinanet.anchors import canvas_anchors
 from model_export.retinanet.matching import IGNORED
 from model_export.retinanet.model import RetinaNet, freeze_norms
 from model_export.transforms import Batch
-from service.errors import RetinaserveError
+from service.errors import DataError, RetinaserveError
 
 PATIENCE: Final = 20
 """Steps in a row with a loss or gradient that is not finite before the run gives up."""
@@ -84,7 +84,12 @@ class Trainee(lightning.LightningModule):
         return min(done, 1.0)
 
     def on_fit_start(self) -> None:
-        """Start the clock when the work starts."""
+        """Start the clock when the work starts. Raises DataError for norms that cannot learn."""
+        if self.config.model.norm_eps == 0 and not self._norms_frozen:
+            raise DataError(
+                "model.norm_eps 0 divides by the bare variance, which only frozen norms may: keep "
+                "freeze_norms with --init or --weights, or set model.norm_eps to 1e-5"
+            )
         self._started = time.monotonic()
         self._first_minutes = self._minutes_before
 
