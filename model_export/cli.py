@@ -45,7 +45,7 @@ Example:
 """
 _EVALUATE_EXAMPLE = """\b
 Example:
-  retinaserve evaluate cells.onnx --data cells --against older.onnx --plots figures
+  retinaserve evaluate cells.onnx --data cells --against older.onnx --report cells.html
 """
 _EXPORT_EXAMPLE = """\b
 Example:
@@ -213,6 +213,9 @@ def train(
 @click.option("--against", type=_FILE, metavar="OTHER.onnx", help="Compare with another file.")
 @click.option("--json", "json_file", type=_NEW_FILE, metavar="FILE", help="Write all figures.")
 @click.option("--plots", type=_FOLDER, metavar="DIR", help="Write figures as PNG.")
+@click.option(
+    "--report", type=_NEW_FILE, metavar="FILE.html", help="Write all of it as one page to look at."
+)
 def evaluate(
     model: Path,
     data: Path,
@@ -223,11 +226,13 @@ def evaluate(
     against: Path | None,
     json_file: Path | None,
     plots: Path | None,
+    report: Path | None,
 ) -> None:
-    """COCO metrics of a model file on labelled pictures.
+    """COCO metrics of a model file on labelled pictures, and whether its scores can be trusted.
 
     Measures the file through the service's own pipeline, at score 0.01 and 300 detections.
-    --against gives the difference of two files with a 95 % interval.
+    --against gives the difference of two files with a 95 % interval. --report shows figures,
+    curves, confusions, calibration and the worst mistakes on a page that needs no other file.
     """
     from model_export.commands import evaluate as command
 
@@ -241,6 +246,7 @@ def evaluate(
         against=against,
         json_file=json_file,
         plots=plots,
+        report=report,
     )
 
 

@@ -16,13 +16,12 @@ from numpy.typing import NDArray
 from model_export.calibration_error import reliability
 from model_export.datasets import Sample
 from model_export.evaluation import Matches, match
+from model_export.operating_points import RECALLS
 from service.detector import Detections
 from service.errors import DataError
 
 RESAMPLES: Final = 1000
 
-_RECALLS: Final = np.linspace(0.0, 1.0, 101)
-"""COCO's AP is the mean of the precision at these."""
 _INTERVAL: Final = (2.5, 97.5)
 
 
@@ -115,7 +114,7 @@ def average_precision(matches: Matches, weights: NDArray[np.int64]) -> NDArray[n
     padded = np.concatenate([envelope, np.zeros((len(envelope), 1))], axis=1)
     return np.array(
         [
-            line[np.searchsorted(reached, _RECALLS, side="left")].mean()
+            line[np.searchsorted(reached, RECALLS, side="left")].mean()
             for line, reached in zip(padded, recall, strict=True)
         ]
     )

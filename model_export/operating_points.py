@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,9 @@ from numpy.typing import NDArray
 from model_export.datasets import Sample
 from model_export.evaluation import SCORE, Matches, match
 from service.detector import Detections
+
+RECALLS: Final = np.linspace(0.0, 1.0, 101)
+"""COCO's AP is the mean of the interpolated precision at these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +32,22 @@ class OperatingPoints:
         total = self.precision + self.recall
         product = 2 * self.precision * self.recall
         return np.divide(product, total, out=np.zeros_like(total), where=total > 0)
+
+    def at(self, threshold: float) -> tuple[float | None, float, float]:
+        """Precision, recall and F1 of the detections that score strictly above a threshold.
+
+        Precision is None where nothing is detected.
+        """
+        kept = int(np.count_nonzero(self.scores > threshold))
+        if kept == 0:
+            return None, 0.0, 0.0
+        last = kept - 1
+        return float(self.precision[last]), float(self.recall[last]), float(self.f1[last])
+
+    def interpolated(self) -> NDArray[np.float64]:
+        """(101,) the best precision at each of `RECALLS` or beyond it; 0 beyond the highest."""
+        envelope = np.append(np.maximum.accumulate(self.precision[::-1])[::-1], 0.0)
+        return np.asarray(envelope[np.searchsorted(self.recall, RECALLS, side="left")])
 
     def best_threshold(self) -> float | None:
         """The score threshold of highest F1; None where no detection ever hits.

@@ -1,4 +1,4 @@
-"""Figures of an evaluation: precision over recall, scores of hits and misses, F1 over threshold."""
+"""Figures of an evaluation as PNG: curves, scores, calibration and confusions."""
 
 from __future__ import annotations
 
@@ -6,26 +6,37 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from model_export.calibration_error import Reliability
+from model_export.confusion import Confusion
 from model_export.evaluation import SCORE, Matches
+from model_export.measurement import Measurement
 from model_export.operating_points import operating_points
 
 _LEGEND = 12
 """So many classes fit into a legend."""
 _BINS = 40
+_DARK = 0.5
+"""Shares above are drawn so dark that text on them is white."""
 
 
-def save_plots(matches: Sequence[Matches], classes: Sequence[str], folder: Path) -> list[Path]:
+def save_plots(measured: Measurement, folder: Path) -> list[Path]:
     """Draw all figures into `folder`, which is made if need be; their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    return [
-        _save(precision_recall(matches, classes), folder / "precision-recall.png"),
-        _save(score_histogram(matches, classes), folder / "scores.png"),
-        _save(f1_over_threshold(matches, classes), folder / "f1-threshold.png"),
-    ]
+    matches, classes = measured.matches, measured.classes
+    # A class may be called "$5_".
+    with rc_context({"text.parse_math": False}):
+        return [
+            _save(precision_recall(matches, classes), folder / "precision-recall.png"),
+            _save(score_histogram(matches, classes), folder / "scores.png"),
+            _save(f1_over_threshold(matches, classes), folder / "f1-threshold.png"),
+            _save(reliability_diagram(measured.overall_calibration), folder / "reliability.png"),
+            _save(confusion_matrix(measured.confusion, classes), folder / "confusion.png"),
+        ]
 
 
 def precision_recall(matches: Sequence[Matches], classes: Sequence[str]) -> Figure:
@@ -86,8 +97,56 @@ def score_histogram(matches: Sequence[Matches], classes: Sequence[str]) -> Figur
     return figure
 
 
-def _figure(title: str, *, across: str, up: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(7, 5), layout="constrained")
+def reliability_diagram(calibration: Reliability) -> Figure:
+    """Precision of the detections of each score bin; on the diagonal scores mean what they say."""
+    error = "-" if calibration.error is None else f"{calibration.error:.3f}"
+    title = f"Precision over score at IoU 0.50, D-ECE {error}"
+    figure, axes = _figure(title, across="score", up="precision")
+    filled = calibration.counts > 0
+    axes.bar(
+        calibration.edges[:-1][filled],
+        calibration.precision[filled],
+        width=np.diff(calibration.edges)[filled],
+        align="edge",
+        edgecolor="white",
+        label="precision",
+    )
+    scores, counts = calibration.confidence[filled], calibration.counts[filled]
+    axes.plot(scores, calibration.precision[filled], "k.", label="at the mean score")
+    for score, share, count in zip(scores, calibration.precision[filled], counts, strict=True):
+        axes.annotate(str(count), (score, share), (0, 6), textcoords="offset points", ha="center")
+    axes.plot([0, 1], [0, 1], "k--", linewidth=1, label="what the scores say")
+    axes.set(xlim=(0, 1), ylim=(0, 1.1))
+    axes.legend(loc="upper left")
+    return figure
+
+
+def confusion_matrix(confusion: Confusion, classes: Sequence[str]) -> Figure:
+    """Objects by what they are and what they were detected as, coloured by share of the row."""
+    side = max(4.0, 0.45 * (len(classes) + 1) + 2)
+    figure, axes = _figure(
+        "Objects at the file's own thresholds, IoU 0.50",
+        across="detected as",
+        up="labelled as",
+        size=(side, side),
+    )
+    axes.grid(visible=False)
+    shares = confusion.row_shares()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for (row, column), count in np.ndenumerate(confusion.counts):
+        if count:
+            colour = "white" if shares[row, column] > _DARK else "black"
+            axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=8)
+    ticks = range(len(classes) + 1)
+    axes.set_xticks(ticks, [*classes, "nothing"], rotation=90)
+    axes.set_yticks(ticks, [*classes, "nothing"])
+    return figure
+
+
+def _figure(
+    title: str, *, across: str, up: str, size: tuple[float, float] = (7, 5)
+) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=size, layout="constrained")
     # Not pyplot: that keeps every figure in memory and asks for a screen.
     FigureCanvasAgg(figure)
     axes = figure.subplots()

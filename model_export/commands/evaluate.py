@@ -1,22 +1,24 @@
-"""`retinaserve evaluate`: a model file and a labelled folder to a table, figures and JSON."""
+"""`retinaserve evaluate`: a model file and a labelled folder to a table and to files."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 
+from model_export.answer import answer
+from model_export.calibration_error import MIN_SCORE, Reliability
 from model_export.commands.data import load, used
 from model_export.comparison import Comparison, Difference, compare
 from model_export.config import DataConfig
 from model_export.datasets import Dataset
-from model_export.evaluation import Evaluation, evaluate_file, match
-from model_export.operating_points import OperatingPoints, operating_points
+from model_export.evaluation import Evaluation, Timing, evaluate_file
+from model_export.measurement import Against, Measurement, describe_file, measure
 from service.artifact import read_artifact
 from service.detector import Detections
 from service.errors import DataError
@@ -33,43 +35,53 @@ def run(
     against: Path | None,
     json_file: Path | None,
     plots: Path | None,
+    report: Path | None,
 ) -> None:
-    """Measure a file and print what was found. Raises RetinaserveError."""
-    artifact = read_artifact(model)
+    """Measure a file and show what was found. Raises RetinaserveError."""
     dataset = load_for(model, data, split, used(labels))
-    evaluation, found = evaluate_file(model, dataset, device=device, batch_size=batch_size)
-    matches = match(dataset.samples, found, dataset.classes)
-    points = dict(zip(dataset.classes, map(operating_points, matches), strict=True))
+    measured = measure(model, dataset, device=device, batch_size=batch_size)
     click.echo(f"{model} on {data}, split {split!r}")
-    for line in table(evaluation, points):
+    for line in table(measured.evaluation, measured):
         click.echo(line)
-    answer: dict[str, Any] = {
-        "model": {"name": artifact.metadata.name, "file": model.name, "sha256": artifact.sha256},
-        "data": {"name": data.resolve().name, "split": split},
-        "metrics": evaluation.to_dict(),
-        "thresholds": {
-            name: None if each is None else each.best_threshold() for name, each in points.items()
-        },
-    }
+    other = None
     if against is not None:
-        other, found_by_other = _other(against, dataset, device=device, batch_size=batch_size)
-        comparison = compare(dataset.samples, found, found_by_other, dataset.classes)
-        for line in comparison_lines(against, comparison):
+        other = _compare(measured, against, device=device, batch_size=batch_size)
+        for line in comparison_lines(against, other.comparison):
             click.echo(line)
-        answer["against"] = {
-            "model": {"file": against.name, "sha256": read_artifact(against).sha256},
-            "metrics": other.to_dict(),
-            "difference": asdict(comparison),
-        }
+    for path in _write(measured, other, json_file=json_file, plots=plots, report=report):
+        click.echo(f"wrote {path}")
+
+
+def _write(
+    measured: Measurement,
+    against: Against | None,
+    *,
+    json_file: Path | None,
+    plots: Path | None,
+    report: Path | None,
+) -> Iterator[Path]:
+    """Write what is asked for; the paths as they are written."""
     if plots is not None:
         from model_export.plots import save_plots
 
-        for path in save_plots(matches, dataset.classes, plots):
-            click.echo(f"wrote {path}")
+        yield from save_plots(measured, plots)
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(answer, indent=2, allow_nan=False) + "\n")
-        click.echo(f"wrote {json_file}")
+        text = json.dumps(answer(measured, against), indent=2, allow_nan=False)
+        yield _write_text(json_file, text + "\n")
+    if report is not None:
+        from model_export.report import render
+
+        yield _write_text(report, render(measured, against))
+
+
+def _write_text(path: Path, text: str) -> Path:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        reason = error.strerror or error
+        raise DataError(f"{path}: cannot be written: {reason}; name another file") from error
+    return path
 
 
 def load_for(
@@ -83,65 +95,104 @@ def load_for(
         raise DataError(f"{error} (the classes of {model} are {', '.join(classes)})") from error
 
 
-def table(
-    evaluation: Evaluation, points: Mapping[str, OperatingPoints | None] | None = None
-) -> Iterator[str]:
-    """The metrics as lines of text, with the best F1 of each class where `points` are given."""
-    overall = {
+def table(evaluation: Evaluation, measured: Measurement | None = None) -> Iterator[str]:
+    """The metrics as lines of text, with what follows from the detections where they are given."""
+    yield f"{evaluation.images} pictures, {evaluation.boxes} objects"
+    for figures in _overall(evaluation):
+        yield "  ".join(f"{name:>6}" for name in figures)
+        yield "  ".join(_number(value) for value in figures.values())
+    yield ""
+    width = max(len("class"), *(len(name) for name in evaluation.per_class))
+    head = f"{'class':<{width}}  objects      AP    AP50"
+    yield head if measured is None else f"{head}  best F1  at score   D-ECE"
+    for name, row in evaluation.per_class.items():
+        line = f"{name:<{width}}  {row.count:>7}  {_number(row.ap)}  {_number(row.ap50)}"
+        yield line if measured is None else line + _of_class(measured, name)
+    if measured is not None:
+        yield ""
+        yield _calibration(measured.overall_calibration)
+    if evaluation.timing is not None:
+        yield ""
+        yield _latency(evaluation.timing)
+
+
+def _overall(evaluation: Evaluation) -> Iterator[dict[str, float | None]]:
+    yield {
         "AP": evaluation.ap,
         "AP50": evaluation.ap50,
         "AP75": evaluation.ap75,
         "small": evaluation.ap_small,
         "medium": evaluation.ap_medium,
         "large": evaluation.ap_large,
-        "AR100": evaluation.ar100,
     }
-    yield f"{evaluation.images} pictures, {evaluation.boxes} objects"
-    yield "  ".join(f"{name:>6}" for name in overall)
-    yield "  ".join(_number(value) for value in overall.values())
-    yield ""
-    width = max(len("class"), *(len(name) for name in evaluation.per_class))
-    head = f"{'class':<{width}}  objects      AP    AP50"
-    yield head if points is None else f"{head}  best F1  at score"
-    for name, row in evaluation.per_class.items():
-        line = f"{name:<{width}}  {row.count:>7}  {_number(row.ap)}  {_number(row.ap50)}"
-        yield line if points is None else line + _best(points[name])
-    if evaluation.timing is not None:
-        yield ""
-        yield (
-            f"session alone {evaluation.timing.session:.1f} ms per picture (median, one per "
-            f"call); whole pipeline {evaluation.timing.pipeline:.1f} ms per picture"
-        )
+    yield {
+        "AR1": evaluation.ar1,
+        "AR10": evaluation.ar10,
+        "AR100": evaluation.ar100,
+        "small": evaluation.ar_small,
+        "medium": evaluation.ar_medium,
+        "large": evaluation.ar_large,
+    }
 
 
-def _best(points: OperatingPoints | None) -> str:
+def _of_class(measured: Measurement, name: str) -> str:
+    points = measured.points[name]
     f1 = None if points is None or not points.f1.size else float(points.f1.max())
     threshold = None if points is None else points.best_threshold()
-    return f"  {_number(f1):>7}  {_number(threshold):>8}"
+    error = measured.calibration[name].error
+    return f"  {_number(f1):>7}  {_number(threshold):>8}  {_number(error):>6}"
+
+
+def _calibration(overall: Reliability) -> str:
+    if overall.error is None or overall.bias is None:
+        return f"D-ECE -: no detection scores above {MIN_SCORE:g}"
+    lean = "above" if overall.bias > 0 else "below"
+    return (
+        f"D-ECE {overall.error:.4f} of {overall.total} detections above {MIN_SCORE:g} in "
+        f"{len(overall.counts)} bins; the mean score is {abs(overall.bias):.4f} {lean} precision"
+    )
+
+
+def _latency(timing: Timing) -> str:
+    batch = f", {timing.batch:.1f} ms in batches of {timing.batch_size}"
+    return (
+        f"on {timing.device}: session alone {timing.session:.1f} ms per picture (median, one per "
+        f"call{batch if timing.batch_size > 1 else ''}); whole pipeline {timing.pipeline:.1f} ms "
+        "per picture"
+    )
 
 
 def comparison_lines(against: Path, comparison: Comparison) -> Iterator[str]:
     """The differences as lines of text."""
     yield ""
     yield f"minus {against}, with the 95 % interval of a paired bootstrap over pictures"
-    for name, each in (("AP", comparison.ap), ("AP50", comparison.ap50)):
-        yield f"{name:<5} {_difference(each)}"
+    figures = {"AP": comparison.ap, "AP50": comparison.ap50, "D-ECE": comparison.d_ece}
+    for name, each in figures.items():
+        yield f"{name:<5} {'-' if each is None else _difference(each)}"
 
 
-def _other(
-    model: Path, dataset: Dataset, *, device: str, batch_size: int | None
-) -> tuple[Evaluation, list[Detections]]:
-    """Evaluate another file on the same pictures; its labels become those of `dataset`."""
+def _compare(measured: Measurement, model: Path, *, device: str, batch_size: int | None) -> Against:
+    """Evaluate another file on the same pictures; its labels become those of the first."""
+    dataset = measured.dataset
     classes = read_artifact(model).metadata.classes
     if set(classes) != set(dataset.classes):
         raise DataError(
             f"{model}: its classes are {', '.join(classes)}, those of the first file are "
             f"{', '.join(dataset.classes)}; only models of the same classes can be compared"
         )
-    own = load(dataset.root, dataset.split, classes=classes)
-    evaluation, found = evaluate_file(model, own, device=device, batch_size=batch_size)
+    theirs = np.array([classes.index(name) for name in dataset.classes], dtype=np.int64)
+    own = dataclasses.replace(
+        dataset,
+        classes=classes,
+        samples=tuple(
+            dataclasses.replace(each, labels=theirs[each.labels]) for each in dataset.samples
+        ),
+    )
+    evaluation, answers = evaluate_file(model, own, device=device, batch_size=batch_size)
     ours = np.array([dataset.classes.index(name) for name in classes], dtype=np.int64)
-    return evaluation, [Detections(each.boxes, each.scores, ours[each.labels]) for each in found]
+    found = [Detections(each.boxes, each.scores, ours[each.labels]) for each in answers]
+    comparison = compare(dataset.samples, measured.found, found, dataset.classes)
+    return Against(describe_file(model), evaluation, comparison)
 
 
 def _number(value: float | None) -> str:

@@ -66,7 +66,7 @@ def test_without_the_train_extra(command, tmp_path):
     script = (
         "import sys\n"
         "for name in ('torch', 'lightning', 'pycocotools', 'matplotlib', 'yaml', 'safetensors',"
-        " 'onnxscript'):\n"
+        " 'onnxscript', 'jinja2'):\n"
         "    sys.modules[name] = None\n"
         "from service.cli import main\n"
         f"sys.argv[1:] = {[command, *arguments]!r}\n"
@@ -85,15 +85,18 @@ def test_without_the_train_extra(command, tmp_path):
 
 def test_evaluate_prints_and_writes_everything(rectangles_model, rectangles_data, tmp_path):
     figures, answer = tmp_path / "figures", tmp_path / "new" / "answer.json"
+    report = tmp_path / "new" / "report.html"
     result = call(
         "evaluate",
         rectangles_model,
         *("--data", rectangles_data, "--device", "cpu"),
         *("--against", rectangles_model, "--plots", figures, "--json", answer),
+        *("--report", report),
     )
     assert result.exit_code == 0, result.output
     assert "10 pictures, 9 objects" in result.stdout
     assert "session alone" in result.stdout
+    assert "D-ECE 0.1000 of 9 detections above 0.05" in result.stdout
     assert "AP    +0.0000  [+0.0000, +0.0000]" in result.stdout
     values = json.loads(answer.read_text())
     assert values["metrics"]["ap50"] == pytest.approx(1.0)
@@ -101,7 +104,18 @@ def test_evaluate_prints_and_writes_everything(rectangles_model, rectangles_data
     assert values["model"]["sha256"] == read_artifact(rectangles_model).sha256
     assert values["thresholds"]["green"] == pytest.approx(0.455, abs=1e-4)
     assert values["against"]["difference"]["ap"] == {"value": 0.0, "low": 0.0, "high": 0.0}
-    assert len(list(figures.glob("*.png"))) == 3
+    assert len(list(figures.glob("*.png"))) == 5
+    assert "no difference to be seen" in report.read_text()
+    assert "picture-0.png" not in report.read_text(), "every rectangle is found"
+
+
+def test_evaluate_where_nothing_can_be_written(rectangles_model, rectangles_data, tmp_path):
+    (tmp_path / "file").touch()
+    result = call(
+        "evaluate", rectangles_model, "--data", rectangles_data, "--device", "cpu",
+        "--report", tmp_path / "file" / "report.html",
+    )  # fmt: skip
+    check_refused(result, "report.html: cannot be written", "name another file")
 
 
 def test_evaluate_against_a_file_with_another_class_order(

@@ -16,60 +16,22 @@ from model_export.comparison import (
     compare,
     mean_precision,
 )
-from model_export.datasets import Dataset, Sample, load_voc
+from model_export.datasets import Dataset, load_voc
 from model_export.evaluation import coco_metrics, evaluate_file, match
 from model_export.operating_points import best_thresholds, operating_points
 from model_export.plots import save_plots
-from service.canvas import Size
-from service.detector import Detections
 from service.errors import ArtifactError, DataError
+from tests.unit.model_export.cases import (
+    CLASSES,
+    EMPTY,
+    NOTHING,
+    detections,
+    measurement,
+    random_case,
+    sample,
+)
 
-CLASSES = ("cell", "speck")
 FULL = [0, 0, 100, 100]
-
-
-def sample(boxes, labels) -> Sample:
-    return Sample(
-        path=Path("unused.png"),
-        size=Size(480, 640),
-        boxes=np.array(boxes, dtype=np.float32).reshape(-1, 4),
-        labels=np.array(labels, dtype=np.int64),
-    )
-
-
-def detections(boxes, scores, labels) -> Detections:
-    return Detections(
-        boxes=np.array(boxes, dtype=np.float32).reshape(-1, 4),
-        scores=np.array(scores, dtype=np.float32),
-        labels=np.array(labels, dtype=np.int64),
-    )
-
-
-NOTHING = detections([], [], [])
-EMPTY = sample([], [])
-
-
-def random_case(seed: int, pictures: int = 12):
-    """Objects, and detections that are the objects shaken, some missing, some invented."""
-    generator = np.random.default_rng(seed)
-    truth, found = [], []
-    for _ in range(pictures):
-        count = int(generator.integers(0, 7))
-        corner = generator.uniform(0, 300, (count, 2))
-        boxes = np.concatenate([corner, corner + generator.uniform(10, 180, (count, 2))], axis=1)
-        labels = generator.integers(0, len(CLASSES), count)
-        truth.append(sample(boxes, labels))
-        kept = generator.random(count) < 0.8
-        # At most 9 in both corners together, so that no box of 10 turns inside out.
-        shaken = boxes[kept] + generator.normal(0, 8, (int(kept.sum()), 4)).clip(-4.5, 4.5)
-        invented = generator.uniform(0, 200, (2, 2))
-        every = np.concatenate([shaken, np.concatenate([invented, invented + 40], axis=1)])
-        scores = generator.uniform(0.01, 1, len(every))
-        order = np.argsort(-scores)
-        all_labels = np.concatenate([labels[kept], generator.integers(0, len(CLASSES), 2)])
-        found.append(detections(every[order], scores[order], all_labels[order]))
-    return truth, found
-
 
 # --- hand-computed -------------------------------------------------------------------------------
 
@@ -293,6 +255,24 @@ def test_matches_by_hand():
     assert speck.hits.shape == (10, 0)
 
 
+def test_points_at_a_threshold():
+    truth = [sample([FULL, [200, 200, 300, 300]], [0, 0])]
+    found = [detections([FULL, [400, 0, 450, 50]], [0.875, 0.75], [0, 0])]
+    points = operating_points(match(truth, found, CLASSES)[0])
+    assert points.at(0.5) == (0.5, 0.5, 0.5)
+    # Strictly above: the one of 0.75 does not pass 0.75.
+    assert points.at(0.75) == (1.0, 0.5, pytest.approx(2 / 3))
+    assert points.at(0.875) == (None, 0.0, 0.0)
+
+
+def test_mean_of_the_interpolated_precision_is_ap50():
+    truth, found = random_case(11)
+    result = coco_metrics(truth, found, CLASSES)
+    for name, each in zip(CLASSES, match(truth, found, CLASSES), strict=True):
+        mean = operating_points(each).interpolated().mean()
+        assert mean == pytest.approx(result.per_class[name].ap50, abs=1e-12)
+
+
 def test_operating_points_by_hand():
     truth = [sample([FULL, [200, 200, 300, 300]], [0, 0])]
     miss = [400, 0, 450, 50]
@@ -470,11 +450,13 @@ def test_missing_model_file(tmp_path):
 
 def test_plots_are_written(tmp_path):
     truth, found = random_case(7)
-    paths = save_plots(match(truth, found, CLASSES), CLASSES, tmp_path / "new" / "plots")
+    paths = save_plots(measurement(truth, found), tmp_path / "new" / "plots")
     assert [path.name for path in paths] == [
         "precision-recall.png",
         "scores.png",
         "f1-threshold.png",
+        "reliability.png",
+        "confusion.png",
     ]
     for path in paths:
         with Image.open(path) as image:
@@ -483,12 +465,11 @@ def test_plots_are_written(tmp_path):
             assert len(np.unique(np.asarray(image))) > 20
 
 
-def test_plots_of_many_classes(tmp_path):
-    many = tuple(f"class {i}" for i in range(14))
+def test_plots_of_many_classes_with_strange_names(tmp_path):
+    many = ("$x_", "_hidden", *(f"class {i}" for i in range(12)))
     truth, found = random_case(8)
-    assert len(save_plots(match(truth, found, many), many, tmp_path / "many")) == 3
+    assert len(save_plots(measurement(truth, found, many), tmp_path / "many")) == 5
 
 
 def test_plots_of_nothing(tmp_path):
-    nothing = match([EMPTY], [NOTHING], CLASSES)
-    assert len(save_plots(nothing, CLASSES, tmp_path)) == 3
+    assert len(save_plots(measurement([EMPTY], [NOTHING]), tmp_path)) == 5

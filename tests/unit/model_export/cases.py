@@ -1,0 +1,83 @@
+"""Labelled pictures and detections made up for tests of the evaluation."""
+
+from pathlib import Path
+
+import numpy as np
+
+from model_export.datasets import Dataset
+from model_export.evaluation import coco_metrics
+from model_export.measurement import Measurement, ModelFile
+from model_export.samples import Sample
+from service.artifact import Metadata
+from service.canvas import Buckets, Size
+from service.detector import Detections
+
+CLASSES = ("cell", "speck")
+
+
+def sample(boxes, labels, path=Path("unused.png")) -> Sample:
+    """A picture of 640 x 480."""
+    return Sample(
+        path=path,
+        size=Size(480, 640),
+        boxes=np.array(boxes, dtype=np.float32).reshape(-1, 4),
+        labels=np.array(labels, dtype=np.int64),
+    )
+
+
+def detections(boxes, scores, labels) -> Detections:
+    return Detections(
+        boxes=np.array(boxes, dtype=np.float32).reshape(-1, 4),
+        scores=np.array(scores, dtype=np.float32),
+        labels=np.array(labels, dtype=np.int64),
+    )
+
+
+NOTHING = detections([], [], [])
+EMPTY = sample([], [])
+
+
+def random_case(seed: int, pictures: int = 12):
+    """Objects, and detections that are the objects shaken, some missing, some invented."""
+    generator = np.random.default_rng(seed)
+    truth, found = [], []
+    for _ in range(pictures):
+        count = int(generator.integers(0, 7))
+        corner = generator.uniform(0, 300, (count, 2))
+        boxes = np.concatenate([corner, corner + generator.uniform(10, 180, (count, 2))], axis=1)
+        labels = generator.integers(0, len(CLASSES), count)
+        truth.append(sample(boxes, labels))
+        kept = generator.random(count) < 0.8
+        # At most 9 in both corners together, so that no box of 10 turns inside out.
+        shaken = boxes[kept] + generator.normal(0, 8, (int(kept.sum()), 4)).clip(-4.5, 4.5)
+        invented = generator.uniform(0, 200, (2, 2))
+        every = np.concatenate([shaken, np.concatenate([invented, invented + 40], axis=1)])
+        scores = generator.uniform(0.01, 1, len(every))
+        order = np.argsort(-scores)
+        all_labels = np.concatenate([labels[kept], generator.integers(0, len(CLASSES), 2)])
+        found.append(detections(every[order], scores[order], all_labels[order]))
+    return truth, found
+
+
+def model_file(classes=CLASSES, *, name="made-up", **metadata) -> ModelFile:
+    return ModelFile(
+        path=Path(f"{name}.onnx"),
+        sha256="0" * 64,
+        size=1_000_000,
+        metadata=Metadata(
+            name=name,
+            classes=classes,
+            canvas=Buckets(sizes=(Size(96, 128),)),
+            **metadata,
+        ),
+    )
+
+
+def measurement(truth, found, classes=CLASSES, model=None) -> Measurement:
+    """What an evaluation finds, without a model and without timings."""
+    return Measurement(
+        model=model or model_file(classes),
+        dataset=Dataset(Path("made-up-data"), "val", tuple(classes), tuple(truth), ()),
+        evaluation=coco_metrics(truth, found, classes),
+        found=found,
+    )
