@@ -7,6 +7,9 @@ VENV := .venv
 TEST_VENV := .venv-test
 LOCK_VENV := .venv-lock
 
+# A worker for each core, one thread each: more than four would mostly repeat the fixtures.
+PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile
+
 # What must be covered to 90 %: the detection maths, the imaging path, the batching.
 DETECTION := model_export/retinanet/anchors.py,model_export/retinanet/box_coding.py,model_export/retinanet/matching.py,model_export/losses.py,service/detector.py,service/results.py
 IMAGING := service/imaging.py,service/canvas.py
@@ -28,7 +31,7 @@ serve: $(VENV)/installed
 	$(VENV)/bin/retinaserve serve --port $(PORT)
 
 test: $(TEST_VENV)/installed
-	$(TEST_VENV)/bin/python -m pytest --cov --cov-report=term
+	OMP_NUM_THREADS=1 $(TEST_VENV)/bin/python -m pytest --cov --cov-report=term $(PARALLEL)
 	$(COVERED_90)$(DETECTION)
 	$(COVERED_90)$(IMAGING)
 	$(COVERED_90)$(BATCHING)
