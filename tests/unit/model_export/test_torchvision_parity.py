@@ -7,13 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from model_export.checkpoints import Checkpoint, Description
-from model_export.export import CandidateNetwork, export
+from model_export.export import export
 from model_export.retinanet.anchors import AnchorConfig, level_base_anchors
 from model_export.retinanet.model import ModelConfig, RetinaNet
-from model_export.retinanet.postprocess import suppress
 from model_export.torchvision_import import ANCHORS, ARCHITECTURES, COCO_CLASSES, convert, rename
 from service import devices
 from service.artifact import read_artifact
@@ -46,23 +44,6 @@ def small_network(config: ModelConfig = SMALL) -> RetinaNet:
     assert not unexpected
     assert all(key.endswith("num_batches_tracked") for key in missing)
     return network.eval()
-
-
-@torch.no_grad()
-def run_torch(network: RetinaNet, run: Run) -> list[Detections]:
-    images, sizes = torch.from_numpy(run.canvases), torch.from_numpy(run.sizes)
-    found = []
-    for boxes, scores, labels in zip(*CandidateNetwork(network)(images, sizes), strict=True):
-        kept = suppress(
-            boxes,
-            scores,
-            labels,
-            score_threshold=parity.SCORE,
-            iou_threshold=parity.IOU,
-            max_detections=run.max_detections,
-        )
-        found.append(Detections(boxes[kept].numpy(), scores[kept].numpy(), labels[kept].numpy()))
-    return found
 
 
 def differences(found: list[Detections], run: Run) -> list[Difference]:
@@ -141,7 +122,7 @@ def test_names_of_coco_s_classes() -> None:
 @pytest.mark.parametrize("number", [0, 1])
 def test_everything_at_once(number: int) -> None:
     run = parity.load("small").runs[number]
-    found = run_torch(small_network(), run)
+    found = parity.run_network(small_network(), run)
     assert agree(found, run), differences(found, run)
 
 
@@ -162,7 +143,7 @@ def test_a_random_state_dict_detects_what_it_does_in_torchvision(name: str) -> N
     )
     checkpoint = imported.checkpoint
     assert len(checkpoint.description.classes) == golden.about["classes"]
-    found = run_torch(checkpoint.build(), golden.runs[0])
+    found = parity.run_network(checkpoint.build(), golden.runs[0])
     assert agree(found, golden.runs[0]), differences(found, golden.runs[0])
 
 
@@ -184,7 +165,7 @@ def anchors(**change: Any) -> ModelConfig:
 def test_without_one_peculiarity_the_numbers_differ(config: ModelConfig) -> None:
     """What the test above would not notice, it would not prove."""
     run = parity.load("small").runs[0]
-    assert not agree(run_torch(small_network(config), run), run)
+    assert not agree(parity.run_network(small_network(config), run), run)
 
 
 def test_p6_from_c5_needs_other_weights() -> None:

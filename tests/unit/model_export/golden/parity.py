@@ -14,6 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from model_export.export import CandidateNetwork
+from model_export.retinanet.model import RetinaNet
+from model_export.retinanet.postprocess import suppress
 from service.canvas import MULTIPLE
 from service.detector import Detections
 from tests.unit.model_export.golden import recipe
@@ -72,6 +75,24 @@ def load(name: str) -> Golden:
         arrays = dict(file)
     about = json.loads(str(arrays["about"]))
     return Golden(about, tuple(_runs(about["runs"], arrays)))
+
+
+@torch.no_grad()
+def run_network(network: RetinaNet, run: Run) -> list[Detections]:
+    """What our network finds."""
+    images, sizes = torch.from_numpy(run.canvases), torch.from_numpy(run.sizes)
+    found = []
+    for boxes, scores, labels in zip(*CandidateNetwork(network)(images, sizes), strict=True):
+        kept = suppress(
+            boxes,
+            scores,
+            labels,
+            score_threshold=SCORE,
+            iou_threshold=IOU,
+            max_detections=run.max_detections,
+        )
+        found.append(Detections(boxes[kept].numpy(), scores[kept].numpy(), labels[kept].numpy()))
+    return found
 
 
 def compare(found: Detections, golden: Detections, *, max_detections: int) -> Difference:
