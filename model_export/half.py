@@ -30,16 +30,14 @@ _FLOAT_INPUTS: Final = {"Resize": (1, 2)}
 
 def check_fits(ranges: Mapping[str, Range]) -> None:
     """Raise DataError if an activation comes too near to float16's largest number."""
-    name, reach = max(
-        ((name, max(abs(low), abs(high))) for name, (low, high) in ranges.items()),
-        key=lambda each: each[1],
-    )
-    # Written so that nan is refused as well.
-    if not reach * HEADROOM <= LARGEST:
-        raise DataError(
-            f"{name} reaches {reach:.3g}, too near to float16's largest number {LARGEST:g} "
-            f"({HEADROOM:g}-fold headroom is asked for); export with --precision fp32"
-        )
+    for name, extremes in ranges.items():
+        reach = float(np.abs(extremes).max())
+        # Written so that nan is refused as well.
+        if not reach * HEADROOM <= LARGEST:
+            raise DataError(
+                f"{name} reaches {reach:.3g}, too near to float16's largest number {LARGEST:g} "
+                f"({HEADROOM:g}-fold headroom is asked for); export with --precision fp32"
+            )
 
 
 def to_half(model: onnx.ModelProto, network: Network) -> onnx.ModelProto:
