@@ -147,9 +147,18 @@ def label_options(command: Callable[..., None]) -> Callable[..., None]:
     type=click.Choice(["auto"]),
     help="Take the anchors that `data check` recommends, and its canvas where none is named.",
 )
-@click.option("--batch-size", type=click.IntRange(min=1), help="Pictures per step.")
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), help="Pictures per step, of all processes together."
+)
 @click.option("--seed", type=int, help="The same seed gives the same run.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option(
+    "--devices",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Processes on this machine that share each batch, one GPU each; default 1. "
+    "Several machines: start the command by torchrun.",
+)
 @click.option("--resume", is_flag=True, help="Go on where the run in --output stopped.")
 @licence_option
 def train(
@@ -167,6 +176,7 @@ def train(
     batch_size: int | None,
     seed: int | None,
     device: str,
+    devices: int | None,
     resume: bool,
     licences: tuple[str, ...],
 ) -> None:
@@ -197,6 +207,7 @@ def train(
         init=init,
         resume=resume,
         device=device,
+        devices=devices,
         licences=licences,
     )
 

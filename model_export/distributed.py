@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -113,7 +113,8 @@ class SharedBatchNorm(nn.BatchNorm2d):
         if not self.training or processes() == 1:
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
-            return self._normalise(x.float()).to(x.dtype)
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            return self._normalise(wide).to(x.dtype)
 
     def _normalise(self, x: Tensor) -> Tensor:
         own = x.new_tensor([x.numel() / x.shape[1]])
@@ -171,8 +172,6 @@ def launch(count: int, command: Sequence[str]) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # Processes that each take all cores only get into each other's way.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     # What failed has said why; torch's report of it is a page long.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     settings = LaunchConfig(
@@ -189,13 +188,23 @@ def launch(count: int, command: Sequence[str]) -> None:
     except SignalException as error:
         raise SystemExit(128 + error.sigval) from error
     except ChildFailedError as error:
-        # One that a signal ended is the cause; the others fail because they miss it.
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        rank = min(codes, key=lambda each: (codes[each] >= 0, each))
-        if codes[rank] >= 0:
-            raise SystemExit(error.get_first_failure()[1].exitcode) from error
+        rank = _culprit(codes)
+        if codes[rank] > 0:
+            raise SystemExit(codes[rank]) from error
         name = signal.Signals(-codes[rank]).name
         raise ProcessLost(f"process {rank} of {count} was ended by {name}") from error
+
+
+def _culprit(codes: Mapping[int, int]) -> int:
+    """Which process has ended the run, by exit codes as `subprocess` gives them.
+
+    Others are then ended by SIGTERM, or fail because they miss the one that a signal ended.
+
+    >>> _culprit({0: 1, 1: -9}), _culprit({0: -15, 1: 2})
+    (1, 1)
+    """
+    return min(codes, key=lambda rank: (codes[rank] == -signal.SIGTERM, codes[rank] > 0, rank))
 
 
 def this_command() -> list[str]:

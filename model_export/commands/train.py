@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,8 +20,9 @@ from model_export.config import DataConfig, TrainConfig, dump_config, load_confi
 from model_export.data_advice import advise
 from model_export.data_report import summarise
 from model_export.datasets import Dataset
+from model_export.distributed import launch, this_command, world
 from model_export.provenance import provenance, resumed
-from model_export.training import BEST, CONFIG, LAST, train
+from model_export.training import BEST, CONFIG, LAST, check_device, train
 from service.artifact import MODEL_FILE
 from service.errors import DataError
 from service.settings import bundled_models
@@ -42,12 +44,16 @@ def run(
     init: str | None,
     resume: bool,
     device: str,
+    devices: int | None,
     licences: Sequence[str],
 ) -> None:
     """Check everything, print what is in the data, then train. Raises RetinaserveError."""
     _check_folder(output, resume=resume, config_file=config_file, weights=weights, init=init)
     if fit_anchors and (resume or init is not None):
         raise DataError("--anchors goes with a new network only: the checkpoint has its anchors")
+    if devices is not None and devices != world().local_size:
+        _start_processes(devices, device)
+        return
     started_from = _load_init(init)
     config = load_config(output / CONFIG if resume else config_file, overrides)
     if started_from is not None:
@@ -56,25 +62,16 @@ def run(
     training = _training_data(data, config.data, known, resume=resume)
     validation = load(data, "val", config.data, classes=training.classes)
     if fit_anchors:
-        advice = advise(training, config)
-        config = advice.apply(config)
-        click.echo(f"{advice}\n")
+        config = _with_advised_anchors(config, training)
     _report(config, training, validation)
     backbone = _backbone_weights(weights, config)
-    settings = config.model_dump(mode="json")
+    made_of = _provenance(config, training, backbone, started_from, licences)
     if resume and known is not None:
-        made_of = resumed(known.description.provenance, settings)
-    else:
-        made_of = provenance(
-            config=settings,
-            data=training,
-            weights=backbone,
-            init=None if started_from is None else started_from.path,
-            licences=licences,
-        )
+        made_of = resumed(known.description.provenance, config.model_dump(mode="json"))
     output.mkdir(parents=True, exist_ok=True)
-    dump_config(config, output / CONFIG)
-    with _messages():
+    if world().is_first:
+        dump_config(config, output / CONFIG)
+    with messages():
         best = train(
             config,
             training,
@@ -86,9 +83,50 @@ def run(
             device=device,
             provenance=made_of,
         )
-    click.echo(
+    _say(
         f"best AP {best:.4f}; next:\n  retinaserve export {output / BEST} --data {data} "
         f"{options(config.data)}--output models/{output.name}/1/{MODEL_FILE}"
+    )
+
+
+def _start_processes(count: int, device: str) -> None:
+    """This command as `count` processes, each of which finds that it is one of them."""
+    if world().size > 1:
+        raise DataError(
+            f"--devices {count}: torchrun has started {world().local_size} processes on this "
+            "machine; leave the option out"
+        )
+    check_device(device, count)
+    # Processes that each take all cores only get into each other's way.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    launch(count, this_command())
+
+
+def _say(text: str) -> None:
+    """Print, once for all processes."""
+    if world().is_first:
+        click.echo(text)
+
+
+def _with_advised_anchors(config: TrainConfig, training: Dataset) -> TrainConfig:
+    advice = advise(training, config)
+    _say(f"{advice}\n")
+    return advice.apply(config)
+
+
+def _provenance(
+    config: TrainConfig,
+    training: Dataset,
+    backbone: Path | None,
+    started_from: Checkpoint | None,
+    licences: Sequence[str],
+) -> dict[str, Any]:
+    return provenance(
+        config=config.model_dump(mode="json"),
+        data=training,
+        weights=backbone,
+        init=None if started_from is None else started_from.path,
+        licences=licences,
     )
 
 
@@ -184,7 +222,7 @@ def _backbone_weights(weights: str | None, config: TrainConfig) -> Path | None:
 
 def _report(config: TrainConfig, training: Dataset, validation: Dataset) -> None:
     for dataset in (training, validation):
-        click.echo(f"{summarise(dataset, config.canvas, anchors_of(config))}\n")
+        _say(f"{summarise(dataset, config.canvas, anchors_of(config))}\n")
 
 
 class _BesideBars(logging.Handler):
@@ -196,7 +234,7 @@ class _BesideBars(logging.Handler):
 
 
 @contextmanager
-def _messages() -> Iterator[None]:
+def messages() -> Iterator[None]:
     """Show the project's own messages on stderr, and of Lightning's only warnings."""
     handler = _BesideBars()
     handler.setFormatter(logging.Formatter("%(message)s"))
@@ -204,8 +242,8 @@ def _messages() -> Iterator[None]:
     before = ours.level
     ours.addHandler(handler)
     ours.setLevel(logging.INFO)
-    logging.getLogger("lightning").setLevel(logging.WARNING)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     try:
         yield
     finally:
