@@ -95,7 +95,7 @@ class Imported:
 
 
 def convert(
-    state: Mapping[str, Any],
+    state: Mapping[Any, Any],
     *,
     path: Path,
     architecture: str | None,
@@ -285,7 +285,7 @@ def _parts(state: Iterable[str]) -> list[str]:
     return [part for part in PARTS if part in keys]
 
 
-def _refuse_strangers(state: Mapping[str, Any], path: Path) -> None:
+def _refuse_strangers(state: Mapping[Any, Any], path: Path) -> None:
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise DataError(
