@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final
 
-from model_export.coco import CocoFile, read_coco
+from model_export.coco import TABLES, CocoFile, read_coco
 from model_export.labels import LabelledPicture, Reading
 from model_export.problems import Kind, Problem
 from model_export.splits import files, leaks, split_by_hash, split_called
@@ -62,7 +62,7 @@ def read(root: Path, split: str, *, naming: bool) -> Reading:
         stems = (each.relative.stem for each in content.images)
         problems = list(content.problems)
         if not content.images:
-            return Reading((), problems=(*problems, _no_images(layout.whole)))
+            return Reading((), problems=(*problems, *_no_images(content)))
         members = split_by_hash(root, stems, split, unsplit=_UNSPLIT)
         pictures, found = _find_pictures(root, content, members)
         problems += found
@@ -72,8 +72,7 @@ def read(root: Path, split: str, *, naming: bool) -> Reading:
         problems = list(content.problems)
         pictures, found = _find_pictures(root, content, None)
         problems += found
-        if not content.images:
-            problems.append(_no_images(content.path))
+        problems += _no_images(content)
         train = _train(layout, content)
         if train is not None and train is not content:
             others, _ = _find_pictures(root, train, None)
@@ -96,8 +95,11 @@ def _train(layout: _Layout, content: CocoFile) -> CocoFile | None:
     return content if path == content.path else read_coco(path)
 
 
-def _no_images(path: Path) -> Problem:
-    return Problem(path, None, "no usable image in 'images'; list the pictures there", fatal=True)
+def _no_images(content: CocoFile) -> list[Problem]:
+    if content.images or any(problem.fatal for problem in content.problems):
+        return []
+    what = "no image in 'images'; list the pictures there"
+    return [Problem(content.path, None, what, fatal=True)]
 
 
 def _unused(content: CocoFile) -> Iterator[Problem]:
@@ -169,15 +171,15 @@ def _candidates(root: Path) -> list[Path]:
 
 
 def _is_coco(path: Path) -> bool:
-    """By name, or by the words that such a file cannot do without: it need not be whole."""
-    if path.name.lower().endswith(".coco.json"):
+    """By name, or by two of the words that such a file has: it need not be whole."""
+    if path.name.lower().endswith(".coco.json") or split_called(path.stem):
         return True
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-            return text.find(b'"images"') >= 0 and text.find(b'"file_name"') >= 0
+            return sum(text.find(f'"{name}"'.encode()) >= 0 for name in TABLES) >= 2
     except (OSError, ValueError):
-        # Unreadable or empty: whoever means it as annotations says so by its name.
-        return split_called(path.stem) is not None
+        # Unreadable or empty.
+        return False
 
 
 # --- pictures ------------------------------------------------------------------------------------
@@ -197,7 +199,7 @@ def _find_pictures(
         path = _find_picture(name, bases)
         if path is None:
             looked = ", ".join(f"{base.relative_to(root)}/" for base in bases)
-            what = f"no picture {image.file_name!r}, looked in {looked}; add it"
+            what = f"no picture {image.file_name[:80]!r}, looked in {looked}; add it"
             problems.append(Problem(content.path, image.line, what, fatal=True))
             continue
         pictures.append(

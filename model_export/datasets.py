@@ -16,7 +16,13 @@ from typing import Final
 from model_export.class_choice import ClassChoice
 from model_export.formats import choose_format
 from model_export.labels import Reading
-from model_export.problems import Kind, Problem, describe_all, refuse_fatal
+from model_export.problems import (
+    LISTED_PROBLEMS,
+    Kind,
+    Problem,
+    describe_all,
+    refuse_fatal,
+)
 from model_export.samples import CLIP_TOLERANCE, MIN_SIDE, Sample, SampleReader, nearest
 from service.errors import DataError
 
@@ -73,7 +79,8 @@ def load(
             f"{root}: every picture of the split {split!r} is left out\n{describe_all(problems)}"
         )
     if not classes:
-        raise DataError(f"{root}: no object is labelled in the train split; label some")
+        what = f"{root}: no object is labelled in the train split; label some"
+        raise DataError("\n".join([what, *map(str, problems[:LISTED_PROBLEMS])]))
     return Dataset(root, split, tuple(classes), kept, tuple(problems))
 
 

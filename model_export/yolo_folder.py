@@ -106,7 +106,7 @@ def read(root: Path, split: str, *, naming: bool) -> Reading:
     problems += found
     if not naming:
         return Reading(tuple(pictures), problems=tuple(problems))
-    if not everything:
+    if "" not in layout.sources and "train" not in layout.sources:
         raise DataError(f"{layout.description.path}: no 'train' folder, which names the classes")
     named, found = _read_members(everything, layout.description)
     names = Counter(item.name for each in named for item in each.objects)

@@ -170,7 +170,7 @@ def test_the_settings_are_a_config(canvas: dict[str, object] | None, tmp_path: P
     # Pasted as it is printed, it gives what --anchors auto takes.
     text = str(advice)
     pasted = tmp_path / "pasted.yaml"
-    pasted.write_text(text[text.index("canvas:") :])
+    pasted.write_text(text[text.index("\ncanvas:") :])
     again = load_config(pasted, {})
     assert again.canvas == applied.canvas
     assert again.model == applied.model
