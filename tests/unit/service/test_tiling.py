@@ -16,7 +16,7 @@ from service.detector import Detections
 from service.errors import InvalidParameter, TooLarge
 from service.imaging import cut, open_picture, prepare
 from service.results import Selection, resolve, select
-from service.tiling import Plan, Tile, parse_tile, plan, starts
+from service.tiling import Plan, Tile, View, parse_tile, plan, starts
 from tests.pictures import encoded, noise
 
 RULE = Buckets(sizes=(Size(384, 512), Size(512, 384), Size(448, 448)))
@@ -241,6 +241,14 @@ def seen(
     return found
 
 
+def mistaken(view: View, found: Detections, objects: NDArray[np.float64]) -> Detections:
+    """The same, but what is not whole gets a label that no object has."""
+    boxes = view.letterbox.to_original(found.boxes) + np.array(view.corner * 2)
+    whole = np.isclose(boxes, objects[found.labels], atol=0.1).all(axis=1)
+    labels = np.where(whole, found.labels, found.labels + len(objects))
+    return Detections(found.boxes, found.scores, labels)
+
+
 @settings(max_examples=50)
 @given(
     st.integers(0, 2**32 - 1),
@@ -263,9 +271,12 @@ def test_every_object_is_found_once_and_whole(
     scores = rng.uniform(0.6, 0.9, count)
     views = seen(chosen, objects, scores)
     if small:
-        # The tiles alone have to do it.
+        # The tiles alone have to do it, and a part of an object looks like something else.
         views[-1] = detections()
-    merged = tiling.merge(chosen, views, selection(count))
+        views = [
+            mistaken(view, each, objects) for view, each in zip(chosen.views, views, strict=True)
+        ]
+    merged = tiling.merge(chosen, views, selection(2 * count))
     assert sorted(merged.labels.tolist()) == list(range(count))
     np.testing.assert_allclose(merged.boxes, objects[merged.labels], atol=0.01)
     assert merged.scores.tolist() == sorted(merged.scores.tolist(), reverse=True)
@@ -434,6 +445,13 @@ def test_the_models_own_maximum_is_for_one_canvas() -> None:
     assert len(tiling.merge(chosen, views, selection())) == len(rows) == 336
     assert len(tiling.merge(chosen, views, selection(most=7))) == 7
     assert selection().max_detections == 300
+
+
+def test_a_small_object_on_a_large_one_of_its_class_stays() -> None:
+    chosen = plan(Size(1600, 2000), RULE, "auto")
+    rows = detections((100, 100, 300, 300, 0.8, 0), (150, 150, 180, 180, 0.7, 0))
+    views = [rows] + [detections()] * (chosen.count - 1)
+    assert len(tiling.merge(chosen, views, selection())) == 2
 
 
 def test_nothing_found_anywhere() -> None:
