@@ -104,8 +104,8 @@ class _Reader:
                     )
         if self._crowds:
             what = (
-                f"{len(self._crowds)} annotations with iscrowd 1, the first on this line, are left "
-                "out: regions of many objects are neither trained nor evaluated on"
+                f"{len(self._crowds)} annotations with iscrowd 1, the first on this line, are "
+                "regions of many objects: left out of training; detections inside count neither way"
             )
             first = self._crowds[0]
             self._problems.append(Problem(self._path, first, what, fatal=False, kind=Kind.CROWD))
@@ -161,12 +161,14 @@ class _Reader:
         if crowd not in (0, 1):
             raise _Wrong(f"its 'iscrowd' is {_short(crowd)}; it must be 0 or 1")
         box = _box(item.value)
+        name = self._categories[category]
         if crowd:
             self._crowds.append(item.line)
-            return
-        name = self._categories[category]
-        self._names[name] += 1
-        self._images[image].objects.append(LabelledObject(name, box, item.line, item.line, tag=tag))
+        else:
+            self._names[name] += 1
+        self._images[image].objects.append(
+            LabelledObject(name, box, item.line, item.line, crowd=bool(crowd), tag=tag)
+        )
 
 
 def _tag(word: str, number: int, value: Any) -> str:

@@ -50,7 +50,8 @@ def confusion(
         paired = np.isin(judgement.outcomes, (Outcome.HIT, Outcome.CONFUSED))
         true = np.full(len(paired), classes)
         true[paired] = sample.labels[judgement.objects[paired]]
-        np.add.at(counts, (true, judgement.shown.labels), 1)
+        counted = ~np.isin(judgement.outcomes, Outcome.IGNORED)
+        np.add.at(counts, (true[counted], judgement.shown.labels[counted]), 1)
         left = np.delete(sample.labels, judgement.objects[paired])
         counts[:, classes] += np.bincount(left, minlength=classes + 1)
     return Confusion(counts)

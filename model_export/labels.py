@@ -23,6 +23,8 @@ class LabelledObject:
     line: int
     """Line of the class."""
     box_line: int
+    crowd: bool = False
+    """Not one object, but a region of many that are not told apart."""
     tag: str = ""
     """What finds the object within a line, such as "annotation 17: "; begins a problem's text."""
 

@@ -4,6 +4,7 @@ Detections and objects of a picture are paired at IoU 0.50 in falling score, as 
 detection takes the free object of its class that it overlaps most. What is left over is told apart
 by the first of these that fits:
 
+- ignored: at least half of it lies in a region of its class that tells no objects apart;
 - confused: it overlaps a free object of another class by at least 0.50;
 - duplicate: it overlaps an object that is taken by at least 0.50;
 - misplaced: it overlaps a free object of its class by at least 0.10, but less than 0.50;
@@ -22,7 +23,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from model_export.pycoco import overlaps
+from model_export.pycoco import overlaps, shares_inside
 from model_export.samples import Sample
 from service.detector import Detections
 from service.results import Selection
@@ -36,6 +37,7 @@ class Outcome(StrEnum):
     """What became of a detection, or of an object."""
 
     HIT = "hit"
+    IGNORED = "ignored"
     CONFUSED = "confused"
     DUPLICATE = "duplicate"
     MISPLACED = "misplaced"
@@ -97,11 +99,12 @@ def judge(sample: Sample, found: Detections, selection: Selection) -> Judgement:
     outcomes = [Outcome.FALSE] * len(passing)
     objects = np.full(len(passing), -1, dtype=np.int64)
     free = np.ones(len(sample.labels), dtype=bool)
-    for outcome, pairs in (
-        (Outcome.HIT, own & (iou >= HIT_IOU)),
-        (Outcome.CONFUSED, ~own & (iou >= HIT_IOU)),
-    ):
-        _claim(outcome, np.where(pairs, iou, 0.0), outcomes, objects, free)
+    _claim(Outcome.HIT, np.where(own & (iou >= HIT_IOU), iou, 0.0), outcomes, objects, free)
+    for index in np.flatnonzero(_in_crowd(sample, passing)):
+        if outcomes[index] is Outcome.FALSE:
+            outcomes[index] = Outcome.IGNORED
+    other = np.where(~own & (iou >= HIT_IOU), iou, 0.0)
+    _claim(Outcome.CONFUSED, other, outcomes, objects, free)
     again = np.where(~free & (iou >= HIT_IOU), iou, 0.0)
     for index, row in enumerate(again):
         if outcomes[index] is Outcome.FALSE and row.any():
@@ -137,7 +140,7 @@ def find_mistakes(samples: Sequence[Sample], judgements: Sequence[Judgement]) ->
 
 def _of_picture(picture: int, sample: Sample, judgement: Judgement) -> Iterator[Mistake]:
     for index, outcome in enumerate(judgement.outcomes):
-        if outcome is Outcome.HIT:
+        if outcome in (Outcome.HIT, Outcome.IGNORED):
             continue
         thing = int(judgement.objects[index])
         box = judgement.shown.boxes[index : index + 1]
@@ -172,6 +175,13 @@ def _claim(
         best = len(allowed) - 1 - int(allowed[::-1].argmax())
         outcomes[index], objects[index] = outcome, best
         free[best] = False
+
+
+def _in_crowd(sample: Sample, found: Detections) -> NDArray[np.bool_]:
+    """(D,) whether each detection lies in a region that does not tell objects of its class."""
+    own = found.labels[:, np.newaxis] == sample.crowd_labels
+    there: NDArray[np.bool_] = own & (shares_inside(found.boxes, sample.crowds) >= HIT_IOU)
+    return np.asarray(there.any(axis=1))
 
 
 def _best_scores(

@@ -38,6 +38,11 @@ def evaluator(
         for index, sample in enumerate(truth)
         for box, label in zip(sample.boxes, sample.labels, strict=True)
     ]
+    objects += [
+        _annotation(index, box, label, crowd=True)
+        for index, sample in enumerate(truth)
+        for box, label in zip(sample.crowds, sample.crowd_labels, strict=True)
+    ]
     detections = [
         {**_annotation(index, box, label), "score": float(score)}
         for index, each in enumerate(found)
@@ -50,15 +55,24 @@ def evaluator(
 
 def overlaps(boxes: Boxes, others: Boxes) -> NDArray[np.float64]:
     """(D, N) IoU of (D, 4) boxes with (N, 4) others, as pycocotools computes it."""
-    if not len(boxes) or not len(others):
-        return np.zeros((len(boxes), len(others)))
-    iou = mask.iou(_corner_and_size(boxes), _corner_and_size(others), [0] * len(others))
-    return np.asarray(iou, dtype=np.float64)
+    return _overlaps(boxes, others, crowd=0)
+
+
+def shares_inside(boxes: Boxes, crowds: Boxes) -> NDArray[np.float64]:
+    """(D, C) share of each of (D, 4) boxes inside (C, 4) regions: COCO's overlap with a crowd."""
+    return _overlaps(boxes, crowds, crowd=1)
 
 
 def silence() -> contextlib.redirect_stdout[io.StringIO]:
     """pycocotools prints its progress."""
     return contextlib.redirect_stdout(io.StringIO())
+
+
+def _overlaps(boxes: Boxes, others: Boxes, *, crowd: int) -> NDArray[np.float64]:
+    if not len(boxes) or not len(others):
+        return np.zeros((len(boxes), len(others)))
+    found = mask.iou(_corner_and_size(boxes), _corner_and_size(others), [crowd] * len(others))
+    return np.asarray(found, dtype=np.float64)
 
 
 def _corner_and_size(boxes: Boxes) -> NDArray[np.float64]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -39,6 +39,11 @@ class Sample:
     """(N, 4) x1, y1, x2, y2 in pixels of the upright picture; N may be 0."""
     labels: NDArray[np.int64]
     """(N,) index into the data set's classes."""
+    crowds: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 4), dtype=np.float32))
+    """(C, 4) regions of many objects that are not told apart: not trained on, and detections
+    inside count neither as hits nor as mistakes (COCO's iscrowd)."""
+    crowd_labels: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """(C,) index into the data set's classes."""
 
 
 class SampleReader:
@@ -68,8 +73,16 @@ class SampleReader:
             return None
         boxes: list[Edges] = []
         labels: list[int] = []
+        crowds: list[Edges] = []
+        crowd_labels: list[int] = []
         for item in self._labelled.objects:
             name = self._choice.name(item.name)
+            if item.crowd:
+                region = self._box(item, size)
+                if name in self._classes and region is not None:
+                    crowds.append(region)
+                    crowd_labels.append(self._classes.index(name))
+                continue
             if name is None:
                 self.left_out[item.name] += 1
                 continue
@@ -84,6 +97,8 @@ class SampleReader:
             size=size,
             boxes=np.array(boxes, dtype=np.float32).reshape(-1, 4),
             labels=np.array(labels, dtype=np.int64),
+            crowds=np.array(crowds, dtype=np.float32).reshape(-1, 4),
+            crowd_labels=np.array(crowd_labels, dtype=np.int64),
         )
 
     def _note(self, line: int, what: str, *, fatal: bool, kind: Kind) -> None:

@@ -1,5 +1,6 @@
 """Labelled pictures and detections made up for tests of the evaluation."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,20 @@ def detections(boxes, scores, labels) -> Detections:
 
 NOTHING = detections([], [], [])
 EMPTY = sample([], [])
+
+
+def with_crowds(truth, seed: int) -> list[Sample]:
+    """The same, a region of each class laid over every other picture."""
+    generator = np.random.default_rng(seed)
+    regions = []
+    for index, each in enumerate(truth):
+        count = 2 * (index % 2)
+        corner = generator.uniform(0, 200, (count, 2)).astype(np.float32)
+        crowds = np.concatenate([corner, corner + 160], axis=1)
+        regions.append(
+            dataclasses.replace(each, crowds=crowds, crowd_labels=np.arange(count, dtype=np.int64))
+        )
+    return regions
 
 
 def random_case(seed: int, pictures: int = 12):

@@ -1,3 +1,4 @@
+import io
 import json
 import math
 from pathlib import Path
@@ -19,7 +20,7 @@ from model_export.comparison import (
 from model_export.datasets import Dataset, load_voc
 from model_export.evaluation import coco_metrics, evaluate_file, match
 from model_export.operating_points import best_thresholds, operating_points
-from model_export.plots import save_plots
+from model_export.plots import precision_recall, save_plots
 from service.errors import ArtifactError, DataError
 from tests.unit.model_export.cases import (
     CLASSES,
@@ -29,6 +30,7 @@ from tests.unit.model_export.cases import (
     measurement,
     random_case,
     sample,
+    with_crowds,
 )
 
 FULL = [0, 0, 100, 100]
@@ -168,10 +170,13 @@ def reference(truth, found, folder: Path) -> np.ndarray:
             "category_id": int(label),
             "bbox": [float(b[0]), float(b[1]), float(b[2] - b[0]), float(b[3] - b[1])],
             "area": float((b[2] - b[0]) * (b[3] - b[1])),
-            "iscrowd": 0,
+            "iscrowd": crowd,
         }
         for i, each in enumerate(truth)
-        for j, (b, label) in enumerate(zip(each.boxes.astype(float), each.labels, strict=True))
+        for j, (b, label, crowd) in enumerate(
+            [(b, k, 0) for b, k in zip(each.boxes.astype(float), each.labels, strict=True)]
+            + [(b, k, 1) for b, k in zip(each.crowds.astype(float), each.crowd_labels, strict=True)]
+        )
     ]
     answers = [
         {
@@ -207,6 +212,24 @@ def test_agrees_with_pycocotools_on_json_files(seed, tmp_path):
     assert 0.05 < result.ap < 0.95
     # Not approximately: to the last digit.
     assert twelve(result) == expected.tolist()
+
+
+@pytest.mark.parametrize("seed", [4, 5])
+def test_agrees_with_pycocotools_where_objects_are_not_told_apart(seed, tmp_path):
+    alone, found = random_case(seed, pictures=20)
+    truth = with_crowds(alone, seed)
+    result = coco_metrics(truth, found, CLASSES)
+    assert twelve(result) == reference(truth, found, tmp_path).tolist()
+    assert result.ap > coco_metrics(alone, found, CLASSES).ap, "fewer false positives"
+    assert result.boxes == sum(len(each.labels) for each in truth)
+    # What is derived from the matches leaves the same detections out.
+    matches = match(truth, found, CLASSES)
+    assert any(each.ignored.any() for each in matches)
+    once = np.ones(len(truth), dtype=np.int64)
+    assert mean_precision(matches, once) == pytest.approx((result.ap, result.ap50), abs=1e-12)
+    for name, each in zip(CLASSES, matches, strict=True):
+        mean = operating_points(each).interpolated().mean()
+        assert mean == pytest.approx(result.per_class[name].ap50, abs=1e-12)
 
 
 def test_agrees_with_pycocotools_where_sizes_and_classes_are_missing(tmp_path):
@@ -465,11 +488,11 @@ def test_plots_are_written(tmp_path):
             assert len(np.unique(np.asarray(image))) > 20
 
 
-def test_plots_of_many_classes_with_strange_names(tmp_path):
-    many = ("$x_", "_hidden", *(f"class {i}" for i in range(12)))
-    truth, found = random_case(8)
-    assert len(save_plots(measurement(truth, found, many), tmp_path / "many")) == 5
+def test_curves_of_many_classes():
+    many = tuple(f"class {i}" for i in range(14))
+    matches = match(*random_case(8), many)
+    precision_recall(matches, many).savefig(io.BytesIO())
 
 
-def test_plots_of_nothing(tmp_path):
-    assert len(save_plots(measurement([EMPTY], [NOTHING]), tmp_path)) == 5
+def test_plots_of_nothing_with_strange_names(tmp_path):
+    assert len(save_plots(measurement([EMPTY], [NOTHING], ("$x_", "_$")), tmp_path)) == 5

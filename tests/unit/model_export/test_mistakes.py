@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -17,6 +19,7 @@ from tests.unit.model_export.cases import (
     model_file,
     random_case,
     sample,
+    with_crowds,
 )
 
 FULL = [0, 0, 100, 100]
@@ -95,6 +98,19 @@ def test_no_more_than_the_file_shows():
     assert len(judge(EMPTY, found, at(0.1, 0.1, most=1)).shown) == 1
 
 
+def test_in_a_crowd_of_its_class_nothing_is_a_mistake():
+    truth = dataclasses.replace(
+        sample([[0, 0, 50, 50]], [0]),
+        crowds=np.array([FULL], dtype=np.float32),
+        crowd_labels=np.array([0]),
+    )
+    boxes = [[0, 0, 50, 50], [20, 20, 60, 60], [50, 0, 150, 50], [51, 0, 151, 50]]
+    found = detections(boxes, [0.9, 0.8, 0.7, 0.6], [0] * 4)
+    assert outcomes(truth, found) == ["hit", "ignored", "ignored", "false"]
+    other = detections([[20, 20, 60, 60]], [0.8], [1])
+    assert outcomes(truth, other) == ["false"]
+
+
 def test_nothing_at_all():
     judgement = judge(EMPTY, NOTHING, at(0.1, 0.1))
     assert judgement.outcomes == ()
@@ -145,6 +161,7 @@ def test_confusion_of_nothing():
 @given(seed=st.integers(0, 10_000), score=st.floats(0.02, 0.9))
 def test_diagonal_is_what_coco_matches(seed, score):
     truth, found = random_case(seed)
+    truth = with_crowds(truth, seed)
     selection = at(score, score)
     judgements = [judge(s, f, selection) for s, f in zip(truth, found, strict=True)]
     table = confusion(truth, judgements, len(CLASSES))
@@ -152,13 +169,15 @@ def test_diagonal_is_what_coco_matches(seed, score):
     assert np.diagonal(table.counts)[:-1].tolist() == [int(each.hits[0].sum()) for each in matches]
     # Every object and every detection is counted once.
     assert table.counts[:-1].sum() == sum(len(each.labels) for each in truth)
-    assert table.counts[:, :-1].sum() == sum(len(each.shown) for each in judgements)
+    judged = sum(each.outcomes.count(Outcome.IGNORED) for each in judgements)
+    assert table.counts[:, :-1].sum() == sum(len(each.shown) for each in judgements) - judged
 
 
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 10_000))
 def test_confusion_agrees_with_the_curve_at_the_files_threshold(seed):
-    measured = measurement(*random_case(seed))
+    truth, found = random_case(seed)
+    measured = measurement(with_crowds(truth, seed), found)
     for label, name in enumerate(CLASSES):
         points = measured.points[name]
         if points is None:
