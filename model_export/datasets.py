@@ -62,6 +62,9 @@ def load(
     stops training.
     """
     choice = ClassChoice(None if keep is None else tuple(keep), dict(remap or {}))
+    for name in keep or ():
+        if classes is not None and name not in classes:
+            raise DataError(f"{root}: {name!r} is not among the classes {', '.join(classes)}")
     reading = choose_format(root, format).read(root, split, naming=classes is None)
     problems = list(reading.problems)
     if classes is None:
