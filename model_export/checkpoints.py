@@ -63,9 +63,9 @@ class Checkpoint:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a .ckpt or .safetensors file. Raises DataError."""
+    """Read a checkpoint of either kind, whatever its name. Raises DataError."""
     try:
-        if path.suffix == ".safetensors":
+        if _is_safetensors(path):
             text, weights = _read_safetensors(path)
         else:
             text, weights = _read_lightning(path)
@@ -156,7 +156,8 @@ def read_state_dict(path: Path) -> dict[Any, Any]:
         raise DataError(f"{path}: no such file") from error
     except Exception as error:
         raise DataError(
-            f"{path}: not a plain state dict of tensors ({type(error).__name__})"
+            f"{path}: not a plain state dict of tensors ({type(error).__name__}); "
+            "torch.save(model.state_dict(), PATH) writes one"
         ) from error
     if not isinstance(content, dict):
         raise DataError(f"{path}: a state dict is expected, found {type(content).__name__}")
@@ -195,6 +196,12 @@ def fetch_imagenet(backbone: str, cache: Path) -> Path:
     elif not hashlib.sha256(path.read_bytes()).hexdigest().startswith(digits):
         raise DataError(f"{path}: sha256 is not {digits}…; delete the file and try again")
     return path
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Does a file begin with the length of a JSON object, eight bytes, and the object?"""
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
 
 
 def _read_safetensors(path: Path) -> tuple[str, dict[str, Tensor]]:

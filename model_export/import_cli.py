@@ -57,8 +57,8 @@ Example:
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
     required=True,
-    metavar="FILE.safetensors",
-    help="The checkpoint, for export and for train --init.",
+    metavar="CHECKPOINT",
+    help="Where the checkpoint goes, for export and for train --init: a safetensors file.",
 )
 @licence_option
 def import_torchvision(

@@ -26,8 +26,6 @@ def run(
     licences: Sequence[str],
 ) -> None:
     """Read, convert and write; say what was found. Raises DataError."""
-    if output.suffix != ".safetensors":
-        raise DataError(f"--output {output}: expected a name that ends in .safetensors")
     if architecture is not None and architecture not in ARCHITECTURES:
         raise DataError(f"--arch {architecture}: expected one of {', '.join(ARCHITECTURES)}")
     if max_size < min_size:
