@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from model_export.samples import CROWD
 from service.canvas import Size
 
 MIN_SIDE: Final = 1.0
@@ -37,7 +38,7 @@ class Example:
     boxes: NDArray[np.float32]
     """(N, 4) x1, y1, x2, y2 in canvas pixels; N may be 0."""
     labels: NDArray[np.int64]
-    """(N,) index into the classes."""
+    """(N,) index into the classes, or CROWD."""
 
 
 class Augmentation(BaseModel):
@@ -172,7 +173,8 @@ def _map_boxes(
     clipped = np.clip(moved, 0, np.array([x.out, y.out] * 2))
     sides = clipped[:, 2:] - clipped[:, :2]
     visible = sides.prod(axis=1) >= min_visible * (moved[:, 2:] - moved[:, :2]).prod(axis=1)
-    keep = visible & (sides >= MIN_SIDE).all(axis=1)
+    # However little of a crowd is left, it is no background.
+    keep = (visible | (example.labels == CROWD)) & (sides >= MIN_SIDE).all(axis=1)
     return clipped[keep].astype(np.float32), example.labels[keep]
 
 

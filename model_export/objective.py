@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +12,12 @@ from torch import Tensor
 
 from model_export.config import LossConfig, MatchingConfig
 from model_export.distributed import add_up, processes
-from model_export.retinanet.matching import IGNORED, box_iou, match
+from model_export.retinanet.matching import BACKGROUND, IGNORED, box_iou, match, share_inside
 from model_export.retinanet.model import Level
+from model_export.samples import CROWD
+
+CROWD_SHARE: Final = 0.5
+"""Of an anchor's area; with so much of it in a crowd it is no background."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,17 +28,29 @@ class Losses:
     regression: Tensor
 
 
-def assign(anchors: Tensor, boxes: Sequence[Tensor], matching: MatchingConfig) -> list[Tensor]:
-    """For each picture with objects `boxes` [(n, 4)] what `match` says of anchors (A, 4)."""
+def assign(
+    anchors: Tensor, boxes: Sequence[Tensor], labels: Sequence[Tensor], matching: MatchingConfig
+) -> list[Tensor]:
+    """For each picture with objects `boxes` [(n, 4)] what `match` says of anchors (A, 4).
+
+    What is labelled CROWD claims no anchor, and those that lie in it by half and would be
+    background are ignored: there are objects in it.
+    """
     return [
-        match(
-            box_iou(objects, anchors),
-            foreground=matching.foreground,
-            background=matching.background,
-            low_quality_matches=matching.low_quality_matches,
-        )
-        for objects in boxes
+        _assign(anchors, objects, classes == CROWD, matching)
+        for objects, classes in zip(boxes, labels, strict=True)
     ]
+
+
+def _assign(anchors: Tensor, boxes: Tensor, crowd: Tensor, matching: MatchingConfig) -> Tensor:
+    matched = match(
+        box_iou(boxes, anchors).masked_fill(crowd[:, None], 0.0),
+        foreground=matching.foreground,
+        background=matching.background,
+        low_quality_matches=matching.low_quality_matches,
+    )
+    inside = (share_inside(anchors, boxes[crowd]) >= CROWD_SHARE).any(dim=1)
+    return matched.masked_fill(inside & (matched == BACKGROUND), IGNORED)
 
 
 def normaliser(assigned: Sequence[Tensor]) -> Tensor:
@@ -58,7 +75,7 @@ def detection_loss(
 
     Both parts are sums over all anchors times the `normaliser` of this batch.
     """
-    assigned = assign(torch.cat([level.anchors for level in levels]), boxes, matching)
+    assigned = assign(torch.cat([level.anchors for level in levels]), boxes, labels, matching)
     return assigned_loss(levels, assigned, boxes, labels, loss=loss, scale=normaliser(assigned))
 
 

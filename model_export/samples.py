@@ -25,6 +25,9 @@ CLIP_TOLERANCE: Final = 2.0
 MIN_SIDE: Final = 1.0
 """Pixels. A box with a shorter side is taken as a slip of the mouse, not as an object."""
 
+CROWD: Final = -1
+"""Label of a crowd's region among the objects that a network learns from."""
+
 _HEADER_BYTES: Final = 1 << 18
 
 

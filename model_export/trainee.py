@@ -162,7 +162,7 @@ class Trainee(lightning.LightningModule):
 
     def _backward(self, batch: Batch) -> Tensor:
         """Add up the gradients of all parts; (2,) this process's part of both losses."""
-        assigned = assign(self._anchors_of(batch), batch.boxes, self.config.matching)
+        assigned = assign(self._anchors_of(batch), batch.boxes, batch.labels, self.config.matching)
         if not batch.counted:
             assigned = [torch.full_like(matched, IGNORED) for matched in assigned]
         scale = normaliser(assigned)

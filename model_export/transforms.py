@@ -22,6 +22,7 @@ from tqdm import tqdm
 from model_export.augmentation import Augmentation, Example, augment
 from model_export.datasets import Sample
 from model_export.problems import LISTED_PROBLEMS
+from model_export.samples import CROWD
 from service import imaging
 from service.canvas import Buckets, ShortSide, Size
 from service.errors import DataError, RetinaserveError
@@ -121,8 +122,8 @@ class CanvasCache(Sequence[Example]):
         return Example(
             canvas=prepared.canvas,
             size=placed.resized,
-            boxes=placed.to_canvas(sample.boxes),
-            labels=sample.labels,
+            boxes=placed.to_canvas(np.concatenate([sample.boxes, sample.crowds])),
+            labels=np.concatenate([sample.labels, np.full(len(sample.crowds), CROWD)]),
         )
 
 

@@ -26,6 +26,18 @@ def box_iou(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(union > 0, shared / union, torch.zeros_like(shared))
 
 
+def share_inside(a: Tensor, b: Tensor) -> Tensor:
+    """(N, M) share of the area of each of (N, 4) boxes that lies inside each of (M, 4) others.
+
+    >>> share_inside(torch.tensor([[0.0, 0, 2, 2]]), torch.tensor([[1.0, 0, 9, 9], [5.0, 5, 6, 6]]))
+    tensor([[0.5000, 0.0000]])
+    """
+    low = torch.maximum(a[:, None, :2], b[None, :, :2])
+    high = torch.minimum(a[:, None, 2:], b[None, :, 2:])
+    shared = (high - low).clamp(min=0).prod(dim=-1)
+    return shared / (a[:, 2:] - a[:, :2]).prod(dim=-1)[:, None]
+
+
 def match(
     iou: Tensor,
     *,

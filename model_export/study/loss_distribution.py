@@ -103,7 +103,7 @@ def collect(
         levels = network(batch.images, batch.image_sizes)
         logits = torch.cat([level.logits for level in levels], dim=1)[0]
         anchors = torch.cat([level.anchors for level in levels])
-        [matched] = assign(anchors, batch.boxes, matching)
+        [matched] = assign(anchors, batch.boxes, batch.labels, matching)
         true = torch.zeros_like(logits, dtype=torch.bool)
         positive = matched >= 0
         true[positive, batch.labels[0][matched[positive]]] = True
