@@ -23,6 +23,8 @@ from service.errors import DataError
 RESAMPLES: Final = 1000
 
 _INTERVAL: Final = (2.5, 97.5)
+_AT_ONCE: Final = 32
+"""Draws; all of them times all detections would not fit into memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,64 +66,91 @@ def compare(
         raise DataError("no object is labelled in these pictures: there is nothing to compare on")
     generator = np.random.default_rng(seed)
     count = len(truth)
-    draws = [np.ones(count, dtype=np.int64)] + [
-        np.bincount(generator.integers(count, size=count), minlength=count)
-        for _ in range(resamples)
-    ]
-    figures = [np.array([_figures(each, draw) for draw in draws]) for each in matched]
-    ap, ap50, d_ece = (_difference(column) for column in (figures[0] - figures[1]).T)
+    draws = np.array(
+        [np.ones(count, dtype=np.int64)]
+        + [
+            np.bincount(generator.integers(count, size=count), minlength=count)
+            for _ in range(resamples)
+        ]
+    )
+    precisions = [mean_precisions(each, draws) for each in matched]
+    ap, ap50 = (_difference(column) for column in (precisions[0] - precisions[1]).T)
+    errors = [calibration_errors(each, draws) for each in matched]
+    d_ece = _difference(errors[0] - errors[1])
     return Comparison(ap=ap, ap50=ap50, d_ece=None if np.isnan(d_ece.value) else d_ece)
 
 
-def calibration_error(matches: Sequence[Matches], weights: NDArray[np.int64]) -> float:
-    """D-ECE over all classes when picture i counts weights[i] times; nan with nothing to bin."""
-    judged = [each.at_50() for each in matches]
-    error = reliability(
-        np.concatenate([each.scores for each in judged]),
-        np.concatenate([each.hits for each in judged]),
-        weights=np.concatenate([weights[each.images] for each in judged]),
-    ).error
-    return float("nan") if error is None else error
+def calibration_errors(
+    matches: Sequence[Matches], weights: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """(R,) D-ECE over all classes when picture i counts weights[r, i] times.
 
-
-def mean_precision(matches: Sequence[Matches], weights: NDArray[np.int64]) -> tuple[float, float]:
-    """(AP, AP50) over classes when picture i counts weights[i] times; nan without any object."""
-    rows = [average_precision(each, weights) for each in matches]
-    measured = [row for row in rows if row is not None]
-    if not measured:
-        return float("nan"), float("nan")
-    table = np.stack(measured)
-    return float(table.mean()), float(table[:, 0].mean())
-
-
-def average_precision(matches: Matches, weights: NDArray[np.int64]) -> NDArray[np.float64] | None:
-    """(T,) one class's AP at each IoU when picture i counts weights[i] times.
-
-    None if there is no object then.
+    nan with nothing to bin.
     """
-    objects = int((matches.objects * weights).sum())
-    if objects == 0:
-        return None
-    counted = weights[matches.images]
-    # Precision can only rise where something hits, so the curve is needed there alone.
-    hitting = np.flatnonzero(matches.hits.any(axis=0) & (counted > 0))
-    passing = counted * ~matches.ignored if matches.ignored.any() else counted
-    found = np.cumsum(passing, axis=-1)[..., hitting]
-    hits = np.cumsum(matches.hits[:, hitting] * counted[hitting], axis=1)
-    recall = hits / objects
-    envelope = np.maximum.accumulate((hits / found)[:, ::-1], axis=1)[:, ::-1]
-    # Beyond the highest recall the precision is 0.
-    padded = np.concatenate([envelope, np.zeros((len(envelope), 1))], axis=1)
-    return np.array(
-        [
-            line[np.searchsorted(reached, RECALLS, side="left")].mean()
-            for line, reached in zip(padded, recall, strict=True)
-        ]
+    judged = [each.at_50() for each in matches]
+    scores = np.concatenate([each.scores for each in judged])
+    hits = np.concatenate([each.hits for each in judged])
+    images = np.concatenate([each.images for each in judged])
+    errors = (reliability(scores, hits, weights=draw[images]).error for draw in weights)
+    return np.array([np.nan if error is None else error for error in errors])
+
+
+def mean_precisions(matches: Sequence[Matches], weights: NDArray[np.int64]) -> NDArray[np.float64]:
+    """(R, 2) AP and AP50 over the classes when picture i counts weights[r, i] times.
+
+    nan where there is no object of any class.
+    """
+    table = np.stack([average_precisions(each, weights) for each in matches])  # (K, R, T)
+    measured = ~np.isnan(table[:, :, 0])  # (K, R)
+    classes = measured.sum(axis=0)
+    total = np.stack([table.mean(axis=2), table[:, :, 0]], axis=2).sum(
+        axis=0, where=measured[:, :, np.newaxis]
+    )
+    unmeasured = np.full(total.shape, np.nan)
+    return np.divide(
+        total, classes[:, np.newaxis], out=unmeasured, where=classes[:, np.newaxis] > 0
     )
 
 
-def _figures(matches: Sequence[Matches], weights: NDArray[np.int64]) -> tuple[float, float, float]:
-    return *mean_precision(matches, weights), calibration_error(matches, weights)
+def average_precisions(matches: Matches, weights: NDArray[np.int64]) -> NDArray[np.float64]:
+    """(R, T) one class's AP at each IoU when picture i counts weights[r, i] times.
+
+    nan where there is no object then.
+    """
+    parts = range(0, len(weights), _AT_ONCE)
+    return np.concatenate([_precisions(matches, weights[i : i + _AT_ONCE]) for i in parts])
+
+
+def _precisions(matches: Matches, weights: NDArray[np.int64]) -> NDArray[np.float64]:
+    objects = weights @ matches.objects
+    counted = weights[:, matches.images]
+    # Precision can only rise where something hits, so the curve is needed there alone.
+    hitting = np.flatnonzero(matches.hits.any(axis=0))
+    found = np.cumsum(counted, axis=1)
+    averages = np.full((len(weights), len(matches.hits)), np.nan)
+    for threshold, (hit, ignored) in enumerate(zip(matches.hits, matches.ignored, strict=True)):
+        if ignored.any():
+            found = np.cumsum(counted * ~ignored, axis=1)
+        hits = np.cumsum(counted[:, hitting] * hit[hitting], axis=1)
+        averages[:, threshold] = _average(hits, found[:, hitting], objects)
+    averages[objects == 0] = np.nan
+    return averages
+
+
+def _average(
+    hits: NDArray[np.int64], found: NDArray[np.int64], objects: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """(R,) mean of the interpolated precision at COCO's recalls.
+
+    `hits` (R, H) and `found` (R, H) are counts down to each of the H detections.
+    """
+    precision = np.divide(hits, found, out=np.zeros(hits.shape), where=found > 0)
+    envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+    # Beyond the highest recall the precision is 0.
+    padded = np.concatenate([envelope, np.zeros((len(envelope), 1))], axis=1)
+    recall = hits / np.maximum(objects, 1)[:, np.newaxis]
+    where = np.stack([np.searchsorted(each, RECALLS, side="left") for each in recall])
+    return np.asarray(np.take_along_axis(padded, where, axis=1).mean(axis=1))
 
 
 def _difference(values: NDArray[np.float64]) -> Difference:

@@ -1,6 +1,5 @@
 import io
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +11,10 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from model_export.comparison import (
-    average_precision,
-    calibration_error,
+    average_precisions,
+    calibration_errors,
     compare,
-    mean_precision,
+    mean_precisions,
 )
 from model_export.datasets import Dataset, load_voc
 from model_export.evaluation import coco_metrics, evaluate_file, match
@@ -225,8 +224,8 @@ def test_agrees_with_pycocotools_where_objects_are_not_told_apart(seed, tmp_path
     # What is derived from the matches leaves the same detections out.
     matches = match(truth, found, CLASSES)
     assert any(each.ignored.any() for each in matches)
-    once = np.ones(len(truth), dtype=np.int64)
-    assert mean_precision(matches, once) == pytest.approx((result.ap, result.ap50), abs=1e-12)
+    means = mean_precisions(matches, once(truth))[0]
+    assert means == pytest.approx((result.ap, result.ap50), abs=1e-12)
     for name, each in zip(CLASSES, matches, strict=True):
         mean = operating_points(each).interpolated().mean()
         assert mean == pytest.approx(result.per_class[name].ap50, abs=1e-12)
@@ -355,11 +354,16 @@ def f1_at(truth, found, label: int, threshold: float) -> float:
 def test_average_precision_of_every_picture_once_is_cocos():
     truth, found = random_case(4)
     result = coco_metrics(truth, found, CLASSES)
-    once = np.ones(len(truth), dtype=np.int64)
     matches = match(truth, found, CLASSES)
-    assert mean_precision(matches, once) == pytest.approx((result.ap, result.ap50), abs=1e-12)
+    means = mean_precisions(matches, once(truth))[0]
+    assert means == pytest.approx((result.ap, result.ap50), abs=1e-12)
     for each, name in zip(matches, CLASSES, strict=True):
-        assert average_precision(each, once).mean() == pytest.approx(result.per_class[name].ap)
+        own = average_precisions(each, once(truth))[0].mean()
+        assert own == pytest.approx(result.per_class[name].ap)
+
+
+def once(truth) -> np.ndarray:
+    return np.ones((1, len(truth)), dtype=np.int64)
 
 
 @settings(max_examples=15, deadline=None)
@@ -367,13 +371,15 @@ def test_average_precision_of_every_picture_once_is_cocos():
 def test_weights_equal_pictures_taken_several_times(seed, drawn):
     truth, found = random_case(seed, pictures=6)
     result = coco_metrics([truth[i] for i in drawn], [found[i] for i in drawn], CLASSES)
-    weights = np.bincount(drawn, minlength=6)
-    ap, ap50 = mean_precision(match(truth, found, CLASSES), weights)
+    # Among other draws, one of them of nothing.
+    weights = np.array([[0] * 6, [1] * 6, np.bincount(drawn, minlength=6), [3] * 6])
+    means = mean_precisions(match(truth, found, CLASSES), weights)
+    assert np.isnan(means[0]).all()
+    assert means[1] == pytest.approx(means[3], nan_ok=True)
     if result.ap is None:
-        assert math.isnan(ap)
-        assert math.isnan(ap50)
+        assert np.isnan(means[2]).all()
     else:
-        assert (ap, ap50) == pytest.approx((result.ap, result.ap50), abs=1e-9)
+        assert means[2] == pytest.approx((result.ap, result.ap50), abs=1e-9)
 
 
 def test_a_model_against_itself_is_exactly_zero():
@@ -403,8 +409,9 @@ def test_calibration_is_compared_too():
     # All of these scores are between 0 and 1, so halves are as well, and most detections hit.
     unsure = [detections(each.boxes, each.scores / 2, each.labels) for each in found]
     outcome = compare(truth, found, unsure, CLASSES, resamples=100).d_ece
-    once = np.ones(len(truth), dtype=np.int64)
-    errors = [calibration_error(match(truth, each, CLASSES), once) for each in (found, unsure)]
+    errors = [
+        calibration_errors(match(truth, each, CLASSES), once(truth))[0] for each in (found, unsure)
+    ]
     assert outcome.value == pytest.approx(errors[0] - errors[1])
     assert outcome.low <= outcome.value <= outcome.high
 
