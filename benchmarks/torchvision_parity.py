@@ -3,7 +3,7 @@
     python -m benchmarks.torchvision_parity [v1|v1_unpublished|v2 ...]
 
 Imports random weights as `retinaserve import-torchvision` does, exports them, and compares network
-and file with the golden numbers that tests/unit/model_export/golden/make.py got from torchvision.
+and file with the golden numbers that benchmarks/torchvision_golden.py got from torchvision.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Writes the golden files beside it: what torchvision itself makes of given weights and pictures.
+"""Writes the tests' golden files: what torchvision itself makes of given weights and pictures.
 
 torchvision is no dependency of this project, and needs a torch of its own. In an environment made
 for this alone:
 
     python3 -m venv oracle
     oracle/bin/pip install torchvision==0.27.0 numpy
-    oracle/bin/python -m tests.unit.model_export.golden.make
+    oracle/bin/python -m benchmarks.torchvision_golden
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from tests.unit.model_export.golden import recipe
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(recipe.__file__).parent
 
 
 @dataclass(frozen=True)
