@@ -5,19 +5,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
-from service.canvas import Size
+from service.canvas import Buckets, ShortSide, Size
 from service.context import Service
 from service.detector import Detections
 from service.errors import DeadlineExceeded
-from service.imaging import Opened, Prepared, open_picture
+from service.imaging import Prepared, open_picture, probe
 from service.pipeline import Outcome, Servable, Timing
 from service.results import Selection, select
-from service.tiling import MAX_VIEWS, Plan, Tile, lay_out, merge, plan
+from service.tiling import MAX_VIEWS, Canvases, Plan, Tile, lay_out, merge, plan
 
 
 class Answer(NamedTuple):
@@ -84,70 +83,61 @@ async def _tiled(
     limit: float,
     tile: Tile,
 ) -> Answer:
-    started = time.monotonic()
+    arrived, rule = time.monotonic(), model.metadata.canvas
     try:
-        async with asyncio.timeout(max(0.0, limit - started)):
-            opened, chosen = await service.off_loop(_open, service, picture, model, tile)
-            # A PNG may have to be decoded before it says which way up it is.
-            opening = time.monotonic() - started
+        async with asyncio.timeout(max(0.0, limit - arrived)):
+            chosen = await service.off_loop(_plan, service, picture, model, tile)
+            if chosen.count == 1:
+                answer = await _whole(service, picture, model, selection, limit)
+                return answer._replace(canvases=1)
             with service.pictures.more(chosen.count - 1):
-                answer = await _views(service, opened, chosen, model, selection, limit)
+                async with service.decoded_pictures:
+                    started = time.monotonic()
+                    canvases = await service.off_loop(_lay_out, service, picture, chosen, rule)
+                    decode = time.monotonic() - started
+                    found, timing = await _views(service, canvases, model, selection, limit)
     except TimeoutError:
         raise DeadlineExceeded("the deadline passed before every tile was done") from None
-    timing = answer.timing._replace(decode=answer.timing.decode + opening)
-    return answer._replace(timing=timing)
+    service.metrics.tiles.inc(chosen.count)
+    timing = timing._replace(decode=decode, queue=started - arrived + timing.queue)
+    return Answer(chosen.whole.original, found, timing, chosen.count)
 
 
-def _open(
-    service: Service, picture: bytes | memoryview, model: Servable, tile: Tile
-) -> tuple[Opened, Plan]:
+def _plan(service: Service, picture: bytes | memoryview, model: Servable, tile: Tile) -> Plan:
     settings = service.settings
-    opened = open_picture(picture, max_pixels=settings.max_image_pixels)
+    size = probe(picture, max_pixels=settings.max_image_pixels)
     most = min(MAX_VIEWS, settings.max_queue_size)
-    return opened, plan(opened.size, model.metadata.canvas, tile, limit=most)
+    return plan(size, model.metadata.canvas, tile, limit=most)
+
+
+def _lay_out(
+    service: Service, picture: bytes | memoryview, chosen: Plan, rule: Buckets | ShortSide
+) -> Canvases:
+    opened = open_picture(picture, max_pixels=service.settings.max_image_pixels)
+    return lay_out(opened, chosen, rule)
 
 
 async def _views(
-    service: Service,
-    opened: Opened,
-    chosen: Plan,
-    model: Servable,
-    selection: Selection,
-    limit: float,
-) -> Answer:
-    rule = model.metadata.canvas
-    detect = partial(
-        service.pipeline.detect_canvas,
-        model=model,
-        score=selection.lowest_score,
-        iou=selection.iou,
-        deadline=limit,
-    )
-    if chosen.count == 1:
-        outcome = await detect(partial(opened.prepare, rule))
-        found = merge(chosen, [outcome.detections], selection)
-        return Answer(opened.size, found, outcome.timing, 1)
-    arrived = time.monotonic()
-    async with service.decoded_pictures:
-        started = time.monotonic()
-        canvases = await service.off_loop(lay_out, opened, chosen, rule)
-        decoded = time.monotonic()
-        # No more at a time than of a batch's pictures: other requests come in between.
-        window = asyncio.Semaphore(service.batch_window)
+    service: Service, canvases: Canvases, model: Servable, selection: Selection, limit: float
+) -> tuple[Detections, Timing]:
+    """Every view through the pipeline, and what they give together."""
+    started = time.monotonic()
+    # No more at a time than of a batch's pictures: other requests come in between.
+    window = asyncio.Semaphore(service.batch_window)
 
-        async def one(make: Callable[[], Prepared]) -> Outcome:
-            async with window:
-                return await detect(make)
+    async def one(make: Callable[[], Prepared]) -> Outcome:
+        async with window:
+            return await service.pipeline.detect_canvas(
+                make, model, score=selection.lowest_score, iou=selection.iou, deadline=limit
+            )
 
-        outcomes = await _all([one(make) for make in canvases.makers])
-        seconds = time.monotonic() - decoded
-        raw = [outcome.detections for outcome in outcomes]
-        found = await service.off_loop(merge, chosen, raw, selection)
-    service.metrics.tiles.inc(chosen.count)
-    # Tiles take turns, so only the first one's wait is a wait of the picture.
+    outcomes = await _all([one(make) for make in canvases.makers])
+    seconds = time.monotonic() - started
+    raw = [outcome.detections for outcome in outcomes]
+    found = await service.off_loop(merge, canvases.plan, raw, selection)
+    # Views take turns, so only the first one's wait is a wait of the picture.
     first = min(seconds, *(each.timing.decode + each.timing.queue for each in outcomes))
-    timing = Timing(decoded - started, started - arrived + first, seconds - first)
-    return Answer(opened.size, found, timing, chosen.count)
+    return found, Timing(0.0, first, seconds - first)
 
 
 async def _all(jobs: Sequence[Coroutine[None, None, Outcome]]) -> list[Outcome]:

@@ -40,6 +40,10 @@ _SWAPS_SIDES: Final = frozenset({5, 6, 7, 8})
 
 _WEBP_HEADER: Final = 30
 """Bytes that hold a WebP's size, whatever its kind."""
+_PNG_SIGNATURE: Final = 8
+"""Bytes before a PNG's first chunk: length (4), kind (4), content, checksum (4)."""
+_PNG_TEXT: Final = frozenset({b"eXIf", b"tEXt", b"zTXt", b"iTXt"})
+"""Chunks in which EXIF or XMP may stand."""
 _EXIF_ERRORS: Final = (
     ArithmeticError,
     AttributeError,
@@ -96,9 +100,12 @@ class Opened:
         return _place(upright, placed)
 
     def decode(self) -> Image.Image:
-        """Every pixel: upright, RGB. Raises MalformedImage."""
+        """Every pixel: upright, RGB. Raises MalformedImage. Afterwards this object is used up."""
+        header = self._header
+        # A picture that has to be turned would otherwise stay in memory twice.
+        del self._header
         try:
-            return _transposed(_to_rgb(self._header), self._orientation)
+            return _transposed(_to_rgb(header), self._orientation)
         except Exception as error:
             raise _malformed(error) from error
 
@@ -229,15 +236,35 @@ def _malformed(error: Exception) -> MalformedImage:
 
 
 def _orientation(image: ImageFile.ImageFile) -> int:
-    if isinstance(image, PngImageFile) and "exif" not in image.info:
+    if isinstance(image, PngImageFile) and "exif" not in image.info and not _ends_plainly(image):
         # A PNG's EXIF may come after its pixels; a PNG that breaks off there must be refused.
         image.load()
     try:
-        value = image.getexif().get(_EXIF_ORIENTATION, 1)
+        # Not the PNG class's own: it would decode the picture, and swallow that it is broken.
+        value = Image.Image.getexif(image).get(_EXIF_ORIENTATION, 1)
     except _EXIF_ERRORS:
         # Viewers show such pictures, as they are: broken EXIF says nothing of the pixels.
         return 1
     return value if value in _TRANSPOSE else 1
+
+
+def _ends_plainly(image: PngImageFile) -> bool:
+    """Whether a PNG is complete and has nothing after its pixels that could be EXIF or XMP.
+
+    From the headers of its chunks: `load` would decode every pixel to find out.
+    """
+    if not isinstance(image.fp, io.BytesIO):
+        return False
+    data, position, pixels = image.fp.getbuffer(), _PNG_SIGNATURE, False
+    while position + 12 <= len(data):
+        kind = bytes(data[position + 4 : position + 8])
+        if kind == b"IEND":
+            return True
+        if pixels and kind in _PNG_TEXT:
+            return False
+        pixels = pixels or kind == b"IDAT"
+        position += 12 + int.from_bytes(data[position : position + 4], "big")
+    return False
 
 
 def _place(resized: Image.Image, placed: Letterbox) -> Prepared:

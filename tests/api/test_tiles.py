@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -320,6 +321,29 @@ async def test_the_deadline_is_one_for_all_tiles(start: Start, tmp_path: Path) -
         assert not service.decoded_pictures.locked()
         inferences = await samples(client, "retinaserve_batch_size_count")
         assert inferences < 82, "what is late costs no more device time"
+
+
+async def test_large_pictures_lie_decoded_in_memory_one_by_one(
+    start: Start, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lying: list[int] = []
+    counted = Image.Image.crop
+
+    def crop(image: Image.Image, *arguments: Any) -> Image.Image:
+        seen.append(weakref.ref(image))
+        lying.append(len({id(ref()) for ref in seen} - {id(None)}))
+        return counted(image, *arguments)
+
+    seen: list[weakref.ref[Image.Image]] = []
+    monkeypatch.setattr(Image.Image, "crop", crop)
+    contents = [encoded(sparse()[0], kind) for kind in ("PNG", "JPEG", "WEBP", "PNG", "JPEG")]
+    async with start(models_dir=models, request_timeout_ms=60_000) as client:
+        answers = await asyncio.gather(
+            *(client.post("/v1/detect?tile=auto", content=each) for each in contents)
+        )
+    assert [answer.status_code for answer in answers] == [200] * 5
+    # One in detection and the next; a device's thread may still hold the last tile of one before.
+    assert max(lying) <= 3
 
 
 async def test_a_tile_that_fails_fails_its_picture_alone(start: Start, tmp_path: Path) -> None:

@@ -265,6 +265,23 @@ def test_exif_after_the_pixels_of_a_png() -> None:
     assert_quarters(prepare(data, RULE).canvas, Size(96, 128), tolerance=0)
 
 
+def test_xmp_after_the_pixels_of_a_png() -> None:
+    xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    data = encoded(STORED[6](quarters()), "PNG")
+    end = data.index(b"IEND") - 4
+    late = chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp)
+    assert probe(data[:end] + late + data[end:]) == Size(192, 256)
+
+
+def test_a_png_is_measured_without_its_pixels() -> None:
+    data = png(2000, 1000, 8, 2, (b"tEXt", b"k\0v"), (b"IDAT", b"no pixels"), (b"tIME", bytes(7)))
+    assert probe(data) == Size(1000, 2000)
+    with pytest.raises(MalformedImage):
+        prepare(data, RULE)
+    with pytest.raises(MalformedImage):
+        decode(data)
+
+
 @pytest.mark.parametrize("value", [0, 9, 65535])
 def test_an_orientation_that_does_not_exist_is_ignored(value: int) -> None:
     data = encoded(quarters(), "JPEG", exif=oriented(value), quality=95)
