@@ -58,34 +58,44 @@ def read(root: Path, split: str, *, naming: bool) -> Reading:
     """
     layout = _lay_out(root)
     if layout.whole is not None:
-        content = read_coco(layout.whole)
-        stems = (each.relative.stem for each in content.images)
-        problems = list(content.problems)
-        if not content.images:
-            return Reading((), problems=(*problems, *_no_images(content)))
-        members = split_by_hash(root, stems, split, unsplit=_UNSPLIT)
-        pictures, found = _find_pictures(root, content, members)
-        problems += found
-        counted = content
+        content = counted = read_coco(layout.whole)
+        pictures, problems = _hashed(root, content, split)
     else:
         content = read_coco(_file_of(layout, split))
-        problems = list(content.problems)
-        pictures, found = _find_pictures(root, content, None)
-        problems += found
-        problems += _no_images(content)
         train = _train(layout, content)
-        if train is not None and train is not content:
-            others, _ = _find_pictures(root, train, None)
-            by_line = {each.picture: (each.annotation, each.size_line) for each in pictures}
-            problems += leaks(by_line, [each.picture for each in others])
+        pictures, problems = _listed(root, content, train)
         if naming and train is None:
             raise DataError(f"{root}: no annotations of the train split, which name the classes")
         counted = train or content
-        if naming and train is not content:
-            problems += [each for each in counted.problems if each.fatal]
+    problems = [*content.problems, *problems]
     if not naming:
         return Reading(tuple(pictures), problems=tuple(problems))
+    if counted is not content:
+        problems += [each for each in counted.problems if each.fatal]
     return Reading(tuple(pictures), counted.names, (*problems, *_unused(counted)))
+
+
+def _hashed(
+    root: Path, content: CocoFile, split: str
+) -> tuple[list[LabelledPicture], list[Problem]]:
+    """The pictures of a split that nobody chose."""
+    if not content.images:
+        return [], _no_images(content)
+    stems = (each.relative.stem for each in content.images)
+    return _find_pictures(root, content, split_by_hash(root, stems, split, unsplit=_UNSPLIT))
+
+
+def _listed(
+    root: Path, content: CocoFile, train: CocoFile | None
+) -> tuple[list[LabelledPicture], list[Problem]]:
+    """All pictures of a file; those that train has too are among the problems."""
+    pictures, problems = _find_pictures(root, content, None)
+    problems += _no_images(content)
+    if train is not None and train is not content:
+        others, _ = _find_pictures(root, train, None)
+        places = {each.picture: (each.annotation, each.size_line) for each in pictures}
+        problems += leaks(places, [each.picture for each in others])
+    return pictures, problems
 
 
 def _train(layout: _Layout, content: CocoFile) -> CocoFile | None:

@@ -81,37 +81,41 @@ def read(root: Path, split: str, *, naming: bool) -> Reading:
     folder only, the pictures are split by a hash of their file names' stems.
     """
     layout = _lay_out(root)
-    wanted = split_called(split) or split
-    problems: list[Problem] = []
-    everything: list[_Member] = []
-    if "" in layout.sources:
-        everything, problems = _members(layout, "")
-        chosen = split_by_hash(
-            root, (each.picture.stem for each in everything), wanted, unsplit="a val folder"
-        )
-        members = [each for each in everything if each.picture.stem in chosen]
-    elif wanted in layout.sources:
-        members, problems = _members(layout, wanted)
-        if "train" in layout.sources and (naming or wanted != "train"):
-            everything = members if wanted == "train" else _members(layout, "train")[0]
-        if wanted != "train":
-            listed = {each.picture: each.listed for each in members}
-            problems += leaks(listed, [each.picture for each in everything])
-    else:
-        raise DataError(
-            f"{layout.description.path}: no split {split!r}; there are {', '.join(layout.splits)}; "
-            f"name its folder there, as {wanted}: images/{wanted}"
-        )
+    members, training, problems = _choose(layout, split)
     pictures, found = _read_members(members, layout.description)
     problems += found
     if not naming:
         return Reading(tuple(pictures), problems=tuple(problems))
     if "" not in layout.sources and "train" not in layout.sources:
         raise DataError(f"{layout.description.path}: no 'train' folder, which names the classes")
-    named, found = _read_members(everything, layout.description)
+    named = pictures
+    if training is not members:
+        named, found = _read_members(training, layout.description)
     names = Counter(item.name for each in named for item in each.objects)
     problems = list(dict.fromkeys([*problems, *(each for each in found if each.fatal)]))
     return Reading(tuple(pictures), names, (*problems, *_unused(layout.description, names)))
+
+
+def _choose(layout: _Layout, split: str) -> tuple[list[_Member], list[_Member], list[Problem]]:
+    """(the split's pictures, those that name the classes, what is wrong with folders and lists)."""
+    wanted = split_called(split) or split
+    if "" in layout.sources:
+        everything, problems = _members(layout, "")
+        stems = (each.picture.stem for each in everything)
+        chosen = split_by_hash(layout.root, stems, wanted, unsplit="a val folder")
+        return [each for each in everything if each.picture.stem in chosen], everything, problems
+    if wanted not in layout.sources:
+        raise DataError(
+            f"{layout.description.path}: no split {split!r}; there are {', '.join(layout.splits)}; "
+            f"name its folder there, as {wanted}: images/{wanted}"
+        )
+    members, problems = _members(layout, wanted)
+    if wanted == "train":
+        return members, members, problems
+    training = _members(layout, "train")[0] if "train" in layout.sources else []
+    listed = {each.picture: each.listed for each in members}
+    problems += leaks(listed, [each.picture for each in training])
+    return members, training, problems
 
 
 def _unused(description: Description, names: Mapping[str, int]) -> Iterator[Problem]:
