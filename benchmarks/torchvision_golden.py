@@ -5,12 +5,13 @@ for this alone:
 
     python3 -m venv oracle
     oracle/bin/pip install torchvision==0.27.0 numpy
-    oracle/bin/python -m benchmarks.torchvision_golden
+    oracle/bin/python -m benchmarks.torchvision_golden [small|v1|v1_unpublished|v2 ...]
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -98,8 +99,9 @@ CASES: dict[str, tuple[Callable[[], RetinaNet], tuple[Run, ...]]] = {
 
 @torch.no_grad()
 def main() -> None:
-    """Write one file per case."""
-    for name, (build, runs) in CASES.items():
+    """Write one file per case, or for those that are named."""
+    for name in sys.argv[1:] or CASES:
+        build, runs = CASES[name]
         model = build().eval()
         shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
         weights = {
