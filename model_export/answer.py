@@ -3,7 +3,8 @@
 `schema` 1; keys are only ever added under the same number:
 
 - `model`: `name`, `file`, `sha256`, `bytes`, `calibrated`, `provenance` as in the file;
-- `data`: `name`, `split`, `pictures`, `objects`, `classes` in the order of the labels;
+- `data`: `name`, `split`, `pictures`, `objects`, `classes` in the order of the labels, and `sha256`
+  over file names, sizes and labels;
 - `metrics`: all fields of `model_export.evaluation.Evaluation`: the twelve COCO figures (`ap`,
   `ap50`, `ap75`, `ap_small` … `ar1`, `ar10`, `ar100`, `ar_small` …), `per_class`, `timing` in
   milliseconds per picture;
@@ -47,6 +48,7 @@ def answer(measured: Measurement, against: Against | None = None) -> dict[str, A
             "pictures": evaluation.images,
             "objects": evaluation.boxes,
             "classes": list(dataset.classes),
+            "sha256": measured.data_digest,
         },
         "metrics": evaluation.to_dict(),
         "thresholds": {

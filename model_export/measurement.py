@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -46,6 +47,16 @@ class Measurement:
     def classes(self) -> tuple[str, ...]:
         """In the order of the labels."""
         return self.dataset.classes
+
+    @property
+    def data_digest(self) -> str:
+        """SHA-256 over file names, sizes and labels: equal where the same was measured on."""
+        digest = hashlib.sha256(repr(self.classes).encode())
+        for each in self.dataset.samples:
+            digest.update(repr((each.path.name, tuple(each.size))).encode())
+            for values in (each.boxes, each.labels, each.crowds, each.crowd_labels):
+                digest.update(repr(values.tolist()).encode())
+        return digest.hexdigest()
 
     @cached_property
     def matches(self) -> list[Matches]:

@@ -92,6 +92,7 @@ def _context(measured: Measurement) -> dict[str, Any]:
         "canvas": _canvas(metadata.canvas),
         "dataset": measured.dataset,
         "data_name": measured.dataset.root.resolve().name,
+        "data_digest": measured.data_digest,
         "evaluation": evaluation,
         "timing": evaluation.timing,
         "overall": measured.overall_calibration,
@@ -99,7 +100,7 @@ def _context(measured: Measurement) -> dict[str, Any]:
         **_shares(measured),
         "coco": _coco(measured),
         "classes": list(_classes(measured)),
-        "curves": list(_curves(measured)),
+        "curves": _curves(measured),
         "reliability": charts.reliability(
             measured.overall_calibration, label="Precision over score, all classes"
         ),
@@ -174,31 +175,34 @@ def _classes(measured: Measurement) -> Iterator[dict[str, Any]]:
         }
 
 
-def _curves(measured: Measurement) -> Iterator[dict[str, Any]]:
+def _curves(measured: Measurement) -> list[dict[str, Any]]:
     """Precision-recall and F1 charts: of all classes in one, or of each where they are many."""
     names = [name for name in measured.classes if _drawable(measured, name)]
+    if not names:
+        return []
     if len(names) <= charts.SERIES:
-        groups = [("", names)] if names else []
-    else:
-        by_ap = sorted(names, key=lambda name: measured.evaluation.per_class[name].ap or 0.0)
-        groups = [(name, [name]) for name in by_ap[:_SMALL_MULTIPLES]]
-    for title, members in groups:
-        of = f" of {title}" if title else ""
-        yield {
-            "title": title,
-            "precision_recall": charts.lines(
-                [_precision_recall(measured, name) for name in members],
-                across="recall",
-                up="precision",
-                label=f"Precision over recall{of}",
-            ),
-            "f1": charts.lines(
-                [_f1(measured, name) for name in members],
-                across="score threshold",
-                up="F1",
-                label=f"F1 over score threshold{of}",
-            ),
-        }
+        return [_pair_of_charts(measured, names, title="")]
+    by_ap = sorted(names, key=lambda name: measured.evaluation.per_class[name].ap or 0.0)
+    return [_pair_of_charts(measured, [name], title=name) for name in by_ap[:_SMALL_MULTIPLES]]
+
+
+def _pair_of_charts(measured: Measurement, names: Sequence[str], *, title: str) -> dict[str, Any]:
+    of = f" of {title}" if title else ""
+    return {
+        "title": title,
+        "precision_recall": charts.lines(
+            [_precision_recall(measured, name) for name in names],
+            across="recall",
+            up="precision",
+            label=f"Precision over recall{of}",
+        ),
+        "f1": charts.lines(
+            [_f1(measured, name) for name in names],
+            across="score threshold",
+            up="F1",
+            label=f"F1 over score threshold{of}",
+        ),
+    }
 
 
 def _drawable(measured: Measurement, name: str) -> bool:
@@ -250,7 +254,8 @@ def _most_confused(measured: Measurement) -> Iterator[tuple[str, str, int]]:
     np.fill_diagonal(between, 0)
     for flat in np.argsort(-between, axis=None, kind="stable")[:_CONFUSED]:
         true, detected = np.unravel_index(flat, between.shape)
-        if between[true, detected]:
+        # What happened once says little.
+        if between[true, detected] > 1:
             names = measured.classes[true], measured.classes[detected]
             yield *names, int(between[true, detected])
 

@@ -258,6 +258,15 @@ def test_answer_has_the_keys_that_are_promised():
     assert set(again["against"]["difference"]) == {"ap", "ap50", "d_ece"}
 
 
+def test_digest_tells_data_apart():
+    truth, found = random_case(3)
+    moved = [dataclasses.replace(truth[0], boxes=truth[0].boxes + 1), *truth[1:]]
+    digest = measurement(truth, found).data_digest
+    assert digest == measurement(truth, found[::-1]).data_digest
+    assert digest != measurement(moved, found).data_digest
+    assert digest != measurement(truth[::-1], found).data_digest
+
+
 def test_answer_of_nothing_is_json():
     written = json.loads(json.dumps(answer(measurement([EMPTY], [NOTHING])), allow_nan=False))
     assert written["curves"] == {"cell": None, "speck": None}
