@@ -26,7 +26,6 @@ LOOKED_FOR: Final = (
 )
 
 _CLASS_LIST: Final = "classes.txt"
-_NOT_LABELS: Final = frozenset([_CLASS_LIST, "train.txt", "val.txt", "test.txt", "readme.txt"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,10 +272,22 @@ def _in_folder(layout: _Layout, folder: Path) -> tuple[list[_Member], list[Probl
         stems = {path.stem for path in pictures}
         if labels.is_dir():
             for path in files(labels, {".txt"}):
-                if path.stem not in stems and path.name.lower() not in _NOT_LABELS:
+                if path.stem not in stems and _holds_labels(path):
                     what = f"no picture {path.stem}.jpg (or .png, .webp) in {here}; add it"
                     problems.append(Problem(path, 1, f"{what}, or remove the labels", fatal=True))
     return members, problems
+
+
+def _holds_labels(path: Path) -> bool:
+    """Whether a .txt begins as labels do: read-me files and class lists lie beside them."""
+    if path.name == _CLASS_LIST:
+        return False
+    try:
+        with path.open("rb") as file:
+            words = file.read(200).split(maxsplit=1)
+    except OSError:
+        return False
+    return bool(words) and words[0].isdigit()
 
 
 def _in_list(layout: _Layout, file: Path) -> tuple[list[_Member], list[Problem]]:

@@ -52,10 +52,7 @@ def run(
         answer = _answer(root, reports, found.fatal, advice)
         json_file.write_text(json.dumps(answer, indent=2, allow_nan=False) + "\n")
         click.echo(f"wrote {json_file}")
-    if found.fatal:
-        click.echo(describe_all(found.fatal, limit=len(found.fatal)), err=True)
-        count = len(found.fatal)
-        raise DataError(f"{root}: {count} problem{'s' * (count > 1)} to solve before training")
+    _refuse(root, found)
 
 
 class _Found:
@@ -64,6 +61,8 @@ class _Found:
     def __init__(self) -> None:
         self.datasets: list[Dataset] = []
         self.fatal: list[Problem] = []
+        self.errors: list[str] = []
+        """What else stopped a split: the first line says it, the rest lists problems."""
 
 
 def _read_all(root: Path, splits: Sequence[str], choice: DataConfig) -> _Found:
@@ -82,10 +81,25 @@ def _read_all(root: Path, splits: Sequence[str], choice: DataConfig) -> _Found:
         except BadData as error:
             # Reading another split again finds what is wrong with train.
             found.fatal = list(dict.fromkeys([*found.fatal, *error.problems]))
+        except DataError as error:
+            found.errors.append(str(error))
         else:
             classes = dataset.classes
             found.datasets.append(dataset)
     return found
+
+
+def _refuse(root: Path, found: _Found) -> None:
+    """Raise DataError if something stops training; all of it is listed on stderr before."""
+    if found.fatal:
+        click.echo(describe_all(found.fatal, limit=len(found.fatal)), err=True)
+        count = len(found.fatal)
+        raise DataError(f"{root}: {count} problem{'s' * (count > 1)} to solve before training")
+    if found.errors:
+        reason, *listing = found.errors[0].splitlines()
+        for line in listing:
+            click.echo(line, err=True)
+        raise DataError(reason)
 
 
 def _splits_of(root: Path, choice: DataConfig) -> list[str]:

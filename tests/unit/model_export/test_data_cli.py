@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -103,6 +105,38 @@ def test_check_finds_everything_that_is_wrong(tmp_path: Path) -> None:
     stopping = json.loads(file.read_text())["stops_training"]
     assert len(stopping) == 31
     assert {"file": str(spoilt), "line": 1} == {key: stopping[-1][key] for key in ("file", "line")}
+
+
+def test_check_shows_the_splits_that_are_sound(tmp_path: Path) -> None:
+    folder = VocFolder(tmp_path / "data")
+    folder.add("a", [("cat", (10, 10, 40, 40))])
+    folder.add("b", [("cat", (10, 10, 40, 40))])
+    folder.annotate("b", annotation([("cat", (10, 10, 40, 40))], size=(1, 1)))
+    folder.list("train", "a")
+    folder.list("val", "b")
+    result = call("data", "check", folder.root)
+    assert result.exit_code == 2
+    assert "train: 1 pictures" in result.stdout
+    assert "recommended canvas:" in result.stdout
+    lines = result.stderr.strip().splitlines()
+    assert "b.xml:2: labelled at 1 x 1" in lines[0]
+    assert lines[-1].endswith("every picture of the split 'val' is left out")
+
+
+def test_check_without_the_train_extra(tmp_path: Path) -> None:
+    script = (
+        "import sys\n"
+        "sys.modules['torch'] = None\n"
+        "from service.cli import main\n"
+        f"sys.argv[1:] = ['data', 'check', {str(tmp_path)!r}]\n"
+        "main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "`retinaserve data` needs the package 'torch'" in done.stderr
+    assert "pip install 'retinaserve[train]'" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -300,7 +300,8 @@ def test_rounding_is_no_mistake(root: Path) -> None:
 
 def test_labels_without_a_picture_stop(root: Path) -> None:
     (root / "labels" / "train" / "gone.txt").write_text(CAT)
-    (root / "labels" / "train" / "classes.txt").write_text("cat")
+    (root / "labels" / "train" / "classes.txt").write_text("7")
+    (root / "labels" / "train" / "README.dataset.txt").write_text("Drawn by hand.")
     message = refusal(root)
     where = root / "labels" / "train" / "gone.txt"
     assert f"{where}:1: no picture gone.jpg (or .png, .webp) in {root / 'images/train'}" in message
@@ -397,7 +398,7 @@ def test_a_yaml_that_says_too_little_stops(
         (b"names: \xff\xfe", "", "not YAML"),
         (os.urandom(300) + b"\0\xff", "", "not YAML"),
         (b"names: [cat]\n#" + b"x" * (1 << 20), "", "bytes are too many"),
-        ("names: " + "[" * 5000, "", "not YAML"),
+        ("names: " + "[" * 900, "", "not YAML"),
     ],
 )
 def test_a_yaml_that_is_none_stops(root: Path, text: str | bytes, place: str, what: str) -> None:
