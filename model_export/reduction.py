@@ -96,8 +96,8 @@ def side_by_side(
                 megabytes=file.stat().st_size / 1e6,
                 session=session,
                 core=core,
-                ap=evaluation and evaluation.ap,
-                ap50=evaluation and evaluation.ap50,
+                ap=None if evaluation is None else evaluation.ap,
+                ap50=None if evaluation is None else evaluation.ap50,
             )
         )
     return rows, measured
