@@ -217,3 +217,21 @@ def test_rules_that_make_no_sense_are_refused(rule: dict[str, Any]) -> None:
 def test_the_refusal_names_the_canvas() -> None:
     with pytest.raises(ValidationError, match="canvas 384x500 is not a positive multiple of 32"):
         Buckets(sizes=(Size(384, 500),))
+
+
+@given(rules)
+def test_tiles_fill_a_canvas_at_their_own_resolution(rule: Buckets | ShortSide) -> None:
+    tiles = rule.tiles()
+    assert tiles
+    for tile in tiles:
+        assert tile.resized == tile.original
+        assert tile.canvas.height >= tile.original.height > tile.canvas.height - rule_step(rule)
+        assert tile.canvas.width >= tile.original.width > tile.canvas.width - rule_step(rule)
+        assert tile.canvas.area <= rule.largest().area
+    if isinstance(rule, Buckets):
+        assert tuple(tile.canvas for tile in tiles) == rule.all_canvases()
+
+
+def rule_step(rule: Buckets | ShortSide) -> int:
+    """How much of a canvas side may be padding beside a tile."""
+    return rule.multiple if isinstance(rule, ShortSide) else 1
