@@ -35,7 +35,7 @@ Example:
 )
 @click.option(
     "--norm-eps",
-    type=click.FloatRange(min=0),
+    type=float,
     metavar="E",
     help="Eps of the backbone's batch norms; default: 0 if they are frozen, else 1e-5.",
 )

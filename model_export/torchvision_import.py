@@ -208,9 +208,10 @@ def _class_count(state: Mapping[str, Tensor], labels: Sequence[str] | None, path
     """How many classes the classifier tells apart, the background's channel included."""
     if _CLASSIFIER not in state:
         return len(COCO_CLASSES) if labels is None else len(labels)
-    outputs, per_cell = len(state[_CLASSIFIER]), ANCHORS.per_cell
-    boxes = len(state[_REGRESSOR]) if _REGRESSOR in state else 4 * per_cell
-    if boxes != 4 * per_cell or outputs % per_cell:
+    per_cell = ANCHORS.per_cell
+    outputs = sum(state[_CLASSIFIER].shape[:1])
+    boxes = sum(state[_REGRESSOR].shape[:1]) if _REGRESSOR in state else 4 * per_cell
+    if boxes != 4 * per_cell or outputs % per_cell or not outputs:
         raise DataError(
             f"{path}: {boxes} box and {outputs} class outputs are not those of {per_cell} anchors "
             "per cell; a state dict does not hold other anchors than torchvision's own"

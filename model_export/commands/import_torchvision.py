@@ -28,6 +28,8 @@ def run(
     """Read, convert and write; say what was found. Raises DataError."""
     if architecture is not None and architecture not in ARCHITECTURES:
         raise DataError(f"--arch {architecture}: expected one of {', '.join(ARCHITECTURES)}")
+    if norm_eps is not None and not 0 <= norm_eps < 1:
+        raise DataError(f"--norm-eps {norm_eps}: expected a small number, such as 0 or 1e-5")
     if max_size < min_size:
         raise DataError(f"--max-size {max_size} must not be below --min-size {min_size}")
     canvas = ShortSide(short=min_size, long=max_size)

@@ -29,7 +29,7 @@ class ModelConfig(BaseModel):
 
     backbone: str = "resnet50"
     """One of the names in `model_export.retinanet.backbones.BACKBONES`."""
-    norm_eps: float = Field(default=1e-5, ge=0)
+    norm_eps: float = Field(default=1e-5, ge=0, lt=1)
     """Added to the variance in the backbone's batch norms; 0 suits frozen norms alone."""
     fpn_channels: int = Field(default=256, ge=8)
     p6_from: Literal["c5", "p5"] = "c5"

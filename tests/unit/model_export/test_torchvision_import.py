@@ -230,6 +230,14 @@ REFUSED: dict[str, tuple[Callable[[], Mapping[Any, Any]], dict[str, Any], str]] 
         {},
         "12 box and 819 class outputs are not those of 9 anchors per cell",
     ),
+    "no outputs": (
+        lambda: broken(
+            "v1",
+            lambda s: s.update({"head.classification_head.cls_logits.weight": torch.tensor(1.0)}),
+        ),
+        {},
+        "36 box and 0 class outputs",
+    ),
     "another detector": (
         lambda: {"roi_heads.box_predictor.cls_score.weight": torch.zeros(91, 1024)},
         {},
@@ -409,6 +417,8 @@ def test_the_command(tmp_path: Path) -> None:
             "--max-size 800 must not be below --min-size 900",
         ),
         (["--output", "x.safetensors"], "not a plain state dict"),
+        (["--output", "x.safetensors", "--norm-eps", "-1"], "--norm-eps -1.0: expected a small"),
+        (["--output", "x.safetensors", "--norm-eps", "nan"], "such as 0 or 1e-5"),
     ],
 )
 def test_bad_usage_is_one_line(tmp_path: Path, options: list[str], message: str) -> None:
