@@ -163,11 +163,11 @@ def _reduction(
     if precision is Precision.FP32:
         return None
     if precision is Precision.INT8 and held_out is not None:
-        pictures = _range_pictures(held_out, choice)
+        pictures = range_pictures(held_out, choice)
     return Reduction(precision, pictures, max_loss)
 
 
-def _range_pictures(held_out: Dataset, choice: DataConfig) -> list[bytes]:
+def range_pictures(held_out: Dataset, choice: DataConfig) -> list[bytes]:
     """Pictures of the train split, evenly spread; where there is none, the measured ones."""
     try:
         samples = datasets.load(
