@@ -12,7 +12,6 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from model_export.data_report import FOREGROUND_IOU
 from model_export.retinanet.anchors import (
     LEVELS,
     AnchorConfig,
@@ -24,6 +23,9 @@ from service.canvas import Size
 
 STEPS: Final = 6
 """Lattice points per doubling of the size: 12 % apart."""
+
+FOREGROUND_IOU: Final = 0.5
+"""At this overlap an anchor is assigned to an object (Focal Loss, section 4)."""
 
 _SMALLEST: Final = 8.0
 """P3's anchors are no smaller than its stride: between smaller ones boxes are missed."""

@@ -99,15 +99,15 @@ class Advice:
             f"{after.balanced.overlap:.3f}",
         )
         yield _row(
-            f"objects of {CLEAR_SIDE:g} px, the mean", f"{before.clear:.1%}", f"{after.clear:.1%}"
+            f"  {CLEAR_SIDE:g} px and more, the mean", f"{before.clear:.1%}", f"{after.clear:.1%}"
         )
         if self.canvas_kept:
             own = _canvas(self.smallest_canvas)
             yield f"the canvas is the one asked for; of itself it would be {own}"
         if after.clear < CLEAR_SHARE:
             yield (
-                f"{1 - after.clear:.0%} of the objects stay below {CLEAR_SIDE:g} px: label larger "
-                "pictures, or cut these into tiles"
+                f"{1 - after.clear:.0%} of the objects stay below {CLEAR_SIDE:g} px: a larger "
+                "canvas (--canvas) has a finer grid; larger pictures, or tiles of these, show more"
             )
         yield "for --config (train --anchors auto takes the same):"
         yield yaml.safe_dump(self.settings(), sort_keys=False, default_flow_style=None).rstrip()

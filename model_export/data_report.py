@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -11,65 +11,22 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from model_export.anchor_fit import FOREGROUND_IOU, best_ious
 from model_export.datasets import Dataset, Sample
 from model_export.problems import Problem, problem_listing
+from model_export.retinanet.anchors import AnchorConfig
 from service.canvas import Buckets, ShortSide, Size
-
-FOREGROUND_IOU: Final = 0.5
-"""At this overlap an anchor is assigned to an object (Focal Loss, section 4)."""
 
 UNREACHED_WARNING: Final = 0.02
 """Share of a class's boxes; above it the canvas or the anchors do not suit the data."""
 
-RARE_SHARE: Final = 0.02
-"""Of the commonest class's objects; a class with fewer is called rare."""
+FEW: Final = 50
+RARE_SHARE: Final = 0.1
+"""Of the commonest class's objects; a class with fewer, and fewer than FEW, is called rare."""
 
 SHARES: Final = (0.05, 0.5, 0.95)
 
-_CHUNK: Final = 1 << 21
 _NAMED: Final = 5
-
-
-def unreached(
-    boxes: NDArray[np.float32], anchors: NDArray[np.float32], threshold: float = FOREGROUND_IOU
-) -> NDArray[np.bool_]:
-    """(N,) whether no anchor overlaps the box by an IoU of at least `threshold`, in (0, 1].
-
-    `boxes` (N, 4) and `anchors` (A, 4) are x1, y1, x2, y2 in pixels of the same canvas.
-    """
-    best = np.zeros(len(boxes))
-    if not len(anchors):
-        return best < threshold
-    # IoU is at most the ratio of the areas, so that only anchors of about a box's area matter.
-    box_areas, anchor_areas = _areas(boxes), _areas(anchors)
-    box_order, anchor_order = np.argsort(box_areas), np.argsort(anchor_areas)
-    sorted_areas = anchor_areas[anchor_order]
-    first = 0
-    while first < len(boxes):
-        chunk = box_order[first : first + 64]
-        # The margin is for rounding in the areas.
-        low = np.searchsorted(sorted_areas, box_areas[chunk[0]] * threshold * 0.999)
-        high = np.searchsorted(sorted_areas, box_areas[chunk[-1]] / threshold * 1.001)
-        for start in range(low, high, _CHUNK // 64):
-            near = anchor_order[start : min(start + _CHUNK // 64, high)]
-            iou = _iou(boxes[chunk], anchors[near])
-            best[chunk] = np.maximum(best[chunk], iou.max(axis=1))
-        first += len(chunk)
-    return best < threshold
-
-
-def _areas(boxes: NDArray[np.float32]) -> NDArray[np.float64]:
-    sides = boxes[:, 2:].astype(np.float64) - boxes[:, :2]
-    return np.asarray(sides.prod(axis=1))
-
-
-def _iou(boxes: NDArray[np.float32], others: NDArray[np.float32]) -> NDArray[np.float64]:
-    """(N, M) intersection over union."""
-    near = np.maximum(boxes[:, None, :2], others[None, :, :2])
-    far = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
-    overlap = np.clip(far - near, 0, None, dtype=np.float64).prod(axis=2)
-    union = _areas(boxes)[:, None] + _areas(others)[None, :] - overlap
-    return np.asarray(overlap / union)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +111,8 @@ class DataReport:
         most = max(self.classes, key=lambda item: item.objects, default=None)
         if most is None:
             return []
-        rare = [item for item in self.classes if 0 < item.objects < RARE_SHARE * most.objects]
+        limit = min(FEW, RARE_SHARE * most.objects)
+        rare = [item for item in self.classes if 0 < item.objects < limit]
         if not rare:
             return []
         rare.sort(key=lambda item: item.objects)
@@ -227,9 +185,9 @@ class DataReport:
 def summarise(
     dataset: Dataset,
     rule: Buckets | ShortSide,
-    anchors: Callable[[Size], NDArray[np.float32]],
+    anchors: AnchorConfig,
 ) -> DataReport:
-    """Measure a data set; `anchors` gives a canvas's (A, 4) anchors in canvas pixels."""
+    """Measure a data set on the canvases of `rule`."""
     by_canvas: dict[Size, list[tuple[Sample, NDArray[np.float32]]]] = {}
     pictures: Counter[int] = Counter()
     for sample in dataset.samples:
@@ -243,13 +201,13 @@ def summarise(
     named: list[Missed] = []
     for canvas, members in by_canvas.items():
         there = np.concatenate([item[1] for item in members])
-        out = unreached(there, anchors(canvas))
+        out = best_ious(there, canvas, anchors) < FOREGROUND_IOU
         boxes = np.concatenate([boxes, there])
         labels = np.concatenate([labels, *(item[0].labels for item in members)])
         missed = np.concatenate([missed, out])
         named += _name_missed(members, out, dataset.classes)
     named.sort(key=lambda each: each.sides[0] * each.sides[1])
-    areas = _areas(boxes)
+    areas = (boxes[:, 2:].astype(np.float64) - boxes[:, :2]).prod(axis=1)
     return DataReport(
         split=dataset.split,
         pictures=len(dataset.samples),

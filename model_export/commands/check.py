@@ -10,7 +10,7 @@ from typing import Any, Final
 import click
 
 from model_export import datasets
-from model_export.commands.data import anchors_of, used
+from model_export.commands.data import used
 from model_export.commands.export import parse_canvas
 from model_export.config import DataConfig, TrainConfig, load_config
 from model_export.data_advice import Advice, advise
@@ -39,7 +39,7 @@ def run(
         overrides["canvas"] = parse_canvas(canvas).model_dump(mode="json")
     config = load_config(config_file, overrides)
     found = _read_all(root, splits or _splits_of(root, config.data), config.data)
-    reports = [summarise(each, config.canvas, anchors_of(config)) for each in found.datasets]
+    reports = [summarise(each, config.canvas, config.model.anchors) for each in found.datasets]
     for report in reports:
         click.echo(f"{report}\n")
         for line in _unreached(report):

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from model_export import datasets
-from model_export.config import DataConfig, TrainConfig, describe
+from model_export.config import DataConfig, describe
 from model_export.datasets import Dataset
-from model_export.retinanet.anchors import canvas_anchors
-from service.canvas import Size
 from service.errors import DataError
 
 
@@ -51,18 +47,6 @@ def used(labels: Mapping[str, Any]) -> DataConfig:
         return DataConfig.model_validate(dict(labels))
     except ValidationError as error:
         raise click.UsageError(describe(error).lstrip(": ")) from error
-
-
-def anchors_of(config: TrainConfig) -> Callable[[Size], NDArray[np.float32]]:
-    """What gives the (A, 4) anchors of a canvas, in its pixels."""
-
-    def anchors(canvas: Size) -> NDArray[np.float32]:
-        boxes: NDArray[np.float32] = canvas_anchors(
-            config.model.anchors, canvas.height, canvas.width
-        ).numpy()
-        return boxes
-
-    return anchors
 
 
 def options(choice: DataConfig) -> str:

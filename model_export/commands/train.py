@@ -15,7 +15,7 @@ import yaml
 from tqdm import tqdm
 
 from model_export.checkpoints import Checkpoint, fetch_imagenet, load_checkpoint
-from model_export.commands.data import anchors_of, load, options
+from model_export.commands.data import load, options
 from model_export.config import DataConfig, TrainConfig, dump_config, load_config
 from model_export.data_advice import advise
 from model_export.data_report import summarise
@@ -222,7 +222,7 @@ def _backbone_weights(weights: str | None, config: TrainConfig) -> Path | None:
 
 def _report(config: TrainConfig, training: Dataset, validation: Dataset) -> None:
     for dataset in (training, validation):
-        _say(f"{summarise(dataset, config.canvas, anchors_of(config))}\n")
+        _say(f"{summarise(dataset, config.canvas, config.model.anchors)}\n")
 
 
 class _BesideBars(logging.Handler):

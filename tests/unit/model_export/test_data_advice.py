@@ -85,6 +85,14 @@ def test_a_hand_computed_fit() -> None:
     assert (fit.reached, fit.overlap) == (0.75, (0.25 + 3) / 4)
 
 
+def test_an_overlap_of_exactly_the_threshold_reaches() -> None:
+    # 16 x 8 in the middle of a 16 px anchor is an IoU of exactly 0.5.
+    config = AnchorConfig(sizes=((16,), (32,), (64,), (128,), (256,)), ratios=(1.0,))
+    rows = boxes((44, 48, 60, 56), (44, 48, 60, 55.9))
+    fit = fit_of(best_ious(rows, CANVAS, config), np.ones(2))
+    assert fit.reached == 0.5
+
+
 def test_clusters_of_numbers() -> None:
     values = np.array([3.0, 1.0, 1.2, 3.2, 10.0])
     assert cluster(values, np.ones(5), 3) == pytest.approx([1.1, 3.1, 10.0])

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from model_export.data_report import DataReport, summarise, unreached
+from model_export.data_report import DataReport, summarise
 from model_export.datasets import Dataset, Sample, load_voc
 from model_export.problems import Kind, Problem, problem_listing
-from model_export.retinanet.anchors import AnchorConfig, canvas_anchors
+from model_export.retinanet.anchors import AnchorConfig
 from service.canvas import Buckets, Size
 
 
@@ -21,64 +20,8 @@ def boxes(*rows: tuple[float, float, float, float]) -> NDArray[np.float32]:
     return np.array(rows, dtype=np.float32).reshape(-1, 4)
 
 
-def default_anchors(canvas: Size) -> NDArray[np.float32]:
-    return np.asarray(canvas_anchors(AnchorConfig(), canvas.height, canvas.width).numpy())
-
-
 def report_of(dataset: Dataset, canvas: Size) -> DataReport:
-    return summarise(dataset, Buckets(sizes=(canvas,)), default_anchors)
-
-
-# --- overlap with anchors ------------------------------------------------------------------------
-
-
-def test_an_overlap_of_exactly_the_threshold_reaches() -> None:
-    # 10 x 10 in 10 x 20 is an IoU of exactly 0.5.
-    anchors = boxes((0, 0, 10, 20))
-    found = unreached(boxes((0, 0, 10, 10), (0, 0, 10, 9.9), (0, 10, 10, 20)), anchors)
-    assert found.tolist() == [False, True, False]
-
-
-def test_hand_computed_overlaps() -> None:
-    # Overlap 5 x 10 = 50 of a union of 150: 1/3. Beside it: 0.
-    anchors = boxes((0, 0, 10, 10))
-    shifted = boxes((5, 0, 15, 10), (10, 0, 20, 10))
-    assert unreached(shifted, anchors, 0.33).tolist() == [False, True]
-    assert unreached(shifted, anchors, 0.34).tolist() == [True, True]
-
-
-def test_without_anchors_nothing_is_reached_and_without_boxes_nothing_is_asked() -> None:
-    assert unreached(boxes((0, 0, 1, 1)), boxes()).tolist() == [True]
-    assert unreached(boxes(), boxes((0, 0, 1, 1))).shape == (0,)
-
-
-@st.composite
-def _box_arrays(draw: st.DrawFn, most: int) -> NDArray[np.float32]:
-    edge = st.floats(0, 100, width=32)
-    side = st.floats(0.5, 100, width=32)
-    rows = draw(st.lists(st.tuples(edge, edge, side, side), max_size=most))
-    return boxes(*((x, y, x + width, y + height) for x, y, width, height in rows))
-
-
-def brute_force(box: NDArray[np.float32], anchors: NDArray[np.float32]) -> float:
-    best = 0.0
-    x1, y1, x2, y2 = box.astype(float)
-    for ax1, ay1, ax2, ay2 in anchors.astype(float):
-        overlap = max(0.0, min(x2, ax2) - max(x1, ax1)) * max(0.0, min(y2, ay2) - max(y1, ay1))
-        union = (x2 - x1) * (y2 - y1) + (ax2 - ax1) * (ay2 - ay1) - overlap
-        best = max(best, overlap / union)
-    return best
-
-
-@given(some=_box_arrays(most=90), anchors=_box_arrays(most=12), threshold=st.floats(0.05, 0.95))
-def test_shortcuts_change_nothing(
-    some: NDArray[np.float32], anchors: NDArray[np.float32], threshold: float
-) -> None:
-    found = unreached(some, anchors, threshold)
-    for box, missed in zip(some, found, strict=True):
-        best = brute_force(box, anchors)
-        if abs(best - threshold) > 1e-6:
-            assert missed == (best < threshold)
+    return summarise(dataset, Buckets(sizes=(canvas,)), AnchorConfig())
 
 
 # --- summary -------------------------------------------------------------------------------------
@@ -126,6 +69,31 @@ def test_the_warning_names_the_worst_classes_only() -> None:
     assert "c4" in warning
     assert "c5" not in warning
     assert "and too much of 3 classes more" in warning
+
+
+def test_classes_with_few_objects_are_named() -> None:
+    names = ("common", "rare", "rarer", "fair", "unseen")
+    counts = (101, 10, 1, 11)
+    labels = [label for label, count in enumerate(counts) for _ in range(count)]
+    rows = boxes(*[(0, 0, 90, 90)] * len(labels))
+    data = Dataset(Path("data"), "train", names, (sample(rows, *labels),), ())
+    _, warning = report_of(data, Size(512, 512)).warnings()
+    assert "few objects beside the 101 of common: rarer (1), rare (10); label more" in warning
+
+
+def test_the_report_as_values_names_each_object_that_is_missed() -> None:
+    speck = boxes((40, 40, 44, 44), (0, 0, 100, 100), (8, 8, 10, 10))
+    report = report_of(dataset_of(sample(boxes()), sample(speck, 1, 0, 1)), Size(256, 256))
+    # The canvas is half the picture: 2 x 2 and 1 x 1 px.
+    assert [str(each) for each in report.missed] == [
+        "a.jpg: 'speck' at 8,8,10,10, 1 x 1 px on the canvas",
+        "a.jpg: 'speck' at 40,40,44,44, 2 x 2 px on the canvas",
+    ]
+    values = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert values["unreached"][1] == {"picture": "a.jpg", "class": "speck", "box": [40, 40, 44, 44]}
+    assert values["classes"]["speck"]["unreached"] == 2
+    assert values["root_of_area"]["0.5"] == pytest.approx(2.0)
+    assert report_of(dataset_of(sample(boxes())), Size(256, 256)).to_dict()["root_of_area"] == {}
 
 
 def test_an_empty_class_list_of_pictures_without_objects_is_no_error() -> None:
