@@ -106,10 +106,9 @@ def mean_precisions(matches: Sequence[Matches], weights: NDArray[np.int64]) -> N
     total = np.stack([table.mean(axis=2), table[:, :, 0]], axis=2).sum(
         axis=0, where=measured[:, :, np.newaxis]
     )
-    unmeasured = np.full(total.shape, np.nan)
-    return np.divide(
-        total, classes[:, np.newaxis], out=unmeasured, where=classes[:, np.newaxis] > 0
-    )
+    mean = np.full(total.shape, np.nan)
+    np.divide(total, classes[:, np.newaxis], out=mean, where=classes[:, np.newaxis] > 0)
+    return mean
 
 
 def average_precisions(matches: Matches, weights: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -100,8 +100,8 @@ def judge(sample: Sample, found: Detections, selection: Selection) -> Judgement:
     objects = np.full(len(passing), -1, dtype=np.int64)
     free = np.ones(len(sample.labels), dtype=bool)
     _claim(Outcome.HIT, np.where(own & (iou >= HIT_IOU), iou, 0.0), outcomes, objects, free)
-    for index in np.flatnonzero(_in_crowd(sample, passing)):
-        if outcomes[index] is Outcome.FALSE:
+    for index, ignored in enumerate(_in_crowd(sample, passing)):
+        if ignored and outcomes[index] is Outcome.FALSE:
             outcomes[index] = Outcome.IGNORED
     other = np.where(~own & (iou >= HIT_IOU), iou, 0.0)
     _claim(Outcome.CONFUSED, other, outcomes, objects, free)
