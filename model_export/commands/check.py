@@ -48,10 +48,7 @@ def run(
     if advice is not None:
         click.echo(str(advice))
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        answer = _answer(root, reports, found.fatal, advice)
-        json_file.write_text(json.dumps(answer, indent=2, allow_nan=False) + "\n")
-        click.echo(f"wrote {json_file}")
+        _write(json_file, _answer(root, reports, found.fatal, advice))
     _refuse(root, found)
 
 
@@ -122,6 +119,16 @@ def _unreached(report: DataReport) -> Iterator[str]:
     for each in report.missed[:_SHOWN_BOXES]:
         yield f"  {each}"
     yield ""
+
+
+def _write(path: Path, answer: Mapping[str, Any]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(answer, indent=2, allow_nan=False) + "\n")
+    except OSError as error:
+        reason = error.strerror or error
+        raise DataError(f"{path}: cannot be written: {reason}; name another file") from error
+    click.echo(f"wrote {path}")
 
 
 def _answer(

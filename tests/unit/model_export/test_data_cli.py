@@ -123,6 +123,13 @@ def test_check_shows_the_splits_that_are_sound(tmp_path: Path) -> None:
     assert lines[-1].endswith("every picture of the split 'val' is left out")
 
 
+def test_check_says_where_it_cannot_write(rectangles_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = call("data", "check", rectangles_data, "--json", tmp_path / "file" / "answer.json")
+    assert result.exit_code == 2
+    assert "answer.json: cannot be written: " in result.stderr
+
+
 def test_check_without_the_train_extra(tmp_path: Path) -> None:
     script = (
         "import sys\n"
