@@ -118,7 +118,7 @@ _PROBLEMS: Final = {
     400: "Malformed, truncated or empty picture or body.",
     404: "No such model or version.",
     408: "The body came too slowly.",
-    413: "Too many bytes or pixels.",
+    413: "Too many bytes, pixels or tiles.",
     415: "Not a JPEG, PNG or WebP (by content), or an encoded body.",
     422: "A parameter is out of range or unknown.",
     503: "Queue full, loading or draining; see Retry-After.",

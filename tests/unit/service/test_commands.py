@@ -167,6 +167,8 @@ def test_annotated_pictures_keep_their_names_and_types(
         (("--model", "other"), "there is tiny@1"),
         (("--model", "missing.onnx"), "missing.onnx: cannot be read"),
         (("--device", "gpu"), "--device=gpu"),
+        (("--tile", "foo"), "tile='foo' is neither off nor auto nor"),
+        (("--tile", "0"), "32 to 65535"),
     ],
 )
 def test_what_cannot_start_is_one_line(
