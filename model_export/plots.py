@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -27,16 +26,14 @@ _DARK = 0.5
 def save_plots(measured: Measurement, folder: Path) -> list[Path]:
     """Draw all figures into `folder`, which is made if need be; their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    matches, classes = measured.matches, measured.classes
-    # A class may be called "$5_".
-    with rc_context({"text.parse_math": False}):
-        return [
-            _save(precision_recall(matches, classes), folder / "precision-recall.png"),
-            _save(score_histogram(matches, classes), folder / "scores.png"),
-            _save(f1_over_threshold(matches, classes), folder / "f1-threshold.png"),
-            _save(reliability_diagram(measured.overall_calibration), folder / "reliability.png"),
-            _save(confusion_matrix(measured.confusion, classes), folder / "confusion.png"),
-        ]
+    matches, classes = measured.matches, tuple(map(_plain, measured.classes))
+    return [
+        _save(precision_recall(matches, classes), folder / "precision-recall.png"),
+        _save(score_histogram(matches, classes), folder / "scores.png"),
+        _save(f1_over_threshold(matches, classes), folder / "f1-threshold.png"),
+        _save(reliability_diagram(measured.overall_calibration), folder / "reliability.png"),
+        _save(confusion_matrix(measured.confusion, classes), folder / "confusion.png"),
+    ]
 
 
 def precision_recall(matches: Sequence[Matches], classes: Sequence[str]) -> Figure:
@@ -125,7 +122,7 @@ def confusion_matrix(confusion: Confusion, classes: Sequence[str]) -> Figure:
     """Objects by what they are and what they were detected as, coloured by share of the row."""
     side = max(4.0, 0.45 * (len(classes) + 1) + 2)
     figure, axes = _figure(
-        "Objects at the file's own thresholds, IoU 0.50",
+        "Confusions at IoU 0.50",
         across="detected as",
         up="labelled as",
         size=(side, side),
@@ -143,6 +140,12 @@ def confusion_matrix(confusion: Confusion, classes: Sequence[str]) -> Figure:
     return figure
 
 
+def _plain(name: str) -> str:
+    """A name that matplotlib shows as it is: no formula, and not left out of legends."""
+    shown = name.replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
+
+
 def _figure(
     title: str, *, across: str, up: str, size: tuple[float, float] = (7, 5)
 ) -> tuple[Figure, Axes]:
@@ -158,7 +161,7 @@ def _figure(
 def _legend(axes: Axes) -> None:
     named = len(axes.get_legend_handles_labels()[0])
     if 0 < named <= _LEGEND:
-        axes.legend(loc="lower left")
+        axes.legend(loc="lower center")
     elif named:
         axes.legend(ncols=2, fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
 

@@ -478,9 +478,11 @@ def test_missing_model_file(tmp_path):
 # --- figures -------------------------------------------------------------------------------------
 
 
-def test_plots_are_written(tmp_path):
+def test_plots_are_written_whatever_classes_are_called(tmp_path):
     truth, found = random_case(7)
-    paths = save_plots(measurement(truth, found), tmp_path / "new" / "plots")
+    # Between two dollars matplotlib reads a formula, and this one is wrong.
+    measured = measurement(truth, found, ("$x_$", "_hidden"))
+    paths = save_plots(measured, tmp_path / "new" / "plots")
     assert [path.name for path in paths] == [
         "precision-recall.png",
         "scores.png",
@@ -501,5 +503,5 @@ def test_curves_of_many_classes():
     precision_recall(matches, many).savefig(io.BytesIO())
 
 
-def test_plots_of_nothing_with_strange_names(tmp_path):
-    assert len(save_plots(measurement([EMPTY], [NOTHING], ("$x_", "_$")), tmp_path)) == 5
+def test_plots_of_nothing(tmp_path):
+    assert len(save_plots(measurement([EMPTY], [NOTHING]), tmp_path)) == 5
