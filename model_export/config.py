@@ -120,8 +120,8 @@ class TrainConfig(_Config):
     """auto: bf16 where the hardware multiplies it, else 32."""
     workers: int | None = Field(default=None, ge=0)
     """Processes that prepare batches; left open: none on a CPU, up to 8 beside a GPU."""
-    channels_last: bool | None = None
-    """Keep each pixel's channels together in memory; left open: yes, it is faster everywhere."""
+    channels_last: bool = True
+    """Keep each pixel's channels together in memory, the weights' as well as the pictures'."""
     compile: bool = False
     """Let torch.compile translate the network: minutes at the start, faster steps on GPUs."""
     seed: int = Field(default=0, ge=0, lt=2**32)

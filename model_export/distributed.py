@@ -118,11 +118,11 @@ class SharedBatchNorm(nn.BatchNorm2d):
 
     def _normalise(self, x: Tensor) -> Tensor:
         own = x.new_tensor([x.numel() / x.shape[1]])
-        sums = _SharedSum.apply(torch.cat([x.sum(dim=(0, 2, 3)), own]))
+        sums = _shared_sum(torch.cat([x.sum(dim=(0, 2, 3)), own]))
         count = sums[-1].detach()
         mean = sums[:-1] / count
         centred = x - mean[:, None, None]
-        variance = _SharedSum.apply(centred.square().sum(dim=(0, 2, 3))) / count
+        variance = _shared_sum(centred.square().sum(dim=(0, 2, 3))) / count
         with torch.no_grad():
             assert self.running_mean is not None
             assert self.running_var is not None
@@ -133,7 +133,8 @@ class SharedBatchNorm(nn.BatchNorm2d):
             # The running variance is the unbiased one.
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
         scale = torch.rsqrt(variance + self.eps) * self.weight
-        return centred * scale[:, None, None] + self.bias[:, None, None]
+        normalised: Tensor = centred * scale[:, None, None] + self.bias[:, None, None]
+        return normalised
 
 
 class _SharedSum(torch.autograd.Function):
@@ -148,10 +149,15 @@ class _SharedSum(torch.autograd.Function):
         return add_up(gradients[0].clone())
 
 
+def _shared_sum(value: Tensor) -> Tensor:
+    shared: Tensor = _SharedSum.apply(value)  # type: ignore[no-untyped-call]
+    return shared
+
+
 def share_norms(network: nn.Module, *, cuda: bool) -> None:
     """Let batch norms that learn statistics learn those of the whole batch, in place."""
     if cuda:
-        nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
         return
     for module in network.modules():
         if type(module) is nn.BatchNorm2d:

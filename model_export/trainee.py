@@ -31,6 +31,8 @@ PATIENCE: Final = 20
 _KEPT_CANVASES: Final = 16
 """Canvas sizes whose anchors stay in memory."""
 
+Tensors = tuple[Tensor, ...] | list[Tensor]
+
 
 class TrainingError(RetinaserveError):
     """Training cannot go on."""
@@ -57,7 +59,7 @@ class Trainee(lightning.LightningModule):
         # deep networks explode or go silent.
         self._norms_frozen = config.freeze_norms and pretrained
         self.network = network
-        self.average = AveragedModel(network, avg_fn=averaging(config.ema_decay), use_buffers=False)
+        self.average = AveragedModel(network, multi_avg_fn=averaging(config.ema_decay))
         self.average.requires_grad_(False)
         self.config = config
         self.description = description
@@ -226,7 +228,7 @@ class Trainee(lightning.LightningModule):
         progress = checkpoint["progress"]
         self._minutes_before = float(progress["minutes"])
         # Older checkpoints leave the count to Lightning.
-        self._steps = int(progress.get("steps", checkpoint["global_step"]))
+        self._steps = int(progress["steps"] if "steps" in progress else checkpoint["global_step"])
         self.best_ap = float(progress["best_ap"])
         self._norms_frozen = bool(progress["norms_frozen"])
 
@@ -281,12 +283,15 @@ def parameter_groups(
     ]
 
 
-def averaging(decay: float) -> Callable[[Tensor, Tensor, Tensor | int], Tensor]:
-    """An exponential average that forgets its random start quickly: the decay rises to `decay`."""
+def averaging(decay: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:
+    """An exponential average that forgets its random start quickly: the decay rises to `decay`.
 
-    def average(averaged: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
+    It is taken of all weights at once: on a GPU one by one would cost more than the step.
+    """
+
+    def average(averaged: Tensors, current: Tensors, count: Tensor | int) -> None:
         number = float(count)
         warm = min(decay, (1 + number) / (10 + number))
-        return averaged + (current - averaged) * (1 - warm)
+        torch._foreach_lerp_(averaged, current, 1 - warm)
 
     return average

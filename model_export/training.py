@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +18,7 @@ from model_export.checkpoints import Checkpoint, Description, initialise_from, l
 from model_export.config import TrainConfig
 from model_export.datasets import Dataset, Sample
 from model_export.distributed import World, lost_processes_named, share, share_norms, world
+from model_export.hardware import accelerator_for, compiler_works, precision_for, workers_for
 from model_export.recording import BEST, LAST, AtomicCheckpointIO, Recorder, ResumedOrder
 from model_export.retinanet.model import RetinaNet
 from model_export.trainee import Trainee
@@ -31,17 +29,23 @@ from model_export.transforms import (
     CanvasCache,
     TrainingBatches,
 )
-from service.errors import DataError, DeviceError
+from service.errors import DataError
 
-__all__ = ["BEST", "CONFIG", "LAST", "check_device", "train"]
+__all__ = ["BEST", "CONFIG", "LAST", "train"]
 
 CONFIG: Final = "config.yaml"
 
-_DEVICE: Final = re.compile(r"cpu|cuda(?::(\d+))?")
 _PATIENCE: Final = timedelta(minutes=30)
 """How long a process waits for the others, which may still be decoding or validating."""
 
-_log = logging.getLogger(__name__)
+# The recorder keeps what Lightning would, and the batches know the processes themselves.
+_QUIET: Final[dict[str, Any]] = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,
+    "log_every_n_steps": 1,
+}
 
 
 def train(
@@ -65,16 +69,16 @@ def train(
     share of every batch, and the first one writes.
     """
     place = world()
-    accelerator, devices = _accelerator(device, place.local_size)
-    precision = _precision(config.precision, accelerator)
+    accelerator, devices = accelerator_for(device, place.local_size)
+    precision = precision_for(config.precision, accelerator)
+    last = output / LAST
+    if resume and not last.exists():
+        raise DataError(f"{last}: nothing to resume; start the run without --resume")
     if config.batch_size < place.size:
         raise DataError(
             f"batch_size {config.batch_size} cannot be shared by {place.size} processes: "
             "it counts the pictures of all of them"
         )
-    last = output / LAST
-    if resume and not last.exists():
-        raise DataError(f"{last}: nothing to resume; start the run without --resume")
     lightning.seed_everything(config.seed, verbose=False)
     output.mkdir(parents=True, exist_ok=True)
     network = _network(config, training.classes, weights=weights, init=init)
@@ -88,35 +92,36 @@ def train(
     )
     pretrained = init is not None or weights is not None
     trainee = Trainee(network, config, description, pretrained=pretrained)
-    if config.compile and _compiler_works(accelerator):
+    if config.compile and compiler_works(accelerator):
         network.compile()
     sampler, loader = _batches(config, training, place, accelerator)
     held_out = _cache(share(validation.samples), config, place, title="val pictures")
     trainer = lightning.Trainer(
         accelerator=accelerator,
         devices=devices,
-        num_nodes=place.nodes,
-        strategy=_strategy(accelerator) if place.size > 1 else "auto",
-        # The batches know the processes themselves.
-        use_distributed_sampler=False,
         precision=precision,
         max_epochs=config.epochs,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
         callbacks=[Recorder(output, validation.samples, held_out), ResumedOrder(sampler)],
         plugins=[AtomicCheckpointIO()],
         default_root_dir=output,
-        log_every_n_steps=1,
+        **_together(place, accelerator),
+        **_QUIET,
     )
     with _expected_warnings(), lost_processes_named():
         trainer.fit(trainee, loader, ckpt_path=last if resume else None, weights_only=True)
     return trainee.best_ap
 
 
-def check_device(device: str, count: int) -> None:
-    """See whether `count` processes of this machine can train on it. Raises DeviceError."""
-    _accelerator(device, count)
+def _together(place: World, accelerator: str) -> dict[str, Any]:
+    """Lightning's settings for the processes of a run."""
+    if place.size == 1:
+        return {}
+    strategy = DDPStrategy(
+        process_group_backend="nccl" if accelerator == "cuda" else "gloo",
+        timeout=_PATIENCE,
+        gradient_as_bucket_view=True,
+    )
+    return {"strategy": strategy, "num_nodes": place.nodes}
 
 
 def _network(
@@ -127,8 +132,9 @@ def _network(
         initialise_from(network, init, classes)
     elif weights is not None:
         load_backbone(network, weights)
-    if config.channels_last is not False:
-        network.to(memory_format=torch.channels_last)
+    if config.channels_last:
+        # torch's own annotations leave this form of `to` out.
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network
 
 
@@ -140,7 +146,7 @@ def _batches(
     sampler = CanvasBatchSampler(
         examples.canvases, batch_size=config.batch_size, seed=config.seed, drop_last=True
     )
-    workers = _workers(config.workers, accelerator, place.local_size)
+    workers = workers_for(config.workers, accelerator, place.local_size)
     loader: DataLoader[Batch] = DataLoader(
         TrainingBatches(
             examples,
@@ -180,63 +186,3 @@ def _expected_warnings() -> Iterator[None]:
         # Lightning's way to walk a batch; it is for Lightning to follow torch there.
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
         yield
-
-
-def _strategy(accelerator: str) -> DDPStrategy:
-    return DDPStrategy(
-        process_group_backend="nccl" if accelerator == "cuda" else "gloo",
-        timeout=_PATIENCE,
-        gradient_as_bucket_view=True,
-    )
-
-
-def _compiler_works(accelerator: str) -> bool:
-    """Whether torch.compile gets anywhere here; says so if not."""
-    try:
-        torch.compile(torch.add)(torch.ones(8, device=accelerator), 1)
-    except Exception as error:
-        # Without a compiler or with a broken one, anything may come.
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        _log.warning("compile: torch.compile does not work here, goes on without it (%s)", reason)
-        return False
-    return True
-
-
-def _accelerator(device: str, count: int) -> tuple[str, int | list[int]]:
-    """Lightning's accelerator, and the devices of `count` processes on this machine."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    known = _DEVICE.fullmatch(device)
-    if known is None:
-        raise DeviceError(f"--device {device}: expected auto, cpu, cuda or cuda:N")
-    if device == "cpu":
-        return "cpu", count
-    if known[1] is not None and count > 1:
-        raise DeviceError(f"--device {device} is one GPU, but {count} processes want one each")
-    found = torch.cuda.device_count()
-    first = int(known[1] or 0)
-    if first + count > found:
-        seen = "no CUDA device" if found == 0 else f"{found} CUDA device(s)"
-        wanted = "" if count == 1 else f" for {count} processes"
-        raise DeviceError(
-            f"--device {device}{wanted}: this torch sees {seen}; use --device cpu or auto"
-        )
-    return "cuda", list(range(first, first + count))
-
-
-def _precision(asked: str, accelerator: str) -> Any:
-    if asked == "fp16" and accelerator == "cpu":
-        raise DataError("precision fp16 needs a GPU; on a CPU use bf16, 32 or auto")
-    if asked == "auto":
-        if accelerator == "cuda":
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            fast = torch.cpu._is_avx512_bf16_supported()
-        asked = "bf16" if fast else "32"
-    return {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[asked]
-
-
-def _workers(asked: int | None, accelerator: str, processes: int) -> int:
-    if asked is not None:
-        return asked
-    return 0 if accelerator == "cpu" else min(8, max(1, (os.cpu_count() or 1) // processes))

@@ -21,8 +21,9 @@ from model_export.data_advice import advise
 from model_export.data_report import summarise
 from model_export.datasets import Dataset
 from model_export.distributed import launch, this_command, world
+from model_export.hardware import accelerator_for
 from model_export.provenance import provenance, resumed
-from model_export.training import BEST, CONFIG, LAST, check_device, train
+from model_export.training import BEST, CONFIG, LAST, train
 from service.artifact import MODEL_FILE
 from service.errors import DataError
 from service.settings import bundled_models
@@ -96,7 +97,7 @@ def _start_processes(count: int, device: str) -> None:
             f"--devices {count}: torchrun has started {world().local_size} processes on this "
             "machine; leave the option out"
         )
-    check_device(device, count)
+    accelerator_for(device, count)
     # Processes that each take all cores only get into each other's way.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     launch(count, this_command())

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from model_export import training
 from model_export.distributed import ProcessLost, World, launch, world
+from model_export.hardware import accelerator_for
 from service.errors import DataError, DeviceError
 from tests.conftest import ROOT
 from tests.unit.model_export import distributed_runs as runs
@@ -168,7 +168,7 @@ def test_a_batch_smaller_than_the_processes(data: Path, tmp_path: Path) -> None:
 )
 def test_too_few_devices(device: str, count: int, words: str) -> None:
     with pytest.raises(DeviceError, match=words):
-        training.check_device(device, count)
+        accelerator_for(device, count)
 
 
 # --- ends ----------------------------------------------------------------------------------------

@@ -357,12 +357,17 @@ def test_every_parameter_learns_in_one_group() -> None:
 
 def test_the_average_forgets_its_start() -> None:
     average = averaging(0.999)
-    zero, one = torch.zeros(1), torch.ones(1)
+
+    def after(count: Tensor | int, value: float = 0.0) -> float:
+        averaged = [torch.full((1,), value)]
+        average(averaged, [torch.ones(1)], count)
+        return averaged[0].item()
+
     # Decay 2/11 after one update, (1 + n) / (10 + n) after n, 0.999 at last.
-    assert average(zero, one, 1).item() == pytest.approx(9 / 11)
-    assert average(zero, one, torch.tensor(90)).item() == pytest.approx(0.09)
-    assert average(zero, one, 10**6).item() == pytest.approx(0.001)
-    value: Tensor = zero
+    assert after(1) == pytest.approx(9 / 11)
+    assert after(torch.tensor(90)) == pytest.approx(0.09)
+    assert after(10**6) == pytest.approx(0.001)
+    value = 0.0
     for count in range(1, 30):
-        value = average(value, one, count)
-    assert value.item() > 0.99
+        value = after(count, value)
+    assert value > 0.99

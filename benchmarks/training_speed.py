@@ -1,0 +1,265 @@
+"""Pictures per second of `retinaserve train` beside a plain torch loop on the same network.
+
+    python benchmarks/training_speed.py --data FOLDER
+
+Both learn the same batches by the same loss and optimiser, turn by turn in one process. The plain
+loop finds its batches ready in the device's memory; `train` decodes, varies and moves them, keeps
+the averaged weights and watches over every step. Prints one JSON object, and a table on stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import lightning
+import torch
+
+from model_export.config import TrainConfig, load_config
+from model_export.datasets import Dataset, load
+from model_export.hardware import accelerator_for, precision_for
+from model_export.objective import detection_loss
+from model_export.retinanet.model import RetinaNet
+from model_export.trainee import Trainee, parameter_groups
+from model_export.training import train
+from model_export.transforms import Batch, CanvasBatchSampler, CanvasCache, TrainingBatches
+
+RECIPES = Path(__file__).resolve().parent.parent / "model_export" / "recipes"
+
+
+@dataclass
+class Steps:
+    """Seconds of each step after the first ones, and what of them went by before it began."""
+
+    pictures: int
+    wall: list[float]
+    cpu: list[float]
+    waiting: list[float]
+
+    def figures(self) -> dict[str, float]:
+        step = statistics.median(self.wall)
+        return {
+            "pictures_per_second": self.pictures / step,
+            "cpu_ms_per_picture": 1e3 * statistics.median(self.cpu) / self.pictures,
+            "waiting_share": statistics.median(self.waiting) / step,
+        }
+
+
+class Watch(lightning.Callback):
+    """Notes when each step of a run begins and ends."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.begun: list[float] = []
+        self.ended: list[tuple[float, float]] = []
+
+    def begin(self) -> None:
+        self.begun.append(time.perf_counter())
+
+    def end(self) -> None:
+        synchronise(self._device)
+        self.ended.append((time.perf_counter(), time.process_time()))
+
+    def steps(self, pictures: int, *, skipped: int) -> Steps:
+        """A step lasts from the end of the one before, so what lies between counts as well."""
+        pairs = list(zip(self.ended, self.ended[1:], strict=False))[skipped:]
+        begun = self.begun[1:][skipped:]
+        return Steps(
+            pictures,
+            wall=[after[0] - before[0] for before, after in pairs],
+            cpu=[after[1] - before[1] for before, after in pairs],
+            waiting=[at - before[0] for at, (before, _) in zip(begun, pairs, strict=True)],
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="labelled pictures")
+    parser.add_argument("--recipe", default="light", help="one that comes with the package")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--precision", default="auto", help="auto, 32, bf16 or fp16")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--workers", type=int, help="processes that prepare batches")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--steps", type=int, default=8, help="in each turn")
+    parser.add_argument("--skipped", type=int, default=2, help="of them, to warm up")
+    parser.add_argument("--turns", type=int, default=3)
+    arguments = parser.parse_args()
+
+    config = load_config(RECIPES / f"{arguments.recipe}.yaml", settings(arguments))
+    training = load(arguments.data, "train")
+    # One canvas, so that every batch costs the same.
+    rule = config.canvas
+    canvas = rule.fit(training.samples[0].size).canvas
+    alike = [s for s in training.samples if rule.fit(s.size).canvas == canvas]
+    count = arguments.batch_size * arguments.steps
+    training = replace(training, samples=tuple((alike * count)[:count]))
+    turns: dict[str, list[dict[str, float]]] = {"train": [], "plain": []}
+    for _ in range(arguments.turns):
+        for name, run in (("train", run_train), ("plain", run_plain)):
+            steps = run(config, training, arguments.device, skipped=arguments.skipped)
+            turns[name].append(steps.figures())
+    report(config, arguments, (canvas.height, canvas.width), turns)
+
+
+def settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "batch_size": arguments.batch_size,
+        "precision": arguments.precision,
+        "workers": arguments.workers,
+        "compile": arguments.compile,
+        "epochs": 1,
+        "augmentation.transpose": 0.0,
+    }
+
+
+def run_train(config: TrainConfig, training: Dataset, device: str, *, skipped: int) -> Steps:
+    """One epoch as `retinaserve train` does it; the steps alone are timed."""
+    place = place_of(device)
+    watch = Watch(place)
+    original = Trainee.on_train_batch_end
+
+    def ended(self: Trainee, *arguments: Any) -> None:
+        original(self, *arguments)
+        watch.end()
+
+    def begun(*_: Any) -> None:
+        watch.begin()
+
+    few = replace(training, samples=training.samples[:1])
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        silence(),
+        mock.patch.object(Trainee, "on_train_batch_start", begun),
+        mock.patch.object(Trainee, "on_train_batch_end", ended),
+    ):
+        train(config, training, few, Path(folder), device=device)
+    return watch.steps(config.batch_size, skipped=skipped)
+
+
+def run_plain(config: TrainConfig, training: Dataset, device: str, *, skipped: int) -> Steps:
+    """The least that learning these batches can cost."""
+    place = place_of(device)
+    torch.manual_seed(config.seed)
+    network = RetinaNet(config.model, classes=len(training.classes)).to(place).train()
+    network.to(memory_format=torch.channels_last)
+    if config.compile:
+        network.compile()
+    groups = parameter_groups(network, config.optimiser, batch_size=config.batch_size)
+    optimiser = torch.optim.AdamW(groups, lr=config.optimiser.lr)
+    half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(
+        precision_for(config.precision, place.type)
+    )
+    scaler = torch.amp.GradScaler(place.type, enabled=half == torch.float16)
+    batches = [batch.to(place) for batch in ready_batches(config, training)]
+    watch = Watch(place)
+    for batch in batches:
+        watch.begin()
+        optimiser.zero_grad()
+        with torch.autocast(place.type, dtype=half, enabled=half is not None):
+            losses = detection_loss(
+                network(batch.images, batch.image_sizes),
+                batch.boxes,
+                batch.labels,
+                matching=config.matching,
+                loss=config.loss,
+            )
+        scaler.scale(losses.classification + losses.regression).backward()
+        scaler.unscale_(optimiser)
+        torch.nn.utils.clip_grad_norm_(network.parameters(), config.optimiser.gradient_clip)
+        scaler.step(optimiser)
+        scaler.update()
+        watch.end()
+    return watch.steps(config.batch_size, skipped=skipped)
+
+
+def ready_batches(config: TrainConfig, training: Dataset) -> list[Batch]:
+    """The batches that `train` makes of the same data in its first epoch."""
+    cache = CanvasCache(training.samples, config.canvas, progress=False)
+    sampler = CanvasBatchSampler(
+        cache.canvases, batch_size=config.batch_size, seed=config.seed, drop_last=True
+    )
+    batches = TrainingBatches(cache, config.augmentation, seed=config.seed)
+    return [batches[keys] for keys in sampler]
+
+
+def place_of(device: str) -> torch.device:
+    accelerator, _ = accelerator_for(device, 1)
+    return torch.device(accelerator)
+
+
+def synchronise(place: torch.device) -> None:
+    if place.type == "cuda":
+        torch.cuda.synchronize()
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    with (
+        Path(os.devnull).open("w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def report(
+    config: TrainConfig,
+    arguments: argparse.Namespace,
+    canvas: tuple[int, int],
+    turns: dict[str, list[dict[str, float]]],
+) -> None:
+    def median(name: str, figure: str) -> float:
+        return statistics.median(turn[figure] for turn in turns[name])
+
+    ratios = [
+        one["pictures_per_second"] / other["pictures_per_second"]
+        for one, other in zip(turns["train"], turns["plain"], strict=True)
+    ]
+    result = {
+        "recipe": arguments.recipe,
+        "canvas": list(canvas),
+        "batch_size": config.batch_size,
+        "device": arguments.device,
+        "precision": precision_for(config.precision, place_of(arguments.device).type),
+        "compile": config.compile,
+        "threads": torch.get_num_threads(),
+        **{
+            name: {figure: median(name, figure) for figure in turns[name][0]}
+            for name in ("train", "plain")
+        },
+        "train_by_plain": statistics.median(ratios),
+        "turns": turns,
+    }
+    print(json.dumps(result))
+    print(f"{'':8}{'pictures/s':>12}{'CPU ms/picture':>16}{'waiting':>10}", file=sys.stderr)
+    for name in ("train", "plain"):
+        row = result[name]
+        print(
+            f"{name:8}{row['pictures_per_second']:12.2f}{row['cpu_ms_per_picture']:16.1f}"
+            f"{100 * row['waiting_share']:9.1f}%",
+            file=sys.stderr,
+        )
+    print(
+        f"train / plain: {result['train_by_plain']:.3f} "
+        f"({min(ratios):.3f} to {max(ratios):.3f} over {len(ratios)} turns)",
+        file=sys.stderr,
+    )
+
+
+if __name__ == "__main__":
+    main()
