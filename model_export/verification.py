@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from model_export.export import CandidateNetwork
+from model_export.retinanet.matching import box_iou
 from model_export.retinanet.model import RetinaNet
 from model_export.retinanet.postprocess import suppress
 from service.canvas import Buckets, ShortSide, Size
@@ -47,7 +48,7 @@ class Difference:
     detections: int
     """Pairs that were compared."""
     unpaired: int
-    """Detections without a counterpart that are not within `NEAR` of the score threshold."""
+    """Detections without a counterpart that rounding alone would not have lost."""
 
     def __or__(self, other: Difference) -> Difference:
         return Difference(
@@ -59,7 +60,7 @@ class Difference:
 
     @property
     def agrees(self) -> bool:
-        """Within the promised tolerance; one in a thousand may be a tie of NMS."""
+        """Within the promised tolerance; one detection in a thousand may be lost."""
         return (
             self.boxes <= BOX_TOLERANCE
             and self.scores <= SCORE_TOLERANCE
@@ -185,26 +186,52 @@ def _compare_company(
 def compare(a: Detections, b: Detections) -> Difference:
     """Pair each detection with the unused one of its class whose box is nearest."""
     free = np.ones(len(b), dtype=bool)
+    alone = np.zeros(len(a), dtype=bool)
     boxes = scores = 0.0
-    pairs = unpaired = 0
-    for box, score, label in zip(a.boxes, a.scores, a.labels, strict=True):
+    for index, (box, score, label) in enumerate(zip(a.boxes, a.scores, a.labels, strict=True)):
         distance = np.abs(b.boxes - box).max(axis=1, initial=0.0)
         distance[~free | (b.labels != label)] = np.inf
         nearest = int(distance.argmin()) if len(distance) else -1
         # Ten times the tolerance: farther apart they are different detections, not a difference.
         if nearest < 0 or distance[nearest] > 10 * BOX_TOLERANCE:
-            unpaired += _counts(score)
+            alone[index] = True
             continue
         free[nearest] = False
         boxes = max(boxes, float(distance[nearest]))
         scores = max(scores, abs(float(b.scores[nearest]) - float(score)))
-        pairs += 1
-    unpaired += sum(_counts(score) for score in b.scores[free])
-    return Difference(boxes=boxes, scores=scores, detections=pairs, unpaired=unpaired)
+    only_a, only_b = _above_the_cut(a.pick(alone), b), _above_the_cut(b.pick(free), a)
+    tied_a, tied_b = _tied(only_a, b), _tied(only_b, a)
+    lost = (~tied_a & ~_let_in_by(only_b.pick(tied_b), only_a)).sum()
+    lost += (~tied_b & ~_let_in_by(only_a.pick(tied_a), only_b)).sum()
+    return Difference(
+        boxes=boxes, scores=scores, detections=len(a) - int(alone.sum()), unpaired=int(lost)
+    )
 
 
-def _counts(score: np.float32) -> int:
-    return int(score > SCORE + NEAR)
+def _above_the_cut(alone: Detections, other: Detections) -> Detections:
+    """Those that are not so low that the other list may have ended before them."""
+    full = len(other) >= MAX_DETECTIONS
+    cut = max(SCORE, float(other.scores[-1])) if full else SCORE
+    return alone.pick(alone.scores > cut + NEAR)
+
+
+def _tied(alone: Detections, other: Detections) -> NDArray[np.bool_]:
+    """Whether the other list has a box that overlaps as much as NMS allows, give or take `NEAR`."""
+    close = np.abs(_overlaps(alone, other) - IOU) < NEAR
+    return np.asarray(close.any(axis=1))
+
+
+def _let_in_by(missing: Detections, alone: Detections) -> NDArray[np.bool_]:
+    """Whether it takes one of the boxes that the list misses to suppress the detection."""
+    return np.asarray((_overlaps(alone, missing) > IOU).any(axis=1))
+
+
+def _overlaps(a: Detections, b: Detections) -> NDArray[np.float32]:
+    """(A, B) IoU, 0 between classes."""
+    overlap: NDArray[np.float32] = box_iou(
+        torch.from_numpy(a.boxes), torch.from_numpy(b.boxes)
+    ).numpy()
+    return np.where(a.labels[:, None] == b.labels, overlap, np.float32(0))
 
 
 def _run(detector: Detector, batch: Sequence[Prepared]) -> list[Detections]:

@@ -94,6 +94,30 @@ def test_at_the_threshold_a_detection_may_be_missing() -> None:
     assert compare(found((BOX, 0.0515, 0)), found()).unpaired == 1
 
 
+def test_a_full_list_may_end_before_a_detection() -> None:
+    rows = [((20.0 * i, 0.0, 20.0 * i + 10, 10.0), 0.9 - 0.001 * i, 0) for i in range(300)]
+    extra = ((0.0, 50.0, 10.0, 60.0), 0.95, 0)
+    answer = compare(found(*rows), found(extra, *rows[:299]))
+    # The one that came in is a fault, the one that it pushed out is not.
+    assert (answer.detections, answer.unpaired) == (299, 1)
+    answer = compare(found(*rows[:299]), found(extra, *rows[:298]))
+    assert (answer.detections, answer.unpaired) == (298, 2)
+
+
+def test_suppression_by_a_hair_is_a_tie_with_what_follows_from_it() -> None:
+    kept = ((0.0, 0.0, 100.0, 100.0), 0.9, 0)
+    # It shares 5000 of 10000 square pixels with `kept`.
+    tie = ((0.0, 0.0, 100.0, 50.0), 0.8, 0)
+    # 4600 of 10000 with `kept`, which leaves it be, but 4000 of 5600 with `tie`.
+    follower = ((0.0, 10.0, 100.0, 56.0), 0.7, 0)
+    assert compare(found(kept, tie), found(kept)).unpaired == 0
+    assert compare(found(kept, tie), found(kept, follower)).unpaired == 0
+    assert compare(found(kept, follower), found(kept, tie)).unpaired == 0
+    assert compare(found(kept), found(kept, follower)).unpaired == 1
+    other_class = (tie[0], tie[1], 1)
+    assert compare(found(kept, other_class), found(kept)).unpaired == 1
+
+
 def test_differences_add_up() -> None:
     a = Difference(boxes=0.1, scores=2e-4, detections=600, unpaired=0)
     b = Difference(boxes=0.4, scores=1e-4, detections=400, unpaired=1)
