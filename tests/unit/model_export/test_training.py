@@ -308,6 +308,18 @@ def test_half_precision_that_a_cpu_lacks(few: Dataset, tmp_path: Path) -> None:
         train(changed(precision="fp16"), few, few, tmp_path / "run", device="cpu")
 
 
+def test_no_compiler_is_no_reason_to_stop(
+    few: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def missing(*_: Any, **__: Any) -> None:
+        raise RuntimeError("No working C++ compiler found\nand much more")
+
+    monkeypatch.setattr(torch, "compile", missing)
+    train(changed(epochs=1, compile=True), few, few, tmp_path, device="cpu")
+    assert "goes on without it (No working C++ compiler found)" in caplog.text
+    assert len(rows(tmp_path)) == 1
+
+
 # --- schedule, groups, average -------------------------------------------------------------------
 
 
@@ -333,6 +345,13 @@ def test_schedule(step: int, progress: float, share: float) -> None:
 
 def test_no_warm_up() -> None:
     assert schedule(OptimiserConfig(warmup_steps=0), 0, 0.0) == 1.0
+
+
+@pytest.mark.parametrize(("lr_batch", "rate"), [(None, 0.1), (8, 0.1), (2, 0.4), (32, 0.025)])
+def test_the_rate_grows_with_the_batch(lr_batch: int | None, rate: float) -> None:
+    settings = OptimiserConfig(lr=0.1, lr_batch=lr_batch, backbone_lr_share=0.5)
+    groups = parameter_groups(RetinaNet(MODEL, classes=2), settings, batch_size=8)
+    assert sorted({group["peak_lr"] for group in groups}) == pytest.approx([rate / 2, rate])
 
 
 def test_every_parameter_learns_in_one_group() -> None:

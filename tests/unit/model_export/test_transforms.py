@@ -551,6 +551,49 @@ def test_any_number_of_workers_gives_the_same_batches(samples: list[Sample]) -> 
     assert not all(map(equal, alone, epoch(5, 0)))
 
 
+@pytest.mark.parametrize("count", [3, 2, 1])
+def test_shares_of_a_batch_make_the_whole(samples: list[Sample], count: int) -> None:
+    """Also its transpose is that of the whole; who has no share gets a picture that counts not."""
+    cache = CanvasCache(samples, RULE, progress=False)
+    augmentation = Augmentation(mosaic=0.5, transpose=0.5)
+
+    def batches(**place: int) -> TrainingBatches:
+        return TrainingBatches(cache, augmentation, seed=3, **place)
+
+    wide = [index for index, canvas in enumerate(cache.canvases) if canvas.width > canvas.height]
+    transposed = 0
+    for epoch in range(6):
+        keys = [Key(epoch, sample) for sample in wide[:count]]
+        whole = batches()[keys]
+        transposed += whole.images.shape[1] > whole.images.shape[2]
+        shares = [batches(rank=rank, processes=2)[keys] for rank in range(2)]
+        assert [share.counted for share in shares] == [True, count > 1]
+        assert {share.smallest_share for share in shares} == {1}
+        for index in range(count):
+            share, place = shares[index % 2], index // 2
+            assert torch.equal(share.images[place], whole.images[index])
+            assert torch.equal(share.boxes[place], whole.boxes[index])
+            assert torch.equal(share.labels[place], whole.labels[index])
+        assert all(len(share) for share in shares)
+    assert 0 < transposed < 6
+
+
+@pytest.mark.parametrize(
+    ("parts", "smallest", "sizes"),
+    [(1, None, [5]), (2, None, [2, 3]), (9, None, [1] * 5), (3, 2, [2, 3]), (3, 4, [1, 2, 2])],
+)
+def test_parts_are_as_many_on_every_process(
+    samples: list[Sample], parts: int, smallest: int | None, sizes: list[int]
+) -> None:
+    cache = CanvasCache(samples[:1], RULE, progress=False)
+    batch = collate([cache[0]] * 5)
+    batch.smallest_share = smallest
+    cut = batch.split(parts)
+    assert [len(part) for part in cut] == sizes
+    assert [len(part.boxes) for part in cut] == sizes
+    assert torch.equal(torch.cat([part.images for part in cut]), batch.images)
+
+
 def test_a_sample_is_varied_anew_in_every_epoch(samples: list[Sample]) -> None:
     cache = CanvasCache(samples, RULE, progress=False)
     batches = TrainingBatches(cache, Augmentation(), seed=0)
