@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -190,7 +191,8 @@ def fetch_imagenet(backbone: str, cache: Path) -> Path:
         if not hashlib.sha256(content).hexdigest().startswith(digits):
             raise DataError(f"{url}: what came does not have the sha256 {digits}…; try again")
         cache.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".part")
+        # Several processes of a run may fetch it at once.
+        partial = path.with_suffix(f".{os.getpid()}.part")
         partial.write_bytes(content)
         partial.replace(path)
     elif not hashlib.sha256(path.read_bytes()).hexdigest().startswith(digits):

@@ -168,7 +168,10 @@ def apply_overrides(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> 
 
 def dump_config(config: TrainConfig, path: Path) -> None:
     """Write a config as YAML that `load_config` reads back."""
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    # In one go: other processes of the run may be reading it.
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    partial.replace(path)
 
 
 def describe(error: ValidationError) -> str:
