@@ -171,13 +171,15 @@ def evaluate_file(
     return dataclasses.replace(metrics, timing=timing), found
 
 
-def detect(detector: Detector, samples: Sequence[Sample], *, batch_size: int) -> list[Detections]:
-    """Detections of every picture in original pixels, at score 0.01, at most 300 each.
+def detect(
+    detector: Detector, samples: Sequence[Sample], *, batch_size: int, score: float = SCORE
+) -> list[Detections]:
+    """Detections of every picture in original pixels, above a score, at most 300 each.
 
     Pictures with equal canvases share a batch.
     """
     metadata = detector.metadata
-    selection = results.resolve(metadata, score_threshold=SCORE, max_detections=KEPT_DETECTIONS)
+    selection = results.resolve(metadata, score_threshold=score, max_detections=KEPT_DETECTIONS)
     found: dict[int, Detections] = {}
     waiting: dict[Size, dict[int, imaging.Prepared]] = {}
 

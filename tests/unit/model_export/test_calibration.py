@@ -10,7 +10,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model_export import evaluation
 from model_export.calibration import (
     STRENGTHS,
     Array,
@@ -225,9 +224,7 @@ def val(bccd: Path) -> tuple[Dataset, list[Detections]]:
     (path,) = bundled_models().glob("blood-cells/1/model.onnx")
     detector = devices.open_detector(read_artifact(path), devices.Device("cpu"))
     data = load_voc(bccd, "val", classes=detector.metadata.classes)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "SCORE", 0.0)
-        return data, detect(detector, data.samples, batch_size=1)
+    return data, detect(detector, data.samples, batch_size=1, score=0.0)
 
 
 @pytest.mark.parametrize("side", [0, 1])
