@@ -88,8 +88,9 @@ def _crop(
         DETECTED: _box(judgement.shown.boxes, mistake.detection),
     }
     region = crop_box(_around([each for each in main.values() if each]), *image.size)
-    scale = min(_SIZE[0] / (region[2] - region[0]), _SIZE[1] / (region[3] - region[1]))
-    size = (round((region[2] - region[0]) * scale), round((region[3] - region[1]) * scale))
+    width, height = region[2] - region[0], region[3] - region[1]
+    scale = min(_SIZE[0] / width, _SIZE[1] / height)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
     cut = image.resize(size, Image.Resampling.BICUBIC, box=region)
     pen = ImageDraw.Draw(cut)
     for colour, boxes in ((LABELLED, sample.boxes), (DETECTED, judgement.shown.boxes)):

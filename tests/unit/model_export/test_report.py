@@ -216,6 +216,16 @@ def test_labelled_and_detected_are_drawn_where_they_are(tmp_path):
     assert middle[0] > middle[2] + 60, "orange in the middle: detected"
 
 
+def test_a_line_of_pixels_is_drawn_too(tmp_path):
+    path = tmp_path / "line.png"
+    Image.new("RGB", (3000, 1)).save(path)
+    measured = measurement([sample([[0, 0, 3000, 1]], [0], path)], [NOTHING])
+    drawn = mistake_pictures.draw_all(
+        measured.mistakes, measured.dataset.samples, measured.judgements
+    )
+    assert len(drawn) == 1
+
+
 @given(
     st.tuples(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1), st.floats(0, 1)),
     st.integers(1, 3000),
