@@ -315,7 +315,7 @@ def _caption(measured: Measurement, mistake: Mistake) -> tuple[str, str, str]:
         Outcome.FALSE: "nothing of the kind is labelled here",
         Outcome.CONFUSED: f"labelled {true}, {iou}",
         Outcome.MISPLACED: f"{iou} with the labelled box",
-        Outcome.DUPLICATE: f"{iou} with a {true} that is found already",
+        Outcome.DUPLICATE: f"{iou} with an object found already ({true})",
     }[mistake.outcome]
     return f"{name} {mistake.score:.2f}", text, sample.path.name
 
