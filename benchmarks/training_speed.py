@@ -4,7 +4,8 @@
 
 Both learn the same batches by the same loss and optimiser, turn by turn in one process. The plain
 loop finds its batches ready in the device's memory; `train` decodes, varies and moves them, keeps
-the averaged weights and watches over every step. Prints one JSON object, and a table on stderr.
+the averaged weights and watches over every step. A third turn only makes the batches. Prints one
+JSON object, and a table on stderr.
 """
 
 from __future__ import annotations
@@ -106,9 +107,10 @@ def main() -> None:
     alike = [s for s in training.samples if rule.fit(s.size).canvas == canvas]
     count = arguments.batch_size * arguments.steps
     training = replace(training, samples=tuple((alike * count)[:count]))
-    turns: dict[str, list[dict[str, float]]] = {"train": [], "plain": []}
+    runs = {"train": run_train, "plain": run_plain, "data": run_data}
+    turns: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
     for _ in range(arguments.turns):
-        for name, run in (("train", run_train), ("plain", run_plain)):
+        for name, run in runs.items():
             steps = run(config, training, arguments.device, skipped=arguments.skipped)
             turns[name].append(steps.figures())
     report(config, arguments, (canvas.height, canvas.width), turns)
@@ -163,7 +165,7 @@ def run_plain(config: TrainConfig, training: Dataset, device: str, *, skipped: i
         precision_for(config.precision, place.type)
     )
     scaler = torch.amp.GradScaler(place.type, enabled=half == torch.float16)
-    batches = [batch.to(place) for batch in ready_batches(config, training)]
+    batches = [batch.to(place) for batch in made_batches(config, training)]
     watch = Watch(place)
     for batch in batches:
         watch.begin()
@@ -185,14 +187,24 @@ def run_plain(config: TrainConfig, training: Dataset, device: str, *, skipped: i
     return watch.steps(config.batch_size, skipped=skipped)
 
 
-def ready_batches(config: TrainConfig, training: Dataset) -> list[Batch]:
+def run_data(config: TrainConfig, training: Dataset, device: str, *, skipped: int) -> Steps:
+    """One process that only makes batches; `train` may have several of them."""
+    watch = Watch(torch.device("cpu"))
+    for _ in made_batches(config, training):
+        watch.begin()
+        watch.end()
+    return watch.steps(config.batch_size, skipped=skipped)
+
+
+def made_batches(config: TrainConfig, training: Dataset) -> Iterator[Batch]:
     """The batches that `train` makes of the same data in its first epoch."""
     cache = CanvasCache(training.samples, config.canvas, progress=False)
     sampler = CanvasBatchSampler(
         cache.canvases, batch_size=config.batch_size, seed=config.seed, drop_last=True
     )
     batches = TrainingBatches(cache, config.augmentation, seed=config.seed)
-    return [batches[keys] for keys in sampler]
+    for keys in sampler:
+        yield batches[keys]
 
 
 def place_of(device: str) -> torch.device:
@@ -238,22 +250,16 @@ def report(
         "precision": precision_for(config.precision, place_of(arguments.device).type),
         "compile": config.compile,
         "threads": torch.get_num_threads(),
-        **{
-            name: {figure: median(name, figure) for figure in turns[name][0]}
-            for name in ("train", "plain")
-        },
+        **{name: {figure: median(name, figure) for figure in turns[name][0]} for name in turns},
         "train_by_plain": statistics.median(ratios),
         "turns": turns,
     }
     print(json.dumps(result))
-    print(f"{'':8}{'pictures/s':>12}{'CPU ms/picture':>16}{'waiting':>10}", file=sys.stderr)
-    for name in ("train", "plain"):
-        row = result[name]
-        print(
-            f"{name:8}{row['pictures_per_second']:12.2f}{row['cpu_ms_per_picture']:16.1f}"
-            f"{100 * row['waiting_share']:9.1f}%",
-            file=sys.stderr,
-        )
+    print(f"{'':6}{'pictures/s':>12}{'CPU ms/picture':>16}", file=sys.stderr)
+    for name in turns:
+        speed, cost = median(name, "pictures_per_second"), median(name, "cpu_ms_per_picture")
+        print(f"{name:6}{speed:12.2f}{cost:16.1f}", file=sys.stderr)
+    print(f"train waits for data: {100 * median('train', 'waiting_share'):.1f} %", file=sys.stderr)
     print(
         f"train / plain: {result['train_by_plain']:.3f} "
         f"({min(ratios):.3f} to {max(ratios):.3f} over {len(ratios)} turns)",

@@ -51,7 +51,7 @@ class World:
 
 def world() -> World:
     """This process's place, as torchrun tells it."""
-    if not dist.is_torchelastic_launched():
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
         return World()
     names = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
     return World(*(int(os.environ[name]) for name in names))
