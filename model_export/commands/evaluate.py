@@ -84,9 +84,7 @@ def _write_text(path: Path, text: str) -> Path:
     return path
 
 
-def load_for(
-    model: Path, data: Path, split: str, choice: DataConfig | None = None
-) -> Dataset:
+def load_for(model: Path, data: Path, split: str, choice: DataConfig | None = None) -> Dataset:
     """Read a split with a model file's class list. Raises DataError if the data has others."""
     classes = read_artifact(model).metadata.classes
     try:
