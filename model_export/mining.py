@@ -32,7 +32,9 @@ def hard_examples(
     hardest = losses[chosen].topk(min(pool, len(chosen))).indices
     chosen = chosen[hardest]
     if always is not None:
-        chosen = torch.cat([chosen, always.nonzero().flatten()]).unique()
+        joined = torch.zeros_like(used)
+        joined[chosen] = True
+        chosen = (joined | always).nonzero().flatten()
     chosen = chosen[losses[chosen].argsort(descending=True, stable=True)]
     if nms_iou is None:
         return chosen

@@ -39,9 +39,7 @@ def provenance(
     }
 
 
-def imported(
-    *, source: Path, config: Mapping[str, Any], licences: Sequence[str]
-) -> dict[str, Any]:
+def imported(*, source: Path, config: Mapping[str, Any], licences: Sequence[str]) -> dict[str, Any]:
     """What a checkpoint is made of whose weights another program has trained."""
     return {
         "retinaserve": _version(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -52,7 +53,7 @@ def compute(
         _curve(
             f"FL gamma {gamma:g}" if gamma else "CE",
             x_t,
-            lambda x, y, gamma=gamma: focal_loss(x, y, alpha=None, gamma=gamma),
+            partial(focal_loss, alpha=None, gamma=gamma),
         )
         for gamma in gammas
     ]
@@ -60,9 +61,7 @@ def compute(
         _curve(
             f"FL* gamma {gamma:g} beta {beta:g}",
             x_t,
-            lambda x, y, gamma=gamma, beta=beta: focal_star_loss(
-                x, y, alpha=None, gamma=gamma, beta=beta
-            ),
+            partial(focal_star_loss, alpha=None, gamma=gamma, beta=beta),
         )
         for gamma, beta in stars
     ]
