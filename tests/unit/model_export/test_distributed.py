@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import nn
 
 from model_export.distributed import ProcessLost, World, launch, world
 from model_export.hardware import accelerator_for
+from service.cli import retinaserve
 from service.errors import DataError, DeviceError
 from tests.conftest import ROOT
 from tests.unit.model_export import distributed_runs as runs
@@ -157,6 +159,14 @@ def test_a_place_among_many() -> None:
 def test_a_batch_smaller_than_the_processes(data: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="batch_size 3 cannot be shared by 4 processes"):
         runs.run(data, tmp_path / "run", batch_size=3)
+
+
+@pytest.mark.usefixtures("third_of_four")
+def test_more_processes_than_torchrun_has_started(data: Path, tmp_path: Path) -> None:
+    arguments = ["train", "--data", str(data), "--output", str(tmp_path / "run"), "--devices", "3"]
+    result = CliRunner().invoke(retinaserve, arguments)
+    assert result.exit_code == 2
+    assert "torchrun has started 2 processes on this machine" in result.stderr
 
 
 @pytest.mark.parametrize(
