@@ -159,7 +159,7 @@ def apply_overrides(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> 
     """
     merged = copy.deepcopy(dict(values))
     for key, value in overrides.items():
-        _set(merged, key.split("."), value)
+        _set(merged, key.split("."), copy.deepcopy(value))
     try:
         return TrainConfig.model_validate(merged)
     except ValidationError as error:

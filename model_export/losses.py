@@ -11,11 +11,11 @@ a one and minus the logit of a zero.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 from torch import Tensor
 
 from model_export.mining import hard_examples
@@ -188,10 +188,20 @@ class Hinge(_DenseLoss):
 class _Mining(_Loss):
     keep: int = Field(default=128, ge=1)
     """Anchors of each picture that learn."""
-    nms_iou: float | None = Field(default=0.7, gt=0, le=1)
-    """An anchor goes when a harder one overlaps it by more; null: none does."""
+    nms_iou: float | None = Field(default=0.5, gt=0, le=1)
+    """An anchor goes when a harder one overlaps it by more; null: none does.
+
+    Anchors of neighbouring sizes overlap by 0.63, those of neighbouring cells by
+    (size - stride) / (size + stride): where anchors are small, a high value suppresses nothing.
+    """
     pool: int = Field(default=512, ge=1)
-    """So many anchors of highest loss take part in the suppression; the rest could only fill up."""
+    """So many anchors of highest loss take part in the suppression, of which `keep` are kept."""
+
+    @model_validator(mode="after")
+    def _check_pool(self) -> Self:
+        if self.pool < self.keep:
+            raise ValueError(f"pool {self.pool} must not be below keep {self.keep}")
+        return self
 
     def elements(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Cross entropy."""
@@ -223,7 +233,12 @@ class OhemRatio(_Mining):
         foreground = targets.any(dim=1)
         # Foreground is rare and need not be hard: all of it takes part beside the pool.
         hard = hard_examples(
-            losses, anchors, used, pool=self.pool, nms_iou=self.nms_iou, always=foreground & used
+            losses,
+            anchors,
+            used & ~foreground,
+            pool=self.pool,
+            nms_iou=self.nms_iou,
+            always=used & foreground,
         )
         positive = hard[foreground[hard]][: max(1, round(self.keep / (1 + self.negatives)))]
         # A picture without objects teaches as much as one with a single foreground anchor.
@@ -268,11 +283,12 @@ class GIoU(_Loss):
 
     def __call__(self, deltas: Tensor, anchors: Tensor, objects: Tensor) -> Tensor:
         """(F,) loss of deltas (F, 4) at anchors (F, 4) that learn objects (F, 4)."""
-        deltas = deltas.float()
+        shift, scale = deltas[:, :2].float(), deltas[:, 2:].float()
         # `decode` clamps the scale, and there the gradient is 0: a box that has grown beyond would
-        # never come back. Clamped here in value only, it keeps the gradient of the clamp's edge.
-        deltas = deltas + (deltas.clamp(max=MAX_LOG_SCALE) - deltas).detach()
-        return giou_loss(decode(deltas, anchors), objects)
+        # never come back. Clamped here in value only (the difference is exactly 0), it keeps the
+        # gradient of the clamp's edge.
+        scale = scale.detach().clamp(max=MAX_LOG_SCALE) + (scale - scale.detach())
+        return giou_loss(decode(torch.cat([shift, scale], dim=1), anchors), objects)
 
 
 # --- choice in a config --------------------------------------------------------------------------

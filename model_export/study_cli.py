@@ -58,12 +58,19 @@ def curves(output: Path) -> None:
 @_data
 @click.option("--split", default="val", show_default=True, help="Which part of the data.")
 @_output
+@click.option(
+    "--merge-classes", is_flag=True, help="All objects are of the checkpoint's one class."
+)
 @_device
-def cdf(checkpoint: Path, data: Path, split: str, output: Path, device: str) -> None:
+def cdf(
+    checkpoint: Path, data: Path, split: str, output: Path, merge_classes: bool, device: str
+) -> None:
     """Which examples carry the loss of a trained model (figure 4), over a whole data set."""
     from model_export.commands import study as command
 
-    command.cdf(checkpoint, data=data, split=split, output=output, device=device)
+    command.cdf(
+        checkpoint, data=data, split=split, output=output, merge=merge_classes, device=device
+    )
 
 
 @study.command()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -11,10 +12,11 @@ import torch
 from model_export.checkpoints import load_checkpoint
 from model_export.commands.data import load
 from model_export.commands.train import messages, parse_setting
-from model_export.config import MatchingConfig
+from model_export.config import TrainConfig, apply_overrides
+from model_export.hardware import accelerator_for
 from model_export.study import ablation, ablation_plot, loss_curves, loss_distribution
 from model_export.transforms import CanvasCache
-from service.errors import DataError, DeviceError
+from service.errors import DataError
 
 
 def curves(output: Path) -> None:
@@ -25,24 +27,34 @@ def curves(output: Path) -> None:
         click.echo(line)
 
 
-def cdf(checkpoint_file: Path, *, data: Path, split: str, output: Path, device: str) -> None:
+def cdf(
+    checkpoint_file: Path, *, data: Path, split: str, output: Path, merge: bool, device: str
+) -> None:
     """Figure 4. Raises RetinaserveError."""
-    chosen = _device(device)
+    chosen = torch.device(accelerator_for(device, 1)[0])
     checkpoint = load_checkpoint(checkpoint_file)
     description = checkpoint.description
-    dataset = load(data, split, classes=description.classes)
+    trained = _trained_with(description.provenance)
+    if merge:
+        count = len(description.classes)
+        if count != 1:
+            raise DataError(f"--merge-classes: {checkpoint_file} has {count} classes, not one")
+        dataset = ablation.merge_classes(load(data, split, trained.data), description.classes[0])
+    else:
+        dataset = load(data, split, trained.data, classes=description.classes)
     examples = CanvasCache(dataset.samples, description.canvas, title=f"{split} pictures")
     foreground, background = loss_distribution.collect(
-        checkpoint.build().to(chosen), examples, matching=MatchingConfig(), device=chosen
+        checkpoint.build().to(chosen), examples, matching=trained.matching, device=chosen
     )
     if not foreground.examples:
         raise DataError(f"{data}: no object in the split {split!r}; a split with objects is needed")
-    found = {
-        name: [
-            loss_distribution.distribution(histogram, gamma) for gamma in loss_distribution.GAMMAS
-        ]
-        for name, histogram in (("foreground", foreground), ("background", background))
-    }
+    try:
+        found = {
+            name: [loss_distribution.distribution(each, g) for g in loss_distribution.GAMMAS]
+            for name, each in (("foreground", foreground), ("background", background))
+        }
+    except ValueError as error:
+        raise DataError(f"{checkpoint_file} on {data}: {error}") from error
     for path in loss_distribution.write(found["foreground"], found["background"], output):
         click.echo(f"wrote {path}")
     click.echo(
@@ -69,11 +81,13 @@ def ablate(
     device: str,
 ) -> None:
     """Run what is left of a study, then write its table. Raises RetinaserveError."""
+    accelerator_for(device, 1)
     study = ablation.load_study(config_file)
     runs = ablation.plan(study, output, dict(map(parse_setting, settings)))
     chosen = _choose(runs, only)
-    training = load(data, "train")
-    validation = load(data, "val", classes=training.classes)
+    choice = runs[0].config.data
+    training = load(data, "train", choice)
+    validation = load(data, "val", choice, classes=training.classes)
     training, validation = (
         ablation.merge_classes(
             ablation.subset(dataset, pictures, seed=study.subset_seed), study.merge_classes
@@ -83,6 +97,10 @@ def ablate(
             (validation, study.validation_pictures),
         )
     )
+    if not any(len(sample.boxes) for sample in validation.samples):
+        raise DataError(f"{data}: no object in the val pictures that were chosen; choose more")
+    for run in chosen:
+        ablation.check_folder(run, ablation.made_of(run, training, validation, weights))
     click.echo(
         f"{study.title}: {len(chosen)} runs on {len(training.samples)} pictures, measured on "
         f"{len(validation.samples)}"
@@ -98,38 +116,36 @@ def ablate(
                 f"{100 * result.ap:.1f}, {result.minutes:.1f} min{done}"
                 + (f"; diverged: {result.diverged}" if result.diverged else "")
             )
-    _write(study, runs, output)
+            summaries = _write(study, runs, output)
+    click.echo(f"wrote {output}/ablation.csv, .md and .png")
+    for line in ablation.table(summaries):
+        click.echo(line)
 
 
 def _choose(runs: Sequence[ablation.Run], only: Sequence[str]) -> list[ablation.Run]:
     names = list(dict.fromkeys(run.row.name for run in runs))
     unknown = sorted(set(only) - set(names))
     if unknown:
-        raise click.BadParameter(
-            f"--row {unknown[0]!r}: no such row; the rows are {', '.join(names)}"
-        )
+        raise DataError(f"--row {unknown[0]!r}: no such row; the rows are {', '.join(names)}")
     return [run for run in runs if not only or run.row.name in only]
 
 
-def _write(study: ablation.StudyConfig, runs: Sequence[ablation.Run], output: Path) -> None:
+def _write(
+    study: ablation.StudyConfig, runs: Sequence[ablation.Run], output: Path
+) -> list[ablation.Summary]:
+    """The table of what there is, after every run: the next one may be killed."""
     results = [result for run in runs if (result := ablation.finished(run)) is not None]
     summaries = ablation.summarise(ablation.expand(study.rows), results)
     ablation.write_results(results, output / "ablation.csv")
-    lines = list(ablation.table(summaries))
-    (output / "ablation.md").write_text("\n".join(lines) + "\n")
+    (output / "ablation.md").write_text("\n".join(ablation.table(summaries)) + "\n")
     ablation_plot.write(study.title, summaries, results, output / "ablation.png")
-    click.echo(f"wrote {output}/ablation.csv, .md and .png")
-    for line in lines:
-        click.echo(line)
+    return summaries
 
 
-def _device(asked: str) -> torch.device:
-    if asked == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(asked)
-    except RuntimeError as error:
-        raise DeviceError(f"--device {asked}: expected auto, cpu or cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise DeviceError(f"--device {asked}: this torch sees no CUDA device; use cpu or auto")
-    return device
+def _trained_with(provenance: Mapping[str, Any]) -> TrainConfig:
+    """Matching and choice of classes of a checkpoint's own run; the defaults if it names none."""
+    config = provenance.get("config", {})
+    known = {key: config[key] for key in ("matching", "data") if key in config}
+    if "matching" not in known:
+        click.echo("the checkpoint does not say how anchors were matched: by the defaults, then")
+    return apply_overrides(known, {})

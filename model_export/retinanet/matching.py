@@ -49,8 +49,8 @@ def match(
 
     `iou` is (objects, A). An anchor takes its best object at IoU >= `foreground`, is background
     below `background` and ignored between (Focal Loss, section 4). With `low_quality_matches`
-    each object also claims every anchor that shares its best IoU, if that is above 0, so that no
-    object goes unlearned.
+    each object also claims every anchor that shares its best IoU, if that is above 0; such an
+    anchor learns its own best object, which may be another one.
 
     >>> match(torch.tensor([[0.6, 0.45, 0.1]]), low_quality_matches=False).tolist()
     [0, -2, -1]

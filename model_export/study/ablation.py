@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import hashlib
+import io
 import itertools
 import json
 import re
@@ -17,7 +18,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import numpy as np
 import yaml
@@ -25,12 +26,20 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from model_export.config import TrainConfig, apply_overrides, describe
 from model_export.datasets import Dataset
+from model_export.provenance import provenance
 from model_export.recording import LAST, METRICS
 from model_export.trainee import TrainingError
 from model_export.training import train
 from service.errors import DataError
 
 RESULT: Final = "result.json"
+MADE_OF: Final = "run.json"
+
+_OF_THE_STUDY: Final = {
+    "seed": "the seeds of a study are its `seeds`",
+    "data": "all rows have the same data; it belongs into base",
+}
+"""Settings that no row may have."""
 
 
 class _Config(BaseModel):
@@ -40,13 +49,22 @@ class _Config(BaseModel):
 class RowConfig(_Config):
     """One row of the table, or several: one for each combination of what `grid` lists."""
 
-    name: str = Field(min_length=1)
+    name: str = Field(pattern=r"^[^|$]*[A-Za-z0-9][^|$]*$")
     set: dict[str, Any] = Field(default_factory=dict)
     """Dotted settings, as --set has them."""
-    grid: dict[str, list[Any]] = Field(default_factory=dict)
+    grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
     """Dotted settings with the values that each takes."""
     paper: float | None = None
     """AP of the paper's row, in points, to stand beside ours."""
+
+    @model_validator(mode="after")
+    def _check(self) -> RowConfig:
+        if self.grid and self.paper is not None:
+            raise ValueError("paper is the AP of one row, a grid makes several; list them singly")
+        for key in (*self.set, *self.grid):
+            if key.split(".")[0] in _OF_THE_STUDY:
+                raise ValueError(f"{key}: {_OF_THE_STUDY[key.split('.')[0]]}")
+        return self
 
 
 class StudyConfig(_Config):
@@ -76,6 +94,8 @@ class StudyConfig(_Config):
             raise ValueError(f"rows differ in signs only: {', '.join(sorted(names))}")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds repeat: {self.seeds}")
+        if "seed" in self.base:
+            raise ValueError(f"base.seed: {_OF_THE_STUDY['seed']}")
         return self
 
 
@@ -147,9 +167,18 @@ def load_study(path: Path) -> StudyConfig:
 def plan(study: StudyConfig, output: Path, overrides: Mapping[str, Any]) -> list[Run]:
     """All runs, seed by seed, so that a study that is stopped has whole columns.
 
-    Every config is checked here, before the first run. `overrides` go over all of them. Raises
-    DataError.
+    Every config is checked here, before the first run. `overrides` go over all of them, but not
+    over what makes the rows differ. Raises DataError.
     """
+    for row in expand(study.rows):
+        for key in overrides:
+            if key == "seed":
+                raise DataError(f"--set seed: {_OF_THE_STUDY['seed']}")
+            if any(
+                f"{own}.".startswith(f"{key}.") or f"{key}.".startswith(f"{own}.")
+                for own in row.settings
+            ):
+                raise DataError(f"--set {key}: the row {row.name!r} sets that itself")
     runs = []
     for seed in study.seeds:
         for row in expand(study.rows):
@@ -188,10 +217,53 @@ def merge_classes(dataset: Dataset, name: str | None) -> Dataset:
     if name is None:
         return dataset
     samples = tuple(
-        dataclasses.replace(sample, labels=np.zeros_like(sample.labels))
+        dataclasses.replace(
+            sample,
+            labels=np.zeros_like(sample.labels),
+            crowd_labels=np.zeros_like(sample.crowd_labels),
+        )
         for sample in dataset.samples
     )
     return dataclasses.replace(dataset, classes=(name,), samples=samples)
+
+
+def made_of(
+    run: Run, training: Dataset, validation: Dataset, weights: Path | None
+) -> dict[str, Any]:
+    """What a run's result hangs on: its settings, the pictures, the weights, as JSON has them."""
+
+    def pictures(dataset: Dataset) -> str:
+        names = "\n".join(sample.path.name for sample in dataset.samples)
+        return hashlib.sha256(names.encode()).hexdigest()
+
+    content = {
+        "config": run.config.model_dump(mode="json"),
+        "classes": training.classes,
+        "train": pictures(training),
+        "val": pictures(validation),
+        "weights": None if weights is None else hashlib.sha256(weights.read_bytes()).hexdigest(),
+    }
+    found: dict[str, Any] = json.loads(json.dumps(content))
+    return found
+
+
+def check_folder(run: Run, content: Mapping[str, Any]) -> None:
+    """Refuse a folder that holds a run made of something else. Raises DataError."""
+    path = run.folder / MADE_OF
+    if not path.exists():
+        if (run.folder / RESULT).exists() or (run.folder / LAST).exists():
+            raise DataError(f"{run.folder}: does not say what it was made of; delete it")
+        return
+    try:
+        before = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); delete {run.folder}") from error
+    differing = [key for key, value in content.items() if before.get(key) != value]
+    if differing:
+        raise DataError(
+            f"{run.folder}: holds a run with another {' and '.join(differing)}; name another "
+            "--output, or delete the folder to run it again"
+        )
 
 
 def execute(
@@ -199,6 +271,9 @@ def execute(
 ) -> Result:
     """Train one run, or go on with it, and leave its result in its folder."""
     started = time.monotonic()
+    content = made_of(run, training, validation, weights)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    _replace(run.folder / MADE_OF, json.dumps(content, indent=2) + "\n")
     diverged = None
     try:
         train(
@@ -209,6 +284,13 @@ def execute(
             weights=weights,
             resume=(run.folder / LAST).exists(),
             device=device,
+            provenance=provenance(
+                config=run.config.model_dump(mode="json"),
+                data=training,
+                weights=weights,
+                init=None,
+                licences=(),
+            ),
         )
     except TrainingError as error:
         diverged = str(error)
@@ -216,10 +298,9 @@ def execute(
     if diverged is None:
         ap, ap50, minutes = _last_row(run.folder / METRICS)
     result = Result(run.row.name, run.seed, ap, ap50, minutes, diverged)
-    partial = run.folder / f"{RESULT}.part"
-    partial.write_text(json.dumps(dataclasses.asdict(result), indent=2, allow_nan=False) + "\n")
-    partial.replace(run.folder / RESULT)
-    # The best checkpoint, of the last epoch here, stays for `study cdf`.
+    text = json.dumps(dataclasses.asdict(result), indent=2, allow_nan=False)
+    _replace(run.folder / RESULT, text + "\n")
+    # best.ckpt stays, for `study cdf`; this one is as large and has had its day.
     (run.folder / LAST).unlink(missing_ok=True)
     return result
 
@@ -237,17 +318,18 @@ def finished(run: Run) -> Result | None:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """One row over its seeds, AP in points."""
+    """One row over its seeds, AP in points; runs that diverged have no part in its figures."""
 
     name: str
     runs: int
     diverged: int
-    mean: float
+    mean: float | None
+    """None if every run diverged."""
     deviation: float | None
-    """Standard deviation over the seeds (n - 1); None of a single run."""
-    least: float
-    most: float
-    ap50: float
+    """Standard deviation over the seeds (n - 1); None of fewer than two runs."""
+    least: float | None
+    most: float | None
+    ap50: float | None
     minutes: float
     paper: float | None
 
@@ -259,18 +341,19 @@ def summarise(rows: Sequence[Row], results: Sequence[Result]) -> list[Summary]:
         own = [result for result in results if result.row == row.name]
         if not own:
             continue
-        points = [100 * result.ap for result in own]
+        sound = [result for result in own if result.diverged is None]
+        points = [100 * result.ap for result in sound]
         summaries.append(
             Summary(
                 name=row.name,
                 runs=len(own),
-                diverged=sum(result.diverged is not None for result in own),
-                mean=statistics.mean(points),
+                diverged=len(own) - len(sound),
+                mean=statistics.mean(points) if points else None,
                 deviation=statistics.stdev(points) if len(points) > 1 else None,
-                least=min(points),
-                most=max(points),
-                ap50=statistics.mean(100 * result.ap50 for result in own),
-                minutes=statistics.mean(result.minutes for result in own),
+                least=min(points, default=None),
+                most=max(points, default=None),
+                ap50=statistics.mean(100 * each.ap50 for each in sound) if sound else None,
+                minutes=statistics.mean(each.minutes for each in sound or own),
                 paper=row.paper,
             )
         )
@@ -283,26 +366,37 @@ def table(summaries: Sequence[Summary]) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|---|"
     for each in summaries:
         runs = f"{each.runs}" + (f", {each.diverged} diverged" if each.diverged else "")
-        deviation = "-" if each.deviation is None else f"{each.deviation:.1f}"
-        paper = "-" if each.paper is None else f"{each.paper:.1f}"
-        yield (
-            f"| {each.name} | {runs} | {each.mean:.1f} | {deviation} | {each.least:.1f} to "
-            f"{each.most:.1f} | {each.ap50:.1f} | {each.minutes:.1f} | {paper} |"
-        )
+        span = f"{_points(each.least)} to {_points(each.most)}"
+        cells = (each.mean, each.deviation, span, each.ap50, each.minutes, each.paper)
+        yield f"| {each.name} | {runs} | {' | '.join(map(_points, cells))} |"
 
 
 def write_results(results: Sequence[Result], path: Path) -> None:
-    """One line a run."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Result)])
-        writer.writeheader()
-        writer.writerows(dataclasses.asdict(result) for result in results)
+    """One line a run; AP in [0, 1]."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, [field.name for field in dataclasses.fields(Result)])
+    writer.writeheader()
+    writer.writerows(dataclasses.asdict(result) for result in results)
+    _replace(path, text.getvalue())
 
 
 def _last_row(metrics: Path) -> tuple[float, float, float]:
     with metrics.open(newline="") as file:
         last = list(csv.DictReader(file))[-1]
     return float(last["ap"] or 0), float(last["ap50"] or 0), float(last["minutes"])
+
+
+def _points(value: float | str | None) -> str:
+    if isinstance(value, float):
+        return f"{value:.1f}"
+    return value or "-"
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write beside the target and rename, so that a kill never leaves half a file."""
+    partial = path.with_name(f"{path.name}.part")
+    partial.write_text(text, newline="")
+    partial.replace(path)
 
 
 def _slug(name: str) -> str:

@@ -14,16 +14,19 @@ def write(title: str, summaries: Sequence[Summary], results: Sequence[Result], p
     known = any(each.paper is not None for each in summaries)
     height = 1.2 + 0.36 * len(summaries)
     figure, axes = panels(2 if known else 1, width=6.0, height=height)
-    names = [each.name for each in summaries]
+    rows = {each.name: index for index, each in enumerate(summaries)}
     ours = axes[0]
-    ours.barh(names, [each.mean for each in summaries], color="tab:blue", alpha=0.35)
+    ours.barh(list(rows.values()), [each.mean or 0.0 for each in summaries], alpha=0.35)
     for result in results:
-        ours.plot([100 * result.ap], [result.row], "o", color="tab:blue", markersize=4)
-    ours.set(title=title, xlabel="AP (dots: seeds)")
-    ours.invert_yaxis()
+        mark = "o" if result.diverged is None else "x"
+        ours.plot([100 * result.ap], [rows[result.row]], mark, color="tab:blue", markersize=4)
+    ours.set(title=title, xlabel="AP (dots: seeds, crosses: diverged)")
     if known:
-        paper = axes[1]
-        paper.barh(names, [each.paper or 0.0 for each in summaries], color="tab:gray", alpha=0.5)
-        paper.set(title="The paper, on COCO", xlabel="AP")
-        paper.invert_yaxis()
+        told = [each for each in summaries if each.paper is not None]
+        places = [rows[each.name] for each in told]
+        axes[1].barh(places, [each.paper or 0.0 for each in told], color="tab:gray", alpha=0.5)
+        axes[1].set(title="The paper, on COCO", xlabel="AP")
+    for each in axes:
+        each.set_yticks(list(rows.values()), list(rows), parse_math=False)
+        each.set_ylim(len(rows) - 0.4, -0.6)
     return save(figure, path)

@@ -1,7 +1,8 @@
 """Which examples carry the loss of a trained model (Focal Loss, figure 4).
 
-An example is one logit: (anchor, its class) is foreground, every other (anchor, class) of an
-anchor that is not ignored is background. alpha scales all of a kind alike and does not show.
+An example is one logit: (anchor, its class) is foreground, every (anchor, class) of a background
+anchor is background. With one class that is the paper's anchor. alpha scales all of a kind alike
+and does not show.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from tqdm import tqdm
 from model_export.config import MatchingConfig
 from model_export.losses import focal_loss
 from model_export.objective import assign
-from model_export.retinanet.matching import IGNORED
+from model_export.retinanet.matching import BACKGROUND
 from model_export.retinanet.model import RetinaNet
 from model_export.study.figures import panels, save, write_columns
 from model_export.transforms import Example, collate
+from service.errors import DataError
 
 GAMMAS: Final = (0.0, 0.5, 1.0, 2.0)
 HARDEST: Final = (0.01, 0.2)
@@ -31,7 +33,8 @@ HARDEST: Final = (0.01, 0.2)
 
 _LIMIT: Final = 64.0
 _BINS: Final = 1 << 15
-"""Logits are counted in bins of 1/256: that bounds memory, and the loss's error to 0.2 %."""
+"""Logits are counted in bins of 1/256: that bounds memory, and the loss's error to some 0.2 % times
+1 + gamma."""
 _POINTS: Final = 1001
 
 
@@ -75,12 +78,15 @@ class Distribution:
 
 
 def distribution(histogram: Histogram, gamma: float) -> Distribution:
-    """Cumulative share of the loss over cumulative share of the examples. ValueError of nothing."""
-    if not histogram.examples:
-        raise ValueError("no examples were counted")
+    """Cumulative share of the loss over cumulative share of the examples.
+
+    Raises ValueError if there are none, or none with a loss.
+    """
     # The loss falls with x_t: from the easiest example on is from the highest bin down.
     counts = histogram.counts[::-1]
     weighed = counts * histogram.losses(gamma)[::-1]
+    if not weighed.sum():
+        raise ValueError(f"no examples with a loss at gamma {gamma:g}")
     examples = np.concatenate([[0.0], counts.cumsum() / counts.sum()])
     loss = np.concatenate([[0.0], weighed.cumsum() / weighed.sum()])
     filled = np.concatenate([[True], counts > 0])
@@ -104,11 +110,11 @@ def collect(
         logits = torch.cat([level.logits for level in levels], dim=1)[0]
         anchors = torch.cat([level.anchors for level in levels])
         [matched] = assign(anchors, batch.boxes, batch.labels, matching)
-        true = torch.zeros_like(logits, dtype=torch.bool)
+        if not logits.isfinite().all():
+            raise DataError("the network's logits are not finite; its checkpoint is of no use")
         positive = matched >= 0
-        true[positive, batch.labels[0][matched[positive]]] = True
-        foreground.add(logits[true])
-        background.add(-logits[~true & (matched != IGNORED)[:, None]])
+        foreground.add(logits[positive, batch.labels[0][matched[positive]]])
+        background.add(-logits[matched == BACKGROUND])
     return foreground, background
 
 

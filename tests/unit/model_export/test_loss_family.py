@@ -25,7 +25,10 @@ from model_export.losses import (
     focal_loss,
     giou_loss,
 )
+from model_export.mining import hard_examples
+from model_export.retinanet.anchors import AnchorConfig, canvas_anchors
 from model_export.retinanet.box_coding import encode
+from model_export.retinanet.matching import box_iou
 
 GAMMAS = (0.0, 0.5, 1.0, 2.0, 5.0)
 
@@ -240,13 +243,32 @@ def test_ohem_keeps_the_hardest_that_no_harder_one_overlaps(
 def test_ohem_ratio(
     losses: list[float], ones: list[int], negatives: float, keep: int, expected: list[int]
 ) -> None:
-    loss = OhemRatio(negatives=negatives, keep=keep, nms_iou=None, pool=5)
+    loss = OhemRatio(negatives=negatives, keep=keep, nms_iou=None)
     assert counted(loss, losses, ones, "11111") == expected
 
 
 def test_the_pool_is_all_that_is_looked_at() -> None:
     """Two in the pool, one of which suppresses the other: one is left, not a third one."""
-    assert counted(Ohem(keep=3, pool=2), [3, 5, 4, 2, 1], [], "11111") == [1]
+    assert counted(Ohem(keep=2, pool=2), [3, 5, 4, 2, 1], [], "11111") == [1]
+    with pytest.raises(ValueError, match="pool 2 must not be below keep 3"):
+        Ohem(keep=3, pool=2)
+
+
+def test_background_has_a_pool_of_its_own_beside_foreground() -> None:
+    """Hard foreground must not crowd the background out of what is looked at."""
+    loss = OhemRatio(keep=2, pool=2, negatives=1.0, nms_iou=None)
+    assert counted(loss, [9, 8, 7, 1, 2], [0, 1, 2], "11111") == [0, 4]
+
+
+def test_suppression_is_felt_among_real_anchors() -> None:
+    """With every anchor as hard as its neighbours, suppression leaves far less than there are."""
+    anchors = canvas_anchors(AnchorConfig(), 128, 128)
+    losses = torch.linspace(1, 2, len(anchors))
+    used = torch.ones(len(anchors), dtype=torch.bool)
+    kept = hard_examples(losses, anchors, used, pool=512, nms_iou=Ohem().nms_iou)
+    assert len(kept) < 256
+    overlap = box_iou(anchors[kept], anchors[kept]).fill_diagonal_(0)
+    assert overlap.max().item() <= 0.5
 
 
 # --- GIoU ----------------------------------------------------------------------------------------
@@ -288,6 +310,22 @@ def test_giou_brings_back_a_box_that_has_grown_beyond_the_clamp() -> None:
     GIoU()(deltas, anchors, anchors).sum().backward()
     assert deltas.grad is not None
     assert (deltas.grad[0, 2:] > 0).all()
+
+
+@given(st.floats(4.2, 2000))
+def test_giou_s_way_back_is_never_closed_by_rounding(scale: float) -> None:
+    deltas = torch.tensor([[0.0, 0, scale, scale]], requires_grad=True)
+    anchors = torch.tensor([[0.0, 0, 16, 16]])
+    GIoU()(deltas, anchors, anchors).sum().backward()
+    assert deltas.grad is not None
+    assert (deltas.grad[0, 2:] > 0).all()
+
+
+def test_giou_is_that_of_the_decoded_box_however_far_it_is() -> None:
+    """Ten widths to the right: IoU 0, around 220 x 20, the union 800."""
+    deltas, anchors = torch.tensor([[10.0, 0, 0, 0]]), torch.tensor([[0.0, 0, 20, 20]])
+    expected = 1 + (220 * 20 - 800) / (220 * 20)
+    assert GIoU()(deltas, anchors, anchors).item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("box_loss", [SmoothL1(), SmoothL1(beta=1.0), L1(), GIoU()], ids=str)
