@@ -37,7 +37,7 @@ def test_the_same_samples_in_every_format(formats: dict[str, Path], split: str) 
     for other in (coco, yolo):
         assert len(other.samples) == len(voc.samples) == {"train": 205, "val": 87}[split]
         for mine, theirs in zip(voc.samples, other.samples, strict=True):
-            assert theirs.path.resolve() == mine.path
+            assert theirs.path.resolve() == mine.path.resolve()
             assert theirs.size == mine.size
             assert theirs.labels.tolist() == mine.labels.tolist()
             # Half a unit in the last place of a float32 at 640.
