@@ -178,13 +178,17 @@ def class_names(count: int, labels: Sequence[str] | None) -> tuple[str, ...]:
 
 
 def read_labels(path: Path) -> tuple[str, ...]:
-    """Class names from a file, one a line. Raises DataError that names the line."""
+    """Class names from a file, one a line; "N/A", torchvision's unused class, is class_<i>.
+
+    Raises DataError that names the line.
+    """
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as text: {error}") from error
     while lines and not lines[-1]:
         lines.pop()
+    lines = [f"class_{i}" if line == "N/A" else line for i, line in enumerate(lines)]
     if not lines:
         raise DataError(f"{path}: holds no names; one a line is expected")
     for number, line in enumerate(lines, start=1):

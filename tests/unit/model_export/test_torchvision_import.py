@@ -458,3 +458,10 @@ def test_norms_without_eps_do_not_train_unfrozen() -> None:
         else:
             with pytest.raises(DataError, match=r"set model\.norm_eps to 1e-5"):
                 made.on_fit_start()
+
+
+def test_classes_that_torchvision_does_not_use_get_names_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "labels.txt"
+    path.write_text("__background__\nperson\nN/A\nboat\nN/A\n")
+    found = read_labels(path)
+    assert found == ("__background__", "person", "class_2", "boat", "class_4")
