@@ -22,15 +22,18 @@ _RECIPES = Path(__file__).parent / "recipes"
 
 
 class Recipe(click.ParamType[Path]):
-    """A YAML file, or the name of one that comes with the package."""
+    """A YAML file, or the name of one of those in a folder that comes with the package."""
 
     name = "recipe"
+
+    def __init__(self, folder: Path = _RECIPES) -> None:
+        self._folder = folder
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Path:
         """The file's path."""
         if isinstance(value, Path):
             return value
-        known = {path.stem: path for path in sorted(_RECIPES.glob("*.yaml"))}
+        known = {path.stem: path for path in sorted(self._folder.glob("*.yaml"))}
         path = known.get(value, Path(value))
         if not path.is_file():
             self.fail(f"{value!r} is neither a file nor one of {', '.join(known)}", param, ctx)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
+
+from model_export.cli import Recipe
 
 _CONTEXT = {"help_option_names": ["-h", "--help"]}
 _DATA = click.Path(exists=True, file_okay=False, path_type=Path)
@@ -21,22 +22,6 @@ _output = click.option(
 )
 _data = click.option("--data", type=_DATA, required=True, metavar="DIR", help="Labelled pictures.")
 _device = click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
-
-
-class _Study(click.ParamType[Path]):
-    """A YAML file, or the name of one that comes with the package."""
-
-    name = "study"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> Path:
-        """The file's path."""
-        if isinstance(value, Path):
-            return value
-        known = {path.stem: path for path in sorted(_CONFIGS.glob("*.yaml"))}
-        path = known.get(value, Path(value))
-        if not path.is_file():
-            self.fail(f"{value!r} is neither a file nor one of {', '.join(known)}", param, ctx)
-        return path
 
 
 @click.group(context_settings=_CONTEXT)
@@ -77,7 +62,7 @@ def cdf(
 @click.option(
     "--config",
     "config_file",
-    type=_Study(),
+    type=Recipe(_CONFIGS),
     required=True,
     metavar="STUDY|FILE.yaml",
     help="losses, detector (both small), grid, anchors, blood-cells, or a file of your own.",

@@ -14,7 +14,13 @@ from model_export.commands.data import load
 from model_export.commands.train import messages, parse_setting
 from model_export.config import TrainConfig, apply_overrides
 from model_export.hardware import accelerator_for
-from model_export.study import ablation, ablation_plot, loss_curves, loss_distribution
+from model_export.study import (
+    ablation,
+    ablation_plot,
+    ablation_table,
+    loss_curves,
+    loss_distribution,
+)
 from model_export.transforms import CanvasCache
 from service.errors import DataError
 
@@ -118,7 +124,7 @@ def ablate(
             )
             summaries = _write(study, runs, output)
     click.echo(f"wrote {output}/ablation.csv, .md and .png")
-    for line in ablation.table(summaries):
+    for line in ablation_table.table(summaries):
         click.echo(line)
 
 
@@ -132,12 +138,12 @@ def _choose(runs: Sequence[ablation.Run], only: Sequence[str]) -> list[ablation.
 
 def _write(
     study: ablation.StudyConfig, runs: Sequence[ablation.Run], output: Path
-) -> list[ablation.Summary]:
+) -> list[ablation_table.Summary]:
     """The table of what there is, after every run: the next one may be killed."""
     results = [result for run in runs if (result := ablation.finished(run)) is not None]
-    summaries = ablation.summarise(ablation.expand(study.rows), results)
-    ablation.write_results(results, output / "ablation.csv")
-    (output / "ablation.md").write_text("\n".join(ablation.table(summaries)) + "\n")
+    summaries = ablation_table.summarise(ablation.expand(study.rows), results)
+    ablation_table.write_results(results, output / "ablation.csv")
+    (output / "ablation.md").write_text("\n".join(ablation_table.table(summaries)) + "\n")
     ablation_plot.write(study.title, summaries, results, output / "ablation.png")
     return summaries
 

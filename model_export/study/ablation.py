@@ -9,13 +9,11 @@ from __future__ import annotations
 import csv
 import dataclasses
 import hashlib
-import io
 import itertools
 import json
 import re
-import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -273,7 +271,7 @@ def execute(
     started = time.monotonic()
     content = made_of(run, training, validation, weights)
     run.folder.mkdir(parents=True, exist_ok=True)
-    _replace(run.folder / MADE_OF, json.dumps(content, indent=2) + "\n")
+    replace_file(run.folder / MADE_OF, json.dumps(content, indent=2) + "\n")
     diverged = None
     try:
         train(
@@ -299,7 +297,7 @@ def execute(
         ap, ap50, minutes = _last_row(run.folder / METRICS)
     result = Result(run.row.name, run.seed, ap, ap50, minutes, diverged)
     text = json.dumps(dataclasses.asdict(result), indent=2, allow_nan=False)
-    _replace(run.folder / RESULT, text + "\n")
+    replace_file(run.folder / RESULT, text + "\n")
     # best.ckpt stays, for `study cdf`; this one is as large and has had its day.
     (run.folder / LAST).unlink(missing_ok=True)
     return result
@@ -316,83 +314,13 @@ def finished(run: Run) -> Result | None:
         raise DataError(f"{path}: not a result ({error}); delete it to run it again") from error
 
 
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """One row over its seeds, AP in points; runs that diverged have no part in its figures."""
-
-    name: str
-    runs: int
-    diverged: int
-    mean: float | None
-    """None if every run diverged."""
-    deviation: float | None
-    """Standard deviation over the seeds (n - 1); None of fewer than two runs."""
-    least: float | None
-    most: float | None
-    ap50: float | None
-    minutes: float
-    paper: float | None
-
-
-def summarise(rows: Sequence[Row], results: Sequence[Result]) -> list[Summary]:
-    """Each row that has a result, in the order of the rows."""
-    summaries = []
-    for row in rows:
-        own = [result for result in results if result.row == row.name]
-        if not own:
-            continue
-        sound = [result for result in own if result.diverged is None]
-        points = [100 * result.ap for result in sound]
-        summaries.append(
-            Summary(
-                name=row.name,
-                runs=len(own),
-                diverged=len(own) - len(sound),
-                mean=statistics.mean(points) if points else None,
-                deviation=statistics.stdev(points) if len(points) > 1 else None,
-                least=min(points, default=None),
-                most=max(points, default=None),
-                ap50=statistics.mean(100 * each.ap50 for each in sound) if sound else None,
-                minutes=statistics.mean(each.minutes for each in sound or own),
-                paper=row.paper,
-            )
-        )
-    return summaries
-
-
-def table(summaries: Sequence[Summary]) -> Iterator[str]:
-    """The rows as lines of Markdown."""
-    yield "| row | runs | AP | sd | min to max | AP50 | minutes | paper's AP |"
-    yield "|---|---|---|---|---|---|---|---|"
-    for each in summaries:
-        runs = f"{each.runs}" + (f", {each.diverged} diverged" if each.diverged else "")
-        span = f"{_points(each.least)} to {_points(each.most)}"
-        cells = (each.mean, each.deviation, span, each.ap50, each.minutes, each.paper)
-        yield f"| {each.name} | {runs} | {' | '.join(map(_points, cells))} |"
-
-
-def write_results(results: Sequence[Result], path: Path) -> None:
-    """One line a run; AP in [0, 1]."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, [field.name for field in dataclasses.fields(Result)])
-    writer.writeheader()
-    writer.writerows(dataclasses.asdict(result) for result in results)
-    _replace(path, text.getvalue())
-
-
 def _last_row(metrics: Path) -> tuple[float, float, float]:
     with metrics.open(newline="") as file:
         last = list(csv.DictReader(file))[-1]
     return float(last["ap"] or 0), float(last["ap50"] or 0), float(last["minutes"])
 
 
-def _points(value: float | str | None) -> str:
-    if isinstance(value, float):
-        return f"{value:.1f}"
-    return value or "-"
-
-
-def _replace(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str) -> None:
     """Write beside the target and rename, so that a kill never leaves half a file."""
     partial = path.with_name(f"{path.name}.part")
     partial.write_text(text, newline="")

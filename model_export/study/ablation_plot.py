@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from model_export.study.ablation import Result, Summary
+from model_export.study.ablation import Result
+from model_export.study.ablation_table import Summary
 from model_export.study.figures import panels, save
 
 

@@ -1,0 +1,83 @@
+"""The table of an ablation: its runs line by line, its rows over their seeds."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from model_export.study.ablation import Result, Row, replace_file
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """One row over its seeds, AP in points; runs that diverged have no part in its figures."""
+
+    name: str
+    runs: int
+    diverged: int
+    mean: float | None
+    """None if every run diverged."""
+    deviation: float | None
+    """Standard deviation over the seeds (n - 1); None of fewer than two runs."""
+    least: float | None
+    most: float | None
+    ap50: float | None
+    minutes: float
+    paper: float | None
+
+
+def summarise(rows: Sequence[Row], results: Sequence[Result]) -> list[Summary]:
+    """Each row that has a result, in the order of the rows."""
+    summaries = []
+    for row in rows:
+        own = [result for result in results if result.row == row.name]
+        if not own:
+            continue
+        sound = [result for result in own if result.diverged is None]
+        points = [100 * result.ap for result in sound]
+        summaries.append(
+            Summary(
+                name=row.name,
+                runs=len(own),
+                diverged=len(own) - len(sound),
+                mean=statistics.mean(points) if points else None,
+                deviation=statistics.stdev(points) if len(points) > 1 else None,
+                least=min(points, default=None),
+                most=max(points, default=None),
+                ap50=statistics.mean(100 * each.ap50 for each in sound) if sound else None,
+                minutes=statistics.mean(each.minutes for each in sound or own),
+                paper=row.paper,
+            )
+        )
+    return summaries
+
+
+def table(summaries: Sequence[Summary]) -> Iterator[str]:
+    """The rows as lines of Markdown."""
+    yield "| row | runs | AP | sd | min to max | AP50 | minutes | paper's AP |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for each in summaries:
+        runs = f"{each.runs}" + (f", {each.diverged} diverged" if each.diverged else "")
+        span = f"{_points(each.least)} to {_points(each.most)}"
+        cells = (each.mean, each.deviation, span, each.ap50, each.minutes, each.paper)
+        yield f"| {each.name} | {runs} | {' | '.join(map(_points, cells))} |"
+
+
+def write_results(results: Sequence[Result], path: Path) -> None:
+    """One line a run; AP in [0, 1]."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, [field.name for field in dataclasses.fields(Result)])
+    writer.writeheader()
+    writer.writerows(dataclasses.asdict(result) for result in results)
+    replace_file(path, text.getvalue())
+
+
+def _points(value: float | str | None) -> str:
+    if isinstance(value, float):
+        return f"{value:.1f}"
+    return value or "-"
