@@ -244,6 +244,49 @@ def inspect(path: Path, thresholds: tuple[str, ...]) -> None:
     command.run(path, thresholds)
 
 
+@retinaserve.group()
+def keys() -> None:
+    """API keys of the service."""
+
+
+_keys_file = click.option(
+    "--file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="PATH",
+    help="The keys file; default: RETINASERVE_API_KEYS_FILE.",
+)
+
+
+@keys.command()
+@click.argument("name")
+@click.option("--admin", is_flag=True, help="The key may load, unload and choose models.")
+@_keys_file
+def new(name: str, admin: bool, file: Path | None) -> None:
+    """Make a key and show it, once."""
+    from service.commands import keys as command
+
+    command.new(name, admin=admin, file=file)
+
+
+@keys.command("list")
+@_keys_file
+def list_keys(file: Path | None) -> None:
+    """Names of the keys, when each was made, and what it may do."""
+    from service.commands import keys as command
+
+    command.list_keys(file)
+
+
+@keys.command()
+@click.argument("name")
+@_keys_file
+def revoke(name: str, file: Path | None) -> None:
+    """Take a key away; a running service notices within seconds."""
+    from service.commands import keys as command
+
+    command.revoke(name, file)
+
+
 def _entries() -> dict[str, EntryPoint]:
     return {entry.name: entry for entry in entry_points(group=COMMAND_GROUP)}
 

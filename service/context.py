@@ -8,12 +8,14 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
-from service.batching import Admission, Policy
+from service.admission import Admission
+from service.batching import Policy
 from service.devices import Hardware, cpu_count, resolve
 from service.errors import Unavailable
 from service.observability import Metrics
 from service.pipeline import Pipeline
 from service.registry import open_registry
+from service.security.keys import KeyStore
 from service.settings import Settings
 
 _log = logging.getLogger("retinaserve")
@@ -31,6 +33,9 @@ class Service:
         Raises DeviceError, ArtifactError or DataError.
         """
         self.settings = settings
+        path = settings.api_keys_file
+        self.keys = None if path is None else KeyStore(path)
+        """None: anybody may call."""
         self.hardware = resolve(settings.device) if hardware is None else hardware
         batch = settings.max_batch_size or max(
             device.default_batch_size for device in self.hardware.devices
@@ -48,8 +53,13 @@ class Service:
             decode_threads=threads,
             policy=Policy(batch, settings.max_queue_delay_ms / 1e3),
             on_batch=self.metrics.batch_size.observe,
+            watchdog_seconds=settings.watchdog_seconds,
         )
-        self.pictures = Admission(settings.max_queue_size)
+        self.pictures = Admission(
+            settings.max_queue_size,
+            bytes_limit=settings.max_queue_bytes,
+            pause=self.pipeline.wait,
+        )
         self.uploads = Admission(settings.max_queue_size)
         """Bodies that are arriving: bounded too, so that slow clients cannot fill the memory."""
         self.batch_window = min(

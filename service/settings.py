@@ -54,6 +54,9 @@ class Settings(BaseSettings):
     max_queue_size: int = Field(default=128, ge=1)
     """Most pictures held at a time: arrived, decoding, waiting or in inference. More get 503."""
 
+    max_queue_bytes: int = Field(default=268_435_456, ge=1)
+    """Most bytes of pictures, as they were sent, held at a time. More get 503."""
+
     request_timeout_ms: int = Field(default=10_000, ge=1)
     """Longest time from a complete body to its answer; `X-Deadline-Ms` may shorten it."""
 
@@ -66,6 +69,9 @@ class Settings(BaseSettings):
     drain_seconds: float = Field(default=8.0, ge=0.0, allow_inf_nan=False)
     """After the listener closed: how long work in flight may take to finish."""
 
+    watchdog_seconds: float = Field(default=30.0, gt=0.0)
+    """A batch that takes longer means that the device is lost: /healthz turns 503, the server ends."""
+
     max_body_bytes: int = Field(default=33_554_432, ge=1)
     """Largest request body."""
 
@@ -74,6 +80,9 @@ class Settings(BaseSettings):
 
     max_batch_images: int = Field(default=64, ge=1)
     """Most pictures in one request to /v1/detect/batch."""
+
+    api_keys_file: Path | None = None
+    """File of API keys, as `retinaserve keys` writes it. Once set, every call needs a key."""
 
     log_format: Literal["text", "json"] = "text"
     """Lines for people, or one JSON object a line."""

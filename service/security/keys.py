@@ -1,0 +1,222 @@
+"""API keys: a file of named, hashed keys, and the store that a running service asks.
+
+Keys are 256 random bits, so a plain SHA-256 is the right hash: there is no dictionary to try, and a
+slow password hash or a salt would only make each request dear. Whoever reads the file learns no
+key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import os
+import secrets
+import tempfile
+import threading
+import time
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from service.errors import DataError
+
+_log = logging.getLogger("retinaserve.keys")
+
+_PREFIX: Final = "rs_"
+"""Lets people and scanners of leaked secrets tell what a key belongs to."""
+_KEY_BYTES: Final = 32
+_LONGEST_KEY: Final = 256
+"""Characters of a presented key that are looked at; ours have 46."""
+_LARGEST_FILE: Final = 1 << 20
+_LOOK_EVERY: Final = 1.0
+"""Seconds between two looks at the file: a revoked key is refused within this time."""
+
+
+class Key(NamedTuple):
+    """Whose key it is, and whether it may change what the service serves."""
+
+    name: str
+    admin: bool
+
+
+class Entry(BaseModel):
+    """A key as the file keeps it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    created: date
+    admin: bool = False
+
+
+class KeyFile(BaseModel):
+    """The file's content."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    keys: tuple[Entry, ...]
+
+    @model_validator(mode="after")
+    def _no_name_twice(self) -> KeyFile:
+        names = [entry.name for entry in self.keys]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two keys are called {name!r}")
+        return self
+
+
+class KeyStore:
+    """The keys of one file, read again when it changes. Any thread may ask."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the file. Raises DataError that names the remedy."""
+        self._path = path
+        self._lock = threading.Lock()
+        self._seen = _signature(path)
+        self._keys = _hashes(read_keys(path))
+        self._looked = time.monotonic()
+        if not self._keys:
+            _log.warning("%s holds no key, so nobody may call the service; %s", path, _remedy(path))
+
+    def find(self, presented: str) -> Key | None:
+        """The key that was presented, or None if it is none of ours.
+
+        Takes equally long whichever key it is, and however much of one was guessed.
+        """
+        self._refresh()
+        if len(presented) > _LONGEST_KEY:
+            return None
+        digest = _hash(presented)
+        found = None
+        for known, key in self._keys:
+            if hmac.compare_digest(known, digest):
+                found = key
+        return found
+
+    def _refresh(self) -> None:
+        now = time.monotonic()
+        if now - self._looked < _LOOK_EVERY or not self._lock.acquire(blocking=False):
+            return
+        try:
+            self._looked = now
+            # Of the file behind any links: Kubernetes swaps a link to change a mounted secret.
+            signature = _signature(self._path)
+            if signature == self._seen:
+                return
+            self._seen = signature
+            try:
+                self._keys = _hashes(read_keys(self._path))
+            except DataError as error:
+                # The message says it all; a stack would only hide it.
+                _log.log(logging.ERROR, "the keys stay as they were: %s", error)
+            else:
+                _log.info("read %d keys from %s", len(self._keys), self._path)
+        finally:
+            self._lock.release()
+
+
+def read_keys(path: Path) -> tuple[Entry, ...]:
+    """The keys of a file. Raises DataError that names the remedy."""
+    try:
+        with path.open("rb") as source:
+            content = source.read(_LARGEST_FILE + 1)
+    except FileNotFoundError:
+        raise DataError(f"there is no keys file {path}; {_remedy(path)}") from None
+    except OSError as error:
+        raise DataError(
+            f"the keys file {path} cannot be read: {error.strerror}; "
+            "the user that runs the service must own it"
+        ) from error
+    if len(content) > _LARGEST_FILE:
+        raise DataError(f"{path} is larger than {_LARGEST_FILE} bytes: no keys file")
+    try:
+        return KeyFile.model_validate(orjson.loads(content)).keys
+    except orjson.JSONDecodeError as error:
+        raise DataError(f"the keys file {path} is not valid JSON: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the whole"
+        raise DataError(
+            f"the keys file {path} is no list of keys: {place}: {first['msg']}; {_remedy(path)}"
+        ) from error
+
+
+def new_key(path: Path, name: str, *, admin: bool) -> str:
+    """Add a key to a file, which is made if need be, and return the key. Raises DataError."""
+    entries = read_keys(path) if path.exists() else ()
+    if any(entry.name == name for entry in entries):
+        raise DataError(
+            f"{path} has a key called {name!r} already; choose another name, or "
+            f"`retinaserve keys revoke {name}` first"
+        )
+    key = _PREFIX + secrets.token_urlsafe(_KEY_BYTES)
+    try:
+        entry = Entry(
+            name=name,
+            sha256=_hash(key).hex(),
+            created=datetime.now(UTC).date(),
+            admin=admin,
+        )
+    except ValidationError:
+        raise DataError(
+            f"{name!r} is no name for a key; use 1 to 64 letters, digits, '.', '_' or '-'"
+        ) from None
+    _write(path, (*entries, entry))
+    return key
+
+
+def revoke_key(path: Path, name: str) -> None:
+    """Take a key out of a file. Raises DataError."""
+    entries = read_keys(path)
+    rest = tuple(entry for entry in entries if entry.name != name)
+    if len(rest) == len(entries):
+        names = ", ".join(entry.name for entry in entries) or "none"
+        raise DataError(f"{path} has no key called {name!r}; it has: {names}")
+    _write(path, rest)
+
+
+def _write(path: Path, entries: tuple[Entry, ...]) -> None:
+    """Replace the file as a whole: a server that reads it never sees half of it."""
+    # Behind a link: replacing the link itself would leave the real file as it was.
+    target = path.resolve()
+    content = KeyFile(keys=entries).model_dump_json(indent=2) + "\n"
+    try:
+        # mkstemp makes files of mode 0600.
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    except OSError as error:
+        raise DataError(f"{target} cannot be written: {error.strerror}") from error
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).replace(target)
+    except OSError as error:
+        Path(name).unlink(missing_ok=True)
+        raise DataError(f"{target} cannot be written: {error.strerror}") from error
+
+
+def _signature(path: Path) -> tuple[int, ...] | None:
+    """Changes whenever the file does; None when it is not there."""
+    try:
+        state = path.stat()
+    except OSError:
+        return None
+    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
+
+
+def _hashes(entries: tuple[Entry, ...]) -> tuple[tuple[bytes, Key], ...]:
+    return tuple((bytes.fromhex(each.sha256), Key(each.name, each.admin)) for each in entries)
+
+
+def _hash(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+
+
+def _remedy(path: Path) -> str:
+    return f"`retinaserve keys new NAME --file {path}` makes a key"

@@ -1,0 +1,219 @@
+"""API keys: the file, the store that follows it, the command."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from click.testing import CliRunner
+
+from service.cli import retinaserve
+from service.errors import DataError
+from service.security import keys
+from service.security.keys import Key, KeyStore, new_key, read_keys, revoke_key
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "keys.json"
+
+
+@pytest.fixture
+def seconds(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The clock of the store; its only entry is the time."""
+    now = [1000.0]
+    monkeypatch.setattr(keys.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_new_key_is_found_by_its_value_alone(path: Path) -> None:
+    client = new_key(path, "camera-1", admin=False)
+    boss = new_key(path, "boss", admin=True)
+    store = KeyStore(path)
+    assert store.find(client) == Key("camera-1", admin=False)
+    assert store.find(boss) == Key("boss", admin=True)
+    for wrong in ("", client[:-1], client + "x", client.upper(), "camera-1", "x" * 100_000):
+        assert store.find(wrong) is None
+    assert store.find("\udce9 no UTF-8") is None
+
+
+def test_the_hash_is_no_key(path: Path) -> None:
+    new_key(path, "a", admin=False)
+    assert KeyStore(path).find(read_keys(path)[0].sha256) is None
+
+
+def test_the_file_holds_no_key_and_is_private(path: Path) -> None:
+    key = new_key(path, "a", admin=False)
+    assert key not in path.read_text()
+    assert key.removeprefix("rs_") not in path.read_text()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    new_key(path, "b", admin=False)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    names = [each.name for each in path.parent.iterdir()]
+    assert names == ["keys.json"], "no temporary file stays behind"
+
+
+def test_keys_differ_and_are_long(path: Path) -> None:
+    made = {new_key(path, f"key-{i}", admin=False) for i in range(20)}
+    assert len(made) == 20
+    assert all(len(key) == 46 for key in made)
+
+
+def test_a_revoked_key_is_gone(path: Path, seconds: list[float]) -> None:
+    gone, stays = new_key(path, "gone", admin=False), new_key(path, "stays", admin=False)
+    store = KeyStore(path)
+    revoke_key(path, "gone")
+    seconds[0] += 1.1
+    assert store.find(gone) is None
+    assert store.find(stays) == Key("stays", admin=False)
+
+
+def test_the_file_is_looked_at_once_a_second(path: Path, seconds: list[float]) -> None:
+    key = new_key(path, "a", admin=False)
+    store = KeyStore(path)
+    revoke_key(path, "a")
+    seconds[0] += 0.9
+    assert store.find(key) is not None
+    seconds[0] += 0.2
+    assert store.find(key) is None
+
+
+def test_the_last_key_revoked_leaves_the_service_closed(path: Path, seconds: list[float]) -> None:
+    key = new_key(path, "a", admin=False)
+    store = KeyStore(path)
+    revoke_key(path, "a")
+    seconds[0] += 2
+    assert store.find(key) is None
+    assert store.find("") is None
+
+
+@pytest.mark.parametrize("broken", ["", '{"keys": [', "[]", '{"keys": [{"name": "a"}]}', None])
+def test_a_file_that_breaks_keeps_the_keys(
+    path: Path,
+    seconds: list[float],
+    broken: str | None,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    key = new_key(path, "a", admin=False)
+    good = path.read_text()
+    store = KeyStore(path)
+    if broken is None:
+        path.unlink()
+    else:
+        path.write_text(broken)
+    for _ in range(3):
+        seconds[0] += 2
+        assert store.find(key) == Key("a", admin=False)
+    errors = [each for each in caplog.records if each.levelname == "ERROR"]
+    assert len(errors) == 1, "one line for a change, not one a second"
+    assert str(path) in errors[0].getMessage()
+    path.write_text(good.replace('"a"', '"renamed"'))
+    seconds[0] += 2
+    assert store.find(key) == Key("renamed", admin=False)
+
+
+def test_a_swapped_link_is_followed_as_kubernetes_swaps_it(
+    tmp_path: Path, seconds: list[float]
+) -> None:
+    for version in ("..1", "..2"):
+        (tmp_path / version).mkdir()
+    old = new_key(tmp_path / "..1" / "keys.json", "old", admin=False)
+    new = new_key(tmp_path / "..2" / "keys.json", "new", admin=False)
+    # Equal in size and age: only the file behind the links differs.
+    age = (tmp_path / "..1" / "keys.json").stat().st_mtime_ns
+    os.utime(tmp_path / "..2" / "keys.json", ns=(age, age))
+    (tmp_path / "..data").symlink_to("..1")
+    (tmp_path / "keys.json").symlink_to("..data/keys.json")
+    store = KeyStore(tmp_path / "keys.json")
+    assert store.find(old) is not None
+    (tmp_path / "..data_tmp").symlink_to("..2")
+    (tmp_path / "..data_tmp").replace(tmp_path / "..data")
+    seconds[0] += 1.1
+    assert store.find(new) == Key("new", admin=False)
+    assert store.find(old) is None
+
+
+def test_writing_through_a_link_keeps_the_link(tmp_path: Path) -> None:
+    (tmp_path / "etc").mkdir()
+    real, link = tmp_path / "etc" / "keys.json", tmp_path / "keys.json"
+    new_key(real, "a", admin=False)
+    link.symlink_to(real)
+    new_key(link, "b", admin=False)
+    assert link.is_symlink()
+    assert [entry.name for entry in read_keys(real)] == ["a", "b"]
+
+
+def entry(**changed: Any) -> dict[str, Any]:
+    return {"name": "a", "sha256": "0" * 64, "created": "2026-11-24"} | changed
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"nonsense", "JSON"),
+        (b"\xff\xfe", "JSON"),
+        (b" " * (2 << 20), "larger"),
+        (orjson.dumps([]), "the whole"),
+        (orjson.dumps({"keys": {}}), "keys"),
+        (orjson.dumps({"keys": [entry(name="two words")]}), "name"),
+        (orjson.dumps({"keys": [entry(name="a\n")]}), "name"),
+        (orjson.dumps({"keys": [entry(sha256="rs_plain")]}), "sha256"),
+        (orjson.dumps({"keys": [entry(created="yesterday")]}), "created"),
+        (orjson.dumps({"keys": [entry(amdin=True)]}), "amdin"),
+        (orjson.dumps({"keys": [entry(), entry(sha256="1" * 64)]}), "two keys"),
+    ],
+)
+def test_a_broken_file_names_what_is_wrong(path: Path, content: bytes, says: str) -> None:
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=says) as raised:
+        KeyStore(path)
+    assert str(path) in str(raised.value)
+
+
+def test_a_missing_file_names_the_remedy(path: Path) -> None:
+    with pytest.raises(DataError, match=f"retinaserve keys new NAME --file {path}"):
+        KeyStore(path)
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(retinaserve, ["keys", *map(str, arguments)])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_the_command(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RETINASERVE_API_KEYS_FILE", str(path))
+    code, key, hint = run("new", "camera")
+    assert code == 0
+    assert "once" in hint
+    assert key.strip() not in hint
+    assert KeyStore(path).find(key.strip()) == Key("camera", admin=False)
+    code, boss, _ = run("new", "boss", "--admin")
+    assert KeyStore(path).find(boss.strip()) == Key("boss", admin=True)
+    code, listed, _ = run("list")
+    rows = [line.split("\t") for line in listed.splitlines()]
+    assert [(row[0], row[2]) for row in rows] == [("camera", "client"), ("boss", "admin")]
+    assert key.strip() not in listed
+    assert run("revoke", "camera")[0] == 0
+    assert KeyStore(path).find(key.strip()) is None
+
+
+def test_mistakes_at_the_command_line(path: Path, tmp_path: Path) -> None:
+    assert run("new", "a", "--file", path)[0] == 0
+    before = path.read_bytes()
+    for arguments, says in (
+        (("new", "a", "--file", path), "already"),
+        (("new", "two words", "--file", path), "letters"),
+        (("revoke", "b", "--file", path), "it has: a"),
+        (("list", "--file", tmp_path / "none.json"), "there is no keys file"),
+        (("list",), "RETINASERVE_API_KEYS_FILE"),
+        (("new", "a", "--file", tmp_path / "no" / "folder.json"), "cannot be written"),
+    ):
+        code, out, error = run(*arguments)
+        assert (code, out) == (2, ""), arguments
+        assert says in error
+        assert error.count("\n") == 1
+    assert path.read_bytes() == before
