@@ -11,10 +11,10 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Coroutine, Generator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import uvicorn
 from fastapi import FastAPI
@@ -33,10 +33,20 @@ class AddressError(DeviceError):
     title = "Unusable address"
 
 
-def listen(host: str, port: int) -> socket.socket:
+class Companion(Protocol):
+    """A second way into the same service, which opens and closes with the first."""
+
+    async def start(self) -> None:
+        """Take requests from now on; returns once it does."""
+
+    async def stop(self, seconds: float) -> None:
+        """Take no new requests, and finish those in flight within so many seconds."""
+
+
+def listen(host: str, port: int, *, remedy: str = "choose another with --port") -> socket.socket:
     """Bind an address, so that a busy port is known before anything is loaded.
 
-    Raises AddressError.
+    Raises AddressError, which ends in the `remedy`.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -52,8 +62,7 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         raise AddressError(
-            f"cannot listen on {host} port {port}: {error.strerror or error}; "
-            "choose another with --port"
+            f"cannot listen on {host} port {port}: {error.strerror or error}; {remedy}"
         ) from error
     listener.set_inheritable(True)
     return listener
@@ -78,7 +87,10 @@ class Server(uvicorn.Server):
         root_path: str = "",
         certificate: Path | None = None,
         key: Path | None = None,
+        companions: Sequence[Companion] = (),
     ) -> None:
+        self._app = app
+        self._companions = tuple(companions)
         self._service: Service = app.state.service
         settings = self._service.settings
         self._drain_delay = settings.drain_delay_seconds
@@ -92,7 +104,8 @@ class Server(uvicorn.Server):
                 loop=_available("uvloop"),
                 http=_available("httptools"),
                 ws="none",
-                lifespan="on",
+                # `serve` does it, around the companions too.
+                lifespan="off",
                 log_config=None,
                 access_log=False,
                 server_header=False,
@@ -128,23 +141,48 @@ class Server(uvicorn.Server):
         self._closes_at = time.monotonic() + delay
         self.should_exit = delay == 0.0
 
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start the application, serve until the end of the drain, stop the application."""
+        with self.capture_signals():
+            async with self._app.router.lifespan_context(self._app):
+                await super().serve(sockets)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Open the listener, then the companions."""
+        await super().startup(sockets)
+        for companion in self._companions:
+            await companion.start()
+
     async def on_tick(self, counter: int) -> bool:
         """uvicorn asks ten times a second whether to stop."""
+        if self._service.pipeline.fatal is not None:
+            # Everybody who waited has an answer; whoever restarts the process gives it a new start.
+            self.should_exit = True
         if self._closes_at is not None and time.monotonic() >= self._closes_at:
             self.should_exit = True
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Close the listener, finish what is in flight."""
+        """Close the listener and the companions, finish what is in flight."""
         seconds = self._service.settings.drain_seconds
         _log.info("draining for at most %g s", seconds)
         late = asyncio.get_running_loop().call_later(
-            seconds, self._service.pipeline.abort, "the server stops; try another or again later"
+            seconds,
+            self._service.pipeline.abort,
+            "the server stops; try another or again later",
+            "draining",
         )
-        await super().shutdown(sockets)
+        await _all_of(super().shutdown(sockets), *(each.stop(seconds) for each in self._companions))
         late.cancel()
         # Tasks that were cancelled at the end of the drain get to answer their cancellation.
         await asyncio.sleep(0)
+
+
+async def _all_of(*ends: Coroutine[Any, Any, None]) -> None:
+    """Bring all to their end; one that fails keeps no other from it."""
+    for result in await asyncio.gather(*ends, return_exceptions=True):
+        if isinstance(result, Exception):
+            _log.error("closing failed", exc_info=result)
 
 
 def _available(package: Literal["uvloop", "httptools"]) -> Literal["uvloop", "httptools", "auto"]:

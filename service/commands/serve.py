@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import ssl
@@ -14,7 +15,7 @@ import click
 from service.api import create_app
 from service.errors import DataError
 from service.observability import configure_logging
-from service.server import Server, listen, url
+from service.server import Companion, Server, listen, url
 from service.settings import load_settings, unknown_variables
 
 _log = logging.getLogger("retinaserve")
@@ -35,9 +36,14 @@ def run(
     for name in unknown_variables(os.environ):
         # Whoever sets, say, a rate limit must not believe that there is one.
         _log.warning("%s is no setting of this version and does nothing", name)
-    with listen(settings.host, settings.port) as listener:
+    with contextlib.ExitStack() as ports:
+        # Every port before anything is loaded.
+        listener = ports.enter_context(listen(settings.host, settings.port))
         app = create_app(settings)
-        server = Server(app, root_path=root_path, certificate=certificate, key=key)
+        companions: list[Companion] = []
+        server = Server(
+            app, root_path=root_path, certificate=certificate, key=key, companions=companions
+        )
         try:
             server.config.load()
         except ssl.SSLError as error:
