@@ -39,6 +39,8 @@ class Service:
         batch = settings.max_batch_size or max(
             device.default_batch_size for device in self.hardware.devices
         )
+        self.max_batch_size = batch
+        """Most canvases in one inference: MAX_BATCH_SIZE, or what suits the devices."""
         self.metrics = Metrics()
         self.registry = open_registry(
             settings.models_dir,
