@@ -11,12 +11,11 @@ from collections.abc import MutableMapping
 from http import HTTPStatus
 from typing import Any, Final
 
-import orjson
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.bodies import ClientGone
 from service.observability import Metrics
-from service.problems import MEDIA_TYPE, http_problem
+from service.problems import http_problem, written
 from service.request_id import request_id
 
 _log = logging.getLogger("retinaserve.access")
@@ -123,9 +122,9 @@ def _request_id(scope: Scope) -> str:
 
 async def _send_problem(scope: Scope, name: str, send: Send, status: int, detail: str) -> None:
     document = http_problem(status, detail, instance=scope["path"], request_id=name)
-    content = orjson.dumps(document)
+    content, media_type = written(document)
     headers = [
-        (b"content-type", MEDIA_TYPE.encode()),
+        (b"content-type", media_type.encode()),
         (b"content-length", str(len(content)).encode()),
     ]
     if status == HTTPStatus.SERVICE_UNAVAILABLE:

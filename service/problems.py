@@ -1,7 +1,8 @@
-"""Errors as RFC 9457 problem details."""
+"""Errors as RFC 9457 problem details, and below /v2 as the Open Inference Protocol has them."""
 
 from __future__ import annotations
 
+import re
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -12,6 +13,8 @@ from service.errors import RetinaserveError, Unavailable
 
 MEDIA_TYPE: Final = "application/problem+json"
 _TYPE_PREFIX: Final = "urn:retinaserve:problem:"
+_INFERENCE_PROTOCOL: Final = re.compile(r"(/(?!v1(/|$))[^/]*)*?/v2(/|$)")
+"""Paths of that protocol, which may stand behind a prefix of a proxy's."""
 
 
 def problem(
@@ -59,8 +62,14 @@ def headers_of(error: RetinaserveError) -> dict[str, str]:
     return {}
 
 
+def written(document: dict[str, Any]) -> tuple[bytes, str]:
+    """A problem in the dialect of the path that it happened on, and its media type."""
+    if _INFERENCE_PROTOCOL.match(document["instance"]):
+        return orjson.dumps({"error": document["detail"]}), "application/json"
+    return orjson.dumps(document), MEDIA_TYPE
+
+
 def respond(document: dict[str, Any], headers: dict[str, str] | None = None) -> Response:
     """The problem as a response."""
-    return Response(
-        orjson.dumps(document), document["status"], media_type=MEDIA_TYPE, headers=headers
-    )
+    content, media_type = written(document)
+    return Response(content, document["status"], media_type=media_type, headers=headers)
