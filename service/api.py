@@ -10,6 +10,7 @@ from typing import Final
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from service.context import Service
 from service.devices import Hardware
@@ -18,9 +19,25 @@ from service.errors import InvalidParameter, RetinaserveError
 from service.problems import headers_of, http_problem, problem_of, respond
 from service.request_id import request_id
 from service.routes import batch, detect, docs, health, models, page
+from service.security.guard import Guard
+from service.security.headers import SecurityHeaders
 from service.settings import Settings
 
 _DESCRIPTION: Final = "Pictures in, detections out. Boxes are pixels of the original picture."
+_CORS_REQUEST_HEADERS: Final = (
+    "Authorization",
+    "Content-Type",
+    "Inference-Header-Content-Length",
+    "X-API-Key",
+    "X-Deadline-Ms",
+    "X-Request-Id",
+)
+_CORS_ANSWER_HEADERS: Final = (
+    "Inference-Header-Content-Length",
+    "Retry-After",
+    "Server-Timing",
+    "X-Request-Id",
+)
 
 
 def create_app(settings: Settings, *, hardware: Hardware | None = None) -> FastAPI:
@@ -48,7 +65,7 @@ def create_app(settings: Settings, *, hardware: Hardware | None = None) -> FastA
         redoc_url=None,
     )
     app.state.service = service
-    app.add_middleware(Envelope, metrics=service.metrics)
+    _add_layers(app, service)
     _add_error_handlers(app, service)
     for module in (detect, batch, health, models):
         module.add_routes(app, service)
@@ -63,6 +80,26 @@ def package_version() -> str:
         return version("retinaserve")
     except PackageNotFoundError:
         return "0"
+
+
+def _add_layers(app: FastAPI, service: Service) -> None:
+    """What lies around the routes, from the inside out."""
+    settings = service.settings
+    app.add_middleware(
+        Guard, gate=service.gate, metrics=service.metrics, open_metrics=settings.metrics_public
+    )
+    if settings.cors_origins:
+        # Outside the guard: a browser asks for permission without the key. Keys are headers and
+        # not cookies, so no page can use a key that it was not given.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=_CORS_REQUEST_HEADERS,
+            expose_headers=_CORS_ANSWER_HEADERS,
+        )
+    app.add_middleware(Envelope, metrics=service.metrics)
+    app.add_middleware(SecurityHeaders)
 
 
 def _add_error_handlers(app: FastAPI, service: Service) -> None:

@@ -14,6 +14,7 @@ from service.errors import Unavailable
 from service.observability import Metrics
 from service.pipeline import Pipeline
 from service.registry import open_registry
+from service.security.gate import Gate
 from service.security.keys import KeyStore
 from service.settings import Settings
 
@@ -35,6 +36,7 @@ class Service:
         path = settings.api_keys_file
         self.keys = None if path is None else KeyStore(path)
         """None: anybody may call."""
+        self.gate = Gate(self.keys, settings.rate_limit)
         self.hardware = resolve(settings.device) if hardware is None else hardware
         batch = settings.max_batch_size or max(
             device.default_batch_size for device in self.hardware.devices

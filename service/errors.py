@@ -33,6 +33,13 @@ class MalformedImage(RetinaserveError):
     title = "Malformed image"
 
 
+class Unauthorized(RetinaserveError):
+    """No key came with the request, or one that is not known."""
+
+    status = 401
+    title = "Unauthorized"
+
+
 class UnknownModel(RetinaserveError):
     """No such model or version."""
 
@@ -66,6 +73,17 @@ class InvalidParameter(RetinaserveError):
 
     status = 422
     title = "Invalid parameter"
+
+
+class RateLimited(RetinaserveError):
+    """This caller calls too often. `retry_after` is in seconds."""
+
+    status = 429
+    title = "Rate limited"
+
+    def __init__(self, message: str, *, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class Unavailable(RetinaserveError):

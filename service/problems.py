@@ -9,7 +9,7 @@ from typing import Any, Final
 import orjson
 from starlette.responses import Response
 
-from service.errors import RetinaserveError, Unavailable
+from service.errors import RateLimited, RetinaserveError, Unauthorized, Unavailable
 
 MEDIA_TYPE: Final = "application/problem+json"
 _TYPE_PREFIX: Final = "urn:retinaserve:problem:"
@@ -54,7 +54,9 @@ def http_problem(status: int, detail: str, *, instance: str, request_id: str) ->
 
 def headers_of(error: RetinaserveError) -> dict[str, str]:
     """Headers that go with an error."""
-    if isinstance(error, Unavailable):
+    if isinstance(error, Unauthorized):
+        return {"WWW-Authenticate": 'Bearer realm="retinaserve"'}
+    if isinstance(error, Unavailable | RateLimited):
         return {"Retry-After": str(max(1, round(error.retry_after)))}
     if error.status == HTTPStatus.REQUEST_TIMEOUT:
         # The rest of the body may come for a long time yet.

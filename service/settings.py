@@ -6,16 +6,19 @@ import re
 from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.errors import DataError
+from service.security.rate_limit import RATE_PATTERN
 
 ENV_PREFIX: Final = "RETINASERVE_"
 _KUBERNETES_LINK: Final = re.compile(r"(.+_)?(SERVICE_(HOST|PORT)|PORT_\d+_(TCP|UDP|SCTP)).*")
 """What follows the prefix in variables that describe a Kubernetes service of that name."""
+
+_ORIGIN: Final = re.compile(r"\*|https?://[^/?#\s@]+")
 
 
 def bundled_models() -> Path:
@@ -78,6 +81,15 @@ class Settings(BaseSettings):
     api_keys_file: Path | None = None
     """File of API keys, as `retinaserve keys` writes it. Once set, every call needs a key."""
 
+    rate_limit: str | None = Field(default=None, pattern=RATE_PATTERN)
+    """Most requests of one key (without keys: of one client address), as 100/s, 6000/m or 1000/h."""
+
+    metrics_public: bool = True
+    """Whether /metrics is open to those without a key."""
+
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = ()
+    """Web pages elsewhere that may call: https://a.example,https://b.example, or * for all."""
+
     log_format: Literal["text", "json"] = "text"
     """Lines for people, or one JSON object a line."""
 
@@ -92,6 +104,21 @@ class Settings(BaseSettings):
         if str(values.get("port", "")).startswith(("tcp://", "udp://")):
             return {name: value for name, value in values.items() if name != "port"}
         return values
+
+    @field_validator("cors_origins", mode="before")
+    @classmethod
+    def _split_origins(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins_are_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in value:
+            if _ORIGIN.fullmatch(origin) is None:
+                raise ValueError(f"{origin!r} is no origin; write https://host or https://host:port")
+        return value
 
     @field_validator("log_level", mode="before")
     @classmethod

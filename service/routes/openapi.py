@@ -116,14 +116,18 @@ class BatchAnswer(BaseModel):
 
 _PROBLEMS: Final = {
     400: "Malformed, truncated or empty picture or body.",
+    401: "Key missing or wrong.",
     404: "No such model or version.",
     408: "The body came too slowly.",
     413: "Too many bytes, pixels or tiles.",
     415: "Not a JPEG, PNG or WebP (by content), or an encoded body.",
     422: "A parameter is out of range or unknown.",
+    429: "This key calls too often; see Retry-After.",
     503: "Queue full, loading or draining; see Retry-After.",
     504: "Accepted, but late.",
 }
+
+_OF_EVERY_ROUTE: Final = (401, 429)
 
 _PICTURE: Final = {
     "model": {"name": "blood-cells", "version": 1},
@@ -245,7 +249,7 @@ def batch() -> dict[str, Any]:
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The errors of a route; all that there are by default."""
+    """The errors of a route: these and those of every route; all that there are by default."""
     schema = {"$ref": "#/components/schemas/Problem"}
     return {
         status: {
@@ -254,7 +258,7 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
             "content": {"application/problem+json": {"schema": schema}},
         }
         for status, text in _PROBLEMS.items()
-        if not statuses or status in statuses
+        if not statuses or status in (*statuses, *_OF_EVERY_ROUTE)
     }
 
 
