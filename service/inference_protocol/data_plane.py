@@ -1,0 +1,275 @@
+"""What an inference request means, whichever wire it came over: tensors in, tensors out."""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import math
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.artifact import MAX_DETECTIONS_CAP
+from service.canvas import Letterbox, Size
+from service.context import Service
+from service.detection import detect_one
+from service.detector import Detections
+from service.errors import MalformedRequest, RetinaserveError, UnknownModel
+from service.imaging import Prepared
+from service.inference_protocol.tensors import OUTPUT_NAMES, Buffer, Limits
+from service.pipeline import Servable
+from service.results import resolve
+
+Job = Callable[[], Coroutine[None, None, Detections]]
+
+TIMEOUT: Final = "timeout"
+"""Parameter: microseconds that the answer may take."""
+_THRESHOLDS: Final = ("score_threshold", "iou_threshold", "max_detections")
+_LONGEST_NUMBER: Final = 32
+_LONGEST_VERSION: Final = 9
+"""Digits; int() refuses thousands of them with an error of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class InferRequest:
+    """A request whose tensors have been read; `inputs` has numbers only."""
+
+    inputs: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    pictures: tuple[Buffer, ...] = ()
+    """Compressed, instead of the input `images`."""
+    parameters: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Thresholds:
+    score: float | None
+    iou: float | None
+    max_detections: int | None
+
+
+def find_model(service: Service, name: str, version: str = "") -> Servable:
+    """The model that a request names; without a version its highest that is ready.
+
+    Raises UnknownModel or Unavailable.
+    """
+    return service.registry.get(name, parse_version(name, version))
+
+
+def parse_version(name: str, version: str) -> int | None:
+    """The number of a version; None for "". Raises UnknownModel."""
+    if version == "":
+        return None
+    plausible = version.isascii() and version.isdecimal() and len(version) <= _LONGEST_VERSION
+    if not plausible or int(version) == 0:
+        raise UnknownModel(
+            f"model {name!r} has no version {version[:80]!r}; versions are whole numbers from 1"
+        )
+    return int(version)
+
+
+def limits_of(service: Service, model: Servable) -> Limits:
+    """The largest request that a model takes."""
+    return Limits(
+        batch=service.max_batch_size,
+        area=model.metadata.canvas.largest().area,
+        pictures=service.settings.max_batch_images,
+    )
+
+
+def check_outputs(names: Sequence[object]) -> tuple[str, ...]:
+    """The outputs that a request selects; all of them by default. Raises MalformedRequest."""
+    for name in names:
+        if name not in OUTPUT_NAMES:
+            raise MalformedRequest(
+                f"unknown output {str(name)[:80]!r}; there is {', '.join(OUTPUT_NAMES)}"
+            )
+        if names.count(name) > 1:
+            raise MalformedRequest(f"the output {name} is asked for more than once")
+    return tuple(str(name) for name in names) or OUTPUT_NAMES
+
+
+def earlier(limit: float, parameters: Mapping[str, object], *, arrived: float) -> float:
+    """`limit`, or what the parameter `timeout` allows if that is earlier. Raises MalformedRequest.
+
+    As Triton has it: microseconds from the arrival, and 0 stands for no limit of the client's own.
+    """
+    microseconds = _number(parameters.get(TIMEOUT, 0), TIMEOUT)
+    if not microseconds >= 0 or microseconds % 1:
+        raise MalformedRequest(
+            f"the parameter {TIMEOUT} is {microseconds:g}; it is a whole number of microseconds"
+        )
+    return limit if microseconds == 0 else min(limit, arrived + microseconds / 1e6)
+
+
+async def infer(
+    service: Service, model: Servable, request: InferRequest, limit: float
+) -> dict[str, NDArray[Any]]:
+    """Every output, in the order and with the dtypes of the model file.
+
+    The request holds one place in `service.pictures`; places for further pictures are taken here,
+    all or none. Canvases get what the file itself answers, pictures what /v1/detect answers.
+    `limit` is when an answer is too late. Raises MalformedRequest and what `detect_one` raises.
+    """
+    thresholds = _thresholds(request)
+    if request.pictures:
+        jobs = _picture_jobs(service, model, request.pictures, thresholds, limit)
+    else:
+        jobs = _canvas_jobs(service, model, request.inputs, thresholds, limit)
+    with ExitStack() as places:
+        for _ in jobs[1:]:
+            places.enter_context(service.pictures.slot())
+        found = await _all(jobs)
+    return _outputs(found)
+
+
+def _picture_jobs(
+    service: Service,
+    model: Servable,
+    pictures: Sequence[Buffer],
+    thresholds: _Thresholds,
+    limit: float,
+) -> list[Job]:
+    selection = resolve(
+        model.metadata,
+        score_threshold=thresholds.score,
+        iou_threshold=thresholds.iou,
+        max_detections=thresholds.max_detections,
+    )
+    # No more at a time than of a batch's pictures: other requests come in between.
+    window = asyncio.Semaphore(service.batch_window)
+
+    async def one(index: int, picture: Buffer) -> Detections:
+        async with window:
+            try:
+                answer = await detect_one(service, picture, model, selection, limit)
+            except RetinaserveError as error:
+                if len(pictures) > 1:
+                    error.args = (f"encoded_images[{index}]: {error}",)
+                raise
+            return answer.found
+
+    return [partial(one, index, picture) for index, picture in enumerate(pictures)]
+
+
+def _canvas_jobs(
+    service: Service,
+    model: Servable,
+    inputs: Mapping[str, NDArray[Any]],
+    thresholds: _Thresholds,
+    limit: float,
+) -> list[Job]:
+    defaults = model.metadata.thresholds
+    # The graph compares in float32: so must the filter after it.
+    score = float(np.float32(defaults.score if thresholds.score is None else thresholds.score))
+    iou = defaults.iou if thresholds.iou is None else thresholds.iou
+    most = thresholds.max_detections or defaults.max_detections
+
+    async def one(prepared: Prepared) -> Detections:
+        started = time.monotonic()
+        outcome = await service.pipeline.detect_canvas(
+            lambda: prepared, model, score=score, iou=iou, deadline=limit
+        )
+        # The graph may have run for others as well, with a lower threshold.
+        raw = outcome.detections
+        found = raw.pick(raw.scores > np.float32(score)).pick(slice(most))
+        classes = model.metadata.classes
+        counts = np.bincount(found.labels, minlength=len(classes)).tolist()
+        service.metrics.count_detections(model.name, classes, counts)
+        service.metrics.observe_stages(*outcome.timing, time.monotonic() - started)
+        return found
+
+    return [partial(one, prepared) for prepared in _canvases(inputs)]
+
+
+def _canvases(inputs: Mapping[str, NDArray[Any]]) -> list[Prepared]:
+    images = inputs["images"]
+    canvas = Size(*images.shape[1:3])
+    given = inputs.get("image_sizes", np.zeros((1, 2), dtype=np.int64))
+    prepared = []
+    for image, row in zip(images, np.broadcast_to(given, (len(images), 2)).tolist(), strict=True):
+        # As in the file, 0 stands for the whole side.
+        size = Size(row[0] or canvas.height, row[1] or canvas.width)
+        if not (0 < size.height <= canvas.height and 0 < size.width <= canvas.width):
+            raise MalformedRequest(
+                f"image_sizes: {row} does not lie on a canvas of {list(canvas)} (height, width)"
+            )
+        prepared.append(Prepared(canvas=image, letterbox=Letterbox(size, size, canvas)))
+    return prepared
+
+
+def _thresholds(request: InferRequest) -> _Thresholds:
+    for name in request.parameters:
+        # Misspelt, it would be ignored in silence, and the answer would look right.
+        meant = difflib.get_close_matches(name[:80], _THRESHOLDS, n=1, cutoff=0.8)
+        if meant and name not in _THRESHOLDS:
+            raise MalformedRequest(f"unknown parameter {name[:80]!r}; do you mean {meant[0]}?")
+    most = _bounded(request, "max_detections", 1, MAX_DETECTIONS_CAP)
+    if most is not None and most % 1:
+        raise MalformedRequest(f"max_detections: {most:g} is not a whole number")
+    return _Thresholds(
+        score=_bounded(request, "score_threshold", 0, 1),
+        iou=_bounded(request, "iou_threshold", 0, 1),
+        max_detections=None if most is None else int(most),
+    )
+
+
+def _bounded(request: InferRequest, name: str, least: int, most: int) -> float | None:
+    """A threshold, from a tensor or from a parameter."""
+    if name in request.inputs and name in request.parameters:
+        raise MalformedRequest(f"{name} is given twice: as an input and as a parameter")
+    if name in request.inputs:
+        value = float(request.inputs[name][0])
+    elif name in request.parameters:
+        value = _number(request.parameters[name], name)
+    else:
+        return None
+    if not least <= value <= most:
+        raise MalformedRequest(f"{name}: {value:g} is not in {least}..{most}")
+    return value
+
+
+def _number(value: object, name: str) -> float:
+    # As text too: not every gRPC client knows parameters that are numbers with a fraction.
+    if isinstance(value, str) and len(value) <= _LONGEST_NUMBER:
+        try:
+            value = float(value)
+        except ValueError:
+            value = None
+    # A bool is an int to Python.
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise MalformedRequest(f"the parameter {name} must be a number")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise MalformedRequest(f"the parameter {name} must be a finite number")
+    return number
+
+
+async def _all(jobs: Sequence[Job]) -> list[Detections]:
+    """Every result in order; the first failure ends the other jobs and is raised."""
+    if len(jobs) == 1:
+        return [await jobs[0]()]
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(job()) for job in jobs]
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
+def _outputs(found: Sequence[Detections]) -> dict[str, NDArray[Any]]:
+    counts = [len(each) for each in found]
+    return {
+        "image_index": np.repeat(np.arange(len(found), dtype=np.int64), counts),
+        "boxes": np.concatenate([each.boxes for each in found]),
+        "scores": np.concatenate([each.scores for each in found]),
+        "labels": np.concatenate([each.labels for each in found]),
+    }

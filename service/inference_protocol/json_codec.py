@@ -1,0 +1,232 @@
+"""Requests and answers as the REST dialect writes them: JSON, with binary data behind it.
+
+With the binary tensor data extension a body is a JSON header, whose length an HTTP header tells,
+and the raw bytes of those tensors that say `binary_data_size`, in the header's order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import orjson
+from numpy.typing import NDArray
+
+from service.bodies import Body, decode_base64
+from service.errors import MalformedRequest
+from service.inference_protocol import tensors
+from service.inference_protocol.data_plane import InferRequest, check_outputs
+from service.inference_protocol.tensors import (
+    INPUTS,
+    OUTPUT_NAMES,
+    OUTPUTS,
+    PICTURES,
+    Buffer,
+    Declared,
+    Limits,
+)
+
+HEADER_LENGTH: Final = "Inference-Header-Content-Length"
+
+_MAX_BRACES: Final = 10_000
+_SPARE_COMMAS: Final = 10_000
+"""Commas that a request may have besides those of one full batch, given as numbers. A value of two
+characters makes up to 60 bytes of memory, and the interpreter stands still while it is made."""
+_SHARED_MEMORY: Final = "shared_memory_region"
+_CLASSIFICATION: Final = "classification"
+
+
+@dataclass(frozen=True, slots=True)
+class Parsed:
+    """What a body asks for."""
+
+    request: InferRequest
+    id: str | None
+    outputs: tuple[str, ...]
+    binary: frozenset[str]
+    """Those of the outputs that come back as raw bytes."""
+
+
+def parse(body: Body, header_length: str | None, limits: Limits) -> Parsed:
+    """Take a body apart. Raises MalformedRequest or TooLarge."""
+    header, binary = _split(body, header_length)
+    document = _load(header, limits)
+    inputs = _list_of_objects(document, "inputs")
+    if not 0 < len(inputs) <= len(INPUTS):
+        raise MalformedRequest(f"inputs: {len(inputs)} are given; there are 1 to {len(INPUTS)}")
+    declared = [
+        tensors.declare(each.get("name"), each.get("datatype"), each.get("shape"), limits)
+        for each in inputs
+    ]
+    tensors.check_together(declared)
+    parameters = _parameters(document, "the request")
+    numbers, pictures = _read(inputs, declared, binary)
+    outputs, raw = _requested(document, parameters)
+    return Parsed(InferRequest(numbers, pictures, parameters), _id(document), outputs, raw)
+
+
+def write(
+    parsed: Parsed, outputs: Mapping[str, NDArray[Any]], *, model: str, version: int
+) -> tuple[bytes, int | None]:
+    """The body of an answer; and the length of its JSON where raw bytes follow it."""
+    described = []
+    blobs = []
+    for name, datatype, _ in (each for each in OUTPUTS if each.name in parsed.outputs):
+        values = outputs[name]
+        entry: dict[str, Any] = {"name": name, "datatype": datatype, "shape": list(values.shape)}
+        if name in parsed.binary:
+            blob = values.astype(tensors.DTYPES[datatype], copy=False).tobytes()
+            entry["parameters"] = {"binary_data_size": len(blob)}
+            blobs.append(blob)
+        else:
+            entry["data"] = values.ravel()
+        described.append(entry)
+    document: dict[str, Any] = {"model_name": model, "model_version": str(version)}
+    if parsed.id is not None:
+        document["id"] = parsed.id
+    document["outputs"] = described
+    header = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
+    if not parsed.binary:
+        return header, None
+    return b"".join((header, *blobs)), len(header)
+
+
+def _split(body: Body, header_length: str | None) -> tuple[Body, memoryview]:
+    if header_length is None:
+        return body, memoryview(b"")
+    # int() refuses thousands of digits, with an error of its own.
+    plausible = header_length.isascii() and header_length.isdecimal() and len(header_length) < 16
+    if not plausible or int(header_length) > len(body):
+        raise MalformedRequest(
+            f"{HEADER_LENGTH} is {header_length[:32]!r}; it is the length of the JSON part of the "
+            f"body, which has {len(body)} bytes"
+        )
+    view = memoryview(body)
+    return bytes(view[: int(header_length)]), view[int(header_length) :]
+
+
+def _load(header: Body, limits: Limits) -> dict[str, Any]:
+    most = _SPARE_COMMAS + 3 * limits.batch * limits.area
+    if header.count(b",") > most or header.count(b"{") > _MAX_BRACES:
+        raise MalformedRequest(
+            f"the JSON holds more than {most} values or {_MAX_BRACES} objects; "
+            "send large tensors as binary data"
+        )
+    try:
+        document = orjson.loads(header)
+    except orjson.JSONDecodeError as error:
+        raise MalformedRequest(f"the request is not valid JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise MalformedRequest("the request must be a JSON object")
+    return document
+
+
+def _list_of_objects(document: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+    found = document.get(name)
+    if found is None:
+        return []
+    if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
+        raise MalformedRequest(f"{name} must be a list of objects")
+    return found
+
+
+def _parameters(owner: Mapping[str, Any], whose: str) -> dict[str, Any]:
+    found = owner.get("parameters")
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise MalformedRequest(f"the parameters of {whose} must be an object")
+    return found
+
+
+def _id(document: Mapping[str, Any]) -> str | None:
+    found = document.get("id")
+    if found is not None and not isinstance(found, str):
+        raise MalformedRequest("id must be a string")
+    return found
+
+
+def _read(
+    inputs: list[dict[str, Any]], declared: list[Declared], binary: memoryview
+) -> tuple[dict[str, NDArray[Any]], tuple[Buffer, ...]]:
+    numbers: dict[str, NDArray[Any]] = {}
+    pictures: tuple[Buffer, ...] = ()
+    position = 0
+    for entry, each in zip(inputs, declared, strict=True):
+        size = _binary_size(entry, each, len(binary) - position)
+        raw = None if size is None else binary[position : position + size]
+        position += size or 0
+        if each.name == PICTURES:
+            if raw is None:
+                pictures = _base64_elements(each, entry["data"])
+            else:
+                pictures = tensors.elements(each, raw)
+        elif raw is None:
+            numbers[each.name] = tensors.from_values(each, entry["data"])
+        else:
+            numbers[each.name] = tensors.from_raw(each, raw)
+    if position != len(binary):
+        raise MalformedRequest(
+            f"{len(binary)} bytes follow the JSON, but the inputs' binary_data_size add up to "
+            f"{position}"
+        )
+    return numbers, pictures
+
+
+def _binary_size(entry: Mapping[str, Any], declared: Declared, left: int) -> int | None:
+    """How many raw bytes hold an input; None when its data stands in the JSON."""
+    parameters = _parameters(entry, declared.name)
+    if _SHARED_MEMORY in parameters:
+        raise MalformedRequest(f"{declared.name}: there is no shared memory; send the data")
+    size = parameters.get("binary_data_size")
+    if (size is None) == ("data" not in entry):
+        raise MalformedRequest(
+            f"{declared.name}: give either data or the parameter binary_data_size"
+        )
+    if size is None:
+        return None
+    # A bool is an int to Python.
+    if type(size) is not int or not 0 <= size <= left:
+        raise MalformedRequest(
+            f"{declared.name}: binary_data_size is {str(size)[:32]}, but {left} bytes are left for "
+            f"it; is {HEADER_LENGTH} right?"
+        )
+    return size
+
+
+def _base64_elements(declared: Declared, values: object) -> tuple[Buffer, ...]:
+    while isinstance(values, list) and values and isinstance(values[0], list):
+        # A column of pictures.
+        values = [each for inner in values if isinstance(inner, list) for each in inner]
+    if not isinstance(values, list):
+        raise MalformedRequest(f"{declared.name}: data must be a list of base64 strings")
+    checked = tensors.check_count(declared, values)
+    return tuple(decode_base64(each) for each in checked)
+
+
+def _requested(
+    document: Mapping[str, Any], parameters: Mapping[str, Any]
+) -> tuple[tuple[str, ...], frozenset[str]]:
+    entries = _list_of_objects(document, "outputs")
+    names = check_outputs([entry.get("name") for entry in entries])
+    by_default = _flag(parameters, "binary_data_output", default=False)
+    if not entries:
+        return names, frozenset(OUTPUT_NAMES if by_default else ())
+    binary = set()
+    for entry in entries:
+        own = _parameters(entry, entry["name"])
+        if _CLASSIFICATION in own or _SHARED_MEMORY in own:
+            raise MalformedRequest(
+                f"{entry['name']}: neither {_CLASSIFICATION} nor shared memory is offered"
+            )
+        if _flag(own, "binary_data", default=by_default):
+            binary.add(entry["name"])
+    return names, frozenset(binary)
+
+
+def _flag(parameters: Mapping[str, Any], name: str, *, default: bool) -> bool:
+    value = parameters.get(name, default)
+    if not isinstance(value, bool):
+        raise MalformedRequest(f"the parameter {name} must be true or false")
+    return value
