@@ -1,8 +1,8 @@
-"""The queue between requests and a device: first in, first out, in batches of equal kind.
+"""The queue between requests and a device: batches of equal kind, the urgent before the bulk.
 
 Pictures can share an inference only when model, canvas and IoU threshold are equal, so the queue
-keeps one lane for each such key. A free device takes the lane whose head waited longest, so that
-no kind of picture starves another.
+keeps a lane for each such key and urgency. A free device takes the urgent lane whose head waited
+longest, so that no kind of picture starves another; bulk gets every so many turns of its own.
 """
 
 from __future__ import annotations
@@ -10,12 +10,22 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from enum import IntEnum
+from typing import Final, Generic, NamedTuple, Protocol, TypeVar
 
-from service.errors import Unavailable
+URGENT_TURNS: Final = 7
+"""Batches that may go before bulk which waits, then bulk has its turn."""
+
+
+class Urgency(IntEnum):
+    """Who goes first."""
+
+    INTERACTIVE = 0
+    """Somebody waits for this one picture."""
+    BULK = 1
+    """One of many pictures of a request."""
 
 
 class Waiting(Protocol):
@@ -24,6 +34,10 @@ class Waiting(Protocol):
     @property
     def key(self) -> Hashable:
         """Only items of equal key share a batch."""
+
+    @property
+    def urgency(self) -> Urgency:
+        """Whether it goes before others."""
 
     @property
     def deadline(self) -> float:
@@ -37,6 +51,11 @@ class Waiting(Protocol):
 Item = TypeVar("Item", bound=Waiting)
 
 
+Sizing = Callable[[Hashable, int, float], int]
+"""How many to take at once: of a key, of so many that wait, the oldest of which has so many seconds
+left."""
+
+
 @dataclass(frozen=True, slots=True)
 class Policy:
     """How batches are made."""
@@ -44,6 +63,19 @@ class Policy:
     max_batch_size: int = 1
     max_delay: float = 0.0
     """Seconds that the oldest item may wait for its batch to fill; 0: a free device never waits."""
+
+
+class Lane(NamedTuple):
+    """How many items of one kind wait."""
+
+    key: Hashable
+    urgency: Urgency
+    length: int
+
+
+class _Kind(NamedTuple):
+    key: Hashable
+    urgency: Urgency
 
 
 @dataclass(slots=True)
@@ -54,19 +86,27 @@ class _Ticket(Generic[Item]):
 
 
 class BatchQueue(Generic[Item]):
-    """A thread-safe queue that is emptied in batches. It does not bound itself: see Admission."""
+    """A thread-safe queue that is emptied in batches. It does not bound itself: see admission."""
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, sizing: Sizing | None = None) -> None:
+        """Batches are as large as the policy allows, or as `sizing` says."""
         self._policy = policy
+        self._sizing = sizing
         self._condition = threading.Condition()
         # Ordered by arrival; an OrderedDict gives both ends and any middle in constant time.
-        self._lanes: dict[Hashable, OrderedDict[int, _Ticket[Item]]] = {}
+        self._lanes: dict[_Kind, OrderedDict[int, _Ticket[Item]]] = {}
         self._arrivals = 0
         self._length = 0
+        self._urgent_turns = 0
         self._closed = False
 
     def __len__(self) -> int:
         return self._length
+
+    def lanes(self) -> list[Lane]:
+        """What waits."""
+        with self._condition:
+            return [Lane(*kind, len(lane)) for kind, lane in self._lanes.items()]
 
     def push(self, item: Item) -> None:
         """Append an item. After `close` it is dropped: nobody will come for it."""
@@ -74,7 +114,7 @@ class BatchQueue(Generic[Item]):
             if self._closed:
                 return
             self._arrivals += 1
-            lane = self._lanes.setdefault(item.key, OrderedDict())
+            lane = self._lanes.setdefault(_Kind(item.key, item.urgency), OrderedDict())
             lane[id(item)] = _Ticket(item, self._arrivals, time.monotonic())
             self._length += 1
             self._condition.notify()
@@ -82,12 +122,13 @@ class BatchQueue(Generic[Item]):
     def remove(self, item: Item) -> bool:
         """Take an item out before its turn. False when it is not (or no longer) here."""
         with self._condition:
-            lane = self._lanes.get(item.key)
+            kind = _Kind(item.key, item.urgency)
+            lane = self._lanes.get(kind)
             if lane is None or lane.pop(id(item), None) is None:
                 return False
             self._length -= 1
             if not lane:
-                del self._lanes[item.key]
+                del self._lanes[kind]
             return True
 
     def take(self) -> list[Item]:
@@ -100,7 +141,7 @@ class BatchQueue(Generic[Item]):
                 now = time.monotonic()
                 head, pause = self._ripest(now)
                 if head is not None:
-                    if batch := self._pop(head.key, now):
+                    if batch := self._pop(head, now):
                         return batch
                     # All of it was abandoned at this very moment; an empty list would mean the end.
                     continue
@@ -116,87 +157,70 @@ class BatchQueue(Generic[Item]):
 
     def _ripest(self, now: float) -> tuple[Item | None, float | None]:
         """The head of the lane to serve now, or how long until there is one (None: unknown)."""
-        best: _Ticket[Item] | None = None
+        best: dict[Urgency, _Ticket[Item]] = {}
         pause: float | None = None
-        for key in list(self._lanes):
-            head = self._head(key, now)
+        for kind in list(self._lanes):
+            head = self._head(kind, now)
             if head is None:
                 continue
             rest = head.arrived + self._policy.max_delay - now
-            full = len(self._lanes[key]) >= self._policy.max_batch_size
+            full = len(self._lanes[kind]) >= self._policy.max_batch_size
             if rest <= 0 or full or self._closed:
-                if best is None or head.number < best.number:
-                    best = head
+                rival = best.get(kind.urgency)
+                if rival is None or head.number < rival.number:
+                    best[kind.urgency] = head
             elif pause is None or rest < pause:
                 pause = rest
-        return (None, pause) if best is None else (best.item, None)
+        if not best:
+            return None, pause
+        return best[self._turn(best)].item, None
 
-    def _head(self, key: Hashable, now: float) -> _Ticket[Item] | None:
+    def _turn(self, best: dict[Urgency, _Ticket[Item]]) -> Urgency:
+        """Whose turn it is."""
+        if len(best) == 1:
+            return next(iter(best))
+        return Urgency.BULK if self._urgent_turns >= URGENT_TURNS else Urgency.INTERACTIVE
+
+    def _head(self, kind: _Kind, now: float) -> _Ticket[Item] | None:
         """The oldest item of a lane that is still worth its time; older ones are dropped."""
-        lane = self._lanes[key]
+        lane = self._lanes.get(kind)
+        if lane is None:
+            return None
         while lane:
             head = next(iter(lane.values()))
             if _worth(head.item, now):
                 return head
             lane.popitem(last=False)
             self._length -= 1
-        del self._lanes[key]
+        del self._lanes[kind]
         return None
 
-    def _pop(self, key: Hashable, now: float) -> list[Item]:
+    def _pop(self, first: Item, now: float) -> list[Item]:
+        """A batch that begins with the lane of `first`, filled up from the other urgency's."""
+        size = self._size(first, now)
         batch: list[Item] = []
-        while len(batch) < self._policy.max_batch_size:
-            head = self._head(key, now)
-            if head is None:
-                return batch
-            self._lanes[key].popitem(last=False)
-            self._length -= 1
-            batch.append(head.item)
-        if not self._lanes[key]:
-            del self._lanes[key]
+        others = [urgency for urgency in Urgency if urgency != first.urgency]
+        for urgency in (first.urgency, *others):
+            kind = _Kind(first.key, urgency)
+            while len(batch) < size and (head := self._head(kind, now)) is not None:
+                self._lanes[kind].popitem(last=False)
+                self._length -= 1
+                batch.append(head.item)
+            if not self._lanes.get(kind, True):
+                del self._lanes[kind]
+        if batch:
+            served = any(item.urgency is Urgency.BULK for item in batch)
+            self._urgent_turns = 0 if served else self._urgent_turns + 1
         return batch
+
+    def _size(self, first: Item, now: float) -> int:
+        most = self._policy.max_batch_size
+        if self._sizing is None:
+            return most
+        kinds = (_Kind(first.key, urgency) for urgency in Urgency)
+        waiting = sum(len(self._lanes.get(kind, ())) for kind in kinds)
+        return max(1, min(most, self._sizing(first.key, waiting, first.deadline - now)))
 
 
 def _worth(item: Waiting, now: float) -> bool:
     return not item.abandoned and item.deadline > now
-
-
-class Admission:
-    """Bounds how many pictures the service holds, from arrival to answer. One event loop's."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.held = 0
-
-    def check(self) -> None:
-        """Raise Unavailable when there is no room, before anything was spent on the request."""
-        if self.held >= self.limit:
-            raise Unavailable(
-                f"the queue is full ({self.limit} pictures); try again in a second",
-                reason="queue-full",
-            )
-
-    @contextmanager
-    def slot(self) -> Iterator[None]:
-        """Hold one picture's place. Raises Unavailable when there is no room."""
-        self.check()
-        self.held += 1
-        try:
-            yield
-        finally:
-            self.held -= 1
-
-    @contextmanager
-    def more(self, places: int) -> Iterator[None]:
-        """Hold further places, for a picture's tiles: all, or Unavailable is raised."""
-        if self.held + places > self.limit:
-            raise Unavailable(
-                f"the queue has room for {self.limit - self.held} more of the picture's "
-                f"{places + 1} canvases; try again in a second, or with larger tiles",
-                reason="queue-full",
-            )
-        self.held += places
-        try:
-            yield
-        finally:
-            self.held -= places

@@ -8,7 +8,8 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
-from service.batching import Admission, Policy
+from service.admission import Admission
+from service.batching import Policy
 from service.devices import Hardware, cpu_count, resolve
 from service.errors import Unavailable
 from service.observability import Metrics
@@ -56,8 +57,13 @@ class Service:
             decode_threads=threads,
             policy=Policy(batch, settings.max_queue_delay_ms / 1e3),
             on_batch=self.metrics.batch_size.observe,
+            watchdog_seconds=settings.watchdog_seconds,
         )
-        self.pictures = Admission(settings.max_queue_size)
+        self.pictures = Admission(
+            settings.max_queue_size,
+            bytes_limit=settings.max_queue_bytes,
+            pause=self.pipeline.wait,
+        )
         self.uploads = Admission(settings.max_queue_size)
         """Bodies that are arriving: bounded too, so that slow clients cannot fill the memory."""
         self.batch_window = min(

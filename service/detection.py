@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from service.batching import Urgency
 from service.canvas import Buckets, ShortSide, Size
 from service.context import Service
 from service.detector import Detections
@@ -38,6 +39,7 @@ async def detect_one(
     selection: Selection,
     limit: float,
     tile: Tile = "off",
+    urgency: Urgency = Urgency.INTERACTIVE,
 ) -> Answer:
     """Detect on a picture that holds a place in `service.pictures`, and count it.
 
@@ -46,9 +48,9 @@ async def detect_one(
     """
     started = time.monotonic()
     if tile == "off":
-        answer = await _whole(service, picture, model, selection, limit)
+        answer = await _whole(service, picture, model, selection, limit, urgency)
     else:
-        answer = await _tiled(service, picture, model, selection, limit, tile)
+        answer = await _tiled(service, picture, model, selection, limit, tile, urgency)
     classes = model.metadata.classes
     counts = np.bincount(answer.found.labels, minlength=len(classes)).tolist()
     service.metrics.count_detections(model.name, classes, counts)
@@ -62,6 +64,7 @@ async def _whole(
     model: Servable,
     selection: Selection,
     limit: float,
+    urgency: Urgency,
 ) -> Answer:
     outcome = await service.pipeline.detect(
         picture,
@@ -70,6 +73,7 @@ async def _whole(
         iou=selection.iou,
         deadline=limit,
         max_pixels=service.settings.max_image_pixels,
+        urgency=urgency,
     )
     found = select(outcome.detections, outcome.letterbox, selection)
     return Answer(outcome.letterbox.original, found, outcome.timing, None)
@@ -82,20 +86,24 @@ async def _tiled(
     selection: Selection,
     limit: float,
     tile: Tile,
+    urgency: Urgency,
 ) -> Answer:
     arrived, rule = time.monotonic(), model.metadata.canvas
     try:
         async with asyncio.timeout(max(0.0, limit - arrived)):
             chosen = await service.off_loop(_plan, service, picture, model, tile)
             if chosen.count == 1:
-                answer = await _whole(service, picture, model, selection, limit)
+                answer = await _whole(service, picture, model, selection, limit, urgency)
                 return answer._replace(canvases=1)
+            service.pipeline.admit(model, limit, pictures=chosen.count, urgency=urgency)
             with service.pictures.more(chosen.count - 1):
                 async with service.decoded_pictures:
                     started = time.monotonic()
                     canvases = await service.off_loop(_lay_out, service, picture, chosen, rule)
                     decode = time.monotonic() - started
-                    found, timing = await _views(service, canvases, model, selection, limit)
+                    found, timing = await _views(
+                        service, canvases, model, selection, limit, urgency
+                    )
     except TimeoutError:
         raise DeadlineExceeded("the deadline passed before every tile was done") from None
     service.metrics.tiles.inc(chosen.count)
@@ -118,7 +126,12 @@ def _lay_out(
 
 
 async def _views(
-    service: Service, canvases: Canvases, model: Servable, selection: Selection, limit: float
+    service: Service,
+    canvases: Canvases,
+    model: Servable,
+    selection: Selection,
+    limit: float,
+    urgency: Urgency,
 ) -> tuple[Detections, Timing]:
     """Every view through the pipeline, and what they give together."""
     started = time.monotonic()
@@ -128,7 +141,12 @@ async def _views(
     async def one(make: Callable[[], Prepared]) -> Outcome:
         async with window:
             return await service.pipeline.detect_canvas(
-                make, model, score=selection.lowest_score, iou=selection.iou, deadline=limit
+                make,
+                model,
+                score=selection.lowest_score,
+                iou=selection.iou,
+                deadline=limit,
+                urgency=urgency,
             )
 
     outcomes = await _all([one(make) for make in canvases.makers])

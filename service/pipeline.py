@@ -6,26 +6,32 @@ A picture passes from thread to thread without the event loop, which wakes only 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-import threading
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, NamedTuple
 
 import numpy as np
 
+from service.admission import Caution, refuse_late
 from service.artifact import Artifact, Metadata
-from service.batching import BatchQueue, Policy
+from service.batching import URGENT_TURNS, BatchQueue, Lane, Policy, Urgency
 from service.canvas import Letterbox, Size
+from service.cost import Costs
 from service.detector import Detections, Detector
 from service.errors import DeadlineExceeded, InferenceFailed, RetinaserveError, Unavailable
 from service.imaging import Prepared, prepare
 from service.request_id import request_id
+from service.workers import Watchdog, Worker
 
 _log = logging.getLogger("retinaserve.pipeline")
 _JOIN_SECONDS: Final = 0.5
+_NEWS: Final = 0.1
+"""Share of the newest picture in what is known of decoding."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,11 +42,19 @@ class Servable:
     version: int
     artifact: Artifact
     detectors: tuple[Detector, ...]
+    costs: Costs = field(default_factory=Costs, repr=False)
 
     @property
     def metadata(self) -> Metadata:
         """What the file says of itself."""
         return self.artifact.metadata
+
+    def measure(self) -> None:
+        """Time one picture on each canvas, so that the first ones are not let in blindly."""
+        for canvas in self.metadata.canvas.all_canvases() or ():
+            started = time.monotonic()
+            self.detectors[0].warm(canvas)
+            self.costs.observe(canvas, 1, time.monotonic() - started)
 
 
 class BatchKey(NamedTuple):
@@ -81,6 +95,7 @@ class Work:
     iou: float
     deadline: float
     """On the clock of `time.monotonic`."""
+    urgency: Urgency
     future: asyncio.Future[Outcome]
     arrived: float = field(default_factory=time.monotonic)
     request_id: str = field(default_factory=request_id.get)
@@ -89,10 +104,10 @@ class Work:
     decode_seconds: float = 0.0
 
     @property
-    def key(self) -> BatchKey | None:
-        """None before decoding: any order will do there but the order of arrival."""
+    def key(self) -> BatchKey | Servable:
+        """Before decoding only the model is known."""
         if self.prepared is None:
-            return None
+            return self.model
         return BatchKey(self.model, self.prepared.letterbox.canvas, self.iou)
 
     def fail(self, error: RetinaserveError) -> None:
@@ -115,21 +130,32 @@ class Pipeline:
         decode_threads: int,
         policy: Policy,
         on_batch: Callable[[int], None],
+        watchdog_seconds: float = math.inf,
     ) -> None:
-        """`on_batch` hears the size of every batch, in the device's thread."""
+        """`on_batch` hears the size of every batch, in the device's thread.
+
+        A batch that takes longer than `watchdog_seconds` is taken for the end of its device.
+        """
         self.fatal: str | None = None
         """Why the device will not answer again, once that is known."""
         self._on_batch = on_batch
+        self._policy = policy
         self._pending: set[Work] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._arrived: BatchQueue[Work] = BatchQueue(Policy())
-        self._ready: BatchQueue[Work] = BatchQueue(policy)
-        self._threads = [
-            threading.Thread(target=self._decode_forever, name=f"decode-{i}", daemon=True)
-            for i in range(decode_threads)
-        ] + [
-            threading.Thread(target=self._infer_forever, args=(i,), name=f"device-{i}", daemon=True)
+        self._ready: BatchQueue[Work] = BatchQueue(policy, self._batch_size)
+        self._decoders = [
+            Worker(f"decode-{i}", self._decode_forever) for i in range(decode_threads)
+        ]
+        self._devices = [
+            Worker(f"device-{i}", partial(self._infer_forever, i), limit=watchdog_seconds)
             for i in range(devices)
         ]
+        self._workers = (*self._decoders, *self._devices)
+        self._watchdog = Watchdog(self._workers, on_death=self._died, on_wedge=self._wedged)
+        self._decode_seconds = 0.0
+        """What decoding a picture takes, recent ones weighing more."""
+        self._caution = Caution()
 
     @property
     def depth(self) -> int:
@@ -138,22 +164,66 @@ class Pipeline:
 
     def start(self) -> None:
         """Start the threads."""
-        for thread in self._threads:
-            thread.start()
+        for worker in self._workers:
+            worker.start()
+        self._watchdog.start()
 
-    def abort(self, reason: str) -> None:
-        """Answer everyone who waits with Unavailable. On the event loop."""
+    def abort(self, reason: str, word: str) -> None:
+        """Answer everyone who waits with Unavailable; `word` is its reason. On the event loop."""
         for work in self._pending:
-            work.fail(Unavailable(reason, reason="draining"))
+            work.fail(Unavailable(reason, reason=word))
 
     def close(self) -> None:
         """Stop the threads once they finished what they hold."""
+        self._watchdog.close()
         self._arrived.close()
         self._ready.close()
         limit = time.monotonic() + _JOIN_SECONDS
-        for thread in self._threads:
-            if thread.ident is not None:
-                thread.join(max(0.0, limit - time.monotonic()))
+        for worker in self._workers:
+            if worker.thread.ident is not None:
+                worker.thread.join(max(0.0, limit - time.monotonic()))
+
+    def wait(self, urgency: Urgency = Urgency.INTERACTIVE) -> float:
+        """How many seconds, by what is known, until a picture that comes now has its turn.
+
+        0 when it would not wait at all. Any thread.
+        """
+        now = time.monotonic()
+        arrived, ready = self._arrived.lanes(), self._ready.lanes()
+        seconds = sum(_rest(worker, now) for worker in self._devices)
+        seconds += sum(work.model.costs.of().seconds(1) for work in _held(self._decoders))
+        bulk = [self._seconds(lane) for lane in (*arrived, *ready) if lane.urgency > urgency]
+        before = [lane for lane in (*arrived, *ready) if lane.urgency <= urgency]
+        urgent = sum(map(self._seconds, before))
+        # Bulk has a turn now and then.
+        seconds += urgent + min(sum(bulk), urgent / URGENT_TURNS)
+        decodes = sum(lane.length for lane in arrived if lane.urgency <= urgency)
+        decoding = self._decode_seconds * decodes / len(self._decoders)
+        return max(seconds / len(self._devices), decoding)
+
+    def admit(
+        self,
+        model: Servable,
+        deadline: float,
+        *,
+        pictures: int = 1,
+        urgency: Urgency = Urgency.INTERACTIVE,
+    ) -> float:
+        """Let pictures in if they will be done by `deadline`. Returns the seconds that they need.
+
+        Raises Unavailable.
+        """
+        if self.fatal is not None:
+            raise Unavailable(self.fatal, reason="device-lost", retry_after=30.0)
+        rounds = math.ceil(pictures / len(self._devices))
+        alone = model.costs.fastest * rounds
+        wait = self.wait(urgency)
+        needed = wait + self._decode_seconds + model.costs.of().seconds(1) * rounds
+        # An idle service lets in whatever is not hopeless: what it has learnt may be out of date,
+        # and only work can tell.
+        finish = self._caution.stretch(needed) if wait else alone
+        refuse_late(finish=finish, left=deadline - time.monotonic(), alone=alone)
+        return needed
 
     async def detect(
         self,
@@ -164,13 +234,24 @@ class Pipeline:
         iou: float,
         deadline: float,
         max_pixels: int,
+        urgency: Urgency = Urgency.INTERACTIVE,
     ) -> Outcome:
         """Detect on one compressed picture. Leaves the queue at once when cancelled or late.
 
-        Raises what `imaging.prepare` raises, DeadlineExceeded, or InferenceFailed.
+        Raises what `admit` and `imaging.prepare` raise, DeadlineExceeded, or InferenceFailed.
         """
+        needed = self.admit(model, deadline, urgency=urgency)
+        started = time.monotonic()
         make = partial(prepare, data, model.metadata.canvas, max_pixels=max_pixels)
-        return await self.detect_canvas(make, model, score=score, iou=iou, deadline=deadline)
+        try:
+            outcome = await self.detect_canvas(
+                make, model, score=score, iou=iou, deadline=deadline, urgency=urgency
+            )
+        except DeadlineExceeded:
+            self._learn(urgency, needed, time.monotonic() - started)
+            raise
+        self._learn(urgency, needed, time.monotonic() - started)
+        return outcome
 
     async def detect_canvas(
         self,
@@ -180,11 +261,17 @@ class Pipeline:
         score: float,
         iou: float,
         deadline: float,
+        urgency: Urgency = Urgency.INTERACTIVE,
     ) -> Outcome:
-        """Detect on the canvas that `make` makes, in a decode thread. Otherwise as `detect`."""
-        loop = asyncio.get_running_loop()
+        """Detect on the canvas that `make` makes, in a decode thread. Otherwise as `detect`.
+
+        Whoever calls this has called `admit`.
+        """
+        if self.fatal is not None:
+            raise Unavailable(self.fatal, reason="device-lost", retry_after=30.0)
+        loop = self._loop = asyncio.get_running_loop()
         future: asyncio.Future[Outcome] = loop.create_future()
-        work = Work(make, model, score, iou, deadline, future)
+        work = Work(make, model, score, iou, deadline, urgency, future)
         timer = loop.call_later(max(0.0, deadline - time.monotonic()), work.expire)
         self._pending.add(work)
         self._arrived.push(work)
@@ -204,10 +291,48 @@ class Pipeline:
         if not self._arrived.remove(work):
             self._ready.remove(work)
 
-    def _decode_forever(self) -> None:
+    def _learn(self, urgency: Urgency, needed: float, actual: float) -> None:
+        # Bulk is overtaken by what comes after it, which says nothing about the prediction.
+        if urgency is Urgency.INTERACTIVE:
+            self._caution.observe(predicted=needed, actual=actual)
+
+    def _batch_size(self, key: Hashable, waiting: int, left: float) -> int:
+        assert isinstance(key, BatchKey), "only decoded pictures reach a device"
+        cost = key.model.costs.of(key.canvas)
+        return cost.try_batch(waiting, most=self._policy.max_batch_size, left=left)
+
+    def _seconds(self, lane: Lane) -> float:
+        """What the pictures of a lane will take, one batch after the other."""
+        if isinstance(lane.key, BatchKey):
+            cost = lane.key.model.costs.of(lane.key.canvas)
+        else:
+            assert isinstance(lane.key, Servable), "there are no other keys"
+            cost = lane.key.costs.of()
+        size = cost.best_batch(lane.length, most=self._policy.max_batch_size, left=math.inf)
+        return lane.length // size * cost.seconds(size) + cost.seconds(lane.length % size)
+
+    def _died(self, worker: Worker[Work]) -> None:
+        if worker.held:
+            error = InferenceFailed("the server failed on this picture; its log says why")
+            _deliver([(work, error) for work in worker.held])
+
+    def _wedged(self, worker: Worker[Work], seconds: float) -> None:
+        self._lose(f"a batch of {len(worker.held)} has been on {worker.name} for {seconds:.0f} s")
+
+    def _lose(self, reason: str) -> None:
+        """The device is lost for good: nobody waits any longer. Any thread."""
+        self.fatal = reason
+        _log.critical("%s; no more work is taken on", reason)
+        assert self._loop is not None, "work has been here"
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self.abort, reason, "device-lost")
+
+    def _decode_forever(self, worker: Worker[Work]) -> None:
         while batch := self._arrived.take():
+            worker.hold(batch)
             self._decode(batch[0])
             # Otherwise the last picture stays in memory until the next one comes.
+            worker.hold(())
             del batch
 
     def _decode(self, work: Work) -> None:
@@ -227,14 +352,17 @@ class Pipeline:
             _deliver([(work, InferenceFailed("the picture could not be processed"))])
             return
         work.decode_seconds = time.monotonic() - started
+        self._decode_seconds += _NEWS * (work.decode_seconds - self._decode_seconds)
         if not work.abandoned:
             work.prepared = prepared
             self._ready.push(work)
 
-    def _infer_forever(self, device: int) -> None:
+    def _infer_forever(self, device: int, worker: Worker[Work]) -> None:
         while batch := self._ready.take():
+            worker.hold(batch)
             self._on_batch(len(batch))
             _deliver(self._infer(batch, device))
+            worker.hold(())
             del batch
 
     def _infer(self, batch: list[Work], device: int) -> list[tuple[Work, Outcome | Exception]]:
@@ -260,8 +388,7 @@ class Pipeline:
         try:
             detector.warm(work.prepared.letterbox.canvas)
         except Exception as second:
-            self.fatal = f"the device does not answer any more: {second}"
-            _log.critical("%s", self.fatal)
+            self._lose(f"the device does not answer any more: {second}")
         return InferenceFailed("the model failed on this picture")
 
 
@@ -282,6 +409,7 @@ def _run(detector: Detector, batch: Sequence[Work]) -> list[Outcome]:
         iou_threshold=batch[0].iou,
     )
     seconds = time.monotonic() - started
+    batch[0].model.costs.observe(prepared[0].letterbox.canvas, len(batch), seconds)
     return [
         Outcome(
             detections,
@@ -290,6 +418,20 @@ def _run(detector: Detector, batch: Sequence[Work]) -> list[Outcome]:
         )
         for work, each, detections in zip(batch, prepared, found, strict=True)
     ]
+
+
+def _held(workers: Sequence[Worker[Work]]) -> list[Work]:
+    return [work for worker in workers for work in worker.held]
+
+
+def _rest(worker: Worker[Work], now: float) -> float:
+    """How many seconds a device will go on with the batch that it has in hand."""
+    since, batch = worker.since, worker.held
+    if not batch:
+        return 0.0
+    key = batch[0].key
+    cost = batch[0].model.costs.of(key.canvas if isinstance(key, BatchKey) else None)
+    return max(0.0, since + cost.seconds(len(batch)) - now)
 
 
 def _deliver(answers: Sequence[tuple[Work, Outcome | Exception]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from http import HTTPStatus
 from typing import Any, Final
@@ -57,7 +58,7 @@ def headers_of(error: RetinaserveError) -> dict[str, str]:
     if isinstance(error, Unauthorized):
         return {"WWW-Authenticate": 'Bearer realm="retinaserve"'}
     if isinstance(error, Unavailable | RateLimited):
-        return {"Retry-After": str(max(1, round(error.retry_after)))}
+        return {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
     if error.status == HTTPStatus.REQUEST_TIMEOUT:
         # The rest of the body may come for a long time yet.
         return {"Connection": "close"}

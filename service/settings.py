@@ -57,6 +57,9 @@ class Settings(BaseSettings):
     max_queue_size: int = Field(default=128, ge=1)
     """Most pictures held at a time: arrived, decoding, waiting or in inference. More get 503."""
 
+    max_queue_bytes: int = Field(default=268_435_456, ge=1)
+    """Most bytes of pictures, as they were sent, held at a time. More get 503."""
+
     request_timeout_ms: int = Field(default=10_000, ge=1)
     """Longest time from a complete body to its answer; `X-Deadline-Ms` may shorten it."""
 
@@ -68,6 +71,10 @@ class Settings(BaseSettings):
 
     drain_seconds: float = Field(default=8.0, ge=0.0, allow_inf_nan=False)
     """After the listener closed: how long work in flight may take to finish."""
+
+    watchdog_seconds: float = Field(default=30.0, gt=0.0)
+    """A batch that takes longer means that the device is lost: /healthz turns 503, and the server
+    exits with status 1."""
 
     max_body_bytes: int = Field(default=33_554_432, ge=1)
     """Largest request body."""

@@ -13,6 +13,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.responses import StreamingResponse
 
 from service import results
+from service.batching import Urgency
 from service.bodies import Body, decode_base64, parse_json, parse_multipart
 from service.context import Service
 from service.detection import detect_one
@@ -165,12 +166,18 @@ class _Run:
 
     async def _detect(self, picture: Picture) -> dict[str, Any]:
         service, model = self._service, self._model
-        with service.pictures.slot():
-            content = picture.content
+        content = picture.content
+        with service.pictures.slot(len(content) if isinstance(content, memoryview | str) else 0):
             if not isinstance(content, memoryview):
                 content = memoryview(await service.off_loop(decode_base64, content))
             answer = await detect_one(
-                service, content, model, self._selection, self._limit, self._tile
+                service,
+                content,
+                model,
+                self._selection,
+                self._limit,
+                self._tile,
+                Urgency.BULK,
             )
             return {
                 "image": results.image(answer.image, answer.canvases),

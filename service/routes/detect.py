@@ -70,7 +70,7 @@ class DetectRoute:
             read=read,
             limit_ms=service.settings.request_timeout_ms,
         )
-        with service.pictures.slot():
+        with service.pictures.slot(len(body)):
             async with cancelled_when_gone(request.receive):
                 picture = await self._picture(request.headers.get("content-type", ""), body)
                 answer = await detect_one(service, picture, model, selection, limit, query.tile)

@@ -197,4 +197,5 @@ async def test_late_pictures_say_so_one_by_one(client: httpx.AsyncClient) -> Non
     slow = encoded(squares(size=(3000, 3000)), "JPEG")
     answer = await post_forms(client, *[slow] * 16, headers={"X-Deadline-Ms": "20"})
     assert answer.status_code == 200
-    assert 504 in {each["status"] for each in answer.json()["results"]}
+    # Late, or refused as soon as it was clear that they would be.
+    assert {each["status"] for each in answer.json()["results"]} & {503, 504}

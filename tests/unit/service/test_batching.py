@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.batching import Admission, BatchQueue, Policy
-from service.errors import Unavailable
+from service.batching import URGENT_TURNS, BatchQueue, Policy, Urgency
 
 FAR = float("inf")
 
@@ -24,6 +23,7 @@ class Item:
     key: str = "a"
     deadline: float = FAR
     abandoned: bool = False
+    urgency: Urgency = Urgency.INTERACTIVE
 
 
 def numbers(batch: list[Item]) -> list[int]:
@@ -215,17 +215,3 @@ def test_many_producers_takers_and_removers_lose_nothing_and_double_nothing() ->
     for thread in takers:
         thread.join(30)
     assert taken + removed == Counter(range(1200))
-
-
-def test_admission_counts_and_gives_back() -> None:
-    admission = Admission(2)
-    with admission.slot(), admission.slot():
-        assert admission.held == 2
-        with pytest.raises(Unavailable, match="2 pictures") as refused, admission.slot():
-            pytest.fail("there was no room")
-        assert refused.value.reason == "queue-full"
-        assert refused.value.retry_after > 0
-    with pytest.raises(ZeroDivisionError), admission.slot():
-        raise ZeroDivisionError
-    assert admission.held == 0
-    admission.check()

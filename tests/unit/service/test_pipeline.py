@@ -18,7 +18,7 @@ from service.artifact import read_artifact
 from service.batching import Policy
 from service.detector import Detections, Detector
 from service.devices import Device, open_detector, providers, session_options
-from service.errors import DeadlineExceeded, InferenceFailed, MalformedImage
+from service.errors import DeadlineExceeded, InferenceFailed, MalformedImage, Unavailable
 from service.pipeline import Outcome, Pipeline, Servable
 from tests import tiny_model
 from tests.pictures import BLUE, GREEN, RED, encoded, one_red, squares
@@ -154,8 +154,10 @@ async def test_a_device_that_died_is_told_from_a_bad_picture(
     async with started() as line:
         assert isinstance(await detect(line, model, encoded(one_red())), Outcome)
         monkeypatch.setattr(Detector, "__call__", dead)
-        with pytest.raises(InferenceFailed):
-            await detect(line, model, encoded(one_red()))
+        for _ in range(2):
+            with pytest.raises(Unavailable, match="CUDA error 700") as refused:
+                await detect(line, model, encoded(one_red()))
+            assert refused.value.reason == "device-lost"
         assert line.fatal is not None
         assert "CUDA error 700" in line.fatal
 

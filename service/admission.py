@@ -1,0 +1,131 @@
+"""Who is let in: bounds on what the service holds, and the prediction of when work will be done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from service.errors import Unavailable
+
+_START: Final = 1.1
+"""How much longer than predicted work is taken to last before anything was seen."""
+_MOST: Final = 4.0
+_RISE: Final = 0.1
+_FALL: Final = 0.002
+"""Steps of the ratio up when work lasted longer, down when it did not: it settles where some 2 % do
+last longer."""
+_SMALL_CHANGE: Final = 0.05
+"""Seconds that are added to both sides of a comparison: being 20 ms late on 20 ms is no pattern."""
+
+
+class Caution:
+    """How far predictions are to be stretched so that few of them turn out too short.
+
+    >>> caution = Caution()
+    >>> round(caution.stretch(1.0), 2)
+    1.1
+    """
+
+    def __init__(self) -> None:
+        self.ratio = _START
+
+    def stretch(self, seconds: float) -> float:
+        """A careful prediction, from a plain one."""
+        return seconds * self.ratio
+
+    def observe(self, *, predicted: float, actual: float) -> None:
+        """Work whose plain prediction was `predicted` seconds took `actual` seconds."""
+        seen = (actual + _SMALL_CHANGE) / (predicted + _SMALL_CHANGE)
+        step = _RISE if seen > self.ratio else -_FALL
+        self.ratio = min(max(self.ratio + step, 1.0), _MOST)
+
+
+def refuse_late(*, finish: float, left: float, alone: float) -> None:
+    """Raise Unavailable when work that would take `finish` seconds has only `left` seconds.
+
+    `alone` is the least that it would take on an idle service.
+    """
+    if finish <= left:
+        return
+    if alone > left:
+        raise Unavailable(
+            f"the deadline, {_ms(left)} away, cannot be met: a picture takes at least "
+            f"{_ms(alone)} here; allow more time in X-Deadline-Ms",
+            reason="deadline-too-short",
+        )
+    raise Unavailable(
+        f"the deadline, {_ms(left)} away, cannot be met: the answer is expected in "
+        f"{_ms(finish)}; try again later, or allow more time",
+        reason="deadline",
+        retry_after=finish - left,
+    )
+
+
+class Admission:
+    """Bounds how many pictures, and bytes of them, the service holds. One event loop's."""
+
+    def __init__(
+        self,
+        limit: int,
+        *,
+        bytes_limit: int | None = None,
+        pause: Callable[[], float] | None = None,
+    ) -> None:
+        """`pause` tells how many seconds it will take until there is room."""
+        self.limit = limit
+        self.bytes_limit = bytes_limit
+        self.held = 0
+        self.bytes_held = 0
+        self._pause = pause or (lambda: 1.0)
+
+    def check(self, places: int = 1, size: int = 0) -> None:
+        """Raise Unavailable when there is no room, before anything was spent on the request."""
+        if self.held + places > self.limit:
+            raise Unavailable(
+                f"the queue is full ({self.limit} pictures); try again in a moment",
+                reason="queue-full",
+                retry_after=self._pause(),
+            )
+        # A picture larger than the bound passes when it is alone: its size has a bound of its own.
+        if self.bytes_limit is not None and self.held and self.bytes_held + size > self.bytes_limit:
+            raise Unavailable(
+                f"the queue holds {self.bytes_held} bytes of pictures and has no room for {size} "
+                f"more (at most {self.bytes_limit}); try again in a moment",
+                reason="queue-bytes",
+                retry_after=self._pause(),
+            )
+
+    @contextmanager
+    def slot(self, size: int = 0) -> Iterator[None]:
+        """Hold the place of a picture of so many bytes. Raises Unavailable without room."""
+        self.check(1, size)
+        with self._hold(1, size):
+            yield
+
+    @contextmanager
+    def more(self, places: int) -> Iterator[None]:
+        """Hold further places, for a picture's tiles: all, or Unavailable is raised."""
+        if self.held + places > self.limit:
+            raise Unavailable(
+                f"the queue has room for {self.limit - self.held} more of the picture's "
+                f"{places + 1} canvases; try again in a moment, or with larger tiles",
+                reason="queue-full",
+                retry_after=self._pause(),
+            )
+        with self._hold(places, 0):
+            yield
+
+    @contextmanager
+    def _hold(self, places: int, size: int) -> Iterator[None]:
+        self.held += places
+        self.bytes_held += size
+        try:
+            yield
+        finally:
+            self.held -= places
+            self.bytes_held -= size
+
+
+def _ms(seconds: float) -> str:
+    return f"{max(0.0, seconds) * 1e3:.0f} ms"

@@ -1,0 +1,123 @@
+"""What inference costs: t(n) = a n + b seconds for n pictures of one canvas, learnt as it runs."""
+
+from __future__ import annotations
+
+import threading
+from typing import Final
+
+from service.canvas import Size
+
+_NEWS: Final = 0.1
+"""Share of the newest batch in what is known of its size."""
+_OUTLIER: Final = 4.0
+"""A batch that took more than this many times what was expected counts as that many times: one
+pause of the machine says little about the next batch."""
+_WORTH_SHARING: Final = 0.1
+"""Pictures share a batch only where this share of a lone picture's time is saved."""
+_TRIAL: Final = 64
+"""Every so many lone pictures that might have shared a batch do."""
+
+
+class BatchCost:
+    """The cost of batches of one canvas on one kind of device. Not thread-safe by itself."""
+
+    def __init__(self) -> None:
+        self._mean: dict[int, float] = {}
+        """Seconds by batch size, recent batches weighing more."""
+        self.per_picture = 0.0
+        """a of t(n) = a n + b."""
+        self.per_batch = 0.0
+        """b of t(n) = a n + b."""
+        self._alone = 0
+        self.fastest = 0.0
+        """A bound from below for a lone picture; 0 before anything was seen."""
+
+    def observe(self, pictures: int, seconds: float) -> None:
+        """A batch of so many pictures took so long."""
+        share = seconds / pictures
+        self.fastest = share if not self._mean else min(self.fastest, share)
+        before = self._mean.get(pictures)
+        if before is None:
+            self._mean[pictures] = seconds
+        else:
+            seconds = min(seconds, _OUTLIER * before)
+            self._mean[pictures] = before + _NEWS * (seconds - before)
+        self.per_picture, self.per_batch = _line(self._mean)
+
+    def seconds(self, pictures: int) -> float:
+        """What a batch of so many pictures will take; 0 before anything was seen."""
+        seen = self._mean.get(pictures)
+        return self.per_picture * pictures + self.per_batch if seen is None else seen
+
+    def best_batch(self, waiting: int, *, most: int, left: float) -> int:
+        """How many of the pictures that wait to take at once, at least 1 and at most `most`.
+
+        `left` is how many seconds the oldest of them still has.
+        """
+        size = min(waiting, most)
+        if len(self._mean) > 1 and not self._worth_sharing():
+            return 1
+        while size > 1 and self.seconds(size) > left:
+            size -= 1
+        return size
+
+    def try_batch(self, waiting: int, *, most: int, left: float) -> int:
+        """As `best_batch`; where batches do not pay one is tried now and then, since that changes."""
+        size = self.best_batch(waiting, most=most, left=left)
+        if size > 1 or min(waiting, most) == 1:
+            return size
+        self._alone += 1
+        return min(waiting, most) if self._alone % _TRIAL == 0 else size
+
+    def _worth_sharing(self) -> bool:
+        return self.per_batch >= _WORTH_SHARING * (self.per_picture + self.per_batch)
+
+
+class Costs:
+    """What one model costs on the service's devices, by canvas. For any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._costs: dict[Size, BatchCost] = {}
+        self._recent: Size | None = None
+
+    def observe(self, canvas: Size, pictures: int, seconds: float) -> None:
+        """A batch of canvases took so long."""
+        with self._lock:
+            self._costs.setdefault(canvas, BatchCost()).observe(pictures, seconds)
+            self._recent = canvas
+
+    def of(self, canvas: Size | None = None) -> BatchCost:
+        """The cost of a canvas: of one never seen, and of none, that of the most recent one."""
+        with self._lock:
+            known = self._costs.get(canvas or self._recent or Size(0, 0))
+            if known is None and self._recent is not None:
+                known = self._costs[self._recent]
+            return known or BatchCost()
+
+    @property
+    def fastest(self) -> float:
+        """A bound from below for a lone picture on any canvas; 0 before anything was seen."""
+        with self._lock:
+            return min((cost.fastest for cost in self._costs.values()), default=0.0)
+
+
+def _line(points: dict[int, float]) -> tuple[float, float]:
+    """a, b >= 0 of the line a n + b through (n, seconds), by least squares.
+
+    >>> _line({1: 5.0, 4: 11.0})
+    (2.0, 3.0)
+    >>> _line({2: 5.0})
+    (2.5, 0.0)
+    """
+    count = len(points)
+    mean_n = sum(points) / count
+    mean_t = sum(points.values()) / count
+    spread = sum((n - mean_n) ** 2 for n in points)
+    # Through the origin where all batches have one size, or where noise makes larger ones cheaper.
+    steepest = mean_t / mean_n
+    if not spread:
+        return steepest, 0.0
+    slope = sum((n - mean_n) * (t - mean_t) for n, t in points.items()) / spread
+    slope = min(max(slope, 0.0), steepest)
+    return slope, mean_t - slope * mean_n

@@ -1,0 +1,112 @@
+"""Threads that are watched: one that dies is started again, one that hangs is noticed."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Final, Generic, TypeVar
+
+_log = logging.getLogger("retinaserve.workers")
+_LOOK_SECONDS: Final = 0.25
+
+Held = TypeVar("Held")
+
+
+class Worker(Generic[Held]):
+    """A thread, and what it works at just now."""
+
+    def __init__(
+        self, name: str, body: Callable[[Worker[Held]], None], *, limit: float = math.inf
+    ) -> None:
+        """`body` runs until there is nothing more to do; it keeps `hold` up to date.
+
+        `limit` is how many seconds it may be at the same thing.
+        """
+        self.name = name
+        self.limit = limit
+        self.held: Sequence[Held] = ()
+        """What it has in hand."""
+        self.since = 0.0
+        """Since when, on the clock of `time.monotonic`."""
+        self.finished = False
+        """The body came to its end, which is what it does when the service closes."""
+        self._body = body
+        self.thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def hold(self, held: Sequence[Held]) -> None:
+        """From now on it works at this; at nothing, when this is empty."""
+        self.since = time.monotonic()
+        self.held = held
+
+    def start(self) -> None:
+        """Start the thread."""
+        self.thread.start()
+
+    def restart(self) -> None:
+        """Go on in a new thread after the old one died."""
+        self.held = ()
+        self.thread = threading.Thread(target=self._run, name=self.name, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._body(self)
+        except BaseException:
+            # The watchdog sees that the thread has ended without having finished.
+            _log.critical("thread %s died", self.name, exc_info=True)
+            return
+        self.finished = True
+
+
+class Watchdog(Generic[Held]):
+    """Looks after workers from a thread of its own, a few times a second."""
+
+    def __init__(
+        self,
+        workers: Sequence[Worker[Held]],
+        *,
+        on_death: Callable[[Worker[Held]], None],
+        on_wedge: Callable[[Worker[Held], float], None],
+    ) -> None:
+        """`on_death` hears of a dead worker before it is started again.
+
+        `on_wedge` hears, once, of one that has been at the same thing for longer than it may,
+        and for how many seconds.
+        """
+        self._workers = tuple(workers)
+        self._on_death = on_death
+        self._on_wedge = on_wedge
+        self._wedged: set[str] = set()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def start(self) -> None:
+        """Start watching."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._closed.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._closed.wait(_LOOK_SECONDS):
+            for worker in self._workers:
+                self._look(worker)
+
+    def _look(self, worker: Worker[Held]) -> None:
+        if not worker.thread.is_alive() and not worker.finished:
+            self._on_death(worker)
+            worker.restart()
+            return
+        since = worker.since
+        seconds = time.monotonic() - since
+        # Looked at in this order: between the two the worker may have gone on to something else.
+        late = worker.held and seconds > worker.limit and since == worker.since
+        if late and worker.name not in self._wedged:
+            self._wedged.add(worker.name)
+            self._on_wedge(worker, seconds)
