@@ -16,6 +16,8 @@ from service.context import Service
 from service.devices import Hardware
 from service.envelope import Envelope
 from service.errors import InvalidParameter, RetinaserveError
+from service.inference_protocol import rest
+from service.overload import OverloadGuard
 from service.problems import headers_of, http_problem, problem_of, respond
 from service.request_id import request_id
 from service.routes import batch, detect, docs, health, models, page
@@ -67,7 +69,7 @@ def create_app(settings: Settings, *, hardware: Hardware | None = None) -> FastA
     app.state.service = service
     _add_layers(app, service)
     _add_error_handlers(app, service)
-    for module in (detect, batch, health, models):
+    for module in (detect, batch, health, models, rest):
         module.add_routes(app, service)
     docs.add_routes(app)
     page.add_routes(app)
@@ -85,6 +87,7 @@ def package_version() -> str:
 def _add_layers(app: FastAPI, service: Service) -> None:
     """What lies around the routes, from the inside out."""
     settings = service.settings
+    app.add_middleware(OverloadGuard, service=service)
     app.add_middleware(
         Guard, gate=service.gate, metrics=service.metrics, open_metrics=settings.metrics_public
     )

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
 from service.admission import Admission
-from service.batching import Policy
+from service.batching import Policy, Urgency
 from service.devices import Hardware, cpu_count, resolve
 from service.errors import Unavailable
 from service.observability import Metrics
@@ -102,11 +102,15 @@ class Service:
             return "the service is draining"
         return self.pipeline.fatal or self.registry.not_ready()
 
-    def admit(self) -> None:
-        """Raise Unavailable when a request would be refused anyway, before its body is read."""
+    def admit(self, seconds: float, urgency: Urgency) -> None:
+        """Raise Unavailable when a picture would be refused whatever it is, before it is read.
+
+        `seconds` is how long its client waits.
+        """
         if self.pipeline.fatal:
             raise Unavailable(self.pipeline.fatal, reason="device-lost", retry_after=30.0)
         self.pictures.check()
+        self.pipeline.check(seconds, urgency)
 
     def off_loop(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:
         """Run what takes more than a moment in a thread, away from the event loop."""

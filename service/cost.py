@@ -62,7 +62,7 @@ class BatchCost:
         return size
 
     def try_batch(self, waiting: int, *, most: int, left: float) -> int:
-        """As `best_batch`; where batches do not pay one is tried now and then, since that changes."""
+        """As `best_batch`; one is tried now and then where they do not pay: that may change."""
         size = self.best_batch(waiting, most=most, left=left)
         if size > 1 or min(waiting, most) == 1:
             return size

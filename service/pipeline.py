@@ -201,6 +201,10 @@ class Pipeline:
         decoding = self._decode_seconds * decodes / len(self._decoders)
         return max(seconds / len(self._devices), decoding)
 
+    def check(self, seconds: float, urgency: Urgency) -> None:
+        """Raise Unavailable when the queue alone takes longer than `seconds`."""
+        refuse_late(finish=self._caution.stretch(self.wait(urgency)), left=seconds, alone=0.0)
+
     def admit(
         self,
         model: Servable,

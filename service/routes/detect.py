@@ -106,12 +106,11 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
 
 async def receive_body(service: Service, request: Request) -> Body:
-    """Read a request's body within the service's limits; refuse early what cannot be served."""
+    """Read a request's body within the service's limits."""
     settings = service.settings
     asked = request.headers.get("x-deadline-ms")
     if asked is not None:
         deadline_ms(asked, settings.request_timeout_ms)
-    service.admit()
     with service.uploads.slot():
         return await read_body(
             request.headers,

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -215,3 +214,69 @@ def test_many_producers_takers_and_removers_lose_nothing_and_double_nothing() ->
     for thread in takers:
         thread.join(30)
     assert taken + removed == Counter(range(1200))
+
+
+def bulk(number: int, key: str = "a") -> Item:
+    return Item(number, key, urgency=Urgency.BULK)
+
+
+def test_the_urgent_go_before_bulk_that_came_earlier() -> None:
+    queue: BatchQueue[Item] = BatchQueue(Policy())
+    for item in (bulk(0), bulk(1), Item(2), Item(3)):
+        queue.push(item)
+    assert [numbers(batch) for batch in drained(queue)] == [[2], [3], [0], [1]]
+
+
+def test_bulk_has_a_turn_even_when_the_urgent_never_cease() -> None:
+    queue: BatchQueue[Item] = BatchQueue(Policy())
+    queue.push(bulk(-1))
+    queue.push(bulk(-2))
+    taken = []
+    for number in range(3 * (URGENT_TURNS + 1)):
+        queue.push(Item(number))
+        taken += numbers(queue.take())
+    turns = [place for place, number in enumerate(taken) if number < 0]
+    assert turns == [URGENT_TURNS, 2 * URGENT_TURNS + 1]
+
+
+def test_a_batch_is_filled_up_with_bulk_of_the_same_key() -> None:
+    queue: BatchQueue[Item] = BatchQueue(Policy(max_batch_size=3))
+    for item in (bulk(0), bulk(1, "b"), Item(2), bulk(3), bulk(4)):
+        queue.push(item)
+    assert [numbers(batch) for batch in drained(queue)] == [[2, 0, 3], [1], [4]]
+
+
+def test_lanes_tell_what_waits() -> None:
+    queue: BatchQueue[Item] = BatchQueue(Policy())
+    for item in (bulk(0), Item(1), Item(2), Item(3, "b")):
+        queue.push(item)
+    assert sorted(queue.lanes()) == [
+        ("a", Urgency.INTERACTIVE, 2),
+        ("a", Urgency.BULK, 1),
+        ("b", Urgency.INTERACTIVE, 1),
+    ]
+
+
+def test_sizing_is_told_how_many_wait_and_how_long_the_oldest_has() -> None:
+    asked = []
+
+    def two(key: object, waiting: int, left: float) -> int:
+        asked.append((key, waiting, round(left)))
+        return 2
+
+    queue: BatchQueue[Item] = BatchQueue(Policy(max_batch_size=4), two)
+    for number in range(3):
+        queue.push(Item(number, deadline=time.monotonic() + 60))
+    queue.push(bulk(3))
+    assert [numbers(batch) for batch in drained(queue)] == [[0, 1], [2, 3]]
+    assert asked == [("a", 4, 60), ("a", 2, 60)]
+
+
+def test_sizing_cannot_break_the_policy() -> None:
+    queue: BatchQueue[Item] = BatchQueue(Policy(max_batch_size=2), lambda *_: 0)
+    queue.push(Item(0))
+    assert numbers(queue.take()) == [0]
+    queue = BatchQueue(Policy(max_batch_size=2), lambda *_: 9)
+    for number in range(3):
+        queue.push(Item(number))
+    assert numbers(queue.take()) == [0, 1]

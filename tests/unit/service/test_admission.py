@@ -1,0 +1,95 @@
+"""Who is let in: places, bytes, deadlines, and how careful predictions become."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from service.admission import Admission, Caution, refuse_late
+from service.errors import Unavailable
+
+
+def test_places_are_counted_and_given_back() -> None:
+    admission = Admission(2)
+    with admission.slot(), admission.slot():
+        assert admission.held == 2
+        with pytest.raises(Unavailable, match="2 pictures") as refused, admission.slot():
+            pytest.fail("there was no room")
+        assert refused.value.reason == "queue-full"
+        assert refused.value.retry_after > 0
+    with pytest.raises(ZeroDivisionError), admission.slot():
+        raise ZeroDivisionError
+    assert admission.held == 0
+    admission.check()
+
+
+def test_bytes_are_counted_and_given_back() -> None:
+    admission = Admission(10, bytes_limit=100)
+    with admission.slot(60):
+        with admission.slot(40):
+            assert admission.bytes_held == 100
+            with pytest.raises(Unavailable, match="100 bytes") as refused, admission.slot(1):
+                pytest.fail("there was no room")
+            assert refused.value.reason == "queue-bytes"
+        with admission.slot(40):
+            pass
+    assert (admission.held, admission.bytes_held) == (0, 0)
+
+
+def test_a_picture_larger_than_all_the_bytes_passes_alone() -> None:
+    admission = Admission(10, bytes_limit=100)
+    with admission.slot(500), pytest.raises(Unavailable), admission.slot(1):
+        pytest.fail("there was no room")
+
+
+def test_a_refusal_says_how_long_the_queue_will_take() -> None:
+    admission = Admission(1, pause=lambda: 7.5)
+    with admission.slot(), pytest.raises(Unavailable) as refused, admission.slot():
+        pytest.fail("there was no room")
+    assert refused.value.retry_after == 7.5
+
+
+def test_what_will_be_done_in_time_is_let_in() -> None:
+    refuse_late(finish=1.0, left=1.0, alone=0.5)
+
+
+def test_what_will_be_late_is_told_when_to_come_again() -> None:
+    with pytest.raises(Unavailable, match="expected in 3500 ms") as refused:
+        refuse_late(finish=3.5, left=1.0, alone=0.5)
+    assert refused.value.reason == "deadline"
+    assert refused.value.retry_after == 2.5, "by then so much of the queue is done"
+
+
+def test_a_hopeless_deadline_is_told_what_would_do() -> None:
+    with pytest.raises(Unavailable, match="takes at least 500 ms here") as refused:
+        refuse_late(finish=0.5, left=0.2, alone=0.5)
+    assert refused.value.reason == "deadline-too-short"
+
+
+def test_caution_settles_where_few_predictions_are_too_short() -> None:
+    caution, dice = Caution(), random.Random(0)
+    late = 0
+    for turn in range(20_000):
+        actual = dice.uniform(0.5, 2.0)
+        if turn >= 2_000:
+            late += actual > caution.stretch(1.0)
+        caution.observe(predicted=1.0, actual=actual)
+    assert late / 18_000 < 0.05
+    assert caution.ratio < 2.2, "and no more careful than that takes"
+
+
+def test_caution_comes_down_when_all_is_quick_and_has_bounds() -> None:
+    caution = Caution()
+    for _ in range(100):
+        caution.observe(predicted=1.0, actual=100.0)
+    assert caution.ratio == 4.0
+    for _ in range(3_000):
+        caution.observe(predicted=1.0, actual=0.1)
+    assert caution.ratio == 1.0
+
+
+def test_a_hiccup_on_something_short_is_no_pattern() -> None:
+    caution = Caution()
+    caution.observe(predicted=0.001, actual=0.005)
+    assert caution.ratio < 1.1
