@@ -144,13 +144,13 @@ _PICTURE: Final = {
 }
 _BASE64: Final = {"type": "string", "format": "byte", "description": "base64 of the picture"}
 _BINARY: Final = {"type": "string", "format": "binary"}
-_DEADLINE: Final = {
+DEADLINE: Final = {
     "name": "X-Deadline-Ms",
     "in": "header",
     "schema": {"type": "integer", "minimum": 1},
     "description": "Answer within this time or with 504; at most REQUEST_TIMEOUT_MS.",
 }
-_REQUEST_ID: Final = {
+REQUEST_ID: Final = {
     "name": "X-Request-Id",
     "in": "header",
     "schema": {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,128}$"},
@@ -178,7 +178,7 @@ def detect() -> dict[str, Any]:
         }
         | problems(),
         "openapi_extra": {
-            "parameters": [*describe_query(DetectQuery), _DEADLINE, _REQUEST_ID],
+            "parameters": [*describe_query(DetectQuery), DEADLINE, REQUEST_ID],
             "requestBody": {
                 "required": True,
                 "content": {
@@ -234,7 +234,7 @@ def batch() -> dict[str, Any]:
         }
         | problems(),
         "openapi_extra": {
-            "parameters": [*describe_query(BatchQuery), _DEADLINE, _REQUEST_ID],
+            "parameters": [*describe_query(BatchQuery), DEADLINE, REQUEST_ID],
             "requestBody": {
                 "required": True,
                 "content": {
