@@ -47,6 +47,20 @@ class UnknownModel(RetinaserveError):
     title = "Unknown model"
 
 
+class StateConflict(RetinaserveError):
+    """The models that are loaded do not allow it."""
+
+    status = 409
+    title = "Conflict"
+
+
+class LoadFailed(RetinaserveError):
+    """A model file was not loaded: it, and not the request, is at fault."""
+
+    status = 409
+    title = "Load failed"
+
+
 class BodyTimeout(RetinaserveError):
     """The request body arrived too slowly."""
 

@@ -1,4 +1,8 @@
-"""Which models are loaded, on which devices, and which one serves."""
+"""The models that are loaded: at the start all there are, then whatever an operator asks for.
+
+Requests read an immutable picture of the state and hold on to the Servable that it gave them: a
+version that is replaced or unloaded meanwhile lives until the last of them is done.
+"""
 
 from __future__ import annotations
 
@@ -6,128 +10,287 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import Future
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import NamedTuple
 
-from service.artifact import Entry, Metadata, read_artifact, scan_repository
-from service.detector import Detector
-from service.devices import Device, open_detector
-from service.errors import DataError, RetinaserveError, Unavailable, UnknownModel
+from service.artifact import Artifact, Entry, read_artifact, scan_repository
+from service.devices import Device
+from service.errors import (
+    ArtifactError,
+    DataError,
+    LoadFailed,
+    RetinaserveError,
+    StateConflict,
+    Unavailable,
+    UnknownModel,
+)
+from service.loading import Loader, open_servable, return_free_memory
 from service.pipeline import Servable
+from service.slots import Key, Picture, Slot, State, called, empty_slot, listed
 
 _log = logging.getLogger("retinaserve.registry")
 
-State = Literal["waiting", "loading", "ready", "failed"]
 
+class Loaded(NamedTuple):
+    """What came of a load."""
 
-@dataclass(slots=True)
-class Slot:
-    """One version of one model of the repository, and how far it got."""
-
-    name: str
-    version: int
-    path: Path
-    state: State = "waiting"
-    reason: str | None = None
-    """Why it failed."""
-    metadata: Metadata | None = None
-    sha256: str | None = None
-    servable: Servable | None = field(default=None, repr=False)
-    load_seconds: float | None = None
+    key: Key
+    sha256: str
+    seconds: float
+    changed: bool
+    """False: the version was loaded already, from a file of the same content."""
 
 
 class Registry:
-    """The models of one repository. Loads in one thread of its own; read from any thread."""
+    """The models of one repository. Loads in one thread of its own; any thread may call."""
 
     def __init__(
-        self, entries: Sequence[Entry], *, devices: Sequence[Device], default: str, batch: int
+        self,
+        root: Path,
+        entries: Sequence[Entry],
+        *,
+        devices: Sequence[Device],
+        default: str,
+        batch: int,
     ) -> None:
-        """`batch` is the largest batch, which is warmed along with a single picture."""
-        self.default = default
-        self._devices = tuple(devices)
-        self._batch = batch
-        self._slots = [Slot(entry.name, entry.version, entry.path) for entry in entries]
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._load_all, name="model-loader", daemon=True)
+        """`batch` is the largest batch that a device gets."""
+        self._root = root
+        self._open = partial(open_servable, devices=tuple(devices), batch=batch)
+        slots = [replace(empty_slot(entry), state="waiting") for entry in sorted(entries)]
+        self._picture = Picture({slot.key: slot for slot in slots}, default, {})
+        self._loads: dict[Key, Future[Loaded]] = {}
+        """What is being loaded, or waits for that."""
+        self._lock = threading.Lock()
+        """Held by whoever changes the picture or the loads, and never for long."""
+        self._closed = False
+        self._loader = Loader()
 
     def start(self) -> None:
         """Begin to load: the default model first, of each model the newest version first."""
-        self._thread.start()
+        self._loader.start()
+        with self._lock:
+            default = self._picture.default
+            keys = self._picture.slots
+            for key in sorted(keys, key=lambda k: (k.name != default, k.name, -k.version)):
+                self._enqueue(key)
+
+    def stop_loading(self) -> None:
+        """Load nothing more; whoever waits for a load is told so."""
+        with self._lock:
+            self._closed = True
+            futures = list(self._loads.values())
+            self._loads.clear()
+        for future in futures:
+            future.set_exception(_stopping())
 
     def close(self, seconds: float = 0.5) -> None:
         """Load nothing more, and wait for the file that is being loaded."""
-        self._closed.set()
-        if self._thread.ident is not None:
-            self._thread.join(seconds)
+        self.stop_loading()
+        self._loader.close(seconds)
+
+    @property
+    def default(self) -> str:
+        """The model for requests that name none."""
+        return self._picture.default
+
+    def picture(self) -> Picture:
+        """Everything, at one moment."""
+        return self._picture
 
     def slots(self) -> list[Slot]:
         """Every version of every model, by name, then by version."""
-        return list(self._slots)
+        return list(self._picture.slots.values())
 
     def versions(self, name: str) -> list[Slot]:
         """Every version of one model. Raises UnknownModel."""
-        found = [slot for slot in self._slots if slot.name == name]
-        if not found:
-            known = ", ".join(dict.fromkeys(slot.name for slot in self._slots))
-            raise UnknownModel(f"no model {name!r}; there is {known}")
-        return found
+        return self._picture.find(name)
 
     def get(self, name: str | None = None, version: int | None = None) -> Servable:
-        """The model to serve with: by default the default model's highest ready version.
+        """The model to serve with: by default the default model, and the version that it serves.
 
         Raises UnknownModel, or Unavailable while it loads or when it failed to.
         """
-        slots = self.versions(self.default if name is None else name)
-        if version is not None:
-            slots = [slot for slot in slots if slot.version == version]
-            if not slots:
-                raise UnknownModel(f"model {name or self.default!r} has no version {version}")
-        for slot in reversed(slots):
-            if slot.servable is not None:
-                return slot.servable
-        raise Unavailable(_why_not(slots), reason="model-not-ready", retry_after=5.0)
+        picture = self._picture
+        return picture.servable(picture.default if name is None else name, version)
 
     def not_ready(self) -> str | None:
         """Why the default model cannot serve; None once it can."""
         try:
             self.get()
-        except Unavailable as error:
+        except (Unavailable, UnknownModel) as error:
             return str(error)
         return None
 
-    def _load_all(self) -> None:
-        for slot in sorted(self._slots, key=lambda s: (s.name != self.default, s.name, -s.version)):
-            if self._closed.is_set():
-                return
-            self._load(slot)
+    def load(self, name: str, version: int | None = None) -> Future[Loaded]:
+        """Look at the folder, then load a version, by default the newest that is there.
 
-    def _load(self, slot: Slot) -> None:
-        slot.state = "loading"
-        started = time.monotonic()
+        Whoever asks while it is being loaded gets the same future, which raises LoadFailed, or
+        Unavailable when the service stops first. To look blocks: not for the event loop.
+
+        Raises UnknownModel, or Unavailable once the service stops.
+        """
+        entries = self._look(name)
+        found = [entry.version for entry in entries if entry.name == name]
+        if version is not None and version not in found:
+            raise UnknownModel(
+                f"model {name!r} has no version {version} in {self._root}; there is {listed(found)}"
+            )
+        with self._lock:
+            if self._closed:
+                raise _stopping()
+            self._adopt(entries)
+            return self._enqueue(Key(name, max(found) if version is None else version))
+
+    def unload(self, name: str, version: int | None = None) -> list[int]:
+        """Take a version, by default all of them, out of service. Returns which.
+
+        Requests that have begun are finished. Raises UnknownModel, or StateConflict for what is
+        not loaded, is just being loaded, or is what the default model serves with.
+        """
+        with self._lock:
+            picture = self._picture
+            slots = picture.find(name, version)
+            if busy := [slot.version for slot in slots if slot.key in self._loads]:
+                raise StateConflict(
+                    f"model {name!r} version {listed(busy)} is being loaded; "
+                    "unload it once that is done"
+                )
+            going = [slot for slot in slots if slot.servable is not None]
+            if not going:
+                raise StateConflict(picture.not_loaded(name, version))
+            versions = [slot.version for slot in going]
+            _check_default_survives(picture, name, versions)
+            gone = [Slot(slot.name, slot.version, slot.path) for slot in going]
+            pins = dict(picture.pins)
+            if pins.get(name) in versions:
+                del pins[name]
+            self._picture = replace(picture.put(*gone), pins=pins)
+        _log.info("model %r version %s is unloaded", name, listed(versions))
+        return versions
+
+    def make_default(self, name: str, version: int | None = None) -> int:
+        """Let a model serve requests that name none. Returns the version that now does.
+
+        With a version, that one serves until another is chosen; without, always the highest ready
+        one. Raises UnknownModel, or StateConflict for what is not ready.
+        """
+        with self._lock:
+            picture = self._picture
+            ready = [slot.version for slot in picture.find(name, version) if slot.servable]
+            if not ready:
+                raise StateConflict(
+                    f"{picture.not_loaded(name, version)}; load it first: "
+                    f"POST /v1/models/{name}/load"
+                )
+            pins = {model: pin for model, pin in picture.pins.items() if model != name}
+            if version is not None:
+                pins[name] = version
+            self._picture = replace(picture, default=name, pins=pins)
+        _log.info("model %r version %d is the default", name, ready[-1])
+        return ready[-1]
+
+    def _look(self, name: str) -> list[Entry]:
         try:
-            artifact = read_artifact(slot.path)
-            slot.metadata, slot.sha256 = artifact.metadata, artifact.sha256
-            detectors = tuple(open_detector(artifact, device) for device in self._devices)
-            for detector, device in zip(detectors, self._devices, strict=True):
-                _warm(detector, largest=1 if device.kind == "cpu" else self._batch)
+            entries = scan_repository(self._root)
+        except ArtifactError as error:
+            raise UnknownModel(f"no model {name!r}: {error}") from error
+        names = dict.fromkeys(entry.name for entry in entries)
+        if name not in names:
+            raise UnknownModel(f"no model {name!r} in {self._root}; there is {', '.join(names)}")
+        return entries
+
+    def _adopt(self, entries: Sequence[Entry]) -> None:
+        """Bring the picture in line with the folder. What is in use stays, even if it is gone."""
+        slots = self._picture.slots
+        kept = {key: slot for key, slot in slots.items() if slot.servable or key in self._loads}
+        for entry in entries:
+            fresh = empty_slot(entry)
+            kept[fresh.key] = slots.get(fresh.key, fresh)
+        self._picture = replace(self._picture, slots={key: kept[key] for key in sorted(kept)})
+
+    def _enqueue(self, key: Key) -> Future[Loaded]:
+        future = self._loads.get(key)
+        if future is None:
+            future = self._loads[key] = Future()
+            # From now on none of those who wait for it can cancel it for the others.
+            future.set_running_or_notify_cancel()
+            slot = self._picture.slots[key]
+            if slot.servable is None:
+                self._picture = self._picture.put(replace(slot, state="waiting", reason=None))
+            self._loader.submit(partial(self._load, key))
+        return future
+
+    def _load(self, key: Key) -> None:
+        """In the loader's thread."""
+        if self._closed:
+            return
+        try:
+            loaded = self._try(key)
         except Exception as error:
             # A file from outside may fail in any way, and must not take the others with it.
-            slot.state, slot.reason = "failed", str(error) or repr(error)
-            _log.error(
-                "model %s version %d failed: %s",
-                slot.name,
-                slot.version,
-                slot.reason,
-                exc_info=None if isinstance(error, RetinaserveError) else error,
-            )
-            return
-        slot.load_seconds = time.monotonic() - started
-        slot.servable = Servable(slot.name, slot.version, artifact, detectors)
-        slot.state = "ready"
-        _log.info(
-            "model %s version %d is ready after %.1f s", slot.name, slot.version, slot.load_seconds
+            self._failed(key, error)
+        else:
+            self._done(loaded)
+        # What was read and parsed is several times as large as what stays.
+        return_free_memory()
+
+    def _try(self, key: Key) -> Loaded:
+        started = time.monotonic()
+        with self._lock:
+            before = self._picture.slots[key]
+            if before.servable is None:
+                self._picture = self._picture.put(replace(before, state="loading"))
+        artifact = read_artifact(before.path)
+        changed = before.servable is None or artifact.sha256 != before.sha256
+        if changed:
+            self._install(key, artifact, started)
+        return Loaded(key, artifact.sha256, time.monotonic() - started, changed)
+
+    def _install(self, key: Key, artifact: Artifact, started: float) -> None:
+        """Load and warm a file, and let it serve from then on."""
+        servable = self._open(Entry(key.name, key.version, artifact.path), artifact)
+        self._loader.watch(servable)
+        seconds = time.monotonic() - started
+        slot = Slot(
+            key.name,
+            key.version,
+            artifact.path,
+            state="ready",
+            metadata=artifact.metadata,
+            sha256=artifact.sha256,
+            servable=servable,
+            load_seconds=seconds,
         )
+        with self._lock:
+            if not self._closed:
+                self._picture = self._picture.put(slot)
+        _log.info("%s is ready after %.1f s", key, seconds)
+
+    def _done(self, loaded: Loaded) -> None:
+        with self._lock:
+            future = self._loads.pop(loaded.key, None)
+            slot = self._picture.slots[loaded.key]
+            # The reason why an earlier attempt failed holds no longer.
+            self._picture = self._picture.put(replace(slot, reason=None))
+        if future is not None:
+            future.set_result(loaded)
+
+    def _failed(self, key: Key, error: Exception) -> None:
+        reason = str(error) or repr(error)
+        foreseen = isinstance(error, RetinaserveError)
+        _log.error("%s failed: %s", key, reason, exc_info=None if foreseen else error)
+        with self._lock:
+            future = self._loads.pop(key, None)
+            slot = self._picture.slots[key]
+            state: State = "failed" if slot.servable is None else "ready"
+            self._picture = self._picture.put(replace(slot, state=state, reason=reason))
+            serving = self._picture.serving(key.name)
+        if future is not None:
+            rest = "" if serving is None else f"; version {serving} serves on as before"
+            future.set_exception(LoadFailed(f"{key} was not loaded: {reason}{rest}"))
 
 
 def open_registry(
@@ -149,18 +312,24 @@ def open_registry(
         raise DataError(
             f"the default model {default!r} is not in {root}; there is {', '.join(names)}"
         )
-    return Registry(entries, devices=devices, default=default or names[0], batch=batch)
+    return Registry(root, entries, devices=devices, default=default or names[0], batch=batch)
 
 
-def _warm(detector: Detector, *, largest: int) -> None:
-    rule = detector.metadata.canvas
-    for canvas in rule.all_canvases() or (rule.largest(),):
-        for batch in sorted({1, largest}):
-            detector.warm(canvas, batch)
+def _check_default_survives(picture: Picture, name: str, going: Sequence[int]) -> None:
+    """Raise StateConflict when the default model could not serve without these versions."""
+    if name != picture.default:
+        return
+    if picture.pins.get(name) in going:
+        raise StateConflict(
+            f"{called(name, picture.pins[name])} was chosen as the default; "
+            f"choose another first: POST /v1/models/{name}/default"
+        )
+    if set(going) >= set(picture.ready(name)):
+        raise StateConflict(
+            f"model {name!r} is the default and would be left without a version; load another "
+            "version first, or make another model the default: POST /v1/models/NAME/default"
+        )
 
 
-def _why_not(slots: Sequence[Slot]) -> str:
-    name = slots[-1].name
-    if all(slot.state == "failed" for slot in slots):
-        return f"model {name!r} failed to load: {slots[-1].reason}"
-    return f"model {name!r} is still loading"
+def _stopping() -> Unavailable:
+    return Unavailable("the service stops; nothing is loaded any more", reason="draining")

@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx.checker
+import onnx.numpy_helper
 import onnx.parser
 
 from service.artifact import MODEL_FILE, Metadata, Metrics, Thresholds, set_metadata
@@ -37,7 +39,7 @@ tiny (
 > {
   pixels = Cast <to = 1> (images)
   planes = Transpose <perm = [0, 3, 1, 2]> (pixels)
-  white = Constant <value_float = 255.0> ()
+  white = Constant <value_float = WHITE> ()
   bright = Div (planes, white)
   pooled = AveragePool <kernel_shape = [32, 32], strides = [16, 16]> (bright)
   grid_shape = Shape (pooled)
@@ -54,6 +56,7 @@ tiny (
   cell_scores_shape = Constant <value_ints = [0, 3, -1]> ()
   plain_scores = Reshape (pooled, cell_scores_shape)
   WORK
+  BALLAST
   POISON
   row_scalar = Squeeze (rows)
   column_scalar = Squeeze (columns)
@@ -128,7 +131,18 @@ tiny (
 """
 
 _NO_WORK = "busy_scores = Identity (plain_scores)"
-_NO_POISON = "cell_scores = Identity (busy_scores)"
+_NO_BALLAST = "laden_scores = Identity (busy_scores)"
+_BALLAST = """
+  average = ReduceMean <keepdims = 0> (bright)
+  nil = Constant <value_float = 0.0> ()
+  dark = Mul (average, nil)
+  row = Cast <to = 7> (dark)
+  weight = Gather <axis = 0> (ballast, row)
+  heaviest = ReduceMax <keepdims = 0> (weight)
+  weightless = Mul (heaviest, nil)
+  laden_scores = Add (busy_scores, weightless)
+"""
+_NO_POISON = "cell_scores = Identity (laden_scores)"
 _POISON = """
   red_plane = Slice (bright, zero, one, one)
   top_row = Slice (red_plane, zero, one, two)
@@ -142,7 +156,7 @@ _POISON = """
   bad_index = Cast <to = 7> (bad)
   nothing = Constant <value_floats = [0.0]> ()
   added = Gather <axis = 0> (nothing, bad_index)
-  cell_scores = Add (busy_scores, added)
+  cell_scores = Add (laden_scores, added)
 """
 
 
@@ -153,13 +167,22 @@ def build(
     thresholds: Thresholds | None = None,
     work: int = 0,
     poison: bool = False,
+    white: float = 255.0,
+    ballast: int = 0,
 ) -> onnx.ModelProto:
     """The model. `work` products of 512 x 512 matrices make an inference slow.
 
-    With `poison`, a batch in which some picture's top-left pixel is magenta (255, any, 255) fails.
+    A channel of value `white` scores 1. So many MiB of weights, which change no answer, are the
+    `ballast`. With `poison`, a batch in which some picture's top-left pixel is magenta (255, any,
+    255) fails.
     """
     text = _GRAPH.replace("WORK", _burn(work) if work else _NO_WORK)
-    model = onnx.parser.parse_model(text.replace("POISON", _POISON if poison else _NO_POISON))
+    text = text.replace("POISON", _POISON if poison else _NO_POISON)
+    text = text.replace("BALLAST", _BALLAST if ballast else _NO_BALLAST)
+    model = onnx.parser.parse_model(text.replace("WHITE", str(white)))
+    if ballast:
+        weights = np.ones((ballast, 1024, 256), dtype=np.float32)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(weights, "ballast"))
     # The default is one row for the whole batch; a caller may give a row for each picture.
     model.graph.input[1].type.tensor_type.shape.dim[0].dim_param = "sizes"
     onnx.checker.check_model(model, full_check=True)
@@ -176,9 +199,9 @@ def build(
 
 
 def save(root: Path, *, name: str = "tiny", version: int = 1, **options: object) -> Path:
-    """Write the model into a repository; the file's path."""
+    """Write the model into a repository, over what is there; the file's path."""
     path = root / name / str(version) / MODEL_FILE
-    path.parent.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     onnx.save(build(name=name, **options), path)  # type: ignore[arg-type]
     return path
 

@@ -8,8 +8,8 @@ import orjson
 from fastapi import FastAPI, Response
 
 from service.context import Service
-from service.registry import Slot
 from service.routes.openapi import problems
+from service.slots import Picture, Slot
 
 
 class ModelRoutes:
@@ -20,22 +20,21 @@ class ModelRoutes:
 
     async def every(self) -> Response:
         """Every version of every model, those that failed to load too."""
-        names = dict.fromkeys(slot.name for slot in self._service.registry.slots())
-        return _json({"models": [self._model(name) for name in names]})
+        picture = self._service.registry.picture()
+        names = dict.fromkeys(key.name for key in picture.slots)
+        return _json({"models": [self._model(picture, name) for name in names]})
 
     async def one(self, name: str) -> Response:
         """Every version of one model."""
-        return _json(self._model(name))
+        return _json(self._model(self._service.registry.picture(), name))
 
-    def _model(self, name: str) -> dict[str, Any]:
-        registry = self._service.registry
-        versions = [self._version(slot) for slot in registry.versions(name)]
-        ready = [version["version"] for version in versions if version["state"] == "ready"]
+    def _model(self, picture: Picture, name: str) -> dict[str, Any]:
         return {
             "name": name,
-            "default": name == registry.default,
-            "serving": max(ready, default=None),
-            "versions": versions,
+            "default": name == picture.default,
+            "serving": picture.serving(name),
+            "pinned": name in picture.pins,
+            "versions": [self._version(slot) for slot in picture.find(name)],
         }
 
     def _version(self, slot: Slot) -> dict[str, Any]:
