@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -17,6 +19,7 @@ from service.devices import Hardware
 from service.envelope import Envelope
 from service.errors import InvalidParameter, RetinaserveError
 from service.inference_protocol import rest
+from service.observability.tracing import Tracing, open_tracing
 from service.overload import OverloadGuard
 from service.problems import headers_of, http_problem, problem_of, respond
 from service.request_id import request_id
@@ -26,6 +29,8 @@ from service.security.headers import SecurityHeaders
 from service.settings import Settings
 
 _DESCRIPTION: Final = "Pictures in, detections out. Boxes are pixels of the original picture."
+_FLUSH_SECONDS: Final = 2.0
+"""How long the end of the server may wait for a collector of traces."""
 _CORS_REQUEST_HEADERS: Final = (
     "Authorization",
     "Content-Type",
@@ -49,6 +54,7 @@ def create_app(settings: Settings, *, hardware: Hardware | None = None) -> FastA
     Raises DeviceError, ArtifactError or DataError when it could never serve.
     """
     service = Service(settings, hardware)
+    tracing = open_tracing(os.environ, version=package_version())
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -57,6 +63,9 @@ def create_app(settings: Settings, *, hardware: Hardware | None = None) -> FastA
             yield
         finally:
             service.close()
+            if tracing is not None:
+                seconds = min(_FLUSH_SECONDS, settings.drain_seconds)
+                await asyncio.to_thread(tracing.close, seconds)
 
     app = FastAPI(
         title="retinaserve",
@@ -67,7 +76,7 @@ def create_app(settings: Settings, *, hardware: Hardware | None = None) -> FastA
         redoc_url=None,
     )
     app.state.service = service
-    _add_layers(app, service)
+    _add_layers(app, service, tracing)
     _add_error_handlers(app, service)
     for module in (detect, batch, health, models, rest):
         module.add_routes(app, service)
@@ -84,7 +93,7 @@ def package_version() -> str:
         return "0"
 
 
-def _add_layers(app: FastAPI, service: Service) -> None:
+def _add_layers(app: FastAPI, service: Service, tracing: Tracing | None) -> None:
     """What lies around the routes, from the inside out."""
     settings = service.settings
     app.add_middleware(OverloadGuard, service=service)
@@ -101,7 +110,7 @@ def _add_layers(app: FastAPI, service: Service) -> None:
             allow_headers=_CORS_REQUEST_HEADERS,
             expose_headers=_CORS_ANSWER_HEADERS,
         )
-    app.add_middleware(Envelope, metrics=service.metrics)
+    app.add_middleware(Envelope, metrics=service.metrics, tracing=tracing)
     app.add_middleware(SecurityHeaders)
 
 

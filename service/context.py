@@ -56,7 +56,7 @@ class Service:
             devices=len(self.hardware.devices),
             decode_threads=threads,
             policy=Policy(batch, settings.max_queue_delay_ms / 1e3),
-            on_batch=self.metrics.batch_size.observe,
+            on_batch=self.metrics.observe_batch,
             watchdog_seconds=settings.watchdog_seconds,
         )
         self.pictures = Admission(
@@ -81,6 +81,8 @@ class Service:
             registry=self.registry,
             waiting=lambda: self.pipeline.depth,
             held=lambda: self.pictures.held,
+            bytes_held=lambda: self.pictures.bytes_held,
+            wait=self.pipeline.wait,
         )
 
     def start(self) -> None:

@@ -7,8 +7,6 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from service.batching import Urgency
 from service.canvas import Buckets, ShortSide, Size
 from service.context import Service
@@ -16,6 +14,7 @@ from service.detector import Detections
 from service.errors import DeadlineExceeded
 from service.imaging import Prepared, open_picture, probe
 from service.pipeline import Outcome, Servable, Timing
+from service.record import Passage
 from service.results import Selection, select
 from service.tiling import MAX_VIEWS, Canvases, Plan, Tile, lay_out, merge, plan
 
@@ -30,6 +29,8 @@ class Answer(NamedTuple):
     timing: Timing
     canvases: int | None
     """How many the picture took; None where nobody asked for tiles."""
+    passage: Passage | None = None
+    """None where several canvases went together."""
 
 
 async def detect_one(
@@ -46,15 +47,12 @@ async def detect_one(
     `limit` is when an answer is too late, on the clock of `time.monotonic`. Raises what
     `Pipeline.detect` raises; for tiles also TooLarge, or Unavailable where not all find room.
     """
-    started = time.monotonic()
-    if tile == "off":
-        answer = await _whole(service, picture, model, selection, limit, urgency)
-    else:
-        answer = await _tiled(service, picture, model, selection, limit, tile, urgency)
-    classes = model.metadata.classes
-    counts = np.bincount(answer.found.labels, minlength=len(classes)).tolist()
-    service.metrics.count_detections(model.name, classes, counts)
-    service.metrics.observe_stages(*answer.timing, time.monotonic() - started)
+    with service.metrics.picture(model) as watched:
+        if tile == "off":
+            answer = await _whole(service, picture, model, selection, limit, urgency)
+        else:
+            answer = await _tiled(service, picture, model, selection, limit, tile, urgency)
+        watched.answered(answer.found, answer.timing, answer.image, answer.passage)
     return answer
 
 
@@ -76,7 +74,7 @@ async def _whole(
         urgency=urgency,
     )
     found = select(outcome.detections, outcome.letterbox, selection)
-    return Answer(outcome.letterbox.original, found, outcome.timing, None)
+    return Answer(outcome.letterbox.original, found, outcome.timing, None, outcome.passage)
 
 
 async def _tiled(

@@ -9,106 +9,217 @@ import time
 import uuid
 from collections.abc import MutableMapping
 from http import HTTPStatus
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
+from starlette._utils import get_route_path
+from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.bodies import ClientGone
 from service.observability import Metrics
+from service.observability.tracing import Tracing
 from service.problems import http_problem, written
+from service.record import Record, current
 from service.request_id import request_id
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
 
 _log = logging.getLogger("retinaserve.access")
 _error_log = logging.getLogger("retinaserve.error")
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _PROBES: Final = frozenset({"/healthz", "/readyz", "/metrics"})
+_UNMATCHED: Final = "unmatched"
+_METHODS: Final = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
+"""Others a client may make up: metrics count them as one."""
 _CLIENT_GONE: Final = 499
 """Status in log and metrics of a request whose client did not wait; nothing is sent."""
 
 
 class Envelope:
-    """The outermost layer, plain ASGI: it adds some microseconds."""
+    """Around everything that answers, plain ASGI: it adds some microseconds."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, tracing: Tracing | None = None) -> None:
         self._app = app
         self._metrics = metrics
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started = time.perf_counter()
-        name = _request_id(scope)
-        request_id.set(name)
-        status = _CLIENT_GONE
-        begun = False
-        # Asking for the body is what makes the server send 100 Continue.
-        waits = any(header == b"expect" for header, _ in scope["headers"])
-
-        async def receive_marked() -> MutableMapping[str, Any]:
-            nonlocal waits
-            waits = False
-            return await receive()
-
-        async def send_marked(message: MutableMapping[str, Any]) -> None:
-            nonlocal status, begun
-            if message["type"] == "http.response.start":
-                status, begun = message["status"], True
-                message["headers"] = [*message["headers"], (b"x-request-id", name.encode())]
-                if waits:
-                    # The client keeps its body back, and the server would take the client's next
-                    # request for it.
-                    message["headers"].append((b"connection", b"close"))
-            await send(message)
-
+        exchange = _Exchange(scope, receive, send)
+        request_id.set(exchange.record.request_id)
+        current.set(exchange.record)
+        span = self._begin_span(exchange)
+        self._metrics.in_progress += 1
         try:
-            await self._app(scope, receive_marked if waits else receive, send_marked)
+            await self._answer(exchange)
+        finally:
+            self._metrics.in_progress -= 1
+            self._finish(exchange, span)
+
+    async def _answer(self, exchange: _Exchange) -> None:
+        try:
+            await self._app(exchange.scope, exchange.receive, exchange.send)
         except ClientGone:
             pass
         except asyncio.CancelledError:
             # The server stops, and this request did not even arrive by the end of the drain.
-            if begun:
+            if exchange.begun:
                 raise
-            await _send_problem(scope, name, send_marked, 503, "the server stops; try again later")
+            await exchange.send_problem(503, "the server stops; try again later")
         except Exception:
             _error_log.exception("the request failed in a way that nobody foresaw")
-            if begun:
+            if exchange.begun:
                 raise
             # It tells nothing but the id under which the log tells all.
+            name = exchange.record.request_id
             detail = f"something went wrong; the server's log has it under request {name}"
-            await _send_problem(scope, name, send_marked, 500, detail)
-        finally:
-            self._record(scope, status, time.perf_counter() - started)
+            await exchange.send_problem(500, detail)
 
-    def _record(self, scope: Scope, status: int, seconds: float) -> None:
-        route = scope.get("route")
-        # Never the path itself: anybody could make any number of those.
-        template = getattr(route, "path", None) or "unmatched"
-        method = scope["method"] if template != "unmatched" else "any"
-        self._metrics.requests.labels(template, method, status).inc()
+    def _finish(self, exchange: _Exchange, span: Span | None) -> None:
+        record, status = exchange.record, exchange.status
+        template, method = exchange.route()
+        refused = status >= HTTPStatus.BAD_REQUEST and status != _CLIENT_GONE
+        # Errors of our own have been counted where they arose; a probe's are no refusals.
+        if refused and not record.reasons and template not in _PROBES:
+            self._metrics.count_status(status)
+        seconds = time.monotonic() - record.started
+        self._metrics.observe_request(
+            template, method, status, seconds=seconds, body_bytes=record.body_bytes
+        )
         # Probes come every few seconds for ever; only their failures are worth a line.
-        level = logging.DEBUG if template in _PROBES and status == 200 else logging.INFO
+        level = logging.DEBUG if template in _PROBES and status == HTTPStatus.OK else logging.INFO
         if _log.isEnabledFor(level):
-            path = scope.get("raw_path", b"").decode("ascii", "backslashreplace")
-            milliseconds = round(seconds * 1e3, 1)
-            _log.log(
-                level,
-                "%s %s %d %.1f ms",
-                scope["method"],
-                path,
-                status,
-                milliseconds,
-                extra={
-                    "fields": {
-                        "method": scope["method"],
-                        "path": path,
-                        "route": template,
-                        "status": status,
-                        "milliseconds": milliseconds,
-                    }
-                },
+            _write_line(exchange, level, template, round(seconds * 1e3, 1))
+        if span is not None:
+            assert self._tracing is not None, "it began the span"
+            self._tracing.finish(
+                span,
+                record,
+                f"{method} {template}",
+                exchange.attributes(template),
+                failed=status >= HTTPStatus.INTERNAL_SERVER_ERROR,
             )
+
+    def _begin_span(self, exchange: _Exchange) -> Span | None:
+        scope = exchange.scope
+        if self._tracing is None or scope["path"] in _PROBES:
+            return None
+        return self._tracing.begin(exchange.record, scope["method"], scope["headers"])
+
+
+class _Exchange:
+    """One request and its answer, and what passes by."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.scope = scope
+        self.record = Record(_request_id(scope))
+        self.status = _CLIENT_GONE
+        self.begun = False
+        self._receive = receive
+        self._send = send
+        # Asking for the body is what makes the server send 100 Continue.
+        self._waits = any(header == b"expect" for header, _ in scope["headers"])
+
+    async def receive(self) -> MutableMapping[str, Any]:
+        """The next piece of the body."""
+        self._waits = False
+        message = await self._receive()
+        if message["type"] == "http.request":
+            self.record.body_bytes += len(message.get("body", b""))
+            if not message.get("more_body", False):
+                self.record.body_finished = time.monotonic()
+        return message
+
+    async def send(self, message: MutableMapping[str, Any]) -> None:
+        """The next piece of the answer."""
+        if message["type"] == "http.response.start":
+            self.status, self.begun = message["status"], True
+            headers = [*message["headers"], (b"x-request-id", self.record.request_id.encode())]
+            timing = self.record.server_timing()
+            if timing is not None:
+                headers.append((b"server-timing", timing.encode()))
+            if self._waits:
+                # The client keeps its body back, and the server would take the client's next
+                # request for it.
+                headers.append((b"connection", b"close"))
+            message["headers"] = headers
+        await self._send(message)
+
+    async def send_problem(self, status: int, detail: str) -> None:
+        """Answer with an error."""
+        document = http_problem(
+            status, detail, instance=self.scope["path"], request_id=self.record.request_id
+        )
+        content, media_type = written(document)
+        headers = [
+            (b"content-type", media_type.encode()),
+            (b"content-length", str(len(content)).encode()),
+        ]
+        if status == HTTPStatus.SERVICE_UNAVAILABLE:
+            headers.append((b"retry-after", b"1"))
+        await self.send({"type": "http.response.start", "status": status, "headers": headers})
+        await self.send({"type": "http.response.body", "body": content})
+
+    def route(self) -> tuple[str, str]:
+        """Route template and method, as metrics may have them."""
+        route = self.scope.get("route") or _route_of(self.scope)
+        # Never the path itself: anybody could make any number of those.
+        template = getattr(route, "path", None) or _UNMATCHED
+        method = self.scope["method"]
+        return template, method if template != _UNMATCHED and method in _METHODS else "any"
+
+    def path(self) -> str:
+        """The path as it came, in ASCII."""
+        return bytes(self.scope.get("raw_path", b"")).decode("ascii", "backslashreplace")
+
+    def attributes(self, template: str) -> dict[str, str | int]:
+        """What OpenTelemetry's conventions want to know of a request."""
+        return {
+            "http.request.method": self.scope["method"],
+            "http.route": template,
+            "http.response.status_code": self.status,
+            "url.path": self.path(),
+            "url.scheme": self.scope.get("scheme", "http"),
+            "retinaserve.request_id": self.record.request_id,
+        }
+
+
+def _route_of(scope: Scope) -> BaseRoute | None:
+    """The route of a request that was refused before it was routed."""
+    path = get_route_path(scope)
+    for route in getattr(scope.get("app"), "routes", ()):
+        pattern = getattr(route, "path_regex", None)
+        if pattern is not None and pattern.match(path):
+            return cast("BaseRoute", route)
+    return None
+
+
+def _write_line(exchange: _Exchange, level: int, template: str, milliseconds: float) -> None:
+    scope, path = exchange.scope, exchange.path()
+    state = scope.get("state") or {}
+    fields: dict[str, Any] = {
+        "method": scope["method"],
+        "path": path,
+        "route": template,
+        "status": exchange.status,
+        "milliseconds": milliseconds,
+    }
+    if "key" in state:
+        fields["key"] = state["key"]
+    fields |= exchange.record.fields() | state.get("log", {})
+    _log.log(
+        level,
+        "%s %s %d %.1f ms",
+        scope["method"],
+        path,
+        exchange.status,
+        milliseconds,
+        extra={"fields": fields},
+    )
 
 
 def _request_id(scope: Scope) -> str:
@@ -118,16 +229,3 @@ def _request_id(scope: Scope) -> str:
                 return bytes(value).decode()
             break
     return uuid.uuid4().hex
-
-
-async def _send_problem(scope: Scope, name: str, send: Send, status: int, detail: str) -> None:
-    document = http_problem(status, detail, instance=scope["path"], request_id=name)
-    content, media_type = written(document)
-    headers = [
-        (b"content-type", media_type.encode()),
-        (b"content-length", str(len(content)).encode()),
-    ]
-    if status == HTTPStatus.SERVICE_UNAVAILABLE:
-        headers.append((b"retry-after", b"1"))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": content})

@@ -25,6 +25,7 @@ from service.cost import Costs
 from service.detector import Detections, Detector
 from service.errors import DeadlineExceeded, InferenceFailed, RetinaserveError, Unavailable
 from service.imaging import Prepared, prepare
+from service.record import Passage
 from service.request_id import request_id
 from service.workers import Watchdog, Worker
 
@@ -81,6 +82,7 @@ class Outcome(NamedTuple):
     """In canvas pixels."""
     letterbox: Letterbox
     timing: Timing
+    passage: Passage
 
 
 @dataclass(slots=True, eq=False)
@@ -101,6 +103,8 @@ class Work:
     request_id: str = field(default_factory=request_id.get)
     abandoned: bool = False
     prepared: Prepared | None = None
+    decoding: float = 0.0
+    """Since when a thread decodes it."""
     decode_seconds: float = 0.0
 
     @property
@@ -129,10 +133,10 @@ class Pipeline:
         devices: int,
         decode_threads: int,
         policy: Policy,
-        on_batch: Callable[[int], None],
+        on_batch: Callable[[Servable, int], None],
         watchdog_seconds: float = math.inf,
     ) -> None:
-        """`on_batch` hears the size of every batch, in the device's thread.
+        """`on_batch` hears the model and size of every batch, in the device's thread.
 
         A batch that takes longer than `watchdog_seconds` is taken for the end of its device.
         """
@@ -340,7 +344,7 @@ class Pipeline:
             del batch
 
     def _decode(self, work: Work) -> None:
-        started = time.monotonic()
+        started = work.decoding = time.monotonic()
         try:
             prepared = work.make()
         except RetinaserveError as error:
@@ -364,7 +368,7 @@ class Pipeline:
     def _infer_forever(self, device: int, worker: Worker[Work]) -> None:
         while batch := self._ready.take():
             worker.hold(batch)
-            self._on_batch(len(batch))
+            self._on_batch(batch[0].model, len(batch))
             _deliver(self._infer(batch, device))
             worker.hold(())
             del batch
@@ -419,6 +423,7 @@ def _run(detector: Detector, batch: Sequence[Work]) -> list[Outcome]:
             detections,
             each.letterbox,
             Timing(work.decode_seconds, started - work.arrived - work.decode_seconds, seconds),
+            Passage(work.arrived, work.decoding, started, len(batch)),
         )
         for work, each, detections in zip(batch, prepared, found, strict=True)
     ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import difflib
 import math
-import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -171,17 +170,15 @@ def _canvas_jobs(
     most = thresholds.max_detections or defaults.max_detections
 
     async def one(prepared: Prepared) -> Detections:
-        started = time.monotonic()
-        outcome = await service.pipeline.detect_canvas(
-            lambda: prepared, model, score=score, iou=iou, deadline=limit
-        )
-        # The graph may have run for others as well, with a lower threshold.
-        raw = outcome.detections
-        found = raw.pick(raw.scores > np.float32(score)).pick(slice(most))
-        classes = model.metadata.classes
-        counts = np.bincount(found.labels, minlength=len(classes)).tolist()
-        service.metrics.count_detections(model.name, classes, counts)
-        service.metrics.observe_stages(*outcome.timing, time.monotonic() - started)
+        with service.metrics.picture(model) as watched:
+            outcome = await service.pipeline.detect_canvas(
+                lambda: prepared, model, score=score, iou=iou, deadline=limit
+            )
+            # The graph may have run for others as well, with a lower threshold.
+            raw = outcome.detections
+            found = raw.pick(raw.scores > np.float32(score)).pick(slice(most))
+            size = prepared.letterbox.original
+            watched.answered(found, outcome.timing, size, outcome.passage)
         return found
 
     return [partial(one, prepared) for prepared in _canvases(inputs)]

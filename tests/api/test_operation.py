@@ -92,12 +92,14 @@ async def test_metrics(client: httpx.AsyncClient) -> None:
     assert found["retinaserve_requests_total", (*route, ("status", "400"))] == 1
     unmatched = (("method", "any"), ("route", "unmatched"), ("status", "404"))
     assert found["retinaserve_requests_total", unmatched] == 1
-    labels = (("label", "red"), ("model", "tiny"))
+    model = ("model", "tiny"), ("version", "1")
+    labels = (("label", "red"), *model)
     assert found["retinaserve_detections_total", labels] == 6
     assert found["retinaserve_refusals_total", (("reason", "malformed-image"),)] == 1
-    assert found["retinaserve_batch_size_count", ()] == 3
-    for stage in ("decode", "queue", "inference", "total"):
-        assert found["retinaserve_stage_seconds_count", (("stage", stage),)] == 3
+    assert found["retinaserve_batch_size_count", model] == 3
+    for stage in ("decode", "queue", "inference", "postprocess", "total"):
+        labels = (model[0], ("stage", stage), model[1])
+        assert found["retinaserve_stage_seconds_count", labels] == 3
     assert found["retinaserve_queue_depth", ()] == 0
     assert found["retinaserve_pictures_held", ()] == 0
     assert found["process_resident_memory_bytes", ()] > 1e6
@@ -113,9 +115,9 @@ async def test_metrics(client: httpx.AsyncClient) -> None:
 async def test_two_applications_share_nothing(start: Start) -> None:
     async with start() as one, start() as two:
         await one.post("/v1/detect", content=encoded(one_red()))
-        labels = (("label", "red"), ("model", "tiny"))
+        labels = (("label", "red"), ("model", "tiny"), ("version", "1"))
         assert (await samples(one))["retinaserve_detections_total", labels] == 1
-        assert ("retinaserve_detections_total", labels) not in await samples(two)
+        assert (await samples(two))["retinaserve_detections_total", labels] == 0
 
 
 async def test_models(client: httpx.AsyncClient) -> None:

@@ -21,10 +21,11 @@ MEBIBYTE = 1 << 20
 
 def metric(process: Process, name: str) -> float:
     with process.client() as client:
-        for line in client.get("/metrics").text.splitlines():
-            if line.startswith(f"{name} "):
-                return float(line.split()[1])
-    raise AssertionError(f"no metric {name}")
+        lines = client.get("/metrics").text.splitlines()
+    # Of a metric with labels, the sum over all of them.
+    found = [line for line in lines if line.startswith((f"{name} ", f"{name}{{"))]
+    assert found, f"no metric {name}"
+    return sum(float(line.rpartition(" ")[2]) for line in found)
 
 
 def test_healthz_answers_at_once_while_the_model_is_saturated(

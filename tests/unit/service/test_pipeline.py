@@ -46,7 +46,7 @@ async def started(
         devices=1,
         decode_threads=decode_threads,
         policy=policy or Policy(),
-        on_batch=seen.append,
+        on_batch=lambda _, size: seen.append(size),
     )
     line.start()
     try:
@@ -217,7 +217,7 @@ async def test_two_devices_share_the_work(load: Callable[..., Servable]) -> None
         detector.number = number
         detectors.append(detector)
     model = Servable("tiny", 1, alone.artifact, tuple(detectors))
-    line = Pipeline(devices=2, decode_threads=2, policy=Policy(), on_batch=lambda _: None)
+    line = Pipeline(devices=2, decode_threads=2, policy=Policy(), on_batch=lambda *_: None)
     line.start()
     try:
         answers = await asyncio.gather(

@@ -1,0 +1,274 @@
+"""The metrics of one application, for Prometheus to scrape.
+
+Labels come from loaded models, route templates and words of our own, never from what a client
+sent: otherwise anybody could fill the memory with series.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from http import HTTPStatus
+from typing import Final
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    Info,
+    PlatformCollector,
+    ProcessCollector,
+)
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from service.canvas import Size
+from service.detector import Detections
+from service.devices import Hardware
+from service.errors import DeadlineExceeded, RetinaserveError, Unavailable
+from service.observability.model_metrics import (
+    SECONDS,
+    ModelKey,
+    ModelMetrics,
+    ModelMetricsCollector,
+    Outcome,
+)
+from service.pipeline import Servable, Timing
+from service.record import Passage, Seen, Stages, current
+from service.registry import Registry
+
+_BYTES: Final = tuple(float(4**power) for power in range(5, 15))
+"""1 KiB to 256 MiB."""
+
+
+class Metrics:
+    """The metrics of one application, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.in_progress = 0
+        """Requests that have begun and not ended."""
+        self._requests = Counter(
+            "retinaserve_requests",
+            "Requests by route template, method and status; 499: the client did not wait.",
+            ("route", "method", "status"),
+            registry=self.registry,
+        )
+        self._seconds = Histogram(
+            "retinaserve_request_seconds",
+            "Seconds from the head of a request to the end of its answer.",
+            ("route", "method"),
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self._bytes = Histogram(
+            "retinaserve_request_body_bytes",
+            "Bytes of request bodies, of requests that had one.",
+            ("route",),
+            buckets=_BYTES,
+            registry=self.registry,
+        )
+        self._refusals = Counter(
+            "retinaserve_refusals",
+            "Requests, and pictures of batches, that got an error, by reason.",
+            ("reason",),
+            registry=self.registry,
+        )
+        self.tiles = Counter(
+            "retinaserve_tiles",
+            "Canvases of pictures that were cut into tiles.",
+            registry=self.registry,
+        )
+        Gauge(
+            "retinaserve_requests_in_progress",
+            "Requests that have begun and not ended.",
+            registry=self.registry,
+        ).set_function(lambda: self.in_progress)
+        # `labels` of prometheus_client costs more than the counting itself.
+        self._of_request: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
+        self._models = ModelMetricsCollector()
+        self.registry.register(self._models)
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        GCCollector(registry=self.registry)
+
+    def observe_request(
+        self, route: str, method: str, status: int, *, seconds: float, body_bytes: int
+    ) -> None:
+        """Record one request that is over. Route and method must come from a bounded set."""
+        key = (route, method, status)
+        children = self._of_request.get(key)
+        if children is None:
+            counter = self._requests.labels(route, method, status)
+            children = self._of_request[key] = counter, self._seconds.labels(route, method)
+        counter, histogram = children
+        counter.inc()
+        histogram.observe(seconds)
+        if body_bytes:
+            self._bytes.labels(route).observe(body_bytes)
+
+    def count_refusal(self, error: RetinaserveError) -> None:
+        """Count one request or picture that got an error, and note why in its record."""
+        self.count_reason(error.reason if isinstance(error, Unavailable) else error.slug)
+
+    def count_reason(self, reason: str) -> None:
+        """As `count_refusal`, where there is no error but a word of our own."""
+        self._refusals.labels(reason).inc()
+        record = current.get()
+        if record is not None:
+            record.reasons[reason] = None
+
+    def count_status(self, status: int) -> None:
+        """As `count_reason`, where nothing is known but the HTTP status."""
+        self.count_reason(HTTPStatus(status).phrase.lower().replace(" ", "-"))
+
+    def observe_batch(self, model: Servable, size: int) -> None:
+        """Record one inference. Any thread."""
+        self._of(model).observe_batch(size)
+
+    @contextmanager
+    def picture(self, model: Servable) -> Iterator[Watched]:
+        """Count how a picture ends that is handed to a model; an exception tells, or `answered`."""
+        numbers = self._of(model)
+        outcome: Outcome = "failed"
+        try:
+            watched = Watched(numbers, model)
+            yield watched
+            outcome = "answered" if watched.done else "failed"
+        except BaseException as error:
+            outcome = _outcome(error)
+            raise
+        finally:
+            numbers.count(outcome)
+
+    def watch(
+        self,
+        *,
+        hardware: Hardware,
+        registry: Registry,
+        waiting: Callable[[], int],
+        held: Callable[[], int],
+        bytes_held: Callable[[], int] = lambda: 0,
+        wait: Callable[[], float] = lambda: 0.0,
+    ) -> None:
+        """Add what is read at the moment of scraping."""
+        gauges: tuple[tuple[str, str, Callable[[], float]], ...] = (
+            ("queue_depth", "Pictures that wait now.", waiting),
+            (
+                "pictures_held",
+                "Pictures (of tiled ones, canvases) in the service now, from arrival to answer.",
+                held,
+            ),
+            ("picture_bytes_held", "Bytes of those pictures, as they were sent.", bytes_held),
+            (
+                "predicted_wait_seconds",
+                "How long a picture that came now would wait for a device.",
+                wait,
+            ),
+        )
+        for name, text, read in gauges:
+            gauge = Gauge(f"retinaserve_{name}", text, registry=self.registry)
+            gauge.set_function(read)
+        Info("retinaserve_device", "The device in use.", registry=self.registry).info(
+            {"device": hardware.name, "fallback": hardware.fallback or ""}
+        )
+        Gauge(
+            "retinaserve_cpu_fallback",
+            "1 when DEVICE=auto found no GPU and fell back to the CPU.",
+            registry=self.registry,
+        ).set(hardware.fallback is not None)
+        self.registry.register(_RegistryCollector(registry))
+        self._models.watch(lambda: _loaded(registry))
+
+    def _of(self, model: Servable) -> ModelMetrics:
+        return self._models.of(model.name, model.version, model.metadata.classes)
+
+
+class Watched:
+    """A picture on its way through a model."""
+
+    def __init__(self, numbers: ModelMetrics, model: Servable) -> None:
+        self.done = False
+        self._numbers = numbers
+        self._model = model
+        self._started = time.monotonic()
+
+    def answered(
+        self,
+        found: Detections,
+        timing: Timing,
+        size: Size,
+        passage: Passage | None,
+    ) -> None:
+        """Record what a picture of that size gave."""
+        finished = time.monotonic()
+        # What is left: the way back to the event loop, choosing, mapping to the picture.
+        rest = max(0.0, finished - self._started - sum(timing))
+        stages = Stages(*timing, rest)
+        self._numbers.observe_picture(stages, found.labels, found.scores)
+        self.done = True
+        record = current.get()
+        if record is not None:
+            record.pictures.append(
+                Seen(
+                    self._model.name,
+                    self._model.version,
+                    size.width,
+                    size.height,
+                    len(found),
+                    stages,
+                    finished,
+                    passage,
+                )
+            )
+
+
+class _RegistryCollector(Collector):
+    """How far each version of each model got."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterable[Metric]:
+        """The samples of this moment."""
+        ready = GaugeMetricFamily(
+            "retinaserve_model_ready",
+            "1 when the version can serve.",
+            labels=("model", "version", "state", "sha256"),
+        )
+        seconds = GaugeMetricFamily(
+            "retinaserve_model_load_seconds",
+            "How long it took to load and warm the version.",
+            labels=("model", "version"),
+        )
+        for slot in self._registry.slots():
+            name = (slot.name, str(slot.version))
+            ready.add_metric((*name, slot.state, slot.sha256 or ""), float(slot.state == "ready"))
+            if slot.load_seconds is not None:
+                seconds.add_metric(name, slot.load_seconds)
+        yield ready
+        yield seconds
+
+
+def _loaded(registry: Registry) -> Iterator[tuple[ModelKey, tuple[str, ...]]]:
+    for slot in registry.slots():
+        # Taken once: the version may be unloaded between two looks.
+        servable = slot.servable
+        if servable is not None:
+            yield ModelKey(slot.name, slot.version), servable.metadata.classes
+
+
+def _outcome(error: BaseException) -> Outcome:
+    if isinstance(error, asyncio.CancelledError):
+        return "cancelled"
+    if isinstance(error, Unavailable):
+        return "refused"
+    if isinstance(error, DeadlineExceeded):
+        return "late"
+    if isinstance(error, RetinaserveError) and error.status < HTTPStatus.INTERNAL_SERVER_ERROR:
+        return "rejected"
+    return "failed"
