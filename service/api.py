@@ -77,7 +77,7 @@ def create_app(settings: Settings, *, hardware: Hardware | None = None) -> FastA
     )
     app.state.service = service
     _add_layers(app, service, tracing)
-    _add_error_handlers(app, service)
+    add_error_handlers(app, service)
     for module in (detect, batch, health, models, rest):
         module.add_routes(app, service)
     docs.add_routes(app)
@@ -114,7 +114,9 @@ def _add_layers(app: FastAPI, service: Service, tracing: Tracing | None) -> None
     app.add_middleware(SecurityHeaders)
 
 
-def _add_error_handlers(app: FastAPI, service: Service) -> None:
+def add_error_handlers(app: FastAPI, service: Service) -> None:
+    """Answer errors with problem details, and count them."""
+
     async def own(request: Request, error: Exception) -> Response:
         assert isinstance(error, RetinaserveError)
         service.metrics.count_refusal(error)

@@ -40,6 +40,13 @@ class Unauthorized(RetinaserveError):
     title = "Unauthorized"
 
 
+class Forbidden(RetinaserveError):
+    """The key is known, but not one for this."""
+
+    status = 403
+    title = "Forbidden"
+
+
 class UnknownModel(RetinaserveError):
     """No such model or version."""
 

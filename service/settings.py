@@ -97,6 +97,12 @@ class Settings(BaseSettings):
     cors_origins: Annotated[tuple[str, ...], NoDecode] = ()
     """Web pages elsewhere that may call: https://a.example,https://b.example, or * for all."""
 
+    admin_host: str = "127.0.0.1"
+    """Address of the admin listener, where models are loaded, unloaded and chosen."""
+
+    admin_port: int | None = Field(default=None, ge=0, le=65535)
+    """Port of the admin listener; it needs API_KEYS_FILE. Default: there is no such listener."""
+
     log_format: Literal["text", "json"] = "text"
     """Lines for people, or one JSON object a line."""
 
