@@ -30,6 +30,7 @@ Job = Callable[[], Coroutine[None, None, Detections]]
 TIMEOUT: Final = "timeout"
 """Parameter: microseconds that the answer may take."""
 _THRESHOLDS: Final = ("score_threshold", "iou_threshold", "max_detections")
+_MOST_PARAMETERS: Final = 64
 _LONGEST_NUMBER: Final = 32
 _LONGEST_VERSION: Final = 9
 """Digits; int() refuses thousands of them with an error of its own."""
@@ -121,6 +122,8 @@ async def infer(
     else:
         jobs = _canvas_jobs(service, model, request.inputs, thresholds, limit)
     with ExitStack() as places:
+        if len(jobs) > 1:
+            service.pipeline.admit(model, limit, pictures=len(jobs))
         for _ in jobs[1:]:
             places.enter_context(service.pictures.slot())
         found = await _all(jobs)
@@ -201,6 +204,8 @@ def _canvases(inputs: Mapping[str, NDArray[Any]]) -> list[Prepared]:
 
 
 def _thresholds(request: InferRequest) -> _Thresholds:
+    if len(request.parameters) > _MOST_PARAMETERS:
+        raise MalformedRequest(f"more than {_MOST_PARAMETERS} parameters")
     for name in request.parameters:
         # Misspelt, it would be ignored in silence, and the answer would look right.
         meant = difflib.get_close_matches(name[:80], _THRESHOLDS, n=1, cutoff=0.8)

@@ -30,21 +30,13 @@ _ERROR: Final = {
 }
 _STRING: Final = {"type": "string"}
 _STRINGS: Final = {"type": "array", "items": _STRING}
+_INTEGERS: Final = {"type": "array", "items": {"type": "integer"}}
 _PARAMETERS: Final = {
     "type": "object",
     "description": (
         "score_threshold, iou_threshold, max_detections, timeout (microseconds), "
         "binary_data_output; of a tensor: binary_data_size, binary_data."
     ),
-}
-_TENSOR_METADATA: Final = {
-    "type": "object",
-    "required": ["name", "datatype", "shape"],
-    "properties": {
-        "name": _STRING,
-        "datatype": _STRING,
-        "shape": {"type": "array", "items": {"type": "integer"}},
-    },
 }
 
 
@@ -66,7 +58,8 @@ def ready() -> dict[str, Any]:
 
 def model() -> dict[str, Any]:
     """GET /v2/models/{name}."""
-    tensors = {"type": "array", "items": _TENSOR_METADATA}
+    tensor = _object(name=_STRING, datatype=_STRING, shape=_INTEGERS)
+    tensors = {"type": "array", "items": tensor}
     schema = _object(
         name=_STRING, versions=_STRINGS, platform=_STRING, inputs=tensors, outputs=tensors
     )
@@ -144,8 +137,8 @@ def _request_schema() -> dict[str, Any]:
 
 
 def _response_schema() -> dict[str, Any]:
-    output = dict(_TENSOR_METADATA)
-    output["properties"] = _TENSOR_METADATA["properties"] | {
+    output = _object(name=_STRING, datatype=_STRING, shape=_INTEGERS)
+    output["properties"] |= {
         "data": {"type": "array", "items": {"type": "number"}},
         "parameters": _PARAMETERS,
     }

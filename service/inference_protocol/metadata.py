@@ -9,7 +9,7 @@ from service.context import Service
 from service.errors import UnknownModel
 from service.inference_protocol.data_plane import find_model, parse_version
 from service.inference_protocol.tensors import INPUTS, OUTPUTS, Signature
-from service.registry import Slot
+from service.slots import Slot
 
 SERVER_NAME: Final = "retinaserve"
 PLATFORM: Final = "onnxruntime_onnx"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 import orjson
@@ -101,7 +102,7 @@ class RestRoutes:
             read=time.monotonic(),
             limit_ms=service.settings.request_timeout_ms,
         )
-        with service.pictures.slot():
+        with service.pictures.slot(len(body)):
             async with cancelled_when_gone(request.receive):
                 parsed = await take_apart(
                     service,
@@ -125,24 +126,22 @@ def add_routes(app: FastAPI, service: Service) -> None:
     """Add the routes to an application."""
     routes = RestRoutes(service)
     model, versioned = "/v2/models/{name}", "/v2/models/{name}/versions/{version}"
-    for path, endpoint, about in (
-        ("/v2", routes.server, descriptions.server()),
-        ("/v2/health/live", routes.live, descriptions.live()),
-        ("/v2/health/ready", routes.ready, descriptions.ready()),
-        (model, routes.model, descriptions.model()),
-        (versioned, routes.model_version, descriptions.model()),
-        (f"{model}/ready", routes.model_ready, descriptions.model_ready()),
-        (f"{versioned}/ready", routes.model_version_ready, descriptions.model_ready()),
-        (f"{model}/config", routes.config, descriptions.config()),
-        (f"{versioned}/config", routes.config_version, descriptions.config()),
-    ):
-        app.add_api_route(path, endpoint, methods=["GET"], **about)
-    for path, endpoint, about in (
-        (f"{model}/infer", routes.infer, descriptions.infer()),
-        (f"{versioned}/infer", routes.infer_version, descriptions.infer()),
-        ("/v2/repository/index", routes.index, descriptions.index()),
-    ):
-        app.add_api_route(path, endpoint, methods=["POST"], **about)
+    operations: tuple[tuple[str, str, Callable[..., Awaitable[Response]], dict[str, Any]], ...] = (
+        ("GET", "/v2", routes.server, descriptions.server()),
+        ("GET", "/v2/health/live", routes.live, descriptions.live()),
+        ("GET", "/v2/health/ready", routes.ready, descriptions.ready()),
+        ("GET", model, routes.model, descriptions.model()),
+        ("GET", versioned, routes.model_version, descriptions.model()),
+        ("GET", f"{model}/ready", routes.model_ready, descriptions.model_ready()),
+        ("GET", f"{versioned}/ready", routes.model_version_ready, descriptions.model_ready()),
+        ("GET", f"{model}/config", routes.config, descriptions.config()),
+        ("GET", f"{versioned}/config", routes.config_version, descriptions.config()),
+        ("POST", f"{model}/infer", routes.infer, descriptions.infer()),
+        ("POST", f"{versioned}/infer", routes.infer_version, descriptions.infer()),
+        ("POST", "/v2/repository/index", routes.index, descriptions.index()),
+    )
+    for method, path, endpoint, about in operations:
+        app.add_api_route(path, endpoint, methods=[method], **about)
 
 
 def _answer(parsed: Parsed, outputs: dict[str, Any], model: Servable) -> Response:
