@@ -17,13 +17,14 @@ BATCHING := service/batching.py
 COVERED_90 = $(TEST_VENV)/bin/python -m coverage report --fail-under=90 --include=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint format lock clean
+.PHONY: help serve test lint format proto lock clean
 
 help:
 	@echo 'make serve   install the service and run the bundled model on http://localhost:$(PORT) (PORT=)'
 	@echo 'make test    install what the tests need and run them with coverage'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make format  let ruff rewrite the sources'
+	@echo 'make proto   compile the messages of the gRPC dialect'
 	@echo 'make lock    renew the lock files of the container images'
 	@echo 'make clean   remove environments and caches'
 
@@ -44,6 +45,10 @@ lint: $(TEST_VENV)/installed
 format: $(TEST_VENV)/installed
 	$(TEST_VENV)/bin/python -m ruff check --fix-only .
 	$(TEST_VENV)/bin/python -m ruff format .
+
+proto: $(TEST_VENV)/installed
+	cd service/inference_protocol && ../../$(TEST_VENV)/bin/python -m grpc_tools.protoc \
+		--proto_path=. --descriptor_set_out=messages.binpb open_inference.proto health.proto
 
 # The stamp is newer than pyproject.toml once everything is installed, so a second run starts at once.
 $(VENV)/installed: pyproject.toml

@@ -103,6 +103,9 @@ class Settings(BaseSettings):
     admin_port: int | None = Field(default=None, ge=0, le=65535)
     """Port of the admin listener; it needs API_KEYS_FILE. Default: there is no such listener."""
 
+    grpc_port: int | None = Field(default=None, ge=0, le=65535)
+    """Port of the gRPC server on HOST; it needs the extra `grpc`. Default: there is none."""
+
     log_format: Literal["text", "json"] = "text"
     """Lines for people, or one JSON object a line."""
 
