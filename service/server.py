@@ -77,6 +77,36 @@ def url(listener: socket.socket, *, tls: bool) -> str:
     return f"{'https' if tls else 'http'}://{shown}:{port}"
 
 
+def configuration(
+    app: FastAPI,
+    *,
+    drain_seconds: float,
+    root_path: str = "",
+    certificate: Path | None = None,
+    key: Path | None = None,
+) -> uvicorn.Config:
+    """How every one of the service's HTTP listeners behaves. The application is not started."""
+    return uvicorn.Config(
+        app,
+        root_path=root_path,
+        ssl_certfile=certificate,
+        ssl_keyfile=key,
+        loop=_available("uvloop"),
+        http=_available("httptools"),
+        ws="none",
+        # `Server.serve` does it, around the companions too.
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        # Longer than the usual 60 s of load balancers, which then close first: the other
+        # way round a request can meet a connection that is just being closed.
+        timeout_keep_alive=75,
+        # What did not even arrive by the end of the drain is cut off.
+        timeout_graceful_shutdown=math.ceil(drain_seconds) + 1,
+    )
+
+
 class Server(uvicorn.Server):
     """Serves one application on one listener until a signal comes, then drains."""
 
@@ -96,24 +126,12 @@ class Server(uvicorn.Server):
         self._drain_delay = settings.drain_delay_seconds
         self._closes_at: float | None = None
         super().__init__(
-            uvicorn.Config(
+            configuration(
                 app,
+                drain_seconds=settings.drain_seconds,
                 root_path=root_path,
-                ssl_certfile=certificate,
-                ssl_keyfile=key,
-                loop=_available("uvloop"),
-                http=_available("httptools"),
-                ws="none",
-                # `serve` does it, around the companions too.
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                # Longer than the usual 60 s of load balancers, which then close first: the other
-                # way round a request can meet a connection that is just being closed.
-                timeout_keep_alive=75,
-                # What did not even arrive by the end of the drain is cut off.
-                timeout_graceful_shutdown=math.ceil(settings.drain_seconds) + 1,
+                certificate=certificate,
+                key=key,
             )
         )
 

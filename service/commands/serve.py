@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import logging
 import os
+import socket
 import ssl
 import sys
 import threading
@@ -12,11 +14,14 @@ from pathlib import Path
 
 import click
 
+from service.admin import AdminListener
 from service.api import create_app
+from service.context import Service
 from service.errors import DataError
 from service.observability import configure_logging
+from service.security.keys import read_keys
 from service.server import Companion, Server, listen, url
-from service.settings import load_settings, unknown_variables
+from service.settings import Settings, load_settings, unknown_variables
 
 _log = logging.getLogger("retinaserve")
 
@@ -39,8 +44,14 @@ def run(
     with contextlib.ExitStack() as ports:
         # Every port before anything is loaded.
         listener = ports.enter_context(listen(settings.host, settings.port))
+        admin = _listen_for_admins(settings, ports)
         app = create_app(settings)
+        service: Service = app.state.service
+        if service.keys is None:
+            _warn_of_strangers(listener)
         companions: list[Companion] = []
+        if admin is not None:
+            companions.append(AdminListener(service, admin, certificate=certificate, key=key))
         server = Server(
             app, root_path=root_path, certificate=certificate, key=key, companions=companions
         )
@@ -51,15 +62,47 @@ def run(
                 f"--ssl-certfile {certificate}: not a certificate with its key: {error}"
             ) from error
         click.echo(
-            f"retinaserve serves {app.state.service.registry.default} on "
-            f"{app.state.service.hardware.name}: {url(listener, tls=certificate is not None)}"
+            f"retinaserve serves {service.registry.default} on "
+            f"{service.hardware.name}: {url(listener, tls=certificate is not None)}"
         )
         sys.stdout.flush()
         server.run([listener])
-    _leave()
+    _leave(0 if service.pipeline.fatal is None else 1)
 
 
-def _leave() -> None:
+def _listen_for_admins(settings: Settings, ports: contextlib.ExitStack) -> socket.socket | None:
+    """Bind the admin listener's address, if there is to be one."""
+    if settings.admin_port is None:
+        return None
+    path = settings.api_keys_file
+    if path is None:
+        # Not even on loopback: every user and container of the host may be able to reach that.
+        raise DataError(
+            "RETINASERVE_ADMIN_PORT needs RETINASERVE_API_KEYS_FILE: only an admin's key opens it; "
+            "`retinaserve keys new NAME --admin --file PATH` makes one"
+        )
+    if not any(entry.admin for entry in read_keys(path)):
+        _log.warning(
+            "no key in %s is an admin's, so nobody may change models; "
+            "`retinaserve keys new NAME --admin --file %s` makes one",
+            path,
+            path,
+        )
+    remedy = "choose another with RETINASERVE_ADMIN_PORT"
+    return ports.enter_context(listen(settings.admin_host, settings.admin_port, remedy=remedy))
+
+
+def _warn_of_strangers(listener: socket.socket) -> None:
+    address = listener.getsockname()[0]
+    if not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
+        _log.warning(
+            "anybody who reaches %s may use the service; to ask for keys, set "
+            "RETINASERVE_API_KEYS_FILE (`retinaserve keys new NAME --file PATH`)",
+            address,
+        )
+
+
+def _leave(status: int) -> None:
     """Exit now, even where a thread is stuck in native code that would not let Python end."""
     stuck = [
         thread.name
@@ -69,4 +112,5 @@ def _leave() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     if stuck:
-        os._exit(0)
+        os._exit(status)
+    sys.exit(status)

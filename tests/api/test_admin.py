@@ -1,0 +1,247 @@
+"""The admin listener: models change while the service runs, by an admin's key alone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from service.admin import AdminListener
+from service.api import create_app
+from service.security.keys import new_key
+from service.server import listen
+from service.settings import Settings
+from tests import tiny_model
+from tests.api.conftest import running
+from tests.pictures import encoded, one_red
+
+
+class Doors(NamedTuple):
+    """Clients of both listeners."""
+
+    main: httpx.AsyncClient
+    admin: httpx.AsyncClient
+    client_key: str
+
+
+@pytest.fixture
+async def doors(tmp_path: Path) -> AsyncIterator[Doors]:
+    """A service with the tiny model as version 1, and its admin listener on loopback."""
+    tiny_model.save(tmp_path)
+    async with both(tmp_path) as opened:
+        yield opened
+
+
+def both(models: Path) -> AbstractAsyncContextManager[Doors]:
+    keys = models / "keys.json"
+    admin_key = new_key(keys, "operator", admin=True)
+    client_key = new_key(keys, "camera", admin=False)
+    app = create_app(Settings(models_dir=models, device="cpu", api_keys_file=keys))
+    listener = listen("127.0.0.1", 0)
+    companion = AdminListener(app.state.service, listener)
+
+    @asynccontextmanager
+    async def opened() -> AsyncIterator[Doors]:
+        base = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        headers = {"Authorization": f"Bearer {admin_key}"}
+        async with running(app) as main:
+            main.headers["X-API-Key"] = client_key
+            await companion.start()
+            async with httpx.AsyncClient(base_url=base, headers=headers, timeout=60) as admin:
+                yield Doors(main, admin, client_key)
+            await companion.stop(5)
+
+    return opened()
+
+
+async def detected(main: httpx.AsyncClient, query: str = "") -> dict[str, object]:
+    answer = await main.post(f"/v1/detect{query}", content=encoded(one_red()))
+    assert answer.status_code == 200, answer.text
+    found: dict[str, object] = answer.json()["model"]
+    return found
+
+
+async def test_a_version_is_loaded_chosen_and_unloaded(doors: Doors, tmp_path: Path) -> None:
+    tiny_model.save(tmp_path, version=2)
+    answer = await doors.admin.post("/v1/models/tiny/load")
+    assert answer.status_code == 200
+    loaded = answer.json()
+    assert loaded.pop("seconds") > 0
+    sha256 = loaded.pop("sha256")
+    assert loaded == {
+        "name": "tiny",
+        "version": 2,
+        "state": "ready",
+        "changed": True,
+        "serving": 2,
+        "pinned": False,
+        "default": True,
+    }
+    assert await detected(doors.main) == {"name": "tiny", "version": 2}
+    (model,) = (await doors.admin.get("/v1/models")).json()["models"]
+    assert [each["state"] for each in model["versions"]] == ["ready", "ready"]
+    assert model["versions"][1]["sha256"] == sha256
+    assert (await doors.main.get("/v1/models")).json()["models"] == [model]
+
+    answer = await doors.admin.post("/v1/models/tiny/default", json={"version": 1})
+    assert answer.json() == {"name": "tiny", "serving": 1, "pinned": True, "default": True}
+    assert await detected(doors.main) == {"name": "tiny", "version": 1}
+    assert await detected(doors.main, "?version=2") == {"name": "tiny", "version": 2}
+    assert (await doors.main.get("/v1/models/tiny")).json()["serving"] == 1
+
+    answer = await doors.admin.post("/v1/models/tiny/unload?version=2")
+    assert answer.json()["unloaded"] == [2]
+    answer = await doors.main.post("/v1/detect?version=2", content=encoded(one_red()))
+    assert answer.status_code == 404
+    assert "version 2 is not loaded; loaded: version 1" in answer.json()["detail"]
+
+
+async def test_the_metric_follows(doors: Doors, tmp_path: Path) -> None:
+    tiny_model.save(tmp_path, name="second").write_bytes(b"no model")
+    assert (await doors.admin.post("/v1/models/second/load")).status_code == 409
+    tiny_model.save(tmp_path, version=2)
+    await doors.admin.post("/v1/models/tiny/load")
+    await doors.admin.post("/v1/models/tiny/unload?version=1")
+    metrics = (await doors.admin.get("/metrics")).text
+    states = {
+        (sample.labels["model"], sample.labels["version"]): sample.labels["state"]
+        for family in text_string_to_metric_families(metrics)
+        for sample in family.samples
+        if sample.name == "retinaserve_model_ready"
+    }
+    assert states == {
+        ("second", "1"): "failed",
+        ("tiny", "1"): "unloaded",
+        ("tiny", "2"): "ready",
+    }
+    assert (await doors.main.get("/readyz")).status_code == 200
+
+
+async def test_a_file_that_cannot_serve_says_why(doors: Doors, tmp_path: Path) -> None:
+    path = tiny_model.save(tmp_path, version=2)
+    (path.parent / "model.sha256").write_text(f"{'0' * 64}  model.onnx\n")
+    answer = await doors.admin.post("/v1/models/tiny/load")
+    assert answer.status_code == 409
+    assert answer.headers["content-type"] == "application/problem+json"
+    problem = answer.json()
+    assert problem["type"] == "urn:retinaserve:problem:load-failed"
+    assert problem["instance"] == "/v1/models/tiny/load"
+    assert "model.sha256 says 0000" in problem["detail"]
+    assert "version 1 serves on" in problem["detail"]
+    assert await detected(doors.main) == {"name": "tiny", "version": 1}
+    (model,) = (await doors.main.get("/v1/models")).json()["models"]
+    assert model["versions"][1]["state"] == "failed"
+    assert "model.sha256" in model["versions"][1]["reason"]
+
+
+WRONG: list[tuple[str, bytes, int, str]] = [
+    ("none/load", b"", 404, "there is tiny"),
+    ("tiny/load?version=7", b"", 404, "there is 1"),
+    ("tiny/unload", b"", 409, "make another model the default"),
+    ("tiny/unload?version=7", b"", 404, "there is 1"),
+    ("none/default", b"", 404, "there is tiny"),
+    ("tiny/load?version=0", b"", 422, "version='0'"),
+    ("tiny/load?version=new", b"", 422, "a positive integer"),
+    ("tiny/load?versoin=1", b"", 422, "versoin='1'"),
+    ("tiny/load?version=1&version=2", b"", 422, "give it once"),
+    ("tiny/load?version=1", b'{"version": 2}', 422, "give it once"),
+    ("tiny/load", b'{"version": true}', 422, "version=True"),
+    ("tiny/load", b'{"version": "1"}', 422, "version='1'"),
+    ("tiny/load", b"version=1", 400, "JSON"),
+    ("tiny/load", b" " * 5000, 413, "4096"),
+    ("tiny/launch", b"", 404, "Not Found"),
+    ("..%2fkeys.json/load", b"", 404, ""),
+]
+
+
+async def test_what_is_wrong_is_named(doors: Doors) -> None:
+    for path, content, status, says in WRONG:
+        answer = await doors.admin.post(f"/v1/models/{path}", content=content)
+        assert answer.status_code == status, (path, answer.text)
+        assert answer.headers["content-type"] == "application/problem+json"
+        assert says in answer.json()["detail"], path
+        assert answer.json()["request_id"] == answer.headers["x-request-id"]
+    assert await detected(doors.main) == {"name": "tiny", "version": 1}
+
+
+async def test_only_an_admin_comes_in(doors: Doors) -> None:
+    path = "/v1/models/tiny/load"
+    base = doors.admin.base_url
+    async with httpx.AsyncClient(base_url=base) as stranger:
+        assert (await stranger.get("/healthz")).status_code == 200
+        assert (await stranger.get("/readyz")).status_code == 200
+        for closed in ("/metrics", "/v1/models"):
+            assert (await stranger.get(closed)).status_code == 401
+        answer = await stranger.post(path)
+        assert answer.status_code == 401
+        assert answer.headers["www-authenticate"].startswith("Bearer")
+        answer = await stranger.post(path, headers={"X-API-Key": doors.client_key})
+        assert answer.status_code == 403
+        assert "--admin" in answer.json()["detail"]
+        answer = await stranger.post(path, headers={"X-API-Key": doors.client_key + "x"})
+        assert answer.status_code == 401
+    assert (await doors.admin.post(path)).status_code == 200
+
+
+async def test_the_main_listener_changes_no_model(doors: Doors) -> None:
+    headers = dict(doors.admin.headers)
+    for action in ("load", "unload", "default"):
+        answer = await doors.main.post(f"/v1/models/tiny/{action}", headers=headers)
+        assert answer.status_code == 404
+
+
+async def test_the_service_answers_while_a_model_loads(
+    doors: Doors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, go = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def wait_for_go(self: object, canvas: object, batch: int = 1) -> None:
+        loop.call_soon_threadsafe(entered.set)
+        asyncio.run_coroutine_threadsafe(go.wait(), loop).result(60)
+
+    tiny_model.save(tmp_path, version=2)
+    monkeypatch.setattr("service.detector.Detector.warm", wait_for_go)
+    first, second = (
+        asyncio.create_task(doors.admin.post("/v1/models/tiny/load")) for _ in range(2)
+    )
+    await asyncio.wait_for(entered.wait(), 60)
+    assert (await doors.admin.get("/healthz")).status_code == 200
+    assert await detected(doors.main) == {"name": "tiny", "version": 1}
+    answer = await doors.admin.post("/v1/models/tiny/unload?version=2")
+    assert answer.status_code == 409
+    assert "being loaded" in answer.json()["detail"]
+    first.cancel()
+    go.set()
+    answer = await second
+    assert (answer.status_code, answer.json()["changed"]) == (200, True), "not cancelled with it"
+    assert await detected(doors.main) == {"name": "tiny", "version": 2}
+
+
+async def test_stopping_answers_who_waits_for_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, go = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def wait_for_go(self: object, canvas: object, batch: int = 1) -> None:
+        loop.call_soon_threadsafe(entered.set)
+        asyncio.run_coroutine_threadsafe(go.wait(), loop).result(60)
+
+    tiny_model.save(tmp_path)
+    async with both(tmp_path) as doors:
+        tiny_model.save(tmp_path, version=2)
+        monkeypatch.setattr("service.detector.Detector.warm", wait_for_go)
+        loading = asyncio.create_task(doors.admin.post("/v1/models/tiny/load"))
+        await asyncio.wait_for(entered.wait(), 60)
+        doors.main._transport.app.state.service.registry.stop_loading()  # type: ignore[attr-defined]
+        answer = await loading
+        go.set()
+    assert answer.status_code == 503
+    assert "stops" in answer.json()["detail"]
