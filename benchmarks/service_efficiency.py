@@ -11,81 +11,20 @@ difference in CPU time is the service's own cost; then sends 5,000 requests and 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import psutil
 from near_free_model import write_near_free_model
+from serving import Running, run_script, served
 
 from service.artifact import scan_repository
 from service.samples import draw_smear
 from service.settings import bundled_models
 
-HERE = Path(__file__).resolve().parent
 CLIENTS = 16
 MEMORY_REQUESTS = 5_000
 MEMORY_WARM = 500
-
-
-class Running(NamedTuple):
-    process: psutil.Process
-    url: str
-
-    def cpu_seconds(self) -> float:
-        times = self.process.cpu_times()
-        return float(times.user + times.system)
-
-    def resident(self) -> float:
-        return float(self.process.memory_info().rss) / 1e6
-
-
-@contextlib.contextmanager
-def served(models: Path) -> Iterator[Running]:
-    """A service on a free port, ready."""
-    environment = os.environ | {"RETINASERVE_LOG_LEVEL": "warning"}
-    command = [sys.executable, "-c", "from service.cli import main; main()", "serve"]
-    command += ["--models", str(models), "--port", str(_free_port()), "--device", "cpu"]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{command[command.index('--port') + 1]}"
-    try:
-        for _ in range(300):
-            with contextlib.suppress(urllib.error.URLError, ConnectionError):
-                urllib.request.urlopen(f"{url}/readyz", timeout=1).read()
-                break
-            time.sleep(0.1)
-        else:
-            raise SystemExit(f"the service on {url} did not become ready within 30 s")
-        yield Running(psutil.Process(process.pid), f"{url}/v1/detect")
-    finally:
-        process.terminate()
-        process.wait(timeout=20)
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _script(name: str, *arguments: object) -> dict[str, Any]:
-    command = [sys.executable, str(HERE / name), *map(str, arguments)]
-    answer: dict[str, Any] = json.loads(
-        subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    )
-    return answer
 
 
 def compare(
@@ -94,9 +33,11 @@ def compare(
     """Alternate bare loop and service; medians over the rounds."""
     ratios, costs, rows = [], [], []
     for number in range(1, rounds + 1):
-        bare = _script("bare_loop.py", model, pictures, "--seconds", seconds)
+        bare = run_script("bare_loop.py", model, pictures, "--seconds", seconds)
         before = server.cpu_seconds()
-        load = _script("load.py", server.url, pictures, "--clients", CLIENTS, "--seconds", seconds)
+        load = run_script(
+            "load.py", server.url, pictures, "--clients", CLIENTS, "--seconds", seconds
+        )
         cpu_ms = 1e3 * (server.cpu_seconds() - before) / load["requests"]
         if set(load["statuses"]) != {"200"}:
             raise SystemExit(f"not every answer was 200: {load['statuses']}")
@@ -119,7 +60,7 @@ def watch_memory(server: Running, pictures: Path) -> None:
         (MEMORY_WARM, MEMORY_WARM),
         (MEMORY_REQUESTS, MEMORY_REQUESTS - MEMORY_WARM),
     ):
-        _script(
+        run_script(
             "load.py",
             server.url,
             pictures,

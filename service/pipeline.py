@@ -50,13 +50,6 @@ class Servable:
         """What the file says of itself."""
         return self.artifact.metadata
 
-    def measure(self) -> None:
-        """Time one picture on each canvas, so that the first ones are not let in blindly."""
-        for canvas in self.metadata.canvas.all_canvases() or ():
-            started = time.monotonic()
-            self.detectors[0].warm(canvas)
-            self.costs.observe(canvas, 1, time.monotonic() - started)
-
 
 class BatchKey(NamedTuple):
     """What pictures must have in common to share an inference."""

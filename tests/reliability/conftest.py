@@ -19,6 +19,7 @@ from tests import tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 120.0
+PROGRAM = (sys.executable, "-m", "service.cli")
 
 
 @dataclass
@@ -53,7 +54,7 @@ Serve = Callable[..., Process]
 
 
 def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "service.cli", *map(str, arguments)]
+    return [*PROGRAM, *map(str, arguments)]
 
 
 def environment(**settings: object) -> dict[str, str]:
@@ -68,11 +69,21 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
     """Start servers; all of them are gone when the test ends."""
     running: list[Process] = []
 
-    def start(models: Path, *, arguments: tuple[object, ...] = (), **settings: object) -> Process:
+    def start(
+        models: Path,
+        *,
+        arguments: tuple[object, ...] = (),
+        program: tuple[str, ...] = PROGRAM,
+        **settings: object,
+    ) -> Process:
         log = tmp_path / f"server-{len(running)}.log"
         with log.open("w") as stderr:
             popen = subprocess.Popen(
-                command("serve", "--models", models, "--port", 0, "--device", "cpu", *arguments),
+                [
+                    *program,
+                    *("serve", "--models", str(models), "--port", "0", "--device", "cpu"),
+                    *map(str, arguments),
+                ],
                 env=environment(**settings),
                 cwd=tmp_path,
                 stdout=subprocess.PIPE,

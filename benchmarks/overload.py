@@ -1,0 +1,160 @@
+"""What becomes of promises when far more is asked than can be done.
+
+    python benchmarks/overload.py                       # bundled model, drawn pictures
+    python benchmarks/overload.py --pictures FOLDER     # your own JPEGs
+
+First the capacity: answers a second under 16 closed-loop clients. Then open-loop arrivals at 0.5 to
+10 times that, each with a deadline. Checked at every load: the 99th percentile of accepted requests
+within the deadline, at most 0.1 % late ones, every refusal a 503 with Retry-After, nothing else;
+and at the highest load at least 80 % of the answers that the load of 1 gave.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from serving import Running, run_script, served
+
+from service.samples import draw_smear
+from service.settings import bundled_models
+
+FACTORS = (0.5, 1.0, 2.0, 5.0, 10.0)
+CLIENTS = 16
+LATE_SHARE = 0.001
+GOODPUT_SHARE = 0.8
+
+
+class PeakMemory:
+    """The most memory that a service had resident while this was watching, in MB."""
+
+    def __init__(self, server: Running) -> None:
+        self.peak = 0.0
+        self._server = server
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.05):
+            self.peak = max(self.peak, self._server.resident())
+
+
+def row(
+    server: Running,
+    pictures: Path,
+    *,
+    factor: float,
+    capacity: float,
+    seconds: float,
+    deadline: int,
+) -> dict[str, Any]:
+    """One load."""
+    before = server.cpu_seconds()
+    with PeakMemory(server) as memory:
+        seen = run_script(
+            *("poisson.py", server.url, pictures, "--rate", factor * capacity),
+            *("--seconds", seconds, "--deadline", deadline),
+        )
+    cpu = server.cpu_seconds() - before
+    return seen | {"factor": factor, "peak_mb": memory.peak, "cores": cpu / seconds}
+
+
+def faults(rows: list[dict[str, Any]], deadline: int) -> list[str]:
+    """What does not hold."""
+    found = []
+    for each in rows:
+        name = f"{each['factor']:g}x"
+        if each["p99_ms"] is None or each["p99_ms"] > deadline:
+            found.append(f"{name}: p99 of accepted requests is {each['p99_ms']} ms")
+        late = each["statuses"].get("504", 0) / each["sent"]
+        if late > LATE_SHARE:
+            found.append(f"{name}: {late:.2%} are late")
+        if each["without_retry_after"]:
+            found.append(f"{name}: {each['without_retry_after']} refusals without Retry-After")
+        if other := set(each["statuses"]) - {"200", "503", "504"}:
+            found.append(f"{name}: also {', '.join(sorted(other))}")
+    full = next(each["good_per_second"] for each in rows if each["factor"] == 1.0)
+    if rows[-1]["good_per_second"] < GOODPUT_SHARE * full:
+        found.append(f"goodput falls from {full:.1f}/s to {rows[-1]['good_per_second']:.1f}/s")
+    return found
+
+
+def show(each: dict[str, Any]) -> str:
+    """A row of the table."""
+    statuses, sent = each["statuses"], each["sent"]
+
+    def share(status: str) -> str:
+        return f"{statuses.get(status, 0) / sent:.2%}"
+
+    def milliseconds(name: str) -> str:
+        return "-" if each[name] is None else f"{each[name]:.0f}"
+
+    return (
+        f"| {each['factor']:g}x | {sent} | {each['good_per_second']:.1f} | "
+        f"{milliseconds('p50_ms')} | {milliseconds('p99_ms')} | {share('503')} | {share('504')} | "
+        f"{milliseconds('refused_p99_ms')} | {each['cores']:.2f} | {each['peak_mb']:.0f} | "
+        f"{each['client_cpu_ms']:.2f} | {milliseconds('lag_p99_ms')} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", type=Path, default=bundled_models())
+    parser.add_argument("--pictures", type=Path, help="folder of JPEG pictures")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of each load")
+    parser.add_argument("--deadline", type=int, default=1000, help="milliseconds")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        pictures = arguments.pictures
+        if pictures is None:
+            pictures = Path(scratch)
+            for index in range(8):
+                draw_smear(index)[0].save(pictures / f"{index}.jpg", quality=90)
+        with served(arguments.models) as server:
+            run_script("load.py", server.url, pictures, "--clients", CLIENTS, "--seconds", 3)
+            loaded = run_script(
+                *("load.py", server.url, pictures, "--clients", CLIENTS),
+                *("--seconds", arguments.seconds),
+            )
+            capacity = loaded["per_second"]
+            print(f"capacity: {capacity:.1f}/s under {CLIENTS} clients; deadline", end=" ")
+            print(f"{arguments.deadline} ms; {arguments.seconds:g} s a row\n")
+            print(
+                "| load | sent | good/s | p50 ms | p99 ms | 503 | 504 | 503 p99 ms | server cores "
+                "| peak MB | client core-ms | client lag p99 ms |"
+            )
+            print("|---|---|---|---|---|---|---|---|---|---|---|---|")
+            rows = []
+            for factor in FACTORS:
+                rows.append(
+                    row(
+                        server,
+                        pictures,
+                        factor=factor,
+                        capacity=capacity,
+                        seconds=arguments.seconds,
+                        deadline=arguments.deadline,
+                    )
+                )
+                print(show(rows[-1]), flush=True)
+                time.sleep(arguments.deadline / 1e3)
+    found = faults(rows, arguments.deadline)
+    print()
+    print("\n".join(found) if found else "every promise was kept")
+    raise SystemExit(bool(found))
+
+
+if __name__ == "__main__":
+    main()

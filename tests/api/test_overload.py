@@ -1,0 +1,135 @@
+"""What the queue alone decides, and what the end of a device looks like from outside."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+
+from service.batching import Urgency
+from service.canvas import Size
+from service.context import Service
+from service.pipeline import Pipeline
+from tests.api.conftest import Start
+from tests.pictures import encoded, one_red
+
+GOOD = encoded(one_red())
+PATHS = (
+    "/v1/detect",
+    "/v1/detect/batch",
+    "/v2/models/tiny/infer",
+    "/v2/models/tiny/versions/1/infer",
+)
+
+
+def service_of(client: httpx.AsyncClient) -> Service:
+    service = client._transport.app.state.service  # type: ignore[attr-defined]
+    assert isinstance(service, Service)
+    return service
+
+
+class Body:
+    """Knows whether somebody asked for it."""
+
+    read = False
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        self.read = True
+        yield GOOD
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_a_queue_that_is_too_long_refuses_before_the_body(
+    start: Start, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.setattr(Pipeline, "wait", lambda self, urgency=Urgency.INTERACTIVE: 3.0)
+    async with start() as client:
+        body = Body()
+        answer = await client.post(path, content=body, headers={"X-Deadline-Ms": "500"})
+        assert answer.status_code == 503
+        # 3 s, stretched by the caution of the start, less the half second that there is.
+        assert answer.headers["retry-after"] == "3"
+        assert not body.read
+        assert "deadline, 500 ms away" in answer.text
+        assert 'reason="deadline"' in (await client.get("/metrics")).text
+
+
+async def test_the_default_deadline_counts_where_none_is_given(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Pipeline, "wait", lambda self, urgency=Urgency.INTERACTIVE: 3.0)
+    async with start() as client:
+        assert (await client.post("/v1/detect", content=GOOD)).status_code == 200
+    async with start(request_timeout_ms=2_000) as client:
+        assert (await client.post("/v1/detect", content=GOOD)).status_code == 503
+
+
+@pytest.mark.parametrize("wrong", ["0", "-5", "1e3", "x", "9" * 40, ""])
+async def test_a_wrong_deadline_is_for_the_route_to_refuse(start: Start, wrong: str) -> None:
+    async with start() as client:
+        headers = {"X-Deadline-Ms": wrong}
+        assert (await client.post("/v1/detect", content=GOOD, headers=headers)).status_code == 422
+
+
+async def test_a_full_queue_refuses_before_the_body(start: Start) -> None:
+    async with start(max_queue_size=1) as client:
+        with service_of(client).pictures.slot():
+            body = Body()
+            answer = await client.post("/v1/detect", content=body)
+        assert answer.status_code == 503
+        assert "queue is full" in answer.json()["detail"]
+        assert not body.read
+
+
+async def test_bytes_are_bounded_too(start: Start) -> None:
+    async with start(max_queue_bytes=1_000_000) as client:
+        with service_of(client).pictures.slot(1_000_000):
+            answer = await client.post("/v1/detect", content=GOOD)
+        assert answer.status_code == 503
+        assert "1000000 bytes" in answer.json()["detail"]
+        assert (await client.post("/v1/detect", content=GOOD)).status_code == 200
+
+
+async def test_a_deadline_that_no_picture_can_meet_is_told_so(start: Start) -> None:
+    async with start() as client:
+        costs = service_of(client).registry.get().costs
+        costs.__init__()  # type: ignore[misc]
+        costs.observe(Size(96, 128), 1, 4.0)
+        answer = await client.post("/v1/detect", content=GOOD, headers={"X-Deadline-Ms": "900"})
+        assert answer.status_code == 503
+        assert "takes at least 4000 ms here; allow more time" in answer.json()["detail"]
+        # Longer than that and it is tried, whatever was learnt.
+        assert (await client.post("/v1/detect", content=GOOD)).status_code == 200
+
+
+async def test_the_first_picture_finds_its_cost_known(start: Start) -> None:
+    async with start() as client:
+        costs = service_of(client).registry.get().costs
+        for canvas in (Size(96, 128), Size(128, 96), Size(96, 96)):
+            assert 0 < costs.of(canvas).seconds(1) < 10
+            assert 0 < costs.fastest <= costs.of(canvas).seconds(1)
+
+
+async def test_a_lost_device_fails_probes_and_requests_with_its_reason(start: Start) -> None:
+    async with start() as client:
+        service_of(client).pipeline.fatal = "the device does not answer any more: CUDA error 700"
+        for path in ("/healthz", "/readyz"):
+            answer = await client.get(path)
+            assert answer.status_code == 503
+            assert "CUDA error 700" in answer.json()["reason"]
+        body = Body()
+        answer = await client.post("/v1/detect", content=body)
+        assert answer.status_code == 503
+        assert "CUDA error 700" in answer.json()["detail"]
+        assert int(answer.headers["retry-after"]) >= 1
+        assert not body.read
+
+
+async def test_a_refusal_is_not_even_routed(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pipeline, "wait", lambda self, urgency=Urgency.INTERACTIVE: 30.0)
+    async with start() as client:
+        monkeypatch.setattr(
+            service_of(client).registry, "get", lambda *_: pytest.fail("it was routed")
+        )
+        assert (await client.post("/v1/detect", content=GOOD)).status_code == 503

@@ -1,0 +1,72 @@
+"""A batch that never ends, a device that is lost, a thread that dies: nobody is left waiting."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from pathlib import Path
+
+import httpx
+import pytest
+from PIL import Image
+
+from tests.pictures import encoded, one_red
+from tests.reliability import faulty_server
+from tests.reliability.conftest import Process, Serve
+
+GOOD = encoded(one_red())
+FAULTY = (sys.executable, "-m", "tests.reliability.faulty_server")
+
+
+def picture(colour: tuple[int, int, int]) -> bytes:
+    return encoded(Image.new("RGB", (128, 96), colour))
+
+
+def post_many(process: Process, bodies: list[bytes]) -> list[httpx.Response]:
+    """All at once, the first one first; every one of them gets an answer."""
+    answers: list[httpx.Response] = []
+
+    def post(body: bytes) -> None:
+        with process.client() as client:
+            answers.append(client.post("/v1/detect", content=body))
+
+    threads = [threading.Thread(target=post, args=(body,)) for body in bodies]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(answers) == len(bodies), "a request hangs"
+    return answers
+
+
+@pytest.mark.parametrize(
+    ("colour", "reason"),
+    [(faulty_server.WEDGE, "has been on device-0 for"), (faulty_server.LOSE, "CUDA error 700")],
+    ids=["wedged", "lost"],
+)
+def test_the_end_of_a_device_is_told_to_all_and_ends_the_process(
+    serve: Serve, quick_models: Path, colour: tuple[int, int, int], reason: str
+) -> None:
+    process = serve(quick_models, program=FAULTY, watchdog_seconds=1.0)
+    with process.client() as client:
+        assert client.post("/v1/detect", content=GOOD).status_code == 200
+    answers = post_many(process, [picture(colour)] * 6)
+    assert {answer.status_code for answer in answers} == {503}
+    for answer in answers:
+        assert reason in answer.json()["detail"]
+        assert int(answer.headers["retry-after"]) >= 1
+    assert process.exit_code() == 1
+    assert reason in process.log.read_text()
+
+
+def test_a_thread_that_dies_is_replaced(serve: Serve, quick_models: Path) -> None:
+    process = serve(quick_models, program=FAULTY)
+    (answer,) = post_many(process, [picture(faulty_server.DIE)])
+    assert answer.status_code == 500
+    assert "SystemExit" not in answer.text
+    with process.client() as client:
+        assert client.post("/v1/detect", content=GOOD).status_code == 200
+        assert client.get("/healthz").status_code == 200
+    assert "thread device-0 died" in process.log.read_text()
+    process.terminate()
+    assert process.exit_code() == 0
