@@ -1,87 +1,35 @@
-// The page: pictures in a row, one shown at a time; the service is asked once per picture at a
-// low threshold, and everything after that (score, classes) is chosen here.
+// The page: pictures in a row, one shown at a time; the service is asked once per picture at a low
+// threshold, and everything after that (score, classes) is chosen here.
 
-import { Problem, detect, explain, models, readiness } from "./api.js";
-import { annotated } from "./drawing.js";
-import { lowestScore, shown, state } from "./state.js";
+import { Problem, models, readiness } from "./api.js";
+import { save, stem, toCsv, toJson } from "./downloads.js";
+import { picturesOf } from "./files.js";
+import { unlocked, wireKey } from "./key.js";
+import { annotatedBlob, forget, lookAtAll } from "./pictures.js";
+import { askAnew, askForAll, cancelAll, goOn, retryAll, wireQueue } from "./queue.js";
+import { isUnfinished, shown, state, useModel } from "./state.js";
 import {
-  chosenAnswer,
-  point,
-  render,
-  renderBoxes,
-  renderResult,
-  renderScore,
-  renderStrip,
+  news, point, render, renderBoxes, renderChange, renderResult, renderScore, renderStrip, toast,
 } from "./view.js";
-
-const PATIENCE = 60; // seconds of being refused before a person is asked whether to go on
 
 const $ = (id) => document.getElementById(id);
 const pause = (seconds) => new Promise((resolve) => setTimeout(resolve, 1000 * seconds));
 
-// ---- asking the service
-
-let asking = false;
-
-async function askForAll() {
-  if (asking || !state.model) return;
-  asking = true;
-  for (let next; (next = state.pictures.find(isWaiting)); ) await ask(next);
-  asking = false;
-}
-
-const isWaiting = (picture) => picture.status === "waiting" && state.pictures.includes(picture);
-
-async function ask(picture) {
-  const model = state.model;
-  const asked = performance.now();
-  while (isWaiting(picture)) {
-    update(picture, { status: "sending", problem: null, note: "Looking…" });
-    const started = performance.now();
-    try {
-      const answer = await detect(picture.file, { model, threshold: lowestScore() });
-      if (model !== state.model) return update(picture, { status: "waiting" });
-      update(picture, { status: "done", answer, seconds: (performance.now() - started) / 1000 });
-    } catch (problem) {
-      if (!(problem instanceof Problem)) throw problem;
-      update(picture, { problem });
-      if (problem.status === 0) reconnect();
-      if (problem.retryAfter === null || performance.now() - asked > 1000 * PATIENCE) {
-        return update(picture, { status: "failed" });
-      }
-      await countdown(picture, Math.max(1, problem.retryAfter));
-    }
-  }
-}
-
-async function countdown(picture, seconds) {
-  const [heading] = explain(picture.problem, picture.file);
-  for (let left = Math.ceil(seconds); left > 0; left -= 1) {
-    update(picture, { note: `${heading}. Trying again in ${left} s…` });
-    await pause(1);
-  }
-  update(picture, { status: "waiting" });
-}
-
-function update(picture, change) {
-  Object.assign(picture, change);
-  renderStrip();
-  if (picture === state.current) render();
-}
-
 // ---- pictures in
 
-function add(files) {
-  const before = state.pictures.length;
-  for (const file of files) {
-    const url = URL.createObjectURL(file);
-    const picture = { file, url, image: new Image(), status: "waiting", note: "Waiting…" };
-    picture.image.onload = () => picture === state.current && render();
-    picture.image.src = url;
-    state.pictures.push(picture);
-  }
-  if (state.pictures.length > before) show(state.pictures[before]);
+function add(pictures) {
+  if (!pictures.length) return;
+  const first = state.pictures.length;
+  for (const { file, name } of pictures) state.pictures.push({ file, name, status: "waiting" });
+  show(state.pictures[first]);
   askForAll();
+}
+
+async function addFrom(transfer) {
+  const { pictures, left } = await picturesOf(transfer);
+  add(pictures);
+  if (left) toast(`That was too much at once: ${left} pictures are left out.`);
+  return pictures.length;
 }
 
 function show(picture) {
@@ -94,10 +42,12 @@ function show(picture) {
   if (focusIsLost) $("stage").focus();
   renderStrip();
   render();
+  lookAtAll(renderChange);
 }
 
 function startOver() {
-  for (const picture of state.pictures) URL.revokeObjectURL(picture.url);
+  cancelAll();
+  state.pictures.forEach(forget);
   Object.assign(state, { pictures: [], score: null });
   state.hidden.clear();
   show(null);
@@ -107,40 +57,28 @@ function startOver() {
 async function addSample() {
   const response = await fetch($("sample").querySelector("img").src).catch(() => null);
   if (!response?.ok) return toast("The sample did not load: the service does not answer.");
-  add([new File([await response.blob()], "sample.jpg", { type: "image/jpeg" })]);
-}
-
-/** Files of a drop or a paste. A folder is no picture, whatever its name. */
-function filesOf(transfer) {
-  const items = [...transfer.items].filter((item) => item.kind === "file");
-  const isFolder = (item) => item.webkitGetAsEntry?.()?.isDirectory ?? false;
-  if (items.some(isFolder)) toast("Folders are left out: drop the pictures in them.");
-  return items.filter((item) => !isFolder(item)).map((item) => item.getAsFile()).filter(Boolean);
+  const file = new File([await response.blob()], "sample.jpg", { type: "image/jpeg" });
+  add([{ file, name: file.name }]);
 }
 
 // ---- results out
 
-function save(blob, name) {
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(blob);
-  link.download = name;
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
-}
-
-const stem = (picture) => picture.file.name.replace(/\.[^.]+$/, "");
-
 async function savePicture() {
   const { current } = state;
+  $("save-picture").disabled = true;
   const options = { width: current.answer.image.width, labels: $("labels").checked };
-  const blob = await annotated(current.image, shown(current), options);
+  const blob = await annotatedBlob(current, shown(current), options);
   if (blob) save(blob, `${stem(current)}-boxes.png`);
   else toast("The picture is too large for this browser to draw in full.");
+  render();
 }
 
-function saveJson() {
-  const text = JSON.stringify(chosenAnswer(state.current), null, 2);
-  save(new Blob([text], { type: "application/json" }), `${stem(state.current)}.json`);
+function saveText(text, type) {
+  const { pictures, current } = state;
+  const alone = pictures.length === 1;
+  const content = text(pictures);
+  const name = alone ? stem(current) : "detections";
+  save(new Blob([content], { type: `${type};charset=utf-8` }), `${name}.${type.split("/")[1]}`);
 }
 
 async function copy({ currentTarget: button }) {
@@ -155,14 +93,6 @@ async function copy({ currentTarget: button }) {
   }
 }
 
-let toasting = 0;
-
-function toast(text) {
-  $("toast").textContent = text;
-  clearTimeout(toasting);
-  toasting = setTimeout(() => ($("toast").textContent = ""), 4000);
-}
-
 // ---- wiring
 
 function wireInput() {
@@ -170,13 +100,12 @@ function wireInput() {
     button.addEventListener("click", () => $("files").click());
   }
   $("files").addEventListener("change", ({ target }) => {
-    add([...target.files]);
+    add([...target.files].map((file) => ({ file, name: file.name })));
     target.value = "";
   });
   $("sample").addEventListener("click", addSample);
   document.addEventListener("paste", (event) => {
-    const files = filesOf(event.clipboardData);
-    if (files.length) add(files);
+    if (!event.target.closest("dialog")) addFrom(event.clipboardData);
   });
   let depth = 0;
   const veil = (change) => {
@@ -186,25 +115,38 @@ function wireInput() {
   addEventListener("dragenter", () => veil(1));
   addEventListener("dragleave", () => veil(-1));
   addEventListener("dragover", (event) => event.preventDefault());
-  addEventListener("drop", (event) => {
+  addEventListener("drop", async (event) => {
     event.preventDefault();
     veil(-depth);
-    const files = filesOf(event.dataTransfer);
-    if (files.length) add(files);
-    else toast("There is no file in what was dropped: save the picture first.");
+    const count = await addFrom(event.dataTransfer);
+    if (!count) toast("No picture was in what was dropped: it takes JPEG, PNG and WebP files.");
   });
 }
 
 function wireResult() {
   $("score").addEventListener("input", ({ target }) => setScore(Number(target.value)));
-  $("reset").addEventListener("click", () => setScore(null));
-  $("labels").addEventListener("change", () => renderBoxes(state.current));
+  $("reset").addEventListener("click", () => {
+    setScore(null);
+    $("score").focus(); // The button is gone now.
+  });
+  $("labels").addEventListener("change", renderBoxes);
+  $("tile").addEventListener("change", ({ target }) => {
+    state.tile = target.checked;
+    askAnew();
+  });
   $("classes").addEventListener("change", ({ target }) => {
     state.hidden[target.checked ? "delete" : "add"](target.closest("li").dataset.class);
     renderResult();
   });
+  $("every").addEventListener("click", () => {
+    const names = [...$("classes").children].map((row) => row.dataset.class);
+    const isAnyShown = names.some((name) => !state.hidden.has(name));
+    for (const name of names) state.hidden[isAnyShown ? "add" : "delete"](name);
+    renderResult();
+  });
   $("boxes").addEventListener("pointermove", ({ offsetX, offsetY, currentTarget }) => {
-    const scale = state.current.image.naturalWidth / currentTarget.clientWidth;
+    const width = state.current.answer?.image.width ?? 0;
+    const scale = width / currentTarget.clientWidth;
     point(smallestAt(offsetX * scale, offsetY * scale));
   });
   $("boxes").addEventListener("pointerleave", () => point(null));
@@ -212,16 +154,33 @@ function wireResult() {
     const item = target.closest("li");
     if (item) show(state.pictures[[...$("strip").children].indexOf(item)]);
   });
-  $("retry").addEventListener("click", () => {
-    update(state.current, { status: "waiting" });
-    askForAll();
-  });
   $("clear").addEventListener("click", startOver);
   $("save-picture").addEventListener("click", savePicture);
-  $("save-json").addEventListener("click", saveJson);
+  $("save-json").addEventListener("click", () => saveText(toJson, "application/json"));
+  $("save-csv").addEventListener("click", () => saveText(toCsv, "text/csv"));
   for (const button of document.querySelectorAll("[data-copy]")) button.onclick = copy;
   addEventListener("keydown", moveByKey);
   addEventListener("resize", render);
+}
+
+function wireAsking() {
+  wireQueue({ changed, news, lost: reconnect, modelGone });
+  const toStage = (action) => () => {
+    action();
+    $("stage").focus(); // The button is gone now, and the focus would be lost with it.
+  };
+  $("retry").addEventListener("click", toStage(retryAll));
+  $("cancel").addEventListener("click", toStage(cancelAll));
+  $("now").addEventListener("click", toStage(goOn));
+  wireKey({ entered: connect, forgotten: () => toast("The key is forgotten.") });
+}
+
+function changed(picture) {
+  renderChange(picture);
+  const { pictures } = state;
+  if (pictures.length < 2 || !picture || pictures.some(isUnfinished)) return;
+  const failed = pictures.filter(({ status }) => status === "failed").length;
+  news(`All ${pictures.length} pictures are through${failed ? `, ${failed} of them failed` : ""}.`);
 }
 
 function setScore(score) {
@@ -236,17 +195,38 @@ function smallestAt(x, y) {
   return shown(state.current).filter(around).sort((a, b) => area(a) - area(b))[0] ?? null;
 }
 
-/** Arrow keys go through the pictures, wherever they have no other meaning. */
+/** Left and right go through the pictures, up and down through the table of detections. */
 function moveByKey(event) {
-  const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-  if (!step || !state.current || event.target.matches("input, select, pre")) return;
+  const { key, target } = event;
+  if (!state.current || event.altKey || event.ctrlKey || event.metaKey) return;
+  const row = target.closest?.("tbody tr");
+  if (row) {
+    const rows = [...row.parentElement.children];
+    const at = rows.indexOf(row);
+    const to = { ArrowUp: at - 1, ArrowDown: at + 1, Home: 0, End: rows.length - 1 }[key];
+    if (to !== undefined) {
+      event.preventDefault();
+      return moveFocus(row, rows[to]);
+    }
+  }
+  const step = { ArrowLeft: -1, ArrowRight: 1 }[key];
+  if (!step || target.closest?.("input, select, pre, dialog")) return;
   const next = state.pictures[state.pictures.indexOf(state.current) + step];
   if (!next) return;
   show(next);
-  if (event.target.closest("#strip")) $("strip").querySelector("[aria-current=true]").focus();
+  const thumbnail = $("strip").querySelector("[aria-current=true]");
+  if (target.closest?.("#strip")) thumbnail.focus();
+  thumbnail.scrollIntoView({ block: "nearest", inline: "nearest" });
 }
 
-// ---- start
+function moveFocus(from, to) {
+  if (!to) return;
+  from.tabIndex = -1;
+  to.tabIndex = 0;
+  to.focus();
+}
+
+// ---- the service
 
 function status(name, text) {
   $("status").dataset.state = name;
@@ -271,54 +251,111 @@ let reconnecting = false;
 async function reconnect() {
   if (reconnecting) return;
   reconnecting = true;
-  const { device } = await untilReady();
-  status("ready", `Ready on ${device}`);
+  const ready = await untilReady();
   reconnecting = false;
-}
-
-function choose(model) {
-  Object.assign(state, { model, score: null, active: null });
-  state.hidden.clear();
-  $("model-name").textContent = state.models.length > 1 ? "" : titleOf(model);
-  const [last, ...others] = [...model.classes].reverse();
-  const names = model.classes.length > 8 ? `${model.classes.length} classes` : null;
-  const finds = names ?? [others.reverse().join(", "), last].filter(Boolean).join(" and ");
-  $("finds").textContent = `${model.name} finds ${finds}.`;
-  const { metrics } = model;
-  $("quality").textContent = metrics
-    ? `AP50 ${metrics.ap50.toFixed(2)}, AP ${metrics.ap.toFixed(2)} on ${metrics.dataset} ${metrics.split}`
-    : "";
-  for (const picture of state.pictures) update(picture, { status: "waiting", answer: null });
+  state.offline = false;
+  sayReady(ready);
+  await refresh();
   askForAll();
 }
 
-const titleOf = ({ name, version }) => `${name}, version ${version}`;
-
-function offer(found) {
-  state.models = found;
-  $("model").hidden = found.length < 2;
-  $("model").replaceChildren(...found.map((model) => new Option(titleOf(model))));
-  $("model").onchange = ({ target }) => choose(found[target.selectedIndex]);
-  choose(found[0]);
+function sayReady({ device, fallback }) {
+  status("ready", `Ready on ${device}`);
+  $("status").title = fallback ?? "";
 }
 
-async function start() {
-  const url = new URL("v1/detect", document.baseURI).href;
-  $("hello").textContent = `curl -F file=@cells.jpg ${url}`;
-  wireInput();
-  wireResult();
+function choose(model) {
+  useModel(model);
+  const several = state.models.length > 1;
+  $("model-name").textContent = several || !model ? "" : titleOf(model);
+  $("model").selectedIndex = state.models.indexOf(model);
+  const names = model?.classes ?? [];
+  const list = new Intl.ListFormat("en-GB").format(names);
+  const finds = names.length > 8 ? `${names.length} classes` : list;
+  $("finds").textContent = model ? `${model.name} finds ${finds}.` : "No model is ready.";
+  const metrics = model?.metrics;
+  $("quality").textContent = metrics
+    ? `AP50 ${metrics.ap50.toFixed(2)}, AP ${metrics.ap.toFixed(2)} on ${metrics.dataset} ${metrics.split}`
+    : "";
+  askAnew();
+}
+
+const titleOf = ({ name, version }) => `${name}, version ${version}`;
+const isSame = (a) => (b) => a.name === b.name && a.version === b.version;
+
+/** Show what models there are; keep the chosen one for as long as it is ready. */
+function offer(found) {
+  const options = found.map((model) => {
+    const isReady = model.state === "ready";
+    const option = new Option(isReady ? titleOf(model) : `${titleOf(model)}: ${model.state}`);
+    option.disabled = !isReady;
+    return option;
+  });
+  state.models = found;
+  $("model").hidden = found.length < 2;
+  $("model").replaceChildren(...options);
+  const usable = found.filter((model) => model.state === "ready");
+  const same = state.model && usable.find(isSame(state.model));
+  if (same) {
+    state.model = same;
+    $("model").selectedIndex = found.indexOf(same);
+    return;
+  }
+  if (state.model) toast(`${titleOf(state.model)} is gone; this is another one.`);
+  choose(usable[0] ?? null);
+}
+
+let refreshing = null;
+
+/** Ask again which models there are; whether that went well. */
+function refresh() {
+  refreshing ??= unlocked(models)
+    .then((found) => {
+      const before = JSON.stringify(state.models.map(({ name, version, state: s }) => [name, version, s]));
+      const after = JSON.stringify(found.map(({ name, version, state: s }) => [name, version, s]));
+      if (before !== after || !state.model) offer(found);
+      return true;
+    })
+    .catch((problem) => {
+      if (!(problem instanceof Problem)) throw problem;
+      if (problem.status === 401) status("locked", "An API key is needed");
+      return false;
+    })
+    .finally(() => (refreshing = null));
+  return refreshing;
+}
+
+async function modelGone() {
+  const { model } = state;
+  return (await refresh()) && state.model !== model;
+}
+
+/** Models may come and go while the page is open. */
+function wireModels() {
+  $("model").addEventListener("change", ({ target }) => choose(state.models[target.selectedIndex]));
+  document.addEventListener("visibilitychange", () => {
+    if (!document.hidden && state.models.length) refresh();
+  });
+  setInterval(() => {
+    const isLoading = state.models.some((model) => model.state === "loading");
+    if (isLoading && !document.hidden && !state.offline) refresh();
+  }, 3000);
+}
+
+/** Until there are models to ask, or nobody has a key. */
+async function connect() {
   for (;;) {
     const ready = await untilReady();
-    try {
-      offer(await models());
-      $("status").title = ready.fallback ?? "";
-      return status("ready", `Ready on ${ready.device}`);
-    } catch (problem) {
-      if (!(problem instanceof Problem)) throw problem;
-      status("loading", problem.message);
-      await pause(2);
-    }
+    if (await refresh()) return sayReady(ready);
+    if ($("status").dataset.state === "locked") return undefined;
+    await pause(2);
   }
 }
 
-start();
+const url = new URL("v1/detect", document.baseURI).href;
+$("hello").textContent = `curl -F file=@cells.jpg ${url}`;
+wireInput();
+wireResult();
+wireAsking();
+wireModels();
+connect();

@@ -113,14 +113,15 @@ export function drawHistogram(canvas, detections, isShown, lowest) {
   });
 }
 
-/** The picture in its full size with its boxes, as a PNG blob. width: what boxes are measured in. */
-export function annotated(image, detections, { width, labels }) {
-  const canvas = document.createElement("canvas");
-  canvas.width = image.naturalWidth;
-  canvas.height = image.naturalHeight;
+/**
+ * A picture in its full size with its boxes, as a PNG blob; for workers. width: what boxes are
+ * measured in, should the picture have been decoded smaller.
+ */
+export function annotated(bitmap, detections, { width, labels }) {
+  const canvas = new OffscreenCanvas(bitmap.width, bitmap.height);
   const context = canvas.getContext("2d");
-  context.drawImage(image, 0, 0);
+  context.drawImage(bitmap, 0, 0);
   const unit = Math.max(0.75, Math.max(canvas.width, canvas.height) / 1000);
   drawBoxes(context, detections, { scale: canvas.width / width, unit, labels, active: null });
-  return new Promise((resolve) => canvas.toBlob(resolve, "image/png"));
+  return canvas.convertToBlob({ type: "image/png" });
 }

@@ -3,29 +3,32 @@
 const LOWEST_SCORE = 0.05;
 
 export const state = {
-  models: [],
-  model: null,
-  pictures: [], // {file, url, image, status: waiting | sending | done | failed, answer, problem}
+  models: [], // every version of every model, those that are not ready too
+  model: null, // the one that is asked
+  own: {}, // its classes -> the score above which it reports by itself
+  tile: false, // large pictures in tiles
+  pictures: [], // {file, name, status: waiting | sending | done | failed, answer, problem, ...}
   current: null,
   score: null, // null: the model's own thresholds
   hidden: new Set(), // classes that are switched off
-  active: null, // the detection under the pointer
+  active: null, // the detection that is pointed at
+  hold: null, // {problem, until}: nothing is asked before `until`, on the clock of performance.now
+  offline: false, // the service does not answer
 };
 
-/** What the service is asked for: everything that any choice made here can show. */
-export const lowestScore = () => Math.min(LOWEST_SCORE, ...Object.values(ownThresholds()));
-
-/** Class name -> the score above which the model itself reports. */
-export function ownThresholds() {
-  const { classes = [], thresholds } = state.model ?? {};
+export function useModel(model) {
+  const { classes = [], thresholds } = model ?? {};
   const score = thresholds?.score ?? 0.3;
-  return Object.fromEntries(classes.map((name) => [name, thresholds?.per_class?.[name] ?? score]));
+  const own = classes.map((name) => [name, thresholds?.per_class?.[name] ?? score]);
+  Object.assign(state, { model, own: Object.fromEntries(own), score: null, active: null });
+  state.hidden.clear();
 }
 
-export function isAbove({ label, score }) {
-  return score > (state.score ?? ownThresholds()[label] ?? 0.3);
-}
+/** What the service is asked for: everything that any choice made here can show. */
+export const lowestScore = () => Math.min(LOWEST_SCORE, ...Object.values(state.own));
 
+export const isAbove = ({ label, score }) => score > (state.score ?? state.own[label] ?? 0.3);
 export const isShown = (detection) => isAbove(detection) && !state.hidden.has(detection.label);
 export const all = (picture) => picture?.answer?.detections ?? [];
 export const shown = (picture) => all(picture).filter(isShown);
+export const isUnfinished = ({ status }) => status === "waiting" || status === "sending";

@@ -1,10 +1,19 @@
 // Everything that is on the page follows from the state; these functions put it there.
 
 import { detectUrl, explain, isPassing } from "./api.js";
+import { chosenAnswer } from "./downloads.js";
 import { colourOf, drawBoxes, drawHistogram, fit, resize } from "./drawing.js";
-import { all, isAbove, isShown, lowestScore, ownThresholds, shown, state } from "./state.js";
+import { currentKey } from "./key.js";
+import { holdText, passing } from "./queue.js";
+import { all, isAbove, isShown, isUnfinished, lowestScore, shown, state } from "./state.js";
 
 const $ = (id) => document.getElementById(id);
+
+function element(tag, properties = {}, ...children) {
+  const made = Object.assign(document.createElement(tag), properties);
+  made.append(...children);
+  return made;
+}
 
 export function render() {
   const picture = state.current;
@@ -12,136 +21,217 @@ export function render() {
   document.body.dataset.state = picture.status;
   renderPicture(picture);
   renderMessage(picture);
+  renderTiming(picture);
+  renderReadout();
   renderScore();
   renderResult();
+  renderQueue();
 }
 
 export function renderResult() {
   const picture = state.current;
-  renderBoxes(picture);
-  renderCounts(picture);
+  renderBoxes();
+  renderCounts();
   renderTexts(picture);
-  renderStrip();
+  renderTable(picture);
+  state.pictures.forEach(renderThumbnail);
   drawHistogram($("histogram"), all(picture), isShown, lowestScore());
 }
 
-function renderPicture({ image, answer }) {
-  const usable = image.complete && image.naturalWidth > 0;
-  $("picture").hidden = $("boxes").hidden = !usable;
-  $("frame").classList.toggle("blank", !usable);
-  if (!usable) return;
-  const natural = { width: image.naturalWidth, height: image.naturalHeight };
-  const room = { width: $("frame").clientWidth, height: Math.max(280, innerHeight - (state.pictures.length > 1 ? 270 : 190)) };
-  const [width, height] = fit(natural, room);
+/** After a change of one picture, or of the queue alone. */
+export function renderChange(picture) {
+  if (picture && picture === state.current) return render();
+  if (picture && state.pictures.includes(picture)) {
+    renderThumbnail(picture, state.pictures.indexOf(picture));
+    if (picture.answer) renderCounts();
+  }
+  renderQueue();
+}
+
+// ---- the picture
+
+function renderPicture({ preview, thumbnail, size, answer }) {
+  const source = preview ?? thumbnail;
+  $("picture").hidden = $("boxes").hidden = !source;
+  $("frame").classList.toggle("blank", !source);
+  if (!source) return;
+  const below = state.pictures.length > 1 ? 280 : 200;
+  const room = { width: $("frame").clientWidth, height: Math.max(280, innerHeight - below) };
+  const [width, height] = fit(size, room);
   const context = resize($("picture"), width, height);
   context.imageSmoothingQuality = "high";
-  context.drawImage(image, 0, 0, width, height);
+  context.drawImage(source, 0, 0, width, height);
   $("boxes").dataset.ready = String(Boolean(answer));
 }
 
-export function renderBoxes(picture) {
-  const { image } = picture;
-  if (!image.naturalWidth) return;
+export function renderBoxes() {
+  const picture = state.current;
+  if (!picture?.size) return;
   const width = Number.parseFloat($("picture").style.width);
   const context = resize($("boxes"), width, Number.parseFloat($("picture").style.height));
-  const scale = width / (picture.answer?.image.width ?? image.naturalWidth);
+  const scale = width / (picture.answer?.image.width ?? picture.size.width);
   const unit = width < 480 ? 0.8 : 1;
   const options = { scale, unit, labels: $("labels").checked, active: state.active };
   drawBoxes(context, shown(picture), options);
 }
 
-function renderMessage({ status, problem, file, note, answer, seconds }) {
+function renderMessage({ status, problem, file, name }) {
   const failed = status === "failed";
   $("message").hidden = !failed;
-  if (failed) {
-    const [heading, text, reason] = explain(problem, file);
-    $("message").querySelector("h2").textContent = heading;
-    $("message").querySelector("p").textContent = `${file.name}: ${text}`;
-    $("message").querySelector(".reason").textContent = reason && `The service says: ${reason}.`;
-    $("retry").hidden = !isPassing(problem);
-  }
-  $("busy").hidden = !["waiting", "sending"].includes(status);
-  $("busy").querySelector("span").textContent = note ?? "";
+  if (!failed) return;
+  const [heading, text, reason] = explain(problem, file);
+  const [title, sentence] = $("message").children;
+  // Written only when it is another: each writing is read aloud.
+  if (title.textContent === heading && sentence.textContent === `${name}: ${text}`) return;
+  title.textContent = heading;
+  sentence.textContent = `${name}: ${text}`;
+  $("reason").textContent = reason && `The service says: ${reason}.`;
+  $("retry").hidden = !isPassing(problem);
+}
+
+function renderTiming({ answer, seconds }) {
   const timing = answer?.timing_ms;
-  const parts = ["decode", "queue", "inference"].filter((name) => timing?.[name] !== undefined);
-  $("timing").textContent = timing
-    ? `${timing.total.toFixed(0)} ms in the service, ${(1000 * seconds).toFixed(0)} ms in all`
-    : "";
-  $("timing").title = parts.map((name) => `${name} ${timing[name].toFixed(1)} ms`).join(", ");
-  renderReadout();
+  if (!timing) return $("timing").replaceChildren();
+  const stages = ["decode", "queue", "inference"].filter((name) => timing[name] !== undefined);
+  const parts = stages.map((name) => `${name} ${timing[name].toFixed(1)}`).join(" · ");
+  const whole = `${timing.total.toFixed(0)} ms in the service, ${(1000 * seconds).toFixed(0)} ms in all`;
+  $("timing").replaceChildren(whole, element("span", { className: "parts", textContent: parts }));
 }
 
 function renderReadout() {
   const { current, active } = state;
-  const { image, file } = current;
   if (active) {
     const { x1, y1, x2, y2 } = active.box;
     const size = `${(x2 - x1).toFixed(0)} × ${(y2 - y1).toFixed(0)} px`;
     const place = `at ${x1.toFixed(0)}, ${y1.toFixed(0)}`;
     $("readout").textContent = `${active.label} ${active.score.toFixed(3)}, ${size} ${place}`;
   } else {
-    const size = image.naturalWidth ? `, ${image.naturalWidth} × ${image.naturalHeight}` : "";
-    $("readout").textContent = `${file.name}${size}`;
+    const { name, size, answer } = current;
+    const { width, height } = size ?? answer?.image ?? {};
+    const tiles = answer?.image.tiles ?? 1;
+    const parts = [name, width && `${width} × ${height}`, tiles > 1 && `looked at in ${tiles} pieces`];
+    $("readout").textContent = parts.filter(Boolean).join(", ");
   }
 }
 
+// ---- the queue and the row of pictures
+
+export function renderQueue() {
+  const { pictures, current, hold } = state;
+  const left = pictures.filter(isUnfinished).length;
+  const failed = passing().length;
+  $("queue").hidden = left === 0;
+  $("progress").max = pictures.length;
+  $("progress").value = pictures.length - left;
+  $("progress").hidden = $("progress-text").hidden = pictures.length < 2;
+  $("progress-text").textContent = `${pictures.length - left} of ${pictures.length}`;
+  $("now").hidden = hold === null;
+  $("retry").textContent = failed > 1 ? `Try all ${failed} again` : "Try again";
+  $("busy").hidden = !current || !isUnfinished(current);
+  const resting = state.offline ? "Waiting for the service…" : "Waiting…";
+  const note = current?.status === "sending" ? "Looking…" : resting;
+  $("busy").lastElementChild.textContent = hold ? holdText() : note;
+}
+
+const MARKS = { failed: "!", waiting: "…", sending: "…" };
+
+export function renderStrip() {
+  const several = state.pictures.length > 1;
+  $("strip").hidden = $("strip-hint").hidden = !several;
+  while ($("strip").children.length > state.pictures.length) $("strip").lastElementChild.remove();
+  while ($("strip").children.length < state.pictures.length) {
+    const button = element("button", { type: "button" }, element("b"));
+    $("strip").append(element("li", {}, button));
+  }
+  state.pictures.forEach(renderThumbnail);
+}
+
+function renderThumbnail(picture, index) {
+  const button = $("strip").children[index]?.firstElementChild;
+  if (!button) return;
+  const isCurrent = picture === state.current;
+  const mark = button.lastElementChild;
+  mark.textContent = MARKS[picture.status] ?? shown(picture).length;
+  const outcome = { done: `${mark.textContent} detections`, failed: "failed" };
+  button.dataset.status = picture.status;
+  button.ariaCurrent = String(isCurrent);
+  button.tabIndex = isCurrent ? 0 : -1;
+  const place = `picture ${index + 1} of ${state.pictures.length}`;
+  button.ariaLabel = `${picture.name}, ${place}, ${outcome[picture.status] ?? "waiting"}`;
+  const { thumbnail } = picture;
+  const old = button.querySelector("canvas");
+  if (old !== (thumbnail ?? null)) {
+    old?.remove();
+    if (thumbnail) button.prepend(thumbnail);
+  }
+}
+
+// ---- the panel
+
 export function renderScore() {
-  const own = Object.values(ownThresholds());
+  const own = Object.values(state.own);
   $("score").min = lowestScore();
   $("score").value = state.score ?? (own.length ? Math.min(...own) : 0.3);
   const isOneForAll = new Set(own).size <= 1;
-  const score = state.score ?? (isOneForAll ? own[0] : null);
-  $("score-value").value = score === null ? "per class" : (score ?? 0.3).toFixed(2);
+  const score = state.score ?? (isOneForAll ? (own[0] ?? 0.3) : null);
+  $("score-value").value = score === null ? "per class" : score.toFixed(2);
   $("score").setAttribute("aria-valuetext", $("score-value").value);
-  const each = Object.entries(ownThresholds()).map(([name, value]) => `${name} ${value}`);
+  const each = Object.entries(state.own).map(([name, value]) => `${name} ${value}`);
   const model = isOneForAll ? "The model's own threshold" : `The model's own: ${each.join(", ")}`;
   $("score-note").textContent = state.score === null ? model : "Chosen here; nothing is sent again";
   $("reset").hidden = state.score === null;
 }
 
-function renderCounts(picture) {
-  const names = state.model?.classes ?? [];
-  const total = { here: 0, everywhere: 0 };
-  const [wanted, several] = [names.length > 12 ? present() : names, state.pictures.length > 1];
-  if ($("classes").dataset.names !== wanted.join("\n")) buildClasses(wanted);
-  const texts = wanted.map((name) => {
-    const count = all(picture).filter((d) => isAbove(d) && d.label === name).length;
-    const sum = state.pictures.flatMap(all).filter((d) => isAbove(d) && d.label === name).length;
-    const row = $("classes").querySelector(`[data-class="${CSS.escape(name)}"]`);
-    row.querySelector("input").checked = !state.hidden.has(name);
-    row.querySelector(".count").textContent = picture.answer ? count : "";
-    row.querySelector(".sum").textContent = several ? `of ${sum}` : "";
-    if (!state.hidden.has(name)) {
-      total.here += count;
-      total.everywhere += sum;
-    }
-    return state.hidden.has(name) ? "" : `${count} ${name}`;
-  });
-  const everywhere = several ? ` of ${total.everywhere} in ${state.pictures.length} pictures` : "";
-  $("total").textContent = picture.answer ? `${total.here}${everywhere || " shown"}` : "";
-  if (picture.answer) announce(texts.filter(Boolean).join(", ") || "nothing shown");
+/** Class -> detections above the score, those of classes that are switched off too. */
+function tally(pictures) {
+  const counts = new Map();
+  for (const detection of pictures.flatMap(all).filter(isAbove)) {
+    counts.set(detection.label, (counts.get(detection.label) ?? 0) + 1);
+  }
+  return counts;
 }
 
-/** Classes that some answer has, for models that know many. */
-function present() {
-  const found = new Set(state.pictures.flatMap(all).map((detection) => detection.label));
-  return state.model.classes.filter((name) => found.has(name));
+function renderCounts() {
+  const { current, hidden, model, pictures } = state;
+  const names = model?.classes ?? [];
+  const several = pictures.length > 1;
+  const [here, everywhere] = [tally([current]), several ? tally(pictures) : new Map()];
+  const isKnown = several && pictures.some(({ answer }) => answer);
+  const wanted = names.length > 12 ? names.filter((name) => isPresent(name)) : names;
+  if ($("classes").dataset.names !== wanted.join("\n")) buildClasses(wanted);
+  wanted.forEach((name, index) => {
+    const row = $("classes").children[index];
+    row.querySelector("input").checked = !hidden.has(name);
+    row.querySelector(".count").textContent = current.answer ? (here.get(name) ?? 0) : "";
+    row.querySelector(".sum").textContent = isKnown ? `of ${everywhere.get(name) ?? 0}` : "";
+  });
+  const visible = wanted.filter((name) => !hidden.has(name));
+  const sum = (counts) => visible.reduce((total, name) => total + (counts.get(name) ?? 0), 0);
+  const rest = several ? ` of ${sum(everywhere)} in ${pictures.length} pictures` : " shown";
+  $("total").textContent = current.answer ? `${sum(here)}${rest}` : "";
+  $("no-classes").hidden = wanted.length > 0 || !current.answer;
+  $("every").hidden = wanted.length < 3;
+  $("every").textContent = visible.length ? "Hide all" : "Show all";
+  if (!current.answer) return;
+  const texts = visible.map((name) => `${here.get(name) ?? 0} ${name}`);
+  announce(`${current.name}: ${texts.join(", ") || "nothing shown"}`);
 }
+
+const isPresent = (name) =>
+  state.pictures.some((picture) => all(picture).some(({ label }) => label === name));
 
 function buildClasses(names) {
   $("classes").dataset.names = names.join("\n");
-  $("classes").replaceChildren(
-    ...names.map((name) => {
-      const row = document.createElement("li");
-      row.dataset.class = name;
-      row.innerHTML =
-        '<label><input type="checkbox"><i></i><span class="name"></span></label>' +
-        '<span class="count"></span><span class="sum"></span>';
-      row.style.setProperty("--colour", colourOf(state.model.classes.indexOf(name)));
-      row.querySelector(".name").textContent = name;
-      return row;
-    }),
-  );
+  const rows = names.map((name) => {
+    const box = element("input", { type: "checkbox" });
+    const title = element("span", { className: "name", textContent: name });
+    const row = element("li", {}, element("label", {}, box, element("i"), title));
+    row.append(element("span", { className: "count" }), element("span", { className: "sum" }));
+    row.dataset.class = name;
+    row.style.setProperty("--colour", colourOf(state.model.classes.indexOf(name)));
+    return row;
+  });
+  $("classes").replaceChildren(...rows);
 }
 
 let announcing = 0;
@@ -152,37 +242,45 @@ function announce(text) {
   announcing = setTimeout(() => ($("summary").textContent = text), 400);
 }
 
-/** The answer as the service would give it at what is chosen now. */
-export function chosenAnswer(picture) {
-  return { ...picture.answer, detections: shown(picture) };
-}
-
 function chosenUrl() {
-  const { models: several, model, score, hidden } = state;
+  const { models, model, score, hidden, tile } = state;
   const classes = hidden.size ? model.classes.filter((name) => !hidden.has(name)) : null;
-  return detectUrl({ model: several.length > 1 ? model : null, threshold: score, classes });
+  return detectUrl({ model: models.length > 1 ? model : null, threshold: score, classes, tile });
 }
 
 const quote = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 
 function renderTexts(picture) {
   const done = picture.status === "done";
-  for (const id of ["save-picture", "save-json"]) $(id).disabled = !done;
+  const some = state.pictures.some(({ status }) => status === "done");
+  $("save-picture").disabled = !done || picture.undrawable === true;
+  $("save-json").disabled = $("save-csv").disabled = !some;
+  $("save-note").hidden = state.pictures.length < 2;
+  $("save-note").textContent = `JSON and CSV hold all ${state.pictures.length} pictures.`;
   $("answer").hidden = !done;
   if (!done) return;
-  $("curl-line").textContent = `curl --data-binary ${quote("@" + picture.file.name)} ${quote(chosenUrl())}`;
+  // Never the key itself: the line is there to be copied and shown.
+  const key = currentKey() === null ? "" : ' -H "X-API-Key: $KEY"';
+  const file = quote("@" + picture.file.name);
+  $("curl-line").textContent = `curl${key} --data-binary ${file} ${quote(chosenUrl())}`;
   $("json-text").textContent = JSON.stringify(chosenAnswer(picture), null, 2);
-  $("list").querySelector("tbody").replaceChildren(...shown(picture).map(tableRow));
+}
+
+function renderTable(picture) {
+  const rows = shown(picture).map(tableRow);
+  if (rows.length) rows[0].tabIndex = 0;
+  $("list").querySelector("tbody").replaceChildren(...rows);
+  $("list-hint").hidden = rows.length === 0;
+  $("nothing").hidden = rows.length > 0;
 }
 
 function tableRow(detection) {
-  const row = document.createElement("tr");
+  const row = element("tr", { tabIndex: -1 });
   const { x1, y1, x2, y2 } = detection.box;
   const numbers = [x1, y1, x2, y2].map((value) => value.toFixed(1));
   for (const text of [detection.label, detection.score.toFixed(3), ...numbers]) {
     row.insertCell().textContent = text;
   }
-  row.tabIndex = 0;
   for (const event of ["focus", "pointerenter"]) row.addEventListener(event, () => point(detection));
   for (const event of ["blur", "pointerleave"]) row.addEventListener(event, () => point(null));
   return row;
@@ -191,26 +289,19 @@ function tableRow(detection) {
 export function point(detection) {
   if (detection === state.active || !state.current) return;
   state.active = detection;
-  renderBoxes(state.current);
+  renderBoxes();
   renderReadout();
 }
 
-export function renderStrip() {
-  const { pictures, current } = state;
-  $("strip").hidden = pictures.length < 2;
-  const items = pictures.map((picture, index) => {
-    const item = $("strip").children[index] ?? document.createElement("li");
-    item.innerHTML ||= '<button type="button"><img alt="" decoding="async"><b></b></button>';
-    const button = item.firstElementChild;
-    button.dataset.status = picture.status;
-    button.ariaCurrent = String(picture === current);
-    button.ariaLabel = `${picture.file.name}, picture ${index + 1} of ${pictures.length}`;
-    const thumbnail = button.firstElementChild;
-    if (thumbnail.src !== picture.url) thumbnail.src = picture.url;
-    thumbnail.hidden = picture.status === "failed" && !picture.image.naturalWidth;
-    const marks = { done: picture.answer ? shown(picture).length : "", failed: "!" };
-    button.lastElementChild.textContent = marks[picture.status] ?? "…";
-    return item;
-  });
-  $("strip").replaceChildren(...items);
+// ---- small talk
+
+let toasting = 0;
+
+export function toast(text) {
+  $("toast").textContent = text;
+  clearTimeout(toasting);
+  toasting = setTimeout(() => ($("toast").textContent = ""), 5000);
 }
+
+/** For screen readers alone: what others see move. */
+export const news = (text) => ($("news").textContent = text);

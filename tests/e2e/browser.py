@@ -15,7 +15,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -69,9 +69,37 @@ def server(
             raise
 
 
+class Temper:
+    """What a proxy does with pictures before it passes them on, and what it saw of them."""
+
+    def __init__(self) -> None:
+        self.refusals: deque[tuple[int, dict[str, str]]] = deque()
+        """Answers to the next pictures, status and headers; 0 cuts the connection."""
+        self.gate = threading.Semaphore(1_000_000)
+        """A picture passes when this lets it."""
+        self.queries: list[str] = []
+        self.at_once = 0
+        self.most_at_once = 0
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def receive(self, query: str) -> Iterator[None]:
+        with self._lock:
+            self.queries.append(query)
+            self.at_once += 1
+            self.most_at_once = max(self.most_at_once, self.at_once)
+        try:
+            assert self.gate.acquire(timeout=PATIENCE)
+            yield
+        finally:
+            with self._lock:
+                self.at_once -= 1
+
+
 @contextmanager
-def proxy(prefix: str, target: str) -> Iterator[str]:
+def proxy(prefix: str, target: str, temper: Temper | None = None) -> Iterator[str]:
     """A reverse proxy that shows `target` below `prefix` and nothing elsewhere; its URL."""
+    temper = temper or Temper()
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -84,15 +112,35 @@ def proxy(prefix: str, target: str) -> Iterator[str]:
             }
             address = target + self.path.removeprefix(prefix)
             request = urllib.request.Request(address, body, headers, method=self.command)
-            with urllib.request.urlopen(request, timeout=PATIENCE) as response:
-                content = response.read()
-                self.send_response(response.status)
-                self.send_header("Content-Type", response.headers["Content-Type"])
+            try:
+                response = urllib.request.urlopen(request, timeout=PATIENCE)
+            except urllib.error.HTTPError as error:
+                response = error
+            with response:
+                content_type = {"Content-Type": response.headers["Content-Type"]}
+                self.answer(response.status, content_type, response.read())
+
+        def do_POST(self) -> None:
+            with temper.receive(self.path.partition("?")[2]):
+                if not temper.refusals:
+                    self.do_GET()
+                    return
+                status, headers = temper.refusals.popleft()
+                self.rfile.read(int(self.headers["Content-Length"]) if status else 1)
+                if status:
+                    problem = {"title": "Refused", "status": status, "detail": "so it was told"}
+                    self.answer(status, headers, json.dumps(problem).encode())
+
+        def answer(self, status: int, headers: Mapping[str, str], content: bytes) -> None:
+            try:
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
                 self.wfile.write(content)
-
-        do_POST = do_GET
+            except ConnectionError:
+                pass  # The page did not wait.
 
         def log_request(self, *args: object) -> None:
             pass
@@ -168,7 +216,9 @@ def chromium(profile: Path) -> webdriver.Chrome:
     ):
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    return webdriver.Chrome(options=options, service=Driver(driver))
+    chrome = webdriver.Chrome(options=options, service=Driver(driver))
+    chrome.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": _WATCH})
+    return chrome
 
 
 class Page:
@@ -246,7 +296,26 @@ class Page:
         # The second is what the tests themselves do: they read the canvas.
         expected = ("Failed to load resource", "readback operations using getImageData")
         messages = [entry["message"] for entry in self.browser.get_log("browser")]
-        return [text for text in messages if not any(part in text for part in expected)]
+        violations: list[str] = self.browser.execute_script("return watched.violations")
+        return violations + [m for m in messages if not any(part in m for part in expected)]
+
+    def press(self, *keys: str) -> WebElement:
+        """Press keys where the focus is; what has the focus then."""
+        for key in keys:
+            self.browser.switch_to.active_element.send_keys(key)
+        return self.browser.switch_to.active_element
+
+    def thumbnails(self) -> list[WebElement]:
+        return self["strip"].find_elements(By.TAG_NAME, "button")
+
+    def until_through(self) -> None:
+        """Until no picture waits for an answer."""
+        self.wait(lambda: not self["queue"].is_displayed())
+
+    def save_to(self, folder: Path) -> None:
+        """Where the browser puts what is saved."""
+        behaviour = {"behavior": "allow", "downloadPath": str(folder)}
+        self.browser.execute_cdp_cmd("Page.setDownloadBehavior", behaviour)
 
     def screenshot(self, name: str) -> Path:
         ARTIFACTS.mkdir(exist_ok=True)
@@ -254,6 +323,22 @@ class Page:
         assert self.browser.save_screenshot(str(path))
         return path
 
+
+_WATCH = """
+window.watched = { violations: [], urls: new Set() };
+addEventListener("securitypolicyviolation", (event) =>
+  watched.violations.push(`${event.violatedDirective} forbids ${event.blockedURI}`));
+const { createObjectURL, revokeObjectURL } = URL;
+URL.createObjectURL = (blob) => {
+  const url = createObjectURL.call(URL, blob);
+  watched.urls.add(url);
+  return url;
+};
+URL.revokeObjectURL = (url) => {
+  watched.urls.delete(url);
+  revokeObjectURL.call(URL, url);
+};
+"""
 
 _PASTE = """
 const [name, text] = arguments;

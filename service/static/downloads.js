@@ -1,0 +1,52 @@
+// Results to take along: what is chosen on the page, in the shapes that the service and its command
+// line have for them.
+
+import { shown, state } from "./state.js";
+
+const COLUMNS = ["file", "label", "class_id", "score", "x1", "y1", "x2", "y2"];
+
+/** The answer as the service would give it at what is chosen now. */
+export const chosenAnswer = (picture) => ({ ...picture.answer, detections: shown(picture) });
+
+/** One picture as POST /v1/detect answers, several as POST /v1/detect/batch does. */
+export function toJson(pictures) {
+  if (pictures.length === 1) return JSON.stringify(chosenAnswer(pictures[0]), null, 2);
+  const results = pictures.flatMap((picture, index) => {
+    const which = { index, id: picture.name };
+    if (picture.status === "failed") {
+      const { status, title, detail } = picture.problem;
+      return [{ ...which, status, error: { status, title, detail } }];
+    }
+    if (picture.status !== "done") return [];
+    const { image, detections } = chosenAnswer(picture);
+    return [{ ...which, status: 200, image, detections }];
+  });
+  const { name, version } = state.model;
+  return JSON.stringify({ results, model: { name, version } }, null, 2);
+}
+
+/** The columns of `retinaserve detect --output csv`. */
+export function toCsv(pictures) {
+  const rows = pictures.flatMap((picture) =>
+    shown(picture).map(({ label, class_id: index, score, box }) => [
+      picture.name, label, index, score, box.x1, box.y1, box.x2, box.y2,
+    ]),
+  );
+  return [COLUMNS, ...rows].map((row) => `${row.map(field).join(",")}\n`).join("");
+}
+
+function field(value) {
+  const text = String(value);
+  return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+}
+
+export function save(blob, name) {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(blob);
+  link.download = name;
+  link.click();
+  // The browser has the blob once the click is handled; some take a moment longer.
+  setTimeout(() => URL.revokeObjectURL(link.href), 2000);
+}
+
+export const stem = ({ name }) => name.split("/").at(-1).replace(/\.[^.]+$/, "");

@@ -1,0 +1,98 @@
+// The API key, and the dialog that asks for one. It is kept in sessionStorage: a reload keeps it,
+// closing the tab drops it, and unlike a cookie nothing sends it along by itself.
+
+const $ = (id) => document.getElementById(id);
+const PLACE = `retinaserve-key ${new URL(".", document.baseURI).pathname}`;
+
+let key = stored();
+let wanted = false;
+let asking = null;
+
+function stored() {
+  try {
+    return sessionStorage.getItem(PLACE);
+  } catch {
+    return null; // The browser forbids it to keep anything; then it is kept until a reload.
+  }
+}
+
+function use(text) {
+  key = text;
+  try {
+    if (text === null) sessionStorage.removeItem(PLACE);
+    else sessionStorage.setItem(PLACE, text);
+  } catch {
+    // As in `stored`.
+  }
+  renderButton();
+}
+
+export const currentKey = () => key;
+
+/** The headers that let a request in. */
+export const keyHeaders = () => (key === null ? {} : { "X-API-Key": key });
+
+/** Do something that may need a key, asking for one until it is done or nobody has a key. */
+export async function unlocked(action) {
+  for (;;) {
+    const used = key;
+    try {
+      return await action();
+    } catch (problem) {
+      if (problem.status !== 401) throw problem;
+      wanted = true;
+      // Another request may have got a better key in the meantime.
+      if (key === used && !(await ask(used !== null))) throw problem;
+    }
+  }
+}
+
+/** Ask a person for a key; whether there is one now. One dialog, however many ask. */
+function ask(wasRefused) {
+  if (asking) return asking;
+  renderButton();
+  say(wasRefused ? "The service does not accept this key. It may be mistyped, or revoked." : "");
+  $("key").value = "";
+  $("key-dialog").returnValue = ""; // What Escape leaves as it is.
+  $("key-dialog").showModal();
+  $("key").focus();
+  asking = new Promise((resolve) => {
+    $("key-dialog").addEventListener("close", () => resolve($("key-dialog").returnValue === "use"), {
+      once: true,
+    });
+  }).finally(() => {
+    asking = null;
+    $("key").value = "";
+  });
+  return asking;
+}
+
+function say(text) {
+  $("key-error").textContent = text;
+  $("key").setAttribute("aria-invalid", String(text !== ""));
+}
+
+function renderButton() {
+  $("key-button").hidden = !wanted && key === null;
+  $("key-button").textContent = key === null ? "Enter key" : "Forget key";
+}
+
+/** `entered` is called after a person gave a key unasked, `forgotten` after one was dropped. */
+export function wireKey({ entered, forgotten }) {
+  renderButton();
+  $("key-form").addEventListener("submit", (event) => {
+    event.preventDefault();
+    const text = $("key").value.trim();
+    // A header can carry nothing else, and the request would fail without a reason.
+    if (!/^[\x21-\x7e]+$/.test(text)) return say("A key has letters, digits and signs only.");
+    use(text);
+    $("key-dialog").close("use");
+  });
+  $("key-cancel").addEventListener("click", () => $("key-dialog").close("cancel"));
+  $("key-button").addEventListener("click", async () => {
+    if (key !== null) {
+      use(null);
+      forgotten();
+    } else if (await ask(false)) entered();
+  });
+}

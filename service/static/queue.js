@@ -1,0 +1,135 @@
+// Asking the service: few pictures at a time, all of them held back while it refuses.
+
+import {
+  CANCELLED, CUT_OFF, NO_ANSWER, Problem, detect, explain, isPassing,
+} from "./api.js";
+import { unlocked } from "./key.js";
+import { isUnfinished, lowestScore, state } from "./state.js";
+
+const AT_ONCE = 2; // one uploads while the other is looked at; more would only crowd others out
+const PATIENCE = 60; // seconds of being refused before a person is asked whether to go on
+const CUT_OFF_TRIES = 3; // a service that is too busy may cut an upload off just as well
+
+/** What the queue needs of the page: set by `wireQueue`. */
+const page = { changed: () => {}, news: () => {}, lost: () => {}, modelGone: async () => false };
+
+export const wireQueue = (hooks) => Object.assign(page, hooks);
+
+let asked = 0;
+
+export function askForAll() {
+  while (asked < AT_ONCE && nextToAsk()) {
+    asked += 1;
+    ask(nextToAsk()).finally(() => {
+      asked -= 1;
+      askForAll();
+    });
+  }
+}
+
+function nextToAsk() {
+  const { current, hold, model, offline, pictures } = state;
+  if (!model || hold || offline) return null;
+  const waits = ({ status }) => status === "waiting";
+  return current && waits(current) ? current : pictures.find(waits);
+}
+
+function change(picture, values) {
+  Object.assign(picture, values);
+  page.changed(picture);
+}
+
+async function ask(picture) {
+  const controller = new AbortController();
+  const { signal } = controller;
+  const query = { model: state.model, tile: state.tile, threshold: lowestScore() };
+  const started = performance.now();
+  change(picture, { status: "sending", problem: null, controller });
+  try {
+    const answer = await unlocked(() => detect(picture.file, query, signal));
+    if (signal.aborted) return;
+    const seconds = (performance.now() - started) / 1000;
+    change(picture, { status: "done", answer, seconds, refusedSince: null, cutOff: 0 });
+  } catch (problem) {
+    // Who stopped it has said what becomes of the picture.
+    if (signal.aborted) return;
+    if (!(problem instanceof Problem)) throw problem;
+    await refused(picture, problem, signal);
+  }
+}
+
+async function refused(picture, problem, signal) {
+  picture.refusedSince ??= performance.now();
+  picture.cutOff = (picture.cutOff ?? 0) + Number(problem.status === CUT_OFF);
+  const isPatient = performance.now() - picture.refusedSince < 1000 * PATIENCE;
+  if (problem.retryAfter !== null && isPatient) return hold(picture, problem, problem.retryAfter);
+  if (picture.cutOff && picture.cutOff < CUT_OFF_TRIES) return hold(picture, problem, 1);
+  if (problem.status === 404 && (await page.modelGone())) return;
+  if (signal.aborted) return;
+  if (problem.status === NO_ANSWER) {
+    state.offline = true;
+    page.lost();
+  }
+  Object.assign(picture, { refusedSince: null, cutOff: 0 });
+  change(picture, { status: "failed", problem });
+}
+
+/** Ask for nothing until the service said that it takes something again. */
+function hold(picture, problem, seconds) {
+  const until = performance.now() + 1000 * Math.max(1, seconds);
+  const isNew = state.hold === null;
+  if (isNew || until > state.hold.until) state.hold = { problem, until };
+  change(picture, { status: "waiting" });
+  if (isNew) {
+    page.news(holdText());
+    setTimeout(tick, 250);
+  }
+}
+
+function tick() {
+  if (!state.hold) return;
+  if (performance.now() >= state.hold.until) return goOn();
+  page.changed(null);
+  setTimeout(tick, 250);
+}
+
+/** Do not wait any longer. */
+export function goOn() {
+  state.hold = null;
+  page.changed(null);
+  askForAll();
+}
+
+export function holdText() {
+  const { problem, until } = state.hold;
+  const [heading] = explain(problem, { size: 0, name: "" });
+  const left = Math.max(1, Math.ceil((until - performance.now()) / 1000));
+  return `${heading}. Trying again in ${left} s.`;
+}
+
+/** Stop whatever is under way and ask again for every picture: model or tiles are others now. */
+export function askAnew() {
+  for (const picture of state.pictures) {
+    picture.controller?.abort();
+    change(picture, { status: "waiting", answer: null, problem: null, refusedSince: null });
+  }
+  askForAll();
+}
+
+export function cancelAll() {
+  state.hold = null;
+  for (const picture of state.pictures.filter(isUnfinished)) {
+    picture.controller?.abort();
+    change(picture, { status: "failed", problem: new Problem(CANCELLED, "Cancelled") });
+  }
+}
+
+export const passing = () =>
+  state.pictures.filter(({ status, problem }) => status === "failed" && isPassing(problem));
+
+/** Once more for every picture that failed for a reason that may have passed. */
+export function retryAll() {
+  state.offline = false;
+  for (const picture of passing()) change(picture, { status: "waiting", problem: null });
+  askForAll();
+}
