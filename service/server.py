@@ -22,6 +22,7 @@ from uvicorn.server import HANDLED_SIGNALS
 
 from service.context import Service
 from service.errors import DeviceError
+from service.protocol import http_protocol
 
 _log = logging.getLogger("retinaserve.server")
 _BACKLOG = 2048
@@ -92,7 +93,7 @@ def configuration(
         ssl_certfile=certificate,
         ssl_keyfile=key,
         loop=_available("uvloop"),
-        http=_available("httptools"),
+        http=http_protocol(),
         ws="none",
         # `Server.serve` does it, around the companions too.
         lifespan="off",
@@ -203,5 +204,5 @@ async def _all_of(*ends: Coroutine[Any, Any, None]) -> None:
             _log.error("closing failed", exc_info=result)
 
 
-def _available(package: Literal["uvloop", "httptools"]) -> Literal["uvloop", "httptools", "auto"]:
+def _available(package: Literal["uvloop"]) -> Literal["uvloop", "auto"]:
     return package if importlib.util.find_spec(package) else "auto"

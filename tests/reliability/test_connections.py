@@ -1,0 +1,267 @@
+"""Rude connections: headers that never end, bodies that nobody wants, requests inside requests."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+
+from service import connection
+from service.api import create_app
+from service.protocol import H11
+from service.protocol_httptools import HttpTools
+from service.settings import Settings
+from tests.pictures import encoded, one_red
+from tests.reliability.conftest import until
+
+GOOD = encoded(one_red())
+PROTOCOLS = (HttpTools, H11)
+
+
+@pytest.fixture(scope="module", params=PROTOCOLS, ids=lambda each: each.__name__)
+def port(request: pytest.FixtureRequest, quick_models: Path) -> Iterator[int]:
+    """A server in a thread of this process, with short times."""
+    settings = Settings(models_dir=quick_models, device="cpu", max_body_bytes=4_000_000)
+    app = create_app(settings)
+    server = uvicorn.Server(
+        uvicorn.Config(app, port=0, http=request.param, ws="none", log_config=None)
+    )
+    thread = threading.Thread(target=server.run, daemon=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(connection, "HEAD_SECONDS", 0.4)
+        patch.setattr(connection, "_STALL_SECONDS", 0.4)
+        thread.start()
+        until(lambda: server.started and app.state.service.not_ready() is None)
+        yield server.servers[0].sockets[0].getsockname()[1]
+        server.should_exit = True
+        thread.join(30)
+    assert not thread.is_alive()
+
+
+def connect(port: int) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", port), timeout=30)
+
+
+def ask(port: int, request: bytes) -> bytes:
+    """Everything that comes back until the server closes."""
+    with connect(port) as client:
+        client.sendall(request)
+        return read(client)
+
+
+def read(client: socket.socket) -> bytes:
+    received = b""
+    while chunk := client.recv(65536):
+        received += chunk
+    return received
+
+
+def cut_off(client: socket.socket, piece: bytes, *, times: int, pause: float = 0.0) -> bool:
+    """Whether the server ends the connection while the client goes on sending."""
+    try:
+        for _ in range(times):
+            client.sendall(piece)
+            time.sleep(pause)
+    except ConnectionError:
+        return True
+    return False
+
+
+def statuses(received: bytes) -> list[int]:
+    return [int(part[:3]) for part in received.split(b"HTTP/1.1 ")[1:]]
+
+
+def post(*headers: str, body: bytes = b"", path: str = "/v1/detect") -> bytes:
+    return "\r\n".join((f"POST {path} HTTP/1.1", "Host: x", *headers, "", "")).encode() + body
+
+
+def assert_serving(port: int) -> None:
+    answer = httpx.post(f"http://127.0.0.1:{port}/v1/detect", content=GOOD, timeout=30)
+    assert answer.status_code == 200
+
+
+@pytest.mark.parametrize("sent", [b"", b"G", b"\r\n", b"POST /v1/detect HTTP/1.1\r\nHost: x\r\n"])
+def test_headers_that_do_not_end_in_time(port: int, sent: bytes) -> None:
+    received = ask(port, sent)
+    assert received == b"" or statuses(received) == [400]
+    assert_serving(port)
+
+
+def test_headers_that_trickle_end_in_time(port: int) -> None:
+    with connect(port) as client:
+        client.sendall(b"GET / HTTP/1.1\r\n")
+        assert cut_off(client, b"X: 1\r\n", times=1000, pause=0.02)
+
+
+def test_the_next_request_has_its_own_time(port: int) -> None:
+    with connect(port) as client:
+        for _ in range(3):
+            client.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert statuses(client.recv(65536)) == [200]
+            # Between requests a connection may rest for longer than headers may take.
+            time.sleep(0.5)
+        client.sendall(b"GET /healthz HTT")
+        assert read(client) == b""
+
+
+@pytest.mark.parametrize("pieces", [1, 1000])
+def test_headers_without_end(port: int, pieces: int) -> None:
+    with connect(port) as client:
+        received = b""
+        try:
+            client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nX: ")
+            for _ in range(pieces):
+                client.sendall(b"x" * (1_000_000 // pieces))
+            received = read(client)
+        except ConnectionError:
+            received = b""
+    assert statuses(received) in ([], [431])
+    assert_serving(port)
+
+
+def test_headers_of_a_size_that_proxies_send(port: int) -> None:
+    answer = httpx.get(f"http://127.0.0.1:{port}/healthz", headers={"X": "x" * 30_000})
+    assert answer.status_code == 200
+
+
+@pytest.mark.parametrize("port", [HttpTools], indirect=True)
+def test_what_httptools_itself_does_not_bound(port: int) -> None:
+    head = b"GET /healthz HTTP/1.1\r\nHost: x\r\n"
+    many = b"".join(b"X-%d: 1\r\n" % number for number in range(200))
+    received = ask(port, head + many + b"\r\n")
+    assert statuses(received) == [431]
+    assert b"application/problem+json" in received
+    assert statuses(ask(port, head + b"X: " + b"x" * 70_000 + b"\r\n\r\n")) == [431]
+    with connect(port) as client:
+        assert cut_off(client, (head + b"\r\n") * 100, times=50, pause=0.02)
+    assert_serving(port)
+
+
+def test_a_few_requests_ahead_are_answered_in_order(port: int) -> None:
+    ahead = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\nGET /nothing HTTP/1.1\r\nHost: x\r\n\r\n"
+    last = b"GET /readyz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    assert statuses(ask(port, ahead + last)) == [200, 404, 200]
+
+
+@pytest.mark.parametrize("length", [100_000, 40_000_000])
+def test_an_answer_before_the_body_is_read_by_the_client(port: int, length: int) -> None:
+    """Whoever sends all of the body first must find the answer, and not a reset."""
+    body = bytes(length)
+    for path, status in (("/v1/detect?score_threshold=7", 422), ("/nothing", 404)):
+        with connect(port) as client:
+            client.sendall(post(f"Content-Length: {length}", path=path))
+            # The answer is there before the first byte of the body.
+            begin = client.recv(65536)
+            assert statuses(begin) == [status]
+            assert b"connection: close" in begin.lower()
+            try:
+                client.sendall(body)
+            except ConnectionError:
+                assert length > 1_000_000, "a small rest of a body is taken"
+            else:
+                assert length < 1_000_000, "nobody reads megabytes for nothing"
+    assert_serving(port)
+
+
+def test_the_rest_of_a_body_is_not_waited_for(port: int) -> None:
+    with connect(port) as client:
+        client.sendall(post("Content-Length: 1000000", path="/nothing"))
+        assert statuses(read(client)) == [404]
+        assert cut_off(client, b"x", times=400, pause=0.05)
+
+
+def test_an_answer_after_the_whole_body_keeps_the_connection(port: int) -> None:
+    with connect(port) as client:
+        for path in ("/nothing", "/v1/detect?score_threshold=7", "/v1/detect"):
+            client.sendall(post(f"Content-Length: {len(GOOD)}", body=GOOD, path=path))
+            received = client.recv(65536)
+            assert b"connection: close" not in received.lower(), path
+    assert_serving(port)
+
+
+def chunked(*chunks: bytes) -> bytes:
+    return b"".join(b"%x\r\n%s\r\n" % (len(chunk), chunk) for chunk in chunks) + b"0\r\n"
+
+
+def test_chunked_bodies(port: int) -> None:
+    request = post("Transfer-Encoding: chunked", "Connection: close")
+    small = [GOOD[start : start + 7] for start in range(0, len(GOOD), 7)]
+    assert statuses(ask(port, request + chunked(*small) + b"\r\n")) == [200]
+    trailer = chunked(GOOD) + b"X-Checksum: 1\r\nAuthorization: Bearer x\r\n\r\n"
+    assert statuses(ask(port, request + trailer)) == [200]
+
+
+@pytest.mark.parametrize(
+    "endless",
+    [b"1\r\nx\r\n", b"1;" + b"x" * 60 + b"\r\nx\r\n", b"0\r\n" + b"A: b\r\n" * 1000],
+    ids=["single bytes", "extensions", "trailers"],
+)
+def test_framing_without_end(port: int, endless: bytes) -> None:
+    with connect(port) as client:
+        client.sendall(post("Transfer-Encoding: chunked"))
+        assert cut_off(client, endless * 100, times=3000)
+    assert_serving(port)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        ("Content-Length: 4", "Transfer-Encoding: chunked"),
+        ("Transfer-Encoding: chunked", "Content-Length: 4"),
+        ("Content-Length: 4", "Content-Length: 5"),
+        ("Content-Length: +4",),
+        ("Content-Length: 4 4",),
+        ("Content-Length: 0x4",),
+        ("Content-Length: -1",),
+        ("Content-Length: 99999999999999999999999999",),
+        ("Transfer-Encoding: identity",),
+        ("Transfer-Encoding: chunked, identity",),
+        ("Transfer-Encoding: xchunked",),
+        ("Transfer-Encoding : chunked",),
+        ("X: 1\n\n",),
+        ("Content-Length:\n4",),
+    ],
+)
+def test_a_request_hidden_in_another_is_never_answered(port: int, headers: tuple[str, ...]) -> None:
+    """Where two ends could disagree on where a body ends, the connection is over."""
+    hidden = b"0\r\n\r\nGET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+    with connect(port) as client:
+        client.sendall(post(*headers, body=hidden, path="/nothing"))
+        client.shutdown(socket.SHUT_WR)
+        received = read(client)
+    assert 200 not in statuses(received), received
+    assert_serving(port)
+
+
+def test_a_header_cannot_be_put_into_the_answer(port: int) -> None:
+    request = (
+        b"GET /healthz%0d%0aX-Evil:%201 HTTP/1.1\r\nHost: x\r\n"
+        b"X-Request-Id: a\tb\r\nConnection: close\r\n\r\n"
+    )
+    received = ask(port, request)
+    assert b"\r\nx-evil" not in received.lower()
+    assert statuses(received) == [404]
+
+
+def test_a_host_is_believed_by_nobody(port: int) -> None:
+    """No answer names another place by what the client called this one."""
+    for path in (b"/", b"/v1/detect/", b"/static", b"/docs"):
+        request = b"GET %s HTTP/1.1\r\nHost: evil.example\r\nConnection: close\r\n\r\n" % path
+        assert b"evil.example" not in ask(port, request).partition(b"\r\n\r\n")[2]
+
+
+def test_a_client_that_does_not_read_its_answer(port: int) -> None:
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", port))
+        client.settimeout(30)
+        request = b"GET /docs-assets/swagger-ui-bundle.js HTTP/1.1\r\nHost: x\r\n\r\n"
+        client.sendall(request * 8)
+        assert cut_off(client, b"\r\n", times=400, pause=0.05)
+    assert_serving(port)
