@@ -84,7 +84,8 @@ def _gather(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
     if request is not None and request.trace_id is not None:
         line |= {"trace_id": request.trace_id, "span_id": request.span_id}
     line.update(getattr(record, "fields", {}))
-    return line | event
+    line.update(event)
+    return line
 
 
 def _json(_: WrappedLogger, __: str, event: EventDict) -> str:

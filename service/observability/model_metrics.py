@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
+from operator import itemgetter
 from typing import Final, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
 
 from service.record import Stages
 
@@ -44,6 +45,7 @@ class Bins:
     def __init__(self, bounds: Sequence[float]) -> None:
         """`bounds`: the largest value of each bin, rising; one more bin takes what is above."""
         self._bounds = bounds
+        self._names = [*(str(float(bound)) for bound in bounds), "+Inf"]
         self._array = np.asarray(bounds, dtype=np.float64)
         self._counts = [0] * (len(bounds) + 1)
         self._sum = 0.0
@@ -62,12 +64,11 @@ class Bins:
 
     def read(self) -> tuple[list[tuple[str, float]], float]:
         """Cumulative counts under their bounds, as Prometheus writes them, and the sum."""
-        total = 0
-        buckets: list[tuple[str, float]] = []
-        for bound, count in zip((*self._bounds, float("inf")), self._counts, strict=True):
-            total += count
-            buckets.append((floatToGoString(bound), total))
-        return buckets, self._sum
+        return list(zip(self._names, accumulate(self._counts), strict=True)), self._sum
+
+
+Counters = dict[Literal["pictures", "detections"], CounterMetricFamily]
+Histograms = dict[Literal["stages", "batch_size", "scores", "per_picture"], HistogramMetricFamily]
 
 
 class ModelMetrics:
@@ -105,19 +106,19 @@ class ModelMetrics:
                 self._scores.add_all(scores)
                 self._detections += np.bincount(labels, minlength=len(self.classes))
 
-    def families(self, key: ModelKey) -> Iterator[tuple[str, list[str], object]]:
-        """Name of the metric, label values and what was counted, of every series."""
+    def read(self, key: ModelKey, counters: Counters, histograms: Histograms) -> None:
+        """Add the samples of this moment."""
         model = [key.name, str(key.version)]
         with self._lock:
             for outcome, count in self._outcomes.items():
-                yield "pictures", [*model, outcome], count
-            for name, bins in self._stages.items():
-                yield "stages", [*model, name], bins.read()
-            yield "batch_size", model, self._batch_size.read()
-            yield "scores", model, self._scores.read()
-            yield "per_picture", model, self._per_picture.read()
+                counters["pictures"].add_metric([*model, outcome], count)
             for label, count in zip(self.classes, self._detections.tolist(), strict=True):
-                yield "detections", [*model, label], count
+                counters["detections"].add_metric([*model, label], count)
+            for stage, bins in self._stages.items():
+                histograms["stages"].add_metric([*model, stage], *bins.read())
+            histograms["batch_size"].add_metric(model, *self._batch_size.read())
+            histograms["scores"].add_metric(model, *self._scores.read())
+            histograms["per_picture"].add_metric(model, *self._per_picture.read())
 
 
 Loaded = Callable[[], Iterable[tuple[ModelKey, tuple[str, ...]]]]
@@ -154,26 +155,30 @@ class ModelMetricsCollector(Collector):
                 self.of(*key, classes)
             for key in self._tables.keys() - loaded.keys():
                 self._tables.pop(key, None)
-        families = _families()
-        for key, table in sorted(self._tables.items()):
-            for name, labels, value in table.families(key):
-                family = families[name]
-                if isinstance(family, HistogramMetricFamily):
-                    buckets, total = value  # type: ignore[misc]
-                    family.add_metric(labels, buckets, total)
-                else:
-                    family.add_metric(labels, value)  # type: ignore[arg-type]
-        return families.values()
+        counters, histograms = _counters(), _histograms()
+        for key, table in sorted(self._tables.items(), key=itemgetter(0)):
+            table.read(key, counters, histograms)
+        return [*counters.values(), *histograms.values()]
 
 
-def _families() -> dict[str, CounterMetricFamily | HistogramMetricFamily]:
-    model = ("model", "version")
+def _counters() -> Counters:
     return {
         "pictures": CounterMetricFamily(
             "retinaserve_pictures",
             "Pictures that reached a model, by how they ended; all but 'refused' were admitted.",
-            labels=(*model, "outcome"),
+            labels=("model", "version", "outcome"),
         ),
+        "detections": CounterMetricFamily(
+            "retinaserve_detections",
+            "Objects in answers, by class.",
+            labels=("model", "version", "label"),
+        ),
+    }
+
+
+def _histograms() -> Histograms:
+    model = ("model", "version")
+    return {
         "stages": HistogramMetricFamily(
             "retinaserve_stage_seconds",
             "Seconds that an answered picture spent in each stage.",
@@ -187,10 +192,5 @@ def _families() -> dict[str, CounterMetricFamily | HistogramMetricFamily]:
         ),
         "per_picture": HistogramMetricFamily(
             "retinaserve_detections_per_picture", "Objects in each answer.", labels=model
-        ),
-        "detections": CounterMetricFamily(
-            "retinaserve_detections",
-            "Objects in answers, by class.",
-            labels=(*model, "label"),
         ),
     }
