@@ -96,7 +96,10 @@ class Watchdog(Generic[Held]):
     def _watch(self) -> None:
         while not self._closed.wait(_LOOK_SECONDS):
             for worker in self._workers:
-                self._look(worker)
+                try:
+                    self._look(worker)
+                except Exception:
+                    _log.exception("the watchdog failed on %s and goes on", worker.name)
 
     def _look(self, worker: Worker[Held]) -> None:
         if not worker.thread.is_alive() and not worker.finished:
