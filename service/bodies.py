@@ -20,6 +20,7 @@ from service.errors import (
     InvalidParameter,
     MalformedRequest,
     TooLarge,
+    Unavailable,
     UnsupportedMedia,
 )
 
@@ -46,11 +47,45 @@ class Part(NamedTuple):
     data: memoryview
 
 
-async def read_body(headers: Headers, receive: Receive, *, limit: int, timeout: float) -> Body:
+class Uploads:
+    """Bounds the bytes of all bodies that are arriving. One event loop's.
+
+    Bytes and not bodies: hundreds of clients that send a byte a second hold next to nothing, and
+    must not take the places of those who send pictures.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.held = 0
+
+    def take(self, size: int, *, own: int) -> None:
+        """Hold `size` bytes more for a body that holds `own`. Raises Unavailable without room."""
+        # The largest body passes when it is alone: its size has a bound of its own.
+        if self.held > own and self.held + size > self.limit:
+            raise Unavailable(
+                f"bodies of {self.held} bytes are arriving (at most {self.limit}); "
+                "try again in a second",
+                reason="uploads-full",
+            )
+        self.held += size
+
+    def give_back(self, size: int) -> None:
+        """A body has arrived, or never will."""
+        self.held -= size
+
+
+async def read_body(
+    headers: Headers,
+    receive: Receive,
+    *,
+    limit: int,
+    timeout: float,
+    uploads: Uploads | None = None,
+) -> Body:
     """Read a body of at most `limit` bytes within `timeout` seconds.
 
     Raises UnsupportedMedia for an encoded body, TooLarge (at once when the length is declared),
-    BodyTimeout, or ClientGone.
+    BodyTimeout, ClientGone, or Unavailable where `uploads` has no room for it.
     """
     encoding = headers.get("content-encoding", "identity")
     if encoding.lower() != "identity":
@@ -62,30 +97,36 @@ async def read_body(headers: Headers, receive: Receive, *, limit: int, timeout: 
         raise _too_large(limit, f"{digits[:20]} bytes are declared")
     try:
         async with asyncio.timeout(timeout):
-            return await _collect(receive, limit)
+            return await _collect(receive, limit, uploads or Uploads(limit))
     except TimeoutError:
         raise BodyTimeout(
             f"the body did not arrive within {timeout:g} s; send it faster or make it smaller"
         ) from None
 
 
-async def _collect(receive: Receive, limit: int) -> Body:
+async def _collect(receive: Receive, limit: int, uploads: Uploads) -> Body:
     body: Body = b""
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGone
-        chunk: bytes = message.get("body", b"")
-        if len(body) + len(chunk) > limit:
-            raise _too_large(limit, "more has arrived")
-        if not body:
-            body = chunk
-        elif isinstance(body, bytearray):
-            body += chunk
-        else:
-            body = bytearray(body) + chunk
-        if not message.get("more_body", False):
-            return body
+    held = 0
+    try:
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            chunk: bytes = message.get("body", b"")
+            if held + len(chunk) > limit:
+                raise _too_large(limit, "more has arrived")
+            uploads.take(len(chunk), own=held)
+            held += len(chunk)
+            if not body:
+                body = chunk
+            elif isinstance(body, bytearray):
+                body += chunk
+            else:
+                body = bytearray(body) + chunk
+            if not message.get("more_body", False):
+                return body
+    finally:
+        uploads.give_back(held)
 
 
 def parse_multipart(body: Body, content_type: str, *, max_parts: int) -> list[Part]:

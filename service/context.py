@@ -10,6 +10,7 @@ from typing import ParamSpec, TypeVar
 
 from service.admission import Admission
 from service.batching import Policy, Urgency
+from service.bodies import Uploads
 from service.devices import Hardware, cpu_count, resolve
 from service.errors import Unavailable
 from service.observability import Metrics
@@ -64,8 +65,8 @@ class Service:
             bytes_limit=settings.max_queue_bytes,
             pause=self.pipeline.wait,
         )
-        self.uploads = Admission(settings.max_queue_size)
-        """Bodies that are arriving: bounded too, so that slow clients cannot fill the memory."""
+        self.uploads = Uploads(settings.max_queue_bytes)
+        """Bodies that are arriving, before they are pictures that wait."""
         self.batch_window = min(
             settings.max_queue_size, 2 * batch * len(self.hardware.devices) + threads
         )

@@ -111,13 +111,13 @@ async def receive_body(service: Service, request: Request) -> Body:
     asked = request.headers.get("x-deadline-ms")
     if asked is not None:
         deadline_ms(asked, settings.request_timeout_ms)
-    with service.uploads.slot():
-        return await read_body(
-            request.headers,
-            request.receive,
-            limit=settings.max_body_bytes,
-            timeout=settings.body_timeout_ms / 1e3,
-        )
+    return await read_body(
+        request.headers,
+        request.receive,
+        limit=settings.max_body_bytes,
+        timeout=settings.body_timeout_ms / 1e3,
+        uploads=service.uploads,
+    )
 
 
 async def take_apart(

@@ -18,7 +18,7 @@ from service.protocol import H11
 from service.protocol_httptools import HttpTools
 from service.settings import Settings
 from tests.pictures import encoded, one_red
-from tests.reliability.conftest import until
+from tests.reliability.conftest import Serve, until
 
 GOOD = encoded(one_red())
 PROTOCOLS = (HttpTools, H11)
@@ -265,3 +265,19 @@ def test_a_client_that_does_not_read_its_answer(port: int) -> None:
         client.sendall(request * 8)
         assert cut_off(client, b"\r\n", times=400, pause=0.05)
     assert_serving(port)
+
+
+def test_two_hundred_slow_bodies_keep_nobody_out(serve: Serve, quick_models: Path) -> None:
+    process = serve(quick_models)
+    slow = [connect(process.port) for _ in range(200)]
+    for client in slow:
+        client.sendall(post("Content-Length: 100000"))
+    with process.client() as good:
+        for _ in range(3):
+            for client in slow:
+                client.sendall(b"x")
+            for _ in range(20):
+                assert good.post("/v1/detect", content=GOOD).status_code == 200
+            time.sleep(1)
+    for client in slow:
+        client.close()

@@ -16,6 +16,7 @@ from starlette.datastructures import Headers
 
 from service.bodies import (
     ClientGone,
+    Uploads,
     decode_base64,
     parse_json,
     parse_multipart,
@@ -26,6 +27,7 @@ from service.errors import (
     InvalidParameter,
     MalformedRequest,
     TooLarge,
+    Unavailable,
     UnsupportedMedia,
 )
 
@@ -61,6 +63,26 @@ async def test_reading() -> None:
 async def test_one_chunk_is_not_copied() -> None:
     chunk = b"0123456789"
     assert await read_body(Headers(), chunks(chunk), limit=10, timeout=5.0) is chunk
+
+
+async def test_bodies_that_arrive_share_a_bound() -> None:
+    uploads = Uploads(10)
+
+    async def collect(*bodies: bytes, gone: bool = False) -> bytes:
+        receive = chunks(*bodies, gone=gone)
+        body = await read_body(Headers(), receive, limit=100, timeout=5.0, uploads=uploads)
+        return bytes(body)
+
+    assert await collect(b"0123456789") == b"0123456789"
+    assert await collect(b"0" * 7, b"1" * 7) == b"0" * 7 + b"1" * 7, "alone, it may be larger"
+    uploads.take(4, own=0)
+    assert await collect(b"012345") == b"012345"
+    with pytest.raises(Unavailable) as raised:
+        await collect(b"0123", b"456")
+    assert raised.value.reason == "uploads-full"
+    with pytest.raises(ClientGone):
+        await collect(b"0123", gone=True)
+    assert uploads.held == 4, "whatever happened, it was given back"
 
 
 async def test_limits() -> None:
