@@ -7,6 +7,7 @@ own logging.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import sys
@@ -21,9 +22,10 @@ from structlog.typing import EventDict, WrappedLogger
 from service.record import current
 from service.request_id import request_id
 
-_CONTROL: Final = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
-"""What moves a cursor, ends a line, or turns the direction of writing."""
-_JSON_CONTROL: Final = re.compile("[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
+_BEYOND_ASCII: Final = "\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff"
+_CONTROL: Final = re.compile(f"[\x00-\x1f{_BEYOND_ASCII}\ud800-\udfff]")
+"""What moves a cursor, ends a line, turns the direction of writing, or cannot be written."""
+_JSON_CONTROL: Final = re.compile(f"[{_BEYOND_ASCII}]")
 """The same, of what JSON lets stand as it is."""
 _KEY: Final = re.compile(r"rs_[A-Za-z0-9_-]{40,}")
 """An API key, wherever somebody put one by mistake: into a path, say."""
@@ -89,7 +91,11 @@ def _gather(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
 
 
 def _json(_: WrappedLogger, __: str, event: EventDict) -> str:
-    text = orjson.dumps(event, default=str).decode()
+    try:
+        text = orjson.dumps(event, default=str).decode()
+    except TypeError:
+        # Half a surrogate pair, say, which is no UTF-8.
+        text = json.dumps(event, default=str)
     return _KEY.sub("[key]", _JSON_CONTROL.sub(_escape_json, text))
 
 
