@@ -42,7 +42,9 @@ export async function unlocked(action) {
       if (problem.status !== 401) throw problem;
       wanted = true;
       // Another request may have got a better key in the meantime.
-      if (key === used && !(await ask(used !== null))) throw problem;
+      if (key !== used) continue;
+      use(null);
+      if (!(await ask(used !== null))) throw problem;
     }
   }
 }
@@ -50,7 +52,6 @@ export async function unlocked(action) {
 /** Ask a person for a key; whether there is one now. One dialog, however many ask. */
 function ask(wasRefused) {
   if (asking) return asking;
-  renderButton();
   say(wasRefused ? "The service does not accept this key. It may be mistyped, or revoked." : "");
   $("key").value = "";
   $("key-dialog").returnValue = ""; // What Escape leaves as it is.
@@ -84,7 +85,10 @@ export function wireKey({ entered, forgotten }) {
     event.preventDefault();
     const text = $("key").value.trim();
     // A header can carry nothing else, and the request would fail without a reason.
-    if (!/^[\x21-\x7e]+$/.test(text)) return say("A key has letters, digits and signs only.");
+    if (!/^[\x21-\x7e]+$/.test(text)) {
+      $("key").select();
+      return say("This is no key: one has letters, digits and signs of ASCII, without spaces.");
+    }
     use(text);
     $("key-dialog").close("use");
   });
