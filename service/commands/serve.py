@@ -18,6 +18,7 @@ from service.admin import AdminListener
 from service.api import create_app
 from service.context import Service
 from service.errors import DataError
+from service.inference_protocol.grpc_server import GrpcServer, check_installed
 from service.observability import configure_logging
 from service.security.keys import read_keys
 from service.server import Companion, Server, listen, url
@@ -45,6 +46,7 @@ def run(
         # Every port before anything is loaded.
         listener = ports.enter_context(listen(settings.host, settings.port))
         admin = _listen_for_admins(settings, ports)
+        grpc = _listen_for_grpc(settings, ports)
         app = create_app(settings)
         service: Service = app.state.service
         if service.keys is None:
@@ -52,6 +54,8 @@ def run(
         companions: list[Companion] = []
         if admin is not None:
             companions.append(AdminListener(service, admin, certificate=certificate, key=key))
+        if grpc is not None:
+            companions.append(GrpcServer(service, grpc, certificate=certificate, key=key))
         server = Server(
             app, root_path=root_path, certificate=certificate, key=key, companions=companions
         )
@@ -90,6 +94,15 @@ def _listen_for_admins(settings: Settings, ports: contextlib.ExitStack) -> socke
         )
     remedy = "choose another with RETINASERVE_ADMIN_PORT"
     return ports.enter_context(listen(settings.admin_host, settings.admin_port, remedy=remedy))
+
+
+def _listen_for_grpc(settings: Settings, ports: contextlib.ExitStack) -> socket.socket | None:
+    """Bind the gRPC server's address, if there is to be one."""
+    if settings.grpc_port is None:
+        return None
+    check_installed()
+    remedy = "choose another with RETINASERVE_GRPC_PORT"
+    return ports.enter_context(listen(settings.host, settings.grpc_port, remedy=remedy))
 
 
 def _warn_of_strangers(listener: socket.socket) -> None:

@@ -1,0 +1,91 @@
+"""The methods of GRPCInferenceService and of gRPC's health checks, on the data plane."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+from service.batching import Urgency
+from service.context import Service
+from service.errors import UnknownModel
+from service.inference_protocol import metadata
+from service.inference_protocol.data_plane import earlier, find_model, infer, limits_of
+from service.inference_protocol.grpc_codec import Parsed, parse, read, write
+from service.inference_protocol.grpc_messages import INFERENCE, Method
+from service.inference_protocol.tensors import Limits
+
+_BIG_MESSAGE: Final = 256 * 1024
+"""From this size on taking a message apart is worth a thread."""
+
+Answer = Callable[[Method, Any], Any]
+
+
+class GrpcMethods:
+    """Translates messages to calls and back; knows nothing of connections."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self.plain: dict[str, Answer] = {
+            "ServerLive": self._server_live,
+            "ServerReady": self._server_ready,
+            "ServerMetadata": self._server_metadata,
+            "ModelReady": self._model_ready,
+            "ModelMetadata": self._model_metadata,
+            "Check": self._check,
+        }
+        """Every method that answers from what is known, by its name."""
+
+    async def infer(self, method: Method, content: bytes, remaining: float | None) -> Any:
+        """ModelInfer, of a message that is not yet read. The client waits `remaining` seconds."""
+        service, arrived = self._service, time.monotonic()
+        seconds = service.settings.request_timeout_ms / 1e3
+        if remaining is not None:
+            seconds = max(0.0, min(seconds, remaining))
+        service.admit(seconds, Urgency.INTERACTIVE)
+        with service.pictures.slot(len(content)):
+            if len(content) < _BIG_MESSAGE:
+                request = read(content, method.request)
+            else:
+                request = await service.off_loop(read, content, method.request)
+            model = find_model(service, request.model_name, request.model_version)
+            parsed = await self._parse(request, len(content), limits_of(service, model))
+            limit = earlier(arrived + seconds, parsed.request.parameters, arrived=arrived)
+            outputs = await infer(service, model, parsed.request, limit)
+        return write(
+            parsed,
+            outputs,
+            method.response,
+            model=model.name,
+            version=model.version,
+            request_id=request.id,
+        )
+
+    async def _parse(self, request: Any, size: int, limits: Limits) -> Parsed:
+        if size < _BIG_MESSAGE:
+            return parse(request, limits)
+        return await self._service.off_loop(parse, request, limits)
+
+    def _server_live(self, method: Method, _: Any) -> Any:
+        return method.response(live=self._service.pipeline.fatal is None)
+
+    def _server_ready(self, method: Method, _: Any) -> Any:
+        return method.response(ready=self._service.not_ready() is None)
+
+    def _server_metadata(self, method: Method, _: Any) -> Any:
+        return method.response(**metadata.server())
+
+    def _model_ready(self, method: Method, request: Any) -> Any:
+        reason = metadata.model_ready(self._service, request.name, request.version)
+        return method.response(ready=reason is None)
+
+    def _model_metadata(self, method: Method, request: Any) -> Any:
+        described = metadata.model(self._service, request.name, request.version)
+        known = [field.name for field in method.response.DESCRIPTOR.fields]
+        return method.response(**{name: described[name] for name in known})
+
+    def _check(self, method: Method, request: Any) -> Any:
+        if request.service not in ("", INFERENCE):
+            raise UnknownModel(f"no service {request.service[:80]!r}; there is {INFERENCE}")
+        ready = self._service.not_ready() is None
+        return method.response(status="SERVING" if ready else "NOT_SERVING")

@@ -1,0 +1,260 @@
+"""The gRPC server: a port of its own, beside the HTTP server and in the same event loop."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import re
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import unquote
+
+from service.context import Service
+from service.errors import DataError, RetinaserveError
+from service.inference_protocol import grpc_messages
+from service.inference_protocol.grpc_codec import read
+from service.inference_protocol.grpc_messages import Method
+from service.inference_protocol.grpc_methods import GrpcMethods
+from service.problems import headers_of
+from service.record import Record, current
+from service.request_id import request_id
+from service.server import AddressError
+
+if TYPE_CHECKING:
+    import grpc
+
+    Context = grpc.aio.ServicerContext[Any, Any]
+
+_log = logging.getLogger("retinaserve.grpc")
+_access_log = logging.getLogger("retinaserve.access")
+_error_log = logging.getLogger("retinaserve.error")
+
+_CODES: Final = {
+    200: "OK",
+    400: "INVALID_ARGUMENT",
+    401: "UNAUTHENTICATED",
+    404: "NOT_FOUND",
+    413: "INVALID_ARGUMENT",
+    415: "INVALID_ARGUMENT",
+    422: "INVALID_ARGUMENT",
+    429: "RESOURCE_EXHAUSTED",
+    499: "CANCELLED",
+    503: "UNAVAILABLE",
+    504: "DEADLINE_EXCEEDED",
+}
+"""gRPC's word for the status that an outcome has over HTTP; any other is INTERNAL."""
+_INFER: Final = "ModelInfer"
+_PROBES: Final = frozenset({"ServerLive", "ServerReady", "Check"})
+"""Methods that need no key, as their like over HTTP."""
+_GRACE: Final = 1.0
+"""Seconds after the drain in which those who were too late get to hear it."""
+_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+def check_installed() -> None:
+    """Raise DataError where grpcio is missing."""
+    if importlib.util.find_spec("grpc") is None:
+        raise DataError(
+            "RETINASERVE_GRPC_PORT needs grpcio, which is not installed: "
+            "pip install 'retinaserve[grpc]'"
+        )
+
+
+class GrpcServer:
+    """Serves GRPCInferenceService and gRPC's health checks; a companion of the HTTP server."""
+
+    def __init__(
+        self,
+        service: Service,
+        listener: socket.socket,
+        *,
+        certificate: Path | None = None,
+        key: Path | None = None,
+    ) -> None:
+        """`listener` keeps the port until the start, when gRPC binds it itself.
+
+        Raises DataError for a certificate or key that cannot be read.
+        """
+        self._service = service
+        self._listener = listener
+        self._certificate = None if certificate is None else _pem(certificate, key or certificate)
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self) -> None:
+        """Take calls. Raises AddressError."""
+        import grpc
+
+        settings = self._service.settings
+        server = grpc.aio.server(
+            options=(
+                ("grpc.max_receive_message_length", settings.max_body_bytes),
+                ("grpc.max_send_message_length", -1),
+                # Two servers on one port would each get some of the calls.
+                ("grpc.so_reuseport", 0),
+            ),
+            # Messages that are arriving are bounded too, as uploads are over HTTP.
+            maximum_concurrent_rpcs=2 * settings.max_queue_size,
+        )
+        server.add_generic_rpc_handlers(_handlers(self._service))
+        host, port = self._listener.getsockname()[:2]
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self._listener.close()
+        try:
+            if self._certificate is None:
+                server.add_insecure_port(address)
+            else:
+                credentials = grpc.ssl_server_credentials([self._certificate])
+                server.add_secure_port(address, credentials)
+        except RuntimeError as error:
+            raise AddressError(
+                f"cannot serve gRPC on {address}; is the certificate good? "
+                "choose another port with RETINASERVE_GRPC_PORT"
+            ) from error
+        await server.start()
+        self._server = server
+        _log.info("gRPC on %s", address)
+
+    async def stop(self, seconds: float) -> None:
+        """Take no new calls, and finish those in flight within so many seconds."""
+        server, self._server = self._server, None
+        if server is not None:
+            await server.stop(seconds + _GRACE)
+
+
+def _pem(certificate: Path, key: Path) -> tuple[bytes, bytes]:
+    """(key, certificate), as gRPC takes them."""
+    try:
+        return key.read_bytes(), certificate.read_bytes()
+    except OSError as error:
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+
+def _handlers(service: Service) -> tuple[grpc.GenericRpcHandler, ...]:
+    """What gRPC calls, one for each of its services."""
+    import grpc
+
+    methods = GrpcMethods(service)
+
+    def handler(name: str, method: Method) -> grpc.RpcMethodHandler[Any, Any]:
+        call = _Call(service, methods, f"/{name}/{method.name}", method)
+        # Without a deserializer: a message is read within the call, where what is wrong with it
+        # finds its way to the client.
+        return grpc.unary_unary_rpc_method_handler(
+            call.answer, response_serializer=method.response.SerializeToString
+        )
+
+    return tuple(
+        grpc.method_handlers_generic_handler(
+            name, {method.name: handler(name, method) for method in described}
+        )
+        for name, described in grpc_messages.load().items()
+    )
+
+
+class _Call:
+    """One method, with what surrounds every call: key, id, errors, log line, metrics."""
+
+    def __init__(self, service: Service, methods: GrpcMethods, path: str, method: Method) -> None:
+        self._service = service
+        self._methods = methods
+        self._path = path
+        self._method = method
+
+    async def answer(self, content: bytes, context: Context) -> Any:
+        """One call."""
+        metadata = {str(name): value for name, value in context.invocation_metadata() or ()}
+        record = Record(_request_id(metadata))
+        record.body_bytes = len(content)
+        request_id.set(record.request_id)
+        current.set(record)
+        status = 499
+        try:
+            answer = await self._work(content, metadata, context)
+            status = 200
+        except RetinaserveError as error:
+            status = error.status
+            self._service.metrics.count_refusal(error)
+            await _abort(context, error, record)
+        except Exception:
+            status = 500
+            _error_log.exception("the call failed in a way that nobody foresaw")
+            await _abort(context, RetinaserveError("something went wrong"), record)
+        finally:
+            self._finish(record, status)
+        return answer
+
+    async def _work(self, content: bytes, metadata: dict[str, Any], context: Context) -> Any:
+        if self._method.name not in _PROBES:
+            self._service.gate.enter(_presented(metadata), _address(context.peer()))
+        if self._method.name == _INFER:
+            return await self._methods.infer(self._method, content, context.time_remaining())
+        request = read(content, self._method.request)
+        return self._methods.plain[self._method.name](self._method, request)
+
+    def _finish(self, record: Record, status: int) -> None:
+        seconds = time.monotonic() - record.started
+        self._service.metrics.observe_request(
+            self._path, "gRPC", status, seconds=seconds, body_bytes=record.body_bytes
+        )
+        # Probes come every few seconds for ever.
+        level = logging.DEBUG if self._method.name in _PROBES else logging.INFO
+        if not _access_log.isEnabledFor(level):
+            return
+        code, milliseconds = _CODES.get(status, "INTERNAL"), round(seconds * 1e3, 1)
+        fields = {
+            "method": "gRPC",
+            "path": self._path,
+            "route": self._path,
+            "status": status,
+            "code": code,
+            "milliseconds": milliseconds,
+        }
+        _access_log.log(
+            level,
+            "gRPC %s %s %.1f ms",
+            self._path,
+            code,
+            milliseconds,
+            extra={"fields": fields | record.fields()},
+        )
+
+
+async def _abort(context: Context, error: RetinaserveError, record: Record) -> None:
+    """End a call with an error. Raises what gRPC knows by."""
+    import grpc
+
+    code = grpc.StatusCode[_CODES.get(error.status, "INTERNAL")]
+    trailing = {name.lower(): value for name, value in headers_of(error).items()}
+    trailing = {name: trailing[name] for name in ("retry-after",) if name in trailing}
+    detail = str(error)
+    if error.status >= 500 and code is grpc.StatusCode.INTERNAL:
+        detail = f"{detail}; the server's log has it under request {record.request_id}"
+    trailing["x-request-id"] = record.request_id
+    await context.abort(code, detail, tuple(trailing.items()))
+
+
+def _request_id(metadata: dict[str, Any]) -> str:
+    given = metadata.get("x-request-id")
+    if isinstance(given, str) and _REQUEST_ID.fullmatch(given):
+        return given
+    return uuid.uuid4().hex
+
+
+def _presented(metadata: dict[str, Any]) -> Iterator[str]:
+    """The keys that a call brings, as over HTTP."""
+    bearer = metadata.get("authorization")
+    if isinstance(bearer, str) and bearer[:7].lower() == "bearer ":
+        yield bearer[7:].strip()
+    api_key = metadata.get("x-api-key")
+    if isinstance(api_key, str):
+        yield api_key.strip()
+
+
+def _address(peer: str) -> str:
+    """The address in "ipv4:127.0.0.1:4711" or "ipv6:%5B::1%5D:4711"."""
+    _, _, rest = unquote(peer).partition(":")
+    return rest.rpartition(":")[0].strip("[]")

@@ -1,0 +1,390 @@
+"""The Open Inference Protocol over gRPC, with the published client and by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+import tritonclient.grpc as triton
+from tritonclient.grpc import service_pb2 as pb
+from tritonclient.utils import InferenceServerException
+
+from service.inference_protocol import grpc_messages
+from service.security.keys import new_key
+from tests.api.inference_protocol import canvas, prefixed
+from tests.api.served import PATIENCE, Served, served
+from tests.pictures import RED, encoded, one_red, squares
+
+METHOD = "/inference.GRPCInferenceService/"
+
+
+@pytest.fixture(scope="module")
+def server(repository: Path) -> Iterator[Served]:
+    with served(repository, max_batch_size=2, max_body_bytes=1_000_000) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: Served) -> Iterator[triton.InferenceServerClient]:
+    with triton.InferenceServerClient(server.grpc) as client:
+        yield client
+
+
+@pytest.fixture
+def channel(server: Served) -> Iterator[grpc.Channel]:
+    with grpc.insecure_channel(server.grpc) as channel:
+        yield channel
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path]:
+    """A certificate for localhost, and its key."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not there to make a certificate")
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    request = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    files = ["-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([*request, *names, *files], check=True, capture_output=True)
+    return certificate, key
+
+
+def pictures(*contents: bytes) -> triton.InferInput:
+    values = np.array(contents, dtype=object)
+    return triton.InferInput("encoded_images", [len(contents)], "BYTES").set_data_from_numpy(values)
+
+
+def canvases(images: np.ndarray[Any, Any]) -> triton.InferInput:
+    given = triton.InferInput("images", list(images.shape), "UINT8")
+    return given.set_data_from_numpy(images)
+
+
+def typed(**changed: Any) -> pb.ModelInferRequest:
+    """A request whose tensor stands in the typed contents."""
+    images = canvas(one_red())
+    fields: dict[str, Any] = {"name": "images", "datatype": "UINT8", "shape": images.shape}
+    tensor = pb.ModelInferRequest.InferInputTensor(**(fields | changed))
+    if "contents" not in changed:
+        tensor.contents.uint_contents.extend(images.ravel().tolist())
+    return pb.ModelInferRequest(model_name="tiny", inputs=[tensor])
+
+
+def infer(channel: grpc.Channel, request: pb.ModelInferRequest, **options: Any) -> Any:
+    call = channel.unary_unary(
+        METHOD + "ModelInfer",
+        request_serializer=pb.ModelInferRequest.SerializeToString,
+        response_deserializer=pb.ModelInferResponse.FromString,
+    )
+    return call(request, timeout=PATIENCE, **options)
+
+
+def refusal(call: Callable[[], object]) -> grpc.RpcError:
+    with pytest.raises(grpc.RpcError) as caught:
+        call()
+    return caught.value
+
+
+def test_health_and_metadata(client: triton.InferenceServerClient) -> None:
+    assert client.is_server_live()
+    assert client.is_server_ready()
+    assert client.is_model_ready("tiny")
+    assert client.is_model_ready("tiny", "1")
+    assert client.get_server_metadata().name == "retinaserve"
+    assert "binary_tensor_data" in client.get_server_metadata().extensions
+    model = client.get_model_metadata("tiny", as_json=True)
+    assert model["versions"] == ["1"]
+    assert [each["name"] for each in model["outputs"]] == [
+        "image_index",
+        "boxes",
+        "scores",
+        "labels",
+    ]
+    assert model["inputs"][0] == {
+        "name": "images",
+        "datatype": "UINT8",
+        "shape": ["-1", "-1", "-1", "3"],
+    }
+
+
+def test_canvases(client: triton.InferenceServerClient) -> None:
+    images = canvas(one_red(), squares((48, 0, RED)))
+    result = client.infer("tiny", [canvases(images)], request_id="job-7", model_version="1")
+    response = result.get_response()
+    assert (response.model_name, response.model_version, response.id) == ("tiny", "1", "job-7")
+    assert result.as_numpy("image_index").tolist() == [0, 1]
+    assert result.as_numpy("boxes").tolist() == [[32, 16, 64, 48], [48, 0, 80, 32]]
+    assert result.as_numpy("labels").dtype == np.int64
+
+
+def test_pictures_get_what_v1_answers(server: Served, client: triton.InferenceServerClient) -> None:
+    large = encoded(squares((0, 0, RED), (64, 0, (190, 0, 0))).resize((512, 384)), "JPEG")
+    for wanted in ({}, {"score_threshold": 0.9}, {"max_detections": 1}):
+        result = client.infer("tiny", [pictures(large)], parameters=wanted)
+        with server.client() as http:
+            answer = http.post("/v1/detect", content=large, params=wanted).json()
+        boxes = [list(each["box"].values()) for each in answer["detections"]]
+        assert boxes
+        np.testing.assert_allclose(result.as_numpy("boxes"), boxes, atol=0.0051)
+        scores = [each["score"] for each in answer["detections"]]
+        np.testing.assert_allclose(result.as_numpy("scores"), scores, atol=0.000051)
+
+
+def test_outputs_are_selected_and_may_be_empty(client: triton.InferenceServerClient) -> None:
+    wanted = [triton.InferRequestedOutput("labels"), triton.InferRequestedOutput("boxes")]
+    result = client.infer("tiny", [pictures(encoded(squares()))], outputs=wanted)
+    assert [each.name for each in result.get_response().outputs] == ["boxes", "labels"]
+    assert result.as_numpy("boxes").shape == (0, 4)
+    assert result.as_numpy("scores") is None
+
+
+def test_in_the_background(client: triton.InferenceServerClient) -> None:
+    done = threading.Event()
+    found: dict[str, Any] = {}
+
+    def finished(result: Any, error: Any) -> None:
+        found.update(result=result, error=error)
+        done.set()
+
+    client.async_infer("tiny", [canvases(canvas(one_red()))], finished)
+    assert done.wait(PATIENCE)
+    assert found["error"] is None
+    assert found["result"].as_numpy("scores").tolist() == [1.0]
+
+
+def test_typed_contents_come_back_typed(channel: grpc.Channel) -> None:
+    answer = infer(channel, typed())
+    assert list(answer.raw_output_contents) == []
+    outputs = {each.name: each for each in answer.outputs}
+    assert list(outputs["boxes"].shape) == [1, 4]
+    assert list(outputs["boxes"].contents.fp32_contents) == [32, 16, 64, 48]
+    assert list(outputs["labels"].contents.int64_contents) == [0]
+    contents = pb.InferTensorContents(bytes_contents=[encoded(one_red())])
+    given = typed(name="encoded_images", datatype="BYTES", shape=[1], contents=contents)
+    assert list(infer(channel, given).outputs[2].contents.fp32_contents) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("call", "code", "named"),
+    [
+        (lambda c: c.get_model_metadata("none"), "NOT_FOUND", "no model 'none'"),
+        (lambda c: c.is_model_ready("tiny", "two"), "NOT_FOUND", "no version 'two'"),
+        (lambda c: c.infer("none", [pictures(b"x")]), "NOT_FOUND", "no model 'none'"),
+        (lambda c: c.infer("tiny", [pictures(b"no picture")]), "INVALID_ARGUMENT", "JPEG"),
+        (lambda c: c.infer("tiny", [pictures(b"")]), "INVALID_ARGUMENT", "empty"),
+        (
+            lambda c: c.infer("tiny", [canvases(np.zeros((3, 32, 32, 3), "u1"))]),
+            "INVALID_ARGUMENT",
+            "at most 2",
+        ),
+        (
+            lambda c: c.infer("tiny", [pictures(b"x")], parameters={"score_threshold": 2.0}),
+            "INVALID_ARGUMENT",
+            "not in 0..1",
+        ),
+        (
+            lambda c: c.infer("tiny", [pictures(encoded(one_red()))], timeout=1),
+            "DEADLINE_EXCEEDED|UNAVAILABLE",
+            "deadline",
+        ),
+        (lambda c: c.infer("tiny", [pictures(bytes(2_000_000))]), "RESOURCE_EXHAUSTED", "larger"),
+        (lambda c: c.get_model_config("tiny"), "UNIMPLEMENTED", ""),
+    ],
+)
+def test_errors(
+    client: triton.InferenceServerClient,
+    call: Callable[[triton.InferenceServerClient], object],
+    code: str,
+    named: str,
+) -> None:
+    with pytest.raises(InferenceServerException) as caught:
+        call(client)
+    assert caught.value.status().removeprefix("StatusCode.") in code.split("|")
+    assert named in caught.value.message()
+
+
+@pytest.mark.parametrize(
+    ("request_", "named"),
+    [
+        (pb.ModelInferRequest(model_name="tiny"), "1 to 6"),
+        (typed(name="image"), "unknown input 'image'"),
+        (typed(datatype="FP32"), "not UINT8"),
+        (typed(shape=[-1, 96, 128, 3]), "shape"),
+        (typed(shape=[1, 2**62, 2**62, 3]), "largest canvas"),
+        (typed(shape=[1, 64, 64, 3]), "the data has more"),
+        (typed(contents=pb.InferTensorContents(uint_contents=[256] * 36864)), "outside 0..255"),
+        (typed(contents=pb.InferTensorContents(int_contents=[1])), "belongs into uint_contents"),
+        (typed(contents=pb.InferTensorContents()), "the data has 0"),
+        (
+            pb.ModelInferRequest(
+                model_name="tiny", inputs=typed().inputs, raw_input_contents=[b"x"]
+            ),
+            "give one",
+        ),
+        (
+            pb.ModelInferRequest(
+                model_name="tiny",
+                inputs=typed(contents=None).inputs,
+                raw_input_contents=[b"x", b"y"],
+            ),
+            "2 entries for 1 inputs",
+        ),
+        (
+            pb.ModelInferRequest(
+                model_name="tiny", inputs=typed(contents=None).inputs, raw_input_contents=[b"x"]
+            ),
+            "1 bytes of data",
+        ),
+        (
+            pb.ModelInferRequest(
+                model_name="tiny",
+                inputs=typed(
+                    name="encoded_images", datatype="BYTES", shape=[1], contents=None
+                ).inputs,
+                raw_input_contents=[prefixed(b"abc") + b"\xff"],
+            ),
+            "too few for the length",
+        ),
+        (
+            pb.ModelInferRequest(
+                model_name="tiny",
+                inputs=typed().inputs,
+                parameters={"score_threshold": pb.InferParameter()},
+            ),
+            "must be a number",
+        ),
+    ],
+)
+def test_malformed_messages(
+    channel: grpc.Channel, request_: pb.ModelInferRequest, named: str
+) -> None:
+    error = refusal(lambda: infer(channel, request_))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert named in error.details()
+
+
+@pytest.mark.parametrize("method", ["ModelInfer", "ModelMetadata"])
+def test_bytes_that_are_no_message(channel: grpc.Channel, method: str) -> None:
+    error = refusal(lambda: channel.unary_unary(METHOD + method)(b"\xff\xff\xff", timeout=PATIENCE))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+@pytest.fixture
+def stuck(server: Served, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """A pipeline that never answers, until it is called."""
+
+    async def never(*_: object, **__: object) -> None:
+        await asyncio.Event().wait()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(server.service.pipeline, "detect_canvas", never)
+        yield patch.undo
+
+
+def test_a_clients_deadline_ends_the_work(
+    server: Served, channel: grpc.Channel, stuck: Callable[[], None]
+) -> None:
+    call = channel.unary_unary(METHOD + "ModelInfer")
+    error = refusal(lambda: call(typed().SerializeToString(), timeout=0.2))
+    assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    until(lambda: server.service.pictures.held == 0)
+
+
+def test_a_client_that_leaves_frees_its_place(
+    server: Served, channel: grpc.Channel, stuck: Callable[[], None]
+) -> None:
+    call = channel.unary_unary(METHOD + "ModelInfer")
+    pending = [call.future(typed().SerializeToString()) for _ in range(6)]
+    until(lambda: server.service.pictures.held == 6)
+    for each in pending:
+        each.cancel()
+    until(lambda: server.service.pictures.held == 0)
+    stuck()
+    assert infer(channel, typed()).model_name == "tiny"
+
+
+def test_a_full_queue_says_when_to_come_back(repository: Path) -> None:
+    with (
+        served(repository, max_queue_size=1) as server,
+        grpc.insecure_channel(server.grpc) as channel,
+    ):
+        contents = pb.InferTensorContents(bytes_contents=[encoded(one_red())] * 2)
+        given = typed(name="encoded_images", datatype="BYTES", shape=[2], contents=contents)
+        error = refusal(lambda: infer(channel, given))
+        assert error.code() is grpc.StatusCode.UNAVAILABLE
+        trailing = dict(error.trailing_metadata())
+        assert int(trailing["retry-after"]) >= 1
+        assert trailing["x-request-id"]
+
+
+def test_keys_and_tls(repository: Path, tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    keys = tmp_path / "keys.json"
+    name = new_key(keys, "tester", admin=False)
+    certificate, key = pair
+    with (
+        served(repository, certificate=certificate, key=key, api_keys_file=keys) as server,
+        triton.InferenceServerClient(
+            server.grpc.replace("127.0.0.1", "localhost"),
+            ssl=True,
+            root_certificates=str(certificate),
+        ) as client,
+    ):
+        assert client.is_server_ready(), "probes need no key"
+        for headers in (None, {"authorization": "Bearer wrong"}, {"x-api-key": ""}):
+            with pytest.raises(InferenceServerException) as caught:
+                client.get_model_metadata("tiny", headers=headers)
+            assert caught.value.status() == "StatusCode.UNAUTHENTICATED"
+        for headers in ({"authorization": f"Bearer {name}"}, {"x-api-key": name}):
+            assert client.get_model_metadata("tiny", headers=headers).name == "tiny"
+
+
+def test_grpcs_own_health_check(server: Served, channel: grpc.Channel) -> None:
+    (check,) = grpc_messages.load()[grpc_messages.HEALTH]
+    call = channel.unary_unary(
+        f"/{grpc_messages.HEALTH}/Check",
+        request_serializer=check.request.SerializeToString,
+        response_deserializer=check.response.FromString,
+    )
+    for name in ("", grpc_messages.INFERENCE):
+        assert call(check.request(service=name)).status == 1
+    assert refusal(lambda: call(check.request(service="x"))).code() is grpc.StatusCode.NOT_FOUND
+    server.service.draining = True
+    try:
+        assert call(check.request()).status == 2
+    finally:
+        server.service.draining = False
+
+
+def test_the_compiled_messages_are_those_of_the_sources(tmp_path: Path) -> None:
+    from grpc_tools import protoc
+
+    folder = Path(str(files("service.inference_protocol")))
+    target = tmp_path / "messages.binpb"
+    arguments = ["protoc", f"--proto_path={folder}", f"--descriptor_set_out={target}"]
+    assert protoc.main([*arguments, "open_inference.proto", "health.proto"]) == 0
+    assert target.read_bytes() == (folder / grpc_messages.DESCRIPTORS).read_bytes()
+
+
+def test_the_messages_are_those_of_other_servers() -> None:
+    published = pb.DESCRIPTOR.message_types_by_name
+    for method in grpc_messages.load()[grpc_messages.INFERENCE]:
+        for kind in (method.request, method.response):
+            theirs = {(f.name, f.number, f.type) for f in published[kind.DESCRIPTOR.name].fields}
+            ours = {(f.name, f.number, f.type) for f in kind.DESCRIPTOR.fields}
+            assert ours <= theirs
+
+
+def until(condition: Callable[[], bool]) -> None:
+    limit = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < limit
+        time.sleep(0.01)
