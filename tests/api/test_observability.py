@@ -1,0 +1,192 @@
+"""What a request leaves behind: Server-Timing, its log line, its counts, its trace."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+from collections import Counter
+from pathlib import Path
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from service.observability import JsonFormatter, TextFormatter
+from service.security.keys import new_key
+from tests.api.conftest import Start
+from tests.api.test_operation import samples
+from tests.pictures import encoded, huge_png, one_red
+
+GOOD = encoded(one_red())
+BODIES = {
+    200: {"content": GOOD},
+    400: {"content": b""},
+    404: {"content": GOOD, "params": {"model": "none"}},
+    413: {"content": huge_png()},
+    415: {"content": b"GIF89a..."},
+    422: {"content": GOOD, "params": {"score_threshold": "2"}},
+    504: {"content": GOOD, "headers": {"X-Deadline-Ms": "1"}},
+}
+
+
+def timing(answer: httpx.Response) -> dict[str, float]:
+    entries = re.findall(r"(\w+);dur=([\d.]+)", answer.headers["server-timing"])
+    return {name: float(value) for name, value in entries}
+
+
+def access_lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, object]]:
+    formatter = JsonFormatter()
+    return [
+        json.loads(formatter.format(record))
+        for record in caplog.records
+        if record.name == "retinaserve.access"
+    ]
+
+
+@pytest.mark.parametrize("accept", ["application/json", "image/jpeg"])
+async def test_server_timing_of_one_picture(client: httpx.AsyncClient, accept: str) -> None:
+    answer = await client.post("/v1/detect", content=GOOD, headers={"Accept": accept})
+    assert answer.headers["content-type"] == accept
+    found = timing(answer)
+    assert list(found) == ["body", "decode", "queue", "inference", "postprocess", "total"]
+    # Each is rounded to a hundredth of a millisecond.
+    assert sum(found.values()) - found["total"] <= found["total"] + 0.05
+    assert found["inference"] > 0
+
+
+async def test_server_timing_of_several_pictures(client: httpx.AsyncClient) -> None:
+    files = [("files", GOOD)] * 3
+    answer = await client.post("/v1/detect/batch", files=files)
+    assert 'desc="sum of 3 pictures"' in answer.headers["server-timing"]
+    assert timing(answer)["inference"] > 0
+    # These begin before anything is known.
+    headers = {"Accept": "application/x-ndjson"}
+    answer = await client.post("/v1/detect/batch", files=files, headers=headers)
+    assert "server-timing" not in answer.headers
+
+
+async def test_errors_have_no_server_timing(client: httpx.AsyncClient) -> None:
+    for path, content in (("/v1/detect", b""), ("/none", GOOD)):
+        assert "server-timing" not in (await client.post(path, content=content)).headers
+
+
+async def test_the_line_of_a_request(
+    client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="retinaserve"):
+        await client.post("/v1/detect", content=GOOD)
+        await client.post("/v1/detect", content=b"GIF89a...")
+        await client.post("/v1/detect/batch", files=[("files", GOOD), ("files", b"")])
+    good, bad, batch = access_lines(caplog)
+    assert good["model"] == "tiny"
+    assert (good["version"], good["pictures"], good["detections"]) == (1, 1, 1)
+    assert (good["width"], good["height"], good["body_bytes"]) == (128, 96, len(GOOD))
+    for name in ("body_ms", "decode_ms", "queue_ms", "inference_ms", "postprocess_ms"):
+        assert 0 <= float(str(good[name])) <= float(str(good["milliseconds"])) + 0.1
+    assert "reason" not in good
+    assert "trace_id" not in good
+    assert (bad["status"], bad["reason"]) == (415, "unsupported-media-type")
+    assert "model" not in bad
+    assert (batch["status"], batch["pictures"], batch["reason"]) == (200, 1, "malformed-image")
+
+
+async def test_nobody_forges_a_line_or_a_label(
+    client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    forged = "%0A2026-01-01T00:00:00.000Z%20INFO%20%1b[31mforged"
+    with caplog.at_level(logging.INFO, logger="retinaserve"):
+        await client.get(f"/{forged}")
+        await client.post(f"/v1/detect?model={forged}", content=GOOD)
+        await client.request("FORGED", "/v1/detect")
+        await client.post("/v1/detect", content=GOOD, headers={"X-Request-Id": "a b\tforged"})
+    for record in caplog.records:
+        line = TextFormatter().format(record)
+        assert len(line.splitlines()) == 1
+        assert "\x1b" not in line
+    assert len(access_lines(caplog)) == 4
+    text = (await client.get("/metrics")).text
+    assert "forged" not in text.lower()
+
+
+async def test_no_key_is_ever_logged(
+    start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "keys.json"
+    key = new_key(path, "lab", admin=False)
+    with caplog.at_level(logging.DEBUG):
+        async with start(api_keys_file=path) as client:
+            headers = {"Authorization": f"Bearer {key}"}
+            assert (
+                await client.post("/v1/detect", content=GOOD, headers=headers)
+            ).status_code == 200
+            await client.post(f"/v1/detect/{key}", content=GOOD, headers=headers)
+            await client.post("/v1/detect", content=GOOD, headers={"X-API-Key": f"{key}x"})
+    for formatter in (TextFormatter(), JsonFormatter()):
+        lines = [formatter.format(record) for record in caplog.records if record.name != "httpx"]
+        assert not any(key in line for line in lines)
+    served, _, refused = access_lines(caplog)
+    assert served["key"] == "lab"
+    assert (refused["status"], refused["reason"]) == (401, "unauthorized")
+    assert refused["route"] == "/v1/detect", "although it was refused before it was routed"
+
+
+@settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(plan=st.lists(st.sampled_from(sorted(BODIES)), min_size=1, max_size=25))
+def test_the_outcomes_add_up_to_the_requests(start: Start, plan: list[int]) -> None:
+    async def counted() -> tuple[list[int], dict[str, Counter[str]]]:
+        async with start() as client:
+            answers = await asyncio.gather(
+                *(client.post("/v1/detect", **BODIES[each]) for each in plan)
+            )
+            counts: dict[str, Counter[str]] = {}
+            for (name, labels), value in (await samples(client)).items():
+                for label in labels:
+                    counts.setdefault(name, Counter())["=".join(label)] += int(value)
+            return [answer.status_code for answer in answers], counts
+
+    statuses, counts = asyncio.run(counted())
+    requests = counts["retinaserve_requests_total"]
+    by_status = Counter(f"status={status}" for status in statuses)
+    assert requests["route=/v1/detect"] == len(plan)
+    assert {name: requests[name] for name in by_status} == dict(by_status)
+    refusals = sum(
+        count
+        for name, count in counts.get("retinaserve_refusals_total", Counter()).items()
+        if name.startswith("reason=")
+    )
+    pictures = counts["retinaserve_pictures_total"]
+    assert pictures["outcome=answered"] == by_status["status=200"]
+    assert pictures["outcome=answered"] + refusals == len(plan)
+    assert pictures["outcome=late"] <= by_status["status=504"]
+    assert counts["retinaserve_request_seconds_count"]["route=/v1/detect"] == len(plan)
+
+
+async def test_every_picture_of_a_batch_has_one_outcome(client: httpx.AsyncClient) -> None:
+    files = [("files", content) for content in (GOOD, b"", GOOD, b"GIF89a...", GOOD)]
+    await client.post("/v1/detect/batch", files=files)
+    found = await samples(client)
+    outcomes = {
+        dict(labels)["outcome"]: value
+        for (name, labels), value in found.items()
+        if name == "retinaserve_pictures_total" and value
+    }
+    assert outcomes == {"answered": 3, "rejected": 2}
+    assert found["retinaserve_request_body_bytes_count", (("route", "/v1/detect/batch"),)] == 1
+    assert found["retinaserve_requests_in_progress", ()] == 1, "the scrape itself"
+
+
+async def test_detections_and_scores_show_what_answers_hold(client: httpx.AsyncClient) -> None:
+    for _ in range(2):
+        await client.post("/v1/detect", content=GOOD)
+    found = await samples(client)
+    model = ("model", "tiny"), ("version", "1")
+    assert found["retinaserve_detection_score_count", model] == 2
+    assert found["retinaserve_detections_per_picture_sum", model] == 2
+    assert found["retinaserve_detections_total", (("label", "green"), *model)] == 0
+    (seconds,) = [
+        value for (name, _), value in found.items() if name == "retinaserve_model_load_seconds"
+    ]
+    assert seconds > 0
