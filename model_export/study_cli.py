@@ -65,7 +65,8 @@ def cdf(
     type=Recipe(_CONFIGS),
     required=True,
     metavar="STUDY|FILE.yaml",
-    help="losses, detector (both small), grid, anchors, blood-cells, or a file of your own.",
+    help="losses, detector, detector-blood-cells (all small), grid, anchors, blood-cells, or a "
+    "file of your own.",
 )
 @_data
 @_output
