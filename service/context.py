@@ -11,6 +11,7 @@ from typing import ParamSpec, TypeVar
 from service.admission import Admission
 from service.batching import Policy, Urgency
 from service.bodies import Uploads
+from service.decode_memory import DecodeMemory
 from service.devices import Hardware, cpu_count, resolve
 from service.errors import Unavailable
 from service.observability import Metrics
@@ -67,6 +68,7 @@ class Service:
         )
         self.uploads = Uploads(settings.max_queue_bytes)
         """Bodies that are arriving, before they are pictures that wait."""
+        self.decode_memory = DecodeMemory(settings.decode_memory_bytes)
         self.batch_window = min(
             settings.max_queue_size, 2 * batch * len(self.hardware.devices) + threads
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 from service.batching import Urgency
@@ -12,7 +13,7 @@ from service.canvas import Buckets, ShortSide, Size
 from service.context import Service
 from service.detector import Detections
 from service.errors import DeadlineExceeded
-from service.imaging import Prepared, open_picture, probe
+from service.imaging import Opened, Prepared, held_picture
 from service.pipeline import Outcome, Servable, Timing
 from service.record import Passage
 from service.results import Selection, select
@@ -71,6 +72,7 @@ async def _whole(
         iou=selection.iou,
         deadline=limit,
         max_pixels=service.settings.max_image_pixels,
+        memory=service.decode_memory,
         urgency=urgency,
     )
     found = select(outcome.detections, outcome.letterbox, selection)
@@ -111,16 +113,22 @@ async def _tiled(
 
 def _plan(service: Service, picture: bytes | memoryview, model: Servable, tile: Tile) -> Plan:
     settings = service.settings
-    size = probe(picture, max_pixels=settings.max_image_pixels)
     most = min(MAX_VIEWS, settings.max_queue_size)
-    return plan(size, model.metadata.canvas, tile, limit=most)
+    with _held(service, picture) as opened:
+        return plan(opened.size, model.metadata.canvas, tile, limit=most)
 
 
 def _lay_out(
     service: Service, picture: bytes | memoryview, chosen: Plan, rule: Buckets | ShortSide
 ) -> Canvases:
-    opened = open_picture(picture, max_pixels=service.settings.max_image_pixels)
-    return lay_out(opened, chosen, rule)
+    with _held(service, picture) as opened:
+        return lay_out(opened, chosen, rule)
+
+
+def _held(service: Service, picture: bytes | memoryview) -> AbstractContextManager[Opened]:
+    return held_picture(
+        picture, memory=service.decode_memory, max_pixels=service.settings.max_image_pixels
+    )
 
 
 async def _views(

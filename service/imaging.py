@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
@@ -21,6 +22,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from service.canvas import Buckets, Letterbox, ShortSide, Size
+from service.decode_memory import DecodeMemory
 from service.errors import MalformedImage, TooLarge, UnsupportedMedia
 
 ACCEPTED: Final = "JPEG, PNG or WebP"
@@ -44,6 +46,18 @@ _PNG_SIGNATURE: Final = 8
 """Bytes before a PNG's first chunk: length (4), kind (4), content, checksum (4)."""
 _PNG_TEXT: Final = frozenset({b"eXIf", b"tEXt", b"zTXt", b"iTXt"})
 """Chunks in which EXIF or XMP may stand."""
+_STORED_BYTES: Final = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2}
+"""Of a pixel in Pillow's memory; 4 in every other mode, RGB too."""
+_BLEND_BYTES: Final = 16
+"""Of a pixel, while it is laid on a white page: four pictures at once."""
+_GREY_BYTES: Final = 16
+"""Of a 16-bit pixel, while it becomes one of 8 bits."""
+_WEBP_BYTES: Final = 12
+"""Of a WebP's pixel in its decoder: two canvases, and the frame that is being decoded."""
+_COEFFICIENT_BYTES: Final = 2
+"""Of a JPEG's pixel and colour, where the decoder collects several scans."""
+_DRAFT_SCALES: Final = (8, 4, 2, 1)
+_START_OF_SCAN: Final = b"\xff\xda"
 _EXIF_ERRORS: Final = (
     ArithmeticError,
     AttributeError,
@@ -121,17 +135,48 @@ def open_picture(data: bytes | memoryview, *, max_pixels: int = DEFAULT_MAX_PIXE
     return Opened(_open(data, max_pixels=max_pixels))
 
 
+@contextmanager
+def held_picture(
+    data: bytes | memoryview,
+    *,
+    memory: DecodeMemory,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    rule: Buckets | ShortSide | None = None,
+) -> Iterator[Opened]:
+    """As `open_picture`, with room held in `memory` for what decoding takes; waits for that.
+
+    `rule` is the one that the picture will be prepared by; None: it will be decoded in full. Raises
+    MalformedImage, UnsupportedMedia or TooLarge.
+    """
+    kind, _ = _sniff(data)
+    if kind == "image/webp":
+        # Held before it is opened: opening makes the decoder.
+        head = bytes(data[:_WEBP_HEADER])
+        size = _webp_size(head)
+        _check_pixels(size, max_pixels)
+        with memory.hold(size[0] * size[1] * (_WEBP_BYTES + 4 + _BLEND_BYTES)):
+            yield open_picture(data, max_pixels=max_pixels)
+        return
+    header = _open(data, max_pixels=max_pixels)
+    with memory.hold(_decode_bytes(header, rule)):
+        yield Opened(header)
+
+
 def prepare(
     data: bytes | memoryview,
     rule: Buckets | ShortSide,
     *,
     max_pixels: int = DEFAULT_MAX_PIXELS,
+    memory: DecodeMemory | None = None,
 ) -> Prepared:
     """Decode a compressed picture and place it on the canvas that `rule` chooses for it.
 
     Raises MalformedImage, UnsupportedMedia or TooLarge.
     """
-    return open_picture(data, max_pixels=max_pixels).prepare(rule)
+    if memory is None:
+        return open_picture(data, max_pixels=max_pixels).prepare(rule)
+    with held_picture(data, memory=memory, max_pixels=max_pixels, rule=rule) as picture:
+        return picture.prepare(rule)
 
 
 def cut(picture: Image.Image, corner: tuple[int, int], placed: Letterbox) -> Prepared:
@@ -148,12 +193,20 @@ def cut(picture: Image.Image, corner: tuple[int, int], placed: Letterbox) -> Pre
     return _place(picture.resize(wanted, Image.Resampling.BILINEAR, box=part), placed)
 
 
-def decode(data: bytes | memoryview, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
+def decode(
+    data: bytes | memoryview,
+    *,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    memory: DecodeMemory | None = None,
+) -> Image.Image:
     """Decode a compressed picture in full: upright, RGB.
 
     Raises MalformedImage, UnsupportedMedia or TooLarge.
     """
-    return open_picture(data, max_pixels=max_pixels).decode()
+    if memory is None:
+        return open_picture(data, max_pixels=max_pixels).decode()
+    with held_picture(data, memory=memory, max_pixels=max_pixels) as picture:
+        return picture.decode()
 
 
 def probe(data: bytes | memoryview, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Size:
@@ -212,6 +265,46 @@ def _check_pixels(size: tuple[int, int], max_pixels: int) -> None:
             f"the image has {width} x {height} = {width * height} pixels; "
             f"at most {max_pixels} are accepted"
         )
+
+
+def _decode_bytes(header: ImageFile.ImageFile, rule: Buckets | ShortSide | None) -> int:
+    """Most memory that a JPEG or PNG takes between its header and its canvas, by its header."""
+    pixels = decoded = header.width * header.height
+    total = 0
+    if isinstance(header, JpegImageFile):
+        if _has_several_scans(header):
+            total += pixels * _COEFFICIENT_BYTES * header.layers
+        if rule is not None:
+            decoded = pixels // _draft_scale(header, rule) ** 2
+    # Decoded in full, a picture may have to be turned.
+    per_pixel = _STORED_BYTES.get(header.mode, 4) + (4 if rule is None else 0)
+    if header.mode.startswith("I"):
+        per_pixel += _GREY_BYTES
+    elif header.has_transparency_data:
+        per_pixel += _BLEND_BYTES
+    elif header.mode != "RGB":
+        per_pixel += 4
+    return total + decoded * per_pixel
+
+
+def _draft_scale(header: JpegImageFile, rule: Buckets | ShortSide) -> int:
+    """By how much the decoder will at least scale down, whichever way the picture is turned."""
+    sides = []
+    for size in (Size(header.height, header.width), Size(header.width, header.height)):
+        resized = rule.fit(size).resized
+        sides += [size.height // resized.height, size.width // resized.width]
+    return next((scale for scale in _DRAFT_SCALES if scale <= min(sides)), 1)
+
+
+def _has_several_scans(header: JpegImageFile) -> bool:
+    """Whether the decoder must collect the whole picture's coefficients first."""
+    if "progressive" in header.info or not isinstance(header.fp, io.BytesIO):
+        return True
+    # Pillow stops behind the first scan's header: marker, length (2), number of colours (1), two
+    # bytes for each, 3 more. One that holds all the colours is the only one.
+    begin = header.fp.tell() - 2 * header.layers - 8
+    scan = bytes(header.fp.getbuffer()[max(0, begin) : max(0, begin + 5)])
+    return scan[:2] != _START_OF_SCAN or scan[-1] != header.layers
 
 
 def _webp_size(head: bytes) -> tuple[int, int]:

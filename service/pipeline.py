@@ -21,6 +21,7 @@ from service.admission import Caution, refuse_late
 from service.artifact import Artifact, Metadata
 from service.batching import URGENT_TURNS, BatchQueue, Lane, Policy, Urgency
 from service.canvas import Letterbox, Size
+from service.decode_memory import DecodeMemory
 from service.cost import Costs
 from service.detector import Detections, Detector
 from service.errors import DeadlineExceeded, InferenceFailed, RetinaserveError, Unavailable
@@ -235,6 +236,7 @@ class Pipeline:
         iou: float,
         deadline: float,
         max_pixels: int,
+        memory: DecodeMemory | None = None,
         urgency: Urgency = Urgency.INTERACTIVE,
     ) -> Outcome:
         """Detect on one compressed picture. Leaves the queue at once when cancelled or late.
@@ -243,7 +245,8 @@ class Pipeline:
         """
         needed = self.admit(model, deadline, urgency=urgency)
         started = time.monotonic()
-        make = partial(prepare, data, model.metadata.canvas, max_pixels=max_pixels)
+        rule = model.metadata.canvas
+        make = partial(prepare, data, rule, max_pixels=max_pixels, memory=memory)
         try:
             outcome = await self.detect_canvas(
                 make, model, score=score, iou=iou, deadline=deadline, urgency=urgency

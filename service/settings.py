@@ -82,6 +82,10 @@ class Settings(BaseSettings):
     max_image_pixels: int = Field(default=50_000_000, ge=1)
     """Largest picture, width x height, judged from its header."""
 
+    decode_memory_bytes: int = Field(default=1_073_741_824, ge=1_048_576)
+    """Most memory of pictures while they are decoded, over all threads. Large ones wait for room;
+    one that would not fit even alone gets 413."""
+
     max_batch_images: int = Field(default=64, ge=1)
     """Most pictures in one request to /v1/detect/batch."""
 

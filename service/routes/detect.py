@@ -26,7 +26,7 @@ from service.context import Service
 from service.detection import Answer, detect_one
 from service.detector import Detections
 from service.errors import MalformedRequest
-from service.imaging import decode
+from service.imaging import held_picture
 from service.pipeline import Servable
 from service.routes import openapi
 from service.routes.parameters import (
@@ -191,9 +191,11 @@ def _annotated(
     image_type: ImageType,
     service: Service,
 ) -> bytes:
-    image = decode(picture, max_pixels=service.settings.max_image_pixels)
-    draw(image, found, model.metadata.classes)
-    return encode(image, "PNG" if image_type == "image/png" else "JPEG")
+    limit = service.settings.max_image_pixels
+    with held_picture(picture, memory=service.decode_memory, max_pixels=limit) as opened:
+        image = opened.decode()
+        draw(image, found, model.metadata.classes)
+        return encode(image, "PNG" if image_type == "image/png" else "JPEG")
 
 
 def _file_part(body: Body, content_type: str) -> memoryview:
