@@ -27,6 +27,11 @@ class Running(NamedTuple):
         times = self.process.cpu_times()
         return float(times.user + times.system)
 
+    def loop_seconds(self) -> float:
+        """CPU seconds of the main thread, which runs the event loop."""
+        main = next(each for each in self.process.threads() if each.id == self.process.pid)
+        return float(main.user_time + main.system_time)
+
     def resident(self) -> float:
         return float(self.process.memory_info().rss) / 1e6
 
