@@ -281,7 +281,9 @@ function choose(model) {
 }
 
 const titleOf = ({ name, version }) => `${name}, version ${version}`;
-const isSame = (a) => (b) => a.name === b.name && a.version === b.version;
+const isSame = (a) => (b) => a.name === b.name && a.version === b.version && a.sha256 === b.sha256;
+const summaryOf = (found) =>
+  JSON.stringify(found.map(({ name, version, state: is, sha256 }) => [name, version, is, sha256]));
 
 /** Show what models there are; keep the chosen one for as long as it is ready. */
 function offer(found) {
@@ -301,8 +303,9 @@ function offer(found) {
     $("model").selectedIndex = found.indexOf(same);
     return;
   }
-  if (state.model) toast(`${titleOf(state.model)} is gone; this is another one.`);
-  choose(usable[0] ?? null);
+  const [other = null] = usable;
+  if (state.model && other) toast(`The model has changed: this is ${titleOf(other)}.`);
+  choose(other);
 }
 
 let refreshing = null;
@@ -311,9 +314,8 @@ let refreshing = null;
 function refresh() {
   refreshing ??= unlocked(models)
     .then((found) => {
-      const before = JSON.stringify(state.models.map(({ name, version, state: s }) => [name, version, s]));
-      const after = JSON.stringify(found.map(({ name, version, state: s }) => [name, version, s]));
-      if (before !== after || !state.model) offer(found);
+      // An open list of models would close under a person's hands.
+      if (summaryOf(found) !== summaryOf(state.models)) offer(found);
       return true;
     })
     .catch((problem) => {
@@ -337,8 +339,8 @@ function wireModels() {
     if (!document.hidden && state.models.length) refresh();
   });
   setInterval(() => {
-    const isLoading = state.models.some((model) => model.state === "loading");
-    if (isLoading && !document.hidden && !state.offline) refresh();
+    const isComing = state.models.some((model) => ["waiting", "loading"].includes(model.state));
+    if (isComing && !document.hidden && !state.offline) refresh();
   }, 3000);
 }
 

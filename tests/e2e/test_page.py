@@ -226,20 +226,28 @@ def test_thresholds_of_each_class_and_a_choice_of_models(
     tiny_model.save(tmp_path, name="strict", thresholds=Thresholds(score=0.9))
     own = Thresholds(score=0.5, per_class={"red": 0.7})
     tiny_model.save(tmp_path, name="lenient", thresholds=own)
+    torn = tiny_model.save(tmp_path, name="torn")
+    torn.write_bytes(torn.read_bytes()[:1000])
     with server(models_dir=tmp_path, default_model="lenient") as url:
         page = Page(browser, url)
-        options = [option.text for option in Select(page["model"]).options]
-        assert options == ["lenient, version 1", "strict, version 1"]
+        page.wait(lambda: "torn, version 1: failed" in page["model"].text)
+        options = {each.text: each.is_enabled() for each in Select(page["model"]).options}
+        assert options == {
+            "lenient, version 1": True,
+            "strict, version 1": True,
+            "torn, version 1: failed": False,
+        }
         page.drop(squares)
         page.until_settled()
         assert page.counts() == {"red": 1, "green": 1} == count(detect(url, squares))
         assert "red 0.7" in page["score-note"].text
         page.set_score(0.6)
         assert page.counts() == {"red": 2, "green": 1}
-        Select(page["model"]).select_by_index(1)
+        Select(page["model"]).select_by_visible_text("strict, version 1")
         page.until_settled()
         assert page.counts() == {"red": 1} == count(detect(url, squares, model="strict"))
         assert "model=strict" in page["curl-line"].get_attribute("textContent")
+        page.screenshot("models")
         assert page.complaints() == []
 
 

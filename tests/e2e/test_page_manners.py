@@ -6,7 +6,10 @@ import csv
 import io
 import json
 import threading
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +19,23 @@ from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import Select
 
 from service.annotate import class_colour
+from service.artifact import Thresholds
 from service.security.keys import new_key, revoke_key
-from tests.e2e.browser import Page, Temper, count, detect, proxy, server, until
+from tests import tiny_model
+from tests.e2e.browser import (
+    PATIENCE,
+    Page,
+    Temper,
+    count,
+    detect,
+    free_port,
+    proxy,
+    server,
+    until,
+)
 
 
 @pytest.fixture
@@ -352,60 +368,106 @@ def test_screen_readers_and_contrast(page: Page, squares: Path, tmp_path: Path) 
     assert any(role == "alert" for role, _ in spoken(page))
 
 
-def test_it_asks_for_a_key(
-    browser: webdriver.Chrome, tiny: Path, squares: Path, tmp_path: Path
+@dataclass(frozen=True)
+class Locked:
+    """A server with keys, two versions of a model and an admin listener."""
+
+    url: str
+    admin: str
+    keys: Path
+
+
+@pytest.fixture(scope="module")
+def locked(browser: webdriver.Chrome, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Locked]:
+    root = tmp_path_factory.mktemp("locked")
+    keys, port = root / "keys.json", free_port()
+    new_key(keys, "page", admin=False)
+    tiny_model.save(root / "models", version=1, thresholds=Thresholds(score=0.9))
+    tiny_model.save(root / "models", version=2)
+    with server(models_dir=root / "models", api_keys_file=keys, admin_port=port) as url:
+        yield Locked(url, f"http://127.0.0.1:{port}/", keys)
+
+
+def enter_key(page: Page, key: str) -> None:
+    page.wait(page["key-dialog"].is_displayed)
+    page.press(key, Keys.ENTER)
+
+
+def test_it_asks_for_a_key(browser: webdriver.Chrome, locked: Locked, squares: Path) -> None:
+    key = new_key(locked.keys, "reader", admin=False)
+    until(lambda: not is_refused(locked, key))
+    page = Page(browser, locked.url, ready=False)
+    page.wait(page["key-dialog"].is_displayed)
+    assert "API key" in page["key-dialog"].text
+    assert page.browser.switch_to.active_element.get_attribute("id") == "key"
+    assert violations(page, dark=False) == violations(page, dark=True) == []
+    page.press(Keys.ESCAPE)
+    page.wait(lambda: "key is needed" in page["status"].text)
+    page["key-button"].click()
+    enter_key(page, "rs_wrong")
+    page.wait(lambda: "does not accept" in page["key-error"].text)
+    page.screenshot("key")
+    enter_key(page, "schlüssel")
+    page.wait(lambda: "This is no key" in page["key-error"].text)
+    enter_key(page, key)
+    page.wait(lambda: page["status"].get_attribute("data-state") == "ready")
+    page.choose(squares)
+    assert page.until_settled() == "done"
+    assert key not in page.browser.page_source
+    assert '-H "X-API-Key: $KEY"' in page["curl-line"].get_attribute("textContent")
+
+    browser.refresh()
+    page.wait(lambda: page["status"].get_attribute("data-state") == "ready")
+    revoke_key(locked.keys, "reader")
+    other = new_key(locked.keys, "other", admin=False)
+    until(lambda: is_refused(locked, key) and not is_refused(locked, other))
+    page.choose(squares)
+    page.wait(lambda: "does not accept" in page["key-error"].text)
+    page.press(Keys.ESCAPE)
+    assert page.until_settled() == "failed"
+    assert "wants an API key" in page["message"].text
+    page["retry"].click()
+    enter_key(page, other)
+    page.until_through()
+    assert page.counts() == {"red": 2, "green": 1}
+    page["key-button"].click()
+    assert browser.execute_script("return sessionStorage.length + localStorage.length") == 0
+    assert browser.get_cookies() == []
+    assert page.complaints() == []
+
+
+def test_a_model_that_is_unloaded_gives_way_to_the_next(
+    browser: webdriver.Chrome, locked: Locked, squares: Path
 ) -> None:
-    keys = tmp_path / "keys.json"
-    key = new_key(keys, "page", admin=False)
-    with server(models_dir=tiny, api_keys_file=keys) as url:
-        page = Page(browser, url, ready=False)
-        dialog = page.wait(lambda: page["key-dialog"].is_displayed() and page["key-dialog"])
-        assert "API key" in dialog.text
-        assert page.browser.switch_to.active_element.get_attribute("id") == "key"
-        assert violations(page, dark=False) == violations(page, dark=True) == []
-        page.press(Keys.ESCAPE)
-        page.wait(lambda: "key is needed" in page["status"].text)
-        page["key-button"].click()
-        page.press("rs_wrong", Keys.ENTER)
-        page.wait(lambda: "does not accept" in page["key-error"].text)
-        page.screenshot("key")
-        page.press("schlüssel", Keys.ENTER)
-        page.wait(lambda: "letters, digits" in page["key-error"].text)
-        page.press(key, Keys.ENTER)
-        page.wait(lambda: page["status"].get_attribute("data-state") == "ready")
-        page.choose(squares)
-        assert page.until_settled() == "done"
-        assert key not in page.browser.page_source
-        assert '-H "X-API-Key: $KEY"' in page["curl-line"].get_attribute("textContent")
-
-        browser.refresh()
-        page.wait(lambda: page["status"].get_attribute("data-state") == "ready")
-        revoke_key(keys, "page")
-        other = new_key(keys, "other", admin=False)
-        until(lambda: _is_refused(page, key))
-        page.choose(squares)
-        page.wait(lambda: "does not accept" in page["key-error"].text)
-        page.press(Keys.ESCAPE)
-        assert page.until_settled() == "failed"
-        assert "wants an API key" in page["message"].text
-        page["retry"].click()
-        page.wait(page["key-dialog"].is_displayed)
-        page.press(other, Keys.ENTER)
-        page.wait(lambda: not page["queue"].is_displayed())
-        assert page.counts() == {"red": 2, "green": 1}
-        page["key-button"].click()
-        assert browser.execute_script("return sessionStorage.length + localStorage.length") == 0
-        assert browser.get_cookies() == []
-        assert page.complaints() == []
+    admin = new_key(locked.keys, "admin", admin=True)
+    until(lambda: not is_refused(locked, admin))
+    page = Page(browser, locked.url, ready=False)
+    enter_key(page, admin)
+    page.choose(squares)
+    assert page.until_settled() == "done"
+    assert page.counts() == {"red": 2, "green": 1}
+    address = f"{locked.admin}v1/models/tiny/unload?version=2"
+    request = urllib.request.Request(address, b"", {"X-API-Key": admin})
+    urllib.request.urlopen(request, timeout=PATIENCE).close()
+    page.choose(squares)
+    page.until_through()
+    page.wait(lambda: "this is tiny, version 1" in page["toast"].text)
+    assert page["total"].text == "1 of 2 in 2 pictures"
+    selected, unloaded = Select(page["model"]).options
+    assert (selected.text, selected.is_selected()) == ("tiny, version 1", True)
+    assert (unloaded.text, unloaded.is_enabled()) == ("tiny, version 2: unloaded", False)
+    page["key-button"].click()
+    assert page.complaints() == []
 
 
-def _is_refused(page: Page, key: str) -> bool:
-    status = page.browser.execute_async_script(
-        "const [key, done] = arguments;"
-        "fetch('v1/models', { headers: { 'X-API-Key': key } }).then((r) => done(r.status))",
-        key,
-    )
-    return bool(status == 401)
+def is_refused(locked: Locked, key: str) -> bool:
+    request = urllib.request.Request(f"{locked.url}v1/models", headers={"X-API-Key": key})
+    try:
+        urllib.request.urlopen(request, timeout=PATIENCE).close()
+    except urllib.error.HTTPError as error:
+        error.close()
+        return error.code == 401
+    return False
 
 
 def test_the_description_of_the_api_works_without_any_other_host(
