@@ -7,7 +7,7 @@ First the capacity: answers a second under 16 closed-loop clients. Then open-loo
 10 times that, each with a deadline. Checked at every load: the 99th percentile of accepted requests
 within the deadline, at most 0.1 % late ones, every refusal a 503 with Retry-After, nothing else;
 and at the highest load at least 80 % of the answers that the load of 1 gave. `loop core-ms` is the
-CPU time of the event loop for each request: at the highest load nearly all of it goes into refusals.
+event loop's CPU time for each request: at the highest load nearly all of it goes into refusals.
 """
 
 from __future__ import annotations
@@ -111,7 +111,8 @@ def show(each: dict[str, Any]) -> str:
     return (
         f"| {each['factor']:g}x | {sent} | {each['good_per_second']:.1f} | "
         f"{milliseconds('p50_ms')} | {milliseconds('p99_ms')} | {share('503')} | {share('504')} | "
-        f"{milliseconds('refused_p99_ms')} | {each['cores']:.2f} | {each['loop_ms']:.2f} | {each['peak_mb']:.0f} | "
+        f"{milliseconds('refused_p99_ms')} | {each['cores']:.2f} | {each['loop_ms']:.2f} | "
+        f"{each['peak_mb']:.0f} | "
         f"{each['client_cpu_ms']:.2f} | {milliseconds('lag_p99_ms')} |"
     )
 
