@@ -65,15 +65,13 @@ def binary_pictures(*files: bytes, size: int | None = None) -> tuple[dict[str, A
     return declared, raw
 
 
-async def infer_binary(
-    client: httpx.AsyncClient,
-    document: dict[str, Any],
-    raw: bytes,
-    header_length: int | str | None = None,
-) -> httpx.Response:
+def with_raw(
+    document: dict[str, Any], raw: bytes, header_length: int | str | None = None
+) -> dict[str, Any]:
+    """A request's body and headers: JSON, and raw bytes behind it."""
     header = json.dumps(document).encode()
     length = len(header) if header_length is None else header_length
-    return await client.post(INFER, content=header + raw, headers={HEADER: str(length)})
+    return {"content": header + raw, "headers": {HEADER: str(length)}}
 
 
 def outputs(answer: httpx.Response) -> dict[str, NDArray[Any]]:

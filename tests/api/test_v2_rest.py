@@ -20,10 +20,10 @@ from tests.api.inference_protocol import (
     binary_pictures,
     canvas,
     images,
-    infer_binary,
     outputs,
     score,
     tensor,
+    with_raw,
 )
 from tests.pictures import BLUE, GREEN, RED, encoded, one_red, rotated, squares
 
@@ -89,9 +89,8 @@ async def test_the_repository_index(client: httpx.AsyncClient) -> None:
         assert list(answer.json()) == ["error"]
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
+async def test_what_is_unknown_is_404(client: httpx.AsyncClient) -> None:
+    for path in (
         "/v2/models/none",
         "/v2/models/none/ready",
         "/v2/models/none/config",
@@ -102,14 +101,12 @@ async def test_the_repository_index(client: httpx.AsyncClient) -> None:
         "/v2/models/tiny/versions/" + "9" * 5000,
         "/v2/models/tiny/versions/-1/ready",
         "/v2/nothing",
-    ],
-)
-async def test_what_is_unknown_is_404(client: httpx.AsyncClient, path: str) -> None:
-    answer = await client.get(path)
-    assert answer.status_code == 404
-    assert list(answer.json()) == ["error"]
-    assert len(answer.content) < 500
-    assert answer.headers["content-type"] == "application/json"
+    ):
+        answer = await client.get(path)
+        assert answer.status_code == 404, path
+        assert list(answer.json()) == ["error"]
+        assert len(answer.content) < 500
+        assert answer.headers["content-type"] == "application/json"
 
 
 async def test_a_wrong_method_is_405(client: httpx.AsyncClient) -> None:
@@ -184,7 +181,7 @@ async def test_pictures_get_what_v1_answers(client: httpx.AsyncClient) -> None:
     for wanted in ({}, {"score_threshold": 0.55}, {"iou_threshold": 0.05, "max_detections": 1}):
         declared, raw = binary_pictures(*files)
         document = {"inputs": [declared], "parameters": wanted}
-        found = outputs(await infer_binary(client, document, raw))
+        found = outputs(await client.post(INFER, **with_raw(document, raw)))
         assert outputs(await infer(client, base64_pictures(*files), parameters=wanted)).keys()
         position = 0
         for index, file in enumerate(files):
@@ -255,7 +252,7 @@ async def test_a_column_of_pictures(client: httpx.AsyncClient) -> None:
 async def test_one_bad_picture_is_named(client: httpx.AsyncClient) -> None:
     for bad, status in ((b"rubbish", 415), (b"", 400), (encoded(one_red())[:50], 400)):
         declared, raw = binary_pictures(encoded(one_red()), bad)
-        answer = await infer_binary(client, {"inputs": [declared]}, raw)
+        answer = await client.post(INFER, **with_raw({"inputs": [declared]}, raw))
         assert answer.status_code == status
         assert answer.json()["error"].startswith("encoded_images[1]: ")
 
@@ -312,6 +309,13 @@ async def test_a_compressed_body_is_415(client: httpx.AsyncClient) -> None:
     answer = await client.post(INFER, content=b"x", headers={"Content-Encoding": "gzip"})
     assert answer.status_code == 415
     assert "unencoded" in answer.json()["error"]
+
+
+async def test_a_declared_length_over_the_limit_is_413(client: httpx.AsyncClient) -> None:
+    headers = {"Content-Length": str(2**40), HEADER: "10"}
+    answer = await client.post(INFER, content=b"{}", headers=headers)
+    assert answer.status_code == 413
+    assert list(answer.json()) == ["error"]
 
 
 async def test_json_of_base64_may_be_data_that_is_no_picture(client: httpx.AsyncClient) -> None:
