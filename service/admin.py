@@ -108,13 +108,13 @@ class AdminRoutes:
         return said if asked is None else asked
 
     def _answer(self, name: str, **done: Any) -> Response:
-        picture = self._service.registry.picture()
+        snapshot = self._service.registry.snapshot()
         document = {
             "name": name,
             **done,
-            "serving": picture.serving(name),
-            "pinned": name in picture.pins,
-            "default": name == picture.default,
+            "serving": snapshot.serving(name),
+            "pinned": name in snapshot.pins,
+            "default": name == snapshot.default,
         }
         return Response(orjson.dumps(document), media_type="application/json")
 

@@ -1,6 +1,6 @@
 """The models that are loaded: at the start all there are, then whatever an operator asks for.
 
-Requests read an immutable picture of the state and hold on to the Servable that it gave them: a
+Requests read an immutable snapshot of the state and hold on to the Servable that it gave them: a
 version that is replaced or unloaded meanwhile lives until the last of them is done.
 """
 
@@ -29,7 +29,7 @@ from service.errors import (
 )
 from service.loading import Loader, open_servable, return_free_memory
 from service.pipeline import Servable
-from service.slots import Key, Picture, Slot, State, called, empty_slot, listed
+from service.slots import Key, Slot, Snapshot, State, called, empty_slot, listed
 
 _log = logging.getLogger("retinaserve.registry")
 
@@ -60,11 +60,11 @@ class Registry:
         self._root = root
         self._open = partial(open_servable, devices=tuple(devices), batch=batch)
         slots = [replace(empty_slot(entry), state="waiting") for entry in sorted(entries)]
-        self._picture = Picture({slot.key: slot for slot in slots}, default, {})
+        self._snapshot = Snapshot({slot.key: slot for slot in slots}, default, {})
         self._loads: dict[Key, Future[Loaded]] = {}
         """What is being loaded, or waits for that."""
         self._lock = threading.Lock()
-        """Held by whoever changes the picture or the loads, and never for long."""
+        """Held by whoever changes the snapshot or the loads, and never for long."""
         self._closed = False
         self._loader = Loader()
 
@@ -72,8 +72,8 @@ class Registry:
         """Begin to load: the default model first, of each model the newest version first."""
         self._loader.start()
         with self._lock:
-            default = self._picture.default
-            keys = self._picture.slots
+            default = self._snapshot.default
+            keys = self._snapshot.slots
             for key in sorted(keys, key=lambda k: (k.name != default, k.name, -k.version)):
                 self._enqueue(key)
 
@@ -94,27 +94,27 @@ class Registry:
     @property
     def default(self) -> str:
         """The model for requests that name none."""
-        return self._picture.default
+        return self._snapshot.default
 
-    def picture(self) -> Picture:
+    def snapshot(self) -> Snapshot:
         """Everything, at one moment."""
-        return self._picture
+        return self._snapshot
 
     def slots(self) -> list[Slot]:
         """Every version of every model, by name, then by version."""
-        return list(self._picture.slots.values())
+        return list(self._snapshot.slots.values())
 
     def versions(self, name: str) -> list[Slot]:
         """Every version of one model. Raises UnknownModel."""
-        return self._picture.find(name)
+        return self._snapshot.find(name)
 
     def get(self, name: str | None = None, version: int | None = None) -> Servable:
         """The model to serve with: by default the default model, and the version that it serves.
 
         Raises UnknownModel, or Unavailable while it loads or when it failed to.
         """
-        picture = self._picture
-        return picture.servable(picture.default if name is None else name, version)
+        snapshot = self._snapshot
+        return snapshot.servable(snapshot.default if name is None else name, version)
 
     def not_ready(self) -> str | None:
         """Why the default model cannot serve; None once it can."""
@@ -151,8 +151,8 @@ class Registry:
         not loaded, is just being loaded, or is what the default model serves with.
         """
         with self._lock:
-            picture = self._picture
-            slots = picture.find(name, version)
+            snapshot = self._snapshot
+            slots = snapshot.find(name, version)
             if busy := [slot.version for slot in slots if slot.key in self._loads]:
                 raise StateConflict(
                     f"model {name!r} version {listed(busy)} is being loaded; "
@@ -160,14 +160,14 @@ class Registry:
                 )
             going = [slot for slot in slots if slot.servable is not None]
             if not going:
-                raise StateConflict(picture.not_loaded(name, version))
+                raise StateConflict(snapshot.not_loaded(name, version))
             versions = [slot.version for slot in going]
-            _check_default_survives(picture, name, versions)
+            _check_default_survives(snapshot, name, versions)
             gone = [Slot(slot.name, slot.version, slot.path) for slot in going]
-            pins = dict(picture.pins)
+            pins = dict(snapshot.pins)
             if pins.get(name) in versions:
                 del pins[name]
-            self._picture = replace(picture.put(*gone), pins=pins)
+            self._snapshot = replace(snapshot.put(*gone), pins=pins)
         _log.info("model %r version %s is unloaded", name, listed(versions))
         return versions
 
@@ -178,17 +178,17 @@ class Registry:
         one. Raises UnknownModel, or StateConflict for what is not ready.
         """
         with self._lock:
-            picture = self._picture
-            ready = [slot.version for slot in picture.find(name, version) if slot.servable]
+            snapshot = self._snapshot
+            ready = [slot.version for slot in snapshot.find(name, version) if slot.servable]
             if not ready:
                 raise StateConflict(
-                    f"{picture.not_loaded(name, version)}; load it first: "
+                    f"{snapshot.not_loaded(name, version)}; load it first: "
                     f"POST /v1/models/{name}/load"
                 )
-            pins = {model: pin for model, pin in picture.pins.items() if model != name}
+            pins = {model: pin for model, pin in snapshot.pins.items() if model != name}
             if version is not None:
                 pins[name] = version
-            self._picture = replace(picture, default=name, pins=pins)
+            self._snapshot = replace(snapshot, default=name, pins=pins)
         _log.info("model %r version %d is the default", name, ready[-1])
         return ready[-1]
 
@@ -203,13 +203,13 @@ class Registry:
         return entries
 
     def _adopt(self, entries: Sequence[Entry]) -> None:
-        """Bring the picture in line with the folder. What is in use stays, even if it is gone."""
-        slots = self._picture.slots
+        """Bring the snapshot in line with the folder. What is in use stays, even if it is gone."""
+        slots = self._snapshot.slots
         kept = {key: slot for key, slot in slots.items() if slot.servable or key in self._loads}
         for entry in entries:
             fresh = empty_slot(entry)
             kept[fresh.key] = slots.get(fresh.key, fresh)
-        self._picture = replace(self._picture, slots={key: kept[key] for key in sorted(kept)})
+        self._snapshot = replace(self._snapshot, slots={key: kept[key] for key in sorted(kept)})
 
     def _enqueue(self, key: Key) -> Future[Loaded]:
         future = self._loads.get(key)
@@ -217,9 +217,9 @@ class Registry:
             future = self._loads[key] = Future()
             # From now on none of those who wait for it can cancel it for the others.
             future.set_running_or_notify_cancel()
-            slot = self._picture.slots[key]
+            slot = self._snapshot.slots[key]
             if slot.servable is None:
-                self._picture = self._picture.put(replace(slot, state="waiting", reason=None))
+                self._snapshot = self._snapshot.put(replace(slot, state="waiting", reason=None))
             self._loader.submit(partial(self._load, key))
         return future
 
@@ -240,9 +240,9 @@ class Registry:
     def _try(self, key: Key) -> Loaded:
         started = time.monotonic()
         with self._lock:
-            before = self._picture.slots[key]
+            before = self._snapshot.slots[key]
             if before.servable is None:
-                self._picture = self._picture.put(replace(before, state="loading"))
+                self._snapshot = self._snapshot.put(replace(before, state="loading"))
         artifact = read_artifact(before.path)
         changed = before.servable is None or artifact.sha256 != before.sha256
         if changed:
@@ -266,15 +266,15 @@ class Registry:
         )
         with self._lock:
             if not self._closed:
-                self._picture = self._picture.put(slot)
+                self._snapshot = self._snapshot.put(slot)
         _log.info("%s is ready after %.1f s", key, seconds)
 
     def _done(self, loaded: Loaded) -> None:
         with self._lock:
             future = self._loads.pop(loaded.key, None)
-            slot = self._picture.slots[loaded.key]
+            slot = self._snapshot.slots[loaded.key]
             # The reason why an earlier attempt failed holds no longer.
-            self._picture = self._picture.put(replace(slot, reason=None))
+            self._snapshot = self._snapshot.put(replace(slot, reason=None))
         if future is not None:
             future.set_result(loaded)
 
@@ -284,10 +284,10 @@ class Registry:
         _log.error("%s failed: %s", key, reason, exc_info=None if foreseen else error)
         with self._lock:
             future = self._loads.pop(key, None)
-            slot = self._picture.slots[key]
+            slot = self._snapshot.slots[key]
             state: State = "failed" if slot.servable is None else "ready"
-            self._picture = self._picture.put(replace(slot, state=state, reason=reason))
-            serving = self._picture.serving(key.name)
+            self._snapshot = self._snapshot.put(replace(slot, state=state, reason=reason))
+            serving = self._snapshot.serving(key.name)
         if future is not None:
             rest = "" if serving is None else f"; version {serving} serves on as before"
             future.set_exception(LoadFailed(f"{key} was not loaded: {reason}{rest}"))
@@ -315,16 +315,16 @@ def open_registry(
     return Registry(root, entries, devices=devices, default=default or names[0], batch=batch)
 
 
-def _check_default_survives(picture: Picture, name: str, going: Sequence[int]) -> None:
+def _check_default_survives(snapshot: Snapshot, name: str, going: Sequence[int]) -> None:
     """Raise StateConflict when the default model could not serve without these versions."""
-    if name != picture.default:
+    if name != snapshot.default:
         return
-    if picture.pins.get(name) in going:
+    if snapshot.pins.get(name) in going:
         raise StateConflict(
-            f"{called(name, picture.pins[name])} was chosen as the default; "
+            f"{called(name, snapshot.pins[name])} was chosen as the default; "
             f"choose another first: POST /v1/models/{name}/default"
         )
-    if set(going) >= set(picture.ready(name)):
+    if set(going) >= set(snapshot.ready(name)):
         raise StateConflict(
             f"model {name!r} is the default and would be left without a version; load another "
             "version first, or make another model the default: POST /v1/models/NAME/default"

@@ -54,7 +54,7 @@ def empty_slot(entry: Entry) -> Slot:
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class Snapshot:
     """Every version. It never changes: whoever has one sees one moment, without a lock."""
 
     slots: Mapping[Key, Slot]
@@ -65,8 +65,8 @@ class Picture:
     """Versions that were chosen, each of them ready; of other models the highest ready one
     serves."""
 
-    def put(self, *changed: Slot) -> Picture:
-        """The picture after some slots changed."""
+    def put(self, *changed: Slot) -> Snapshot:
+        """The snapshot after some slots changed."""
         return replace(self, slots={**self.slots, **{slot.key: slot for slot in changed}})
 
     def find(self, name: str, version: int | None = None) -> list[Slot]:

@@ -9,7 +9,7 @@ from fastapi import FastAPI, Response
 
 from service.context import Service
 from service.routes.openapi import problems
-from service.slots import Picture, Slot
+from service.slots import Slot, Snapshot
 
 
 class ModelRoutes:
@@ -20,21 +20,21 @@ class ModelRoutes:
 
     async def every(self) -> Response:
         """Every version of every model, those that failed to load too."""
-        picture = self._service.registry.picture()
-        names = dict.fromkeys(key.name for key in picture.slots)
-        return _json({"models": [self._model(picture, name) for name in names]})
+        snapshot = self._service.registry.snapshot()
+        names = dict.fromkeys(key.name for key in snapshot.slots)
+        return _json({"models": [self._model(snapshot, name) for name in names]})
 
     async def one(self, name: str) -> Response:
         """Every version of one model."""
-        return _json(self._model(self._service.registry.picture(), name))
+        return _json(self._model(self._service.registry.snapshot(), name))
 
-    def _model(self, picture: Picture, name: str) -> dict[str, Any]:
+    def _model(self, snapshot: Snapshot, name: str) -> dict[str, Any]:
         return {
             "name": name,
-            "default": name == picture.default,
-            "serving": picture.serving(name),
-            "pinned": name in picture.pins,
-            "versions": [self._version(slot) for slot in picture.find(name)],
+            "default": name == snapshot.default,
+            "serving": snapshot.serving(name),
+            "pinned": name in snapshot.pins,
+            "versions": [self._version(slot) for slot in snapshot.find(name)],
         }
 
     def _version(self, slot: Slot) -> dict[str, Any]:
