@@ -93,7 +93,7 @@ class Settings(BaseSettings):
     """File of API keys, as `retinaserve keys` writes it. Once set, every call needs a key."""
 
     rate_limit: str | None = Field(default=None, pattern=RATE_PATTERN)
-    """Most requests of one key (without keys: of one client address), as 100/s, 6000/m or 1000/h."""
+    """Most requests of one key (without keys: of one client address): 100/s, 6000/m or 1000/h."""
 
     metrics_public: bool = True
     """Whether /metrics is open to those without a key."""
@@ -137,7 +137,7 @@ class Settings(BaseSettings):
     def _origins_are_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for origin in value:
             if _ORIGIN.fullmatch(origin) is None:
-                raise ValueError(f"{origin!r} is no origin; write https://host or https://host:port")
+                raise ValueError(f"{origin!r} is no origin; write https://host[:port]")
         return value
 
     @field_validator("log_level", mode="before")
