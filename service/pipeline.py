@@ -21,8 +21,8 @@ from service.admission import Caution, refuse_late
 from service.artifact import Artifact, Metadata
 from service.batching import URGENT_TURNS, BatchQueue, Lane, Policy, Urgency
 from service.canvas import Letterbox, Size
-from service.decode_memory import DecodeMemory
 from service.cost import Costs
+from service.decode_memory import DecodeMemory
 from service.detector import Detections, Detector
 from service.errors import DeadlineExceeded, InferenceFailed, RetinaserveError, Unavailable
 from service.imaging import Prepared, prepare

@@ -10,6 +10,7 @@ import socket
 import ssl
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import click
@@ -39,6 +40,9 @@ def run(
         raise DataError("--ssl-keyfile needs --ssl-certfile")
     settings = load_settings(**given)
     configure_logging(settings.log_format, settings.log_level)
+    # Pillow words its warnings after each odd picture. Python would write every new wording past
+    # the log, and remember it for ever.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     for name in unknown_variables(os.environ):
         # Whoever sets, say, a rate limit must not believe that there is one.
         _log.warning("%s is no setting of this version and does nothing", name)
