@@ -105,7 +105,7 @@ export function drawHistogram(canvas, detections, isShown, lowest) {
   stacks.forEach((stack, bin) => {
     const rise = ((height - 1) * Math.sqrt(stack.length)) / tallest / stack.length;
     stack.sort((a, b) => a.class_id - b.class_id).forEach((detection, level) => {
-      context.globalAlpha = isShown(detection) ? 1 : 0.22;
+      context.globalAlpha = isShown(detection) ? 1 : 0.35;
       context.fillStyle = colourOf(detection.class_id);
       const gap = rise > 4 ? 1 : 0;
       context.fillRect(bin * step + 0.5, height - (level + 1) * rise, step - 1, rise - gap);

@@ -80,13 +80,13 @@ function renderMessage({ status, problem, file, name }) {
   $("message").hidden = !failed;
   if (!failed) return;
   const [heading, text, reason] = explain(problem, file);
-  const [title, sentence] = $("message").children;
-  // Written only when it is another: each writing is read aloud.
-  if (title.textContent === heading && sentence.textContent === `${name}: ${text}`) return;
-  title.textContent = heading;
-  sentence.textContent = `${name}: ${text}`;
-  $("reason").textContent = reason && `The service says: ${reason}.`;
   $("retry").hidden = !isPassing(problem);
+  const texts = [heading, `${name}: ${text}`, reason && `The service says: ${reason}.`];
+  texts.forEach((wanted, index) => {
+    // Written only when it is another: each writing is read aloud.
+    const line = $("message").children[index];
+    if (line.textContent !== wanted) line.textContent = wanted;
+  });
 }
 
 function renderTiming({ answer, seconds }) {

@@ -16,7 +16,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 import pytest
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service as Driver
+from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
@@ -191,6 +192,15 @@ def count(answer: Mapping[str, Any]) -> Counter[str]:
     return Counter(detection["label"] for detection in answer["detections"])
 
 
+def copies(picture: Path, folder: Path, names: Sequence[str]) -> list[Path]:
+    """The same picture under several names, which may have folders."""
+    paths = [folder / name for name in names]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture.read_bytes())
+    return paths
+
+
 def chromium(profile: Path) -> webdriver.Chrome:
     """Debian's Chromium without a window. Skips where there is none, fails there in CI."""
     binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
@@ -301,8 +311,7 @@ class Page:
 
     def press(self, *keys: str) -> WebElement:
         """Press keys where the focus is; what has the focus then."""
-        for key in keys:
-            self.browser.switch_to.active_element.send_keys(key)
+        ActionChains(self.browser).send_keys(*keys).perform()
         return self.browser.switch_to.active_element
 
     def thumbnails(self) -> list[WebElement]:

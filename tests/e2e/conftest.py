@@ -10,7 +10,7 @@ from PIL import Image
 from selenium import webdriver
 
 from tests import tiny_model
-from tests.e2e.browser import chromium, server
+from tests.e2e.browser import Page, chromium, server
 
 
 @pytest.fixture(scope="session")
@@ -52,3 +52,10 @@ def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("squares") / "squares.png"
     image.save(path)
     return path
+
+
+@pytest.fixture
+def tiny_page(browser: webdriver.Chrome, tiny_url: str) -> Iterator[Page]:
+    page = Page(browser, tiny_url)
+    yield page
+    assert page.complaints() == []
