@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import gc
+import logging
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -19,7 +23,7 @@ from service.server import listen
 from service.settings import Settings
 from tests import tiny_model
 from tests.api.conftest import running
-from tests.pictures import encoded, one_red
+from tests.pictures import encoded, one_red, squares
 
 
 class Doors(NamedTuple):
@@ -53,9 +57,11 @@ def both(models: Path) -> AbstractAsyncContextManager[Doors]:
         async with running(app) as main:
             main.headers["X-API-Key"] = client_key
             await companion.start()
-            async with httpx.AsyncClient(base_url=base, headers=headers, timeout=60) as admin:
-                yield Doors(main, admin, client_key)
-            await companion.stop(5)
+            try:
+                async with httpx.AsyncClient(base_url=base, headers=headers, timeout=60) as admin:
+                    yield Doors(main, admin, client_key)
+            finally:
+                await companion.stop(5)
 
     return opened()
 
@@ -245,3 +251,52 @@ async def test_stopping_answers_who_waits_for_a_model(
         go.set()
     assert answer.status_code == 503
     assert "stops" in answer.json()["detail"]
+
+
+async def test_no_request_leaves_the_old_version_behind(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # The capturing handlers would keep the error of the request that fails, with its frames.
+    caplog.set_level(logging.CRITICAL + 1, "retinaserve")
+    tiny_model.save(tmp_path, poison=True)
+    good, bad = encoded(one_red()), encoded(squares((0, 0, (255, 0, 255))))
+    picture = {"id": "a", "image": base64.b64encode(good).decode()}
+    tensor = {
+        "name": "encoded_images",
+        "shape": [1],
+        "datatype": "BYTES",
+        "data": [picture["image"]],
+    }
+    async with both(tmp_path) as doors:
+        registry = doors.main._transport.app.state.service.registry  # type: ignore[attr-defined]
+        session = weakref.ref(registry.get().detectors[0]._session)
+        gc.disable()
+        try:
+            for query, content, headers in (
+                ("", good, {}),
+                ("?tile=64", good, {}),
+                ("?format=coco", good, {}),
+                ("", good, {"Accept": "image/png"}),
+                ("", b"", {}),
+                ("?classes=none", good, {}),
+                ("", good, {"X-Deadline-Ms": "1"}),
+            ):
+                await doors.main.post(f"/v1/detect{query}", content=content, headers=headers)
+            answer = await doors.main.post("/v1/detect", content=bad)
+            assert answer.status_code == 500, "the model itself failed"
+            for accept in ("application/json", "application/x-ndjson"):
+                answer = await doors.main.post(
+                    "/v1/detect/batch", json={"images": [picture] * 3}, headers={"Accept": accept}
+                )
+                assert answer.status_code == 200
+            answer = await doors.main.post("/v2/models/tiny/infer", json={"inputs": [tensor]})
+            assert answer.status_code == 200, answer.text
+            tiny_model.save(tmp_path, version=2)
+            assert (await doors.admin.post("/v1/models/tiny/load")).status_code == 200
+            assert (await doors.admin.post("/v1/models/tiny/unload?version=1")).status_code == 200
+            async with asyncio.timeout(30):
+                # The loader's thread may hold it for another moment.
+                while session() is not None:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+        finally:
+            gc.enable()
