@@ -182,7 +182,7 @@ def create_admin_app(service: Service, keys: KeyStore) -> FastAPI:
     """The application behind the listener. The service must have been started by another."""
     app = FastAPI(title="retinaserve admin", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(Guard, gate=AdminGate(keys), metrics=service.metrics, open_metrics=False)
-    app.add_middleware(Envelope, metrics=service.metrics)
+    app.add_middleware(Envelope, metrics=service.metrics, tracing=service.tracing)
     app.add_middleware(SecurityHeaders)
     add_error_handlers(app, service)
     routes = AdminRoutes(service)

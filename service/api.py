@@ -19,7 +19,7 @@ from service.devices import Hardware
 from service.envelope import Envelope
 from service.errors import InvalidParameter, RetinaserveError
 from service.inference_protocol import rest
-from service.observability.tracing import Tracing, open_tracing
+from service.observability.tracing import open_tracing
 from service.overload import OverloadGuard
 from service.problems import headers_of, http_problem, problem_of, respond
 from service.request_id import request_id
@@ -54,7 +54,7 @@ def create_app(settings: Settings, *, hardware: Hardware | None = None) -> FastA
     Raises DeviceError, ArtifactError or DataError when it could never serve.
     """
     service = Service(settings, hardware)
-    tracing = open_tracing(os.environ, version=package_version())
+    service.tracing = open_tracing(os.environ, version=package_version())
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -63,9 +63,9 @@ def create_app(settings: Settings, *, hardware: Hardware | None = None) -> FastA
             yield
         finally:
             service.close()
-            if tracing is not None:
+            if service.tracing is not None:
                 seconds = min(_FLUSH_SECONDS, settings.drain_seconds)
-                await asyncio.to_thread(tracing.close, seconds)
+                await asyncio.to_thread(service.tracing.close, seconds)
 
     app = FastAPI(
         title="retinaserve",
@@ -76,7 +76,7 @@ def create_app(settings: Settings, *, hardware: Hardware | None = None) -> FastA
         redoc_url=None,
     )
     app.state.service = service
-    _add_layers(app, service, tracing)
+    _add_layers(app, service)
     add_error_handlers(app, service)
     for module in (detect, batch, health, models, rest):
         module.add_routes(app, service)
@@ -93,7 +93,7 @@ def package_version() -> str:
         return "0"
 
 
-def _add_layers(app: FastAPI, service: Service, tracing: Tracing | None) -> None:
+def _add_layers(app: FastAPI, service: Service) -> None:
     """What lies around the routes, from the inside out."""
     settings = service.settings
     app.add_middleware(OverloadGuard, service=service)
@@ -110,7 +110,7 @@ def _add_layers(app: FastAPI, service: Service, tracing: Tracing | None) -> None
             allow_headers=_CORS_REQUEST_HEADERS,
             expose_headers=_CORS_ANSWER_HEADERS,
         )
-    app.add_middleware(Envelope, metrics=service.metrics, tracing=tracing)
+    app.add_middleware(Envelope, metrics=service.metrics, tracing=service.tracing)
     app.add_middleware(SecurityHeaders)
 
 

@@ -15,6 +15,7 @@ from service.decode_memory import DecodeMemory
 from service.devices import Hardware, cpu_count, resolve
 from service.errors import Unavailable
 from service.observability import Metrics
+from service.observability.tracing import Tracing
 from service.pipeline import Pipeline
 from service.registry import open_registry
 from service.security.gate import Gate
@@ -47,6 +48,8 @@ class Service:
         self.max_batch_size = batch
         """Most canvases in one inference: MAX_BATCH_SIZE, or what suits the devices."""
         self.metrics = Metrics()
+        self.tracing: Tracing | None = None
+        """None: nobody asked for traces."""
         self.registry = open_registry(
             settings.models_dir,
             devices=self.hardware.devices,

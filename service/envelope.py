@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger("retinaserve.access")
 _error_log = logging.getLogger("retinaserve.error")
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,128}")
-_PROBES: Final = frozenset({"/healthz", "/readyz", "/metrics"})
+_PROBES: Final = frozenset(
+    {"/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready"}
+)
 _UNMATCHED: Final = "unmatched"
 _METHODS: Final = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
 """Others a client may make up: metrics count them as one."""
@@ -108,7 +110,10 @@ class Envelope:
         scope = exchange.scope
         if self._tracing is None or scope["path"] in _PROBES:
             return None
-        return self._tracing.begin(exchange.record, scope["method"], scope["headers"])
+        headers = {
+            name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
+        }
+        return self._tracing.begin(exchange.record, scope["method"], headers)
 
 
 class _Exchange:
@@ -208,8 +213,7 @@ def _write_line(exchange: _Exchange, level: int, template: str, milliseconds: fl
         "status": exchange.status,
         "milliseconds": milliseconds,
     }
-    if "key" in state:
-        fields["key"] = state["key"]
+    exchange.record.key = state.get("key")
     fields |= exchange.record.fields() | state.get("log", {})
     _log.log(
         level,

@@ -53,6 +53,7 @@ class Record:
     __slots__ = (
         "body_bytes",
         "body_finished",
+        "key",
         "pictures",
         "reasons",
         "request_id",
@@ -64,6 +65,8 @@ class Record:
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
         self.started = time.monotonic()
+        self.key: str | None = None
+        """Name of the API key that came with it."""
         self.body_bytes = 0
         self.body_finished: float | None = None
         self.pictures: list[Seen] = []
@@ -78,7 +81,7 @@ class Record:
 
     def fields(self) -> dict[str, Any]:
         """What a log line says of the request's work."""
-        fields: dict[str, Any] = {}
+        fields: dict[str, Any] = {} if self.key is None else {"key": self.key}
         if self.body_bytes:
             fields["body_bytes"] = self.body_bytes
             if self.body_finished is not None:

@@ -26,8 +26,7 @@ from service.server import AddressError
 
 if TYPE_CHECKING:
     import grpc
-
-    Context = grpc.aio.ServicerContext[Any, Any]
+    from opentelemetry.trace import Span
 
 _log = logging.getLogger("retinaserve.grpc")
 _access_log = logging.getLogger("retinaserve.access")
@@ -164,16 +163,17 @@ class _Call:
         self._path = path
         self._method = method
 
-    async def answer(self, content: bytes, context: Context) -> Any:
+    async def answer(self, content: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         """One call."""
         metadata = {str(name): value for name, value in context.invocation_metadata() or ()}
         record = Record(_request_id(metadata))
         record.body_bytes = len(content)
         request_id.set(record.request_id)
         current.set(record)
+        span = self._begin_span(record, metadata)
         status = 499
         try:
-            answer = await self._work(content, metadata, context)
+            answer = await self._work(content, metadata, context, record)
             status = 200
         except RetinaserveError as error:
             status = error.status
@@ -185,11 +185,20 @@ class _Call:
             await _abort(context, RetinaserveError("something went wrong"), record)
         finally:
             self._finish(record, status)
+            if span is not None:
+                self._finish_span(span, record, status)
         return answer
 
-    async def _work(self, content: bytes, metadata: dict[str, Any], context: Context) -> Any:
+    async def _work(
+        self,
+        content: bytes,
+        metadata: dict[str, Any],
+        context: grpc.aio.ServicerContext[Any, Any],
+        record: Record,
+    ) -> Any:
         if self._method.name not in _PROBES:
-            self._service.gate.enter(_presented(metadata), _address(context.peer()))
+            key = self._service.gate.enter(_presented(metadata), _address(context.peer()))
+            record.key = None if key is None else key.name
         if self._method.name == _INFER:
             return await self._methods.infer(self._method, content, context.time_remaining())
         request = read(content, self._method.request)
@@ -222,8 +231,29 @@ class _Call:
             extra={"fields": fields | record.fields()},
         )
 
+    def _begin_span(self, record: Record, metadata: dict[str, Any]) -> Span | None:
+        tracing = self._service.tracing
+        if tracing is None or self._method.name in _PROBES:
+            return None
+        headers = {name: value for name, value in metadata.items() if isinstance(value, str)}
+        return tracing.begin(record, self._path[1:], headers)
 
-async def _abort(context: Context, error: RetinaserveError, record: Record) -> None:
+    def _finish_span(self, span: Span, record: Record, status: int) -> None:
+        tracing = self._service.tracing
+        assert tracing is not None, "it began the span"
+        attributes = {
+            "rpc.system": "grpc",
+            "rpc.service": self._path[1:].partition("/")[0],
+            "rpc.method": self._method.name,
+            "retinaserve.code": _CODES.get(status, "INTERNAL"),
+            "retinaserve.request_id": record.request_id,
+        }
+        tracing.finish(span, record, self._path[1:], attributes, failed=status >= 500)
+
+
+async def _abort(
+    context: grpc.aio.ServicerContext[Any, Any], error: RetinaserveError, record: Record
+) -> None:
     """End a call with an error. Raises what gRPC knows by."""
     import grpc
 

@@ -66,7 +66,7 @@ def configure_logging(log_format: str, level: str) -> None:
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
     logging.captureWarnings(capture=True)
-    for chatty in ("uvicorn", "python_multipart", "PIL", "opentelemetry", "urllib3"):
+    for chatty in ("uvicorn", "python_multipart", "PIL", "opentelemetry", "urllib3", "grpc"):
         # uvicorn reports start and stop, which the command does in one line of its own.
         logging.getLogger(chatty).setLevel(max(logging.WARNING, logging.root.level))
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from service.record import Record, Seen
@@ -119,14 +119,13 @@ class Tracing:
         self._wall = time.time_ns() - time.monotonic_ns()
         """What turns moments into times of day, the same for every span of a process."""
 
-    def begin(self, record: Record, name: str, headers: Iterable[tuple[bytes, bytes]]) -> Span:
-        """The span of a request that begins, below the caller's."""
+    def begin(self, record: Record, name: str, headers: Mapping[str, str]) -> Span:
+        """The span of a request that begins, below the caller's; header names in lower case."""
         from opentelemetry.trace import SpanKind, format_span_id, format_trace_id
 
-        carrier = {key.decode("latin-1"): value.decode("latin-1") for key, value in headers}
         span = self._tracer.start_span(
             name,
-            context=self._propagator.extract(carrier),
+            context=self._propagator.extract(headers),
             kind=SpanKind.SERVER,
             start_time=self._time(record.started),
         )
