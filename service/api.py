@@ -6,7 +6,6 @@ import asyncio
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from importlib.metadata import PackageNotFoundError, version
 from typing import Final
 
 from fastapi import FastAPI, Request, Response
@@ -27,6 +26,7 @@ from service.routes import batch, detect, docs, health, models, page
 from service.security.guard import Guard
 from service.security.headers import SecurityHeaders
 from service.settings import Settings
+from service.version import package_version
 
 _DESCRIPTION: Final = "Pictures in, detections out. Boxes are pixels of the original picture."
 _FLUSH_SECONDS: Final = 2.0
@@ -83,14 +83,6 @@ def create_app(settings: Settings, *, hardware: Hardware | None = None) -> FastA
     docs.add_routes(app)
     page.add_routes(app)
     return app
-
-
-def package_version() -> str:
-    """Version of the installed distribution; "0" in a checkout that is not installed."""
-    try:
-        return version("retinaserve")
-    except PackageNotFoundError:
-        return "0"
 
 
 def _add_layers(app: FastAPI, service: Service) -> None:

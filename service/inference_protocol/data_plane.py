@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.artifact import MAX_DETECTIONS_CAP
+from service.batching import Urgency
 from service.canvas import Letterbox, Size
 from service.context import Service
 from service.detection import detect_one
@@ -123,7 +124,8 @@ async def infer(
         jobs = _canvas_jobs(service, model, request.inputs, thresholds, limit)
     with ExitStack() as places:
         if len(jobs) > 1:
-            service.pipeline.admit(model, limit, pictures=len(jobs))
+            urgency = _urgency(len(request.pictures))
+            service.pipeline.admit(model, limit, pictures=len(jobs), urgency=urgency)
         for _ in jobs[1:]:
             places.enter_context(service.pictures.slot())
         found = await _all(jobs)
@@ -145,11 +147,14 @@ def _picture_jobs(
     )
     # No more at a time than of a batch's pictures: other requests come in between.
     window = asyncio.Semaphore(service.batch_window)
+    urgency = _urgency(len(pictures))
 
     async def one(index: int, picture: Buffer) -> Detections:
         async with window:
             try:
-                answer = await detect_one(service, picture, model, selection, limit)
+                answer = await detect_one(
+                    service, picture, model, selection, limit, urgency=urgency
+                )
             except RetinaserveError as error:
                 if len(pictures) > 1:
                     error.args = (f"encoded_images[{index}]: {error}",)
@@ -157,6 +162,11 @@ def _picture_jobs(
             return answer.found
 
     return [partial(one, index, picture) for index, picture in enumerate(pictures)]
+
+
+def _urgency(pictures: int) -> Urgency:
+    """Many pictures in one request are a batch: others go before them."""
+    return Urgency.BULK if pictures > 1 else Urgency.INTERACTIVE
 
 
 def _canvas_jobs(

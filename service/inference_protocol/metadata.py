@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
 from service.context import Service
@@ -10,6 +9,7 @@ from service.errors import UnknownModel
 from service.inference_protocol.data_plane import find_model, parse_version
 from service.inference_protocol.tensors import INPUTS, OUTPUTS, Signature
 from service.slots import Slot
+from service.version import package_version
 
 SERVER_NAME: Final = "retinaserve"
 PLATFORM: Final = "onnxruntime_onnx"
@@ -28,11 +28,7 @@ _INDEX_STATES: Final = {"ready": "READY", "loading": "LOADING", "waiting": "LOAD
 
 def server() -> dict[str, Any]:
     """Name, version and extensions of the server."""
-    try:
-        own = version("retinaserve")
-    except PackageNotFoundError:
-        own = "0"
-    return {"name": SERVER_NAME, "version": own, "extensions": list(EXTENSIONS)}
+    return {"name": SERVER_NAME, "version": package_version(), "extensions": list(EXTENSIONS)}
 
 
 def model(service: Service, name: str, asked: str = "") -> dict[str, Any]:
