@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import psutil
 
 HERE = Path(__file__).resolve().parent
+READY_SECONDS = 180
 
 
 class Running(NamedTuple):
@@ -46,14 +47,15 @@ def served(models: Path, **settings: object) -> Iterator[Running]:
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{command[command.index('--port') + 1]}"
     try:
-        for _ in range(300):
+        limit = time.monotonic() + READY_SECONDS
+        while True:
             # A busy machine may be too slow even for an answer within the second.
             with contextlib.suppress(OSError):
                 urllib.request.urlopen(f"{url}/readyz", timeout=1).read()
                 break
+            if time.monotonic() > limit:
+                raise SystemExit(f"{url} did not become ready within {READY_SECONDS} s")
             time.sleep(0.1)
-        else:
-            raise SystemExit(f"the service on {url} did not become ready within 30 s")
         yield Running(psutil.Process(process.pid), f"{url}/v1/detect")
     finally:
         process.terminate()
