@@ -22,7 +22,7 @@ from service.observability.tracing import open_tracing
 from service.overload import OverloadGuard
 from service.problems import headers_of, http_problem, problem_of, respond
 from service.request_id import request_id
-from service.routes import batch, detect, docs, health, models, page
+from service.routes import batch, detect, docs, health, models, openapi, page
 from service.security.guard import Guard
 from service.security.headers import SecurityHeaders
 from service.settings import Settings
@@ -82,6 +82,8 @@ def create_app(settings: Settings, *, hardware: Hardware | None = None) -> FastA
         module.add_routes(app, service)
     docs.add_routes(app)
     page.add_routes(app)
+    if service.keys is not None:
+        openapi.describe_keys(app)
     return app
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict
 from starlette.responses import Response
 
@@ -260,6 +261,22 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
         for status, text in _PROBLEMS.items()
         if not statuses or status in (*statuses, *_OF_EVERY_ROUTE)
     }
+
+
+def describe_keys(app: FastAPI) -> None:
+    """Let the documentation ask for a key, for both ways to send it."""
+    plain = app.openapi
+
+    def with_keys() -> dict[str, Any]:
+        document = plain()
+        document.setdefault("components", {})["securitySchemes"] = {
+            "bearer": {"type": "http", "scheme": "bearer"},
+            "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+        }
+        document["security"] = [{"bearer": []}, {"header": []}]
+        return document
+
+    app.openapi = with_keys  # type: ignore[method-assign]
 
 
 def _object(optional: dict[str, Any] | None = None, **required: Any) -> dict[str, Any]:

@@ -157,6 +157,16 @@ async def test_a_revoked_key_and_its_name_in_the_state(
         assert (await client.get("/v1/models", headers=headers)).status_code == 401
 
 
+async def test_the_documentation_asks_for_a_key(
+    closed: httpx.AsyncClient, client: httpx.AsyncClient
+) -> None:
+    document = (await closed.get("/openapi.json")).json()
+    assert document["security"] == [{"bearer": []}, {"header": []}]
+    assert document["components"]["securitySchemes"].keys() == {"bearer", "header"}
+    assert {"401", "429"} <= document["paths"]["/v1/detect"]["post"]["responses"].keys()
+    assert "security" not in (await client.get("/openapi.json")).json(), "there are no keys"
+
+
 async def test_metrics_can_be_closed(start: Start, path: Path, key: str) -> None:
     async with start(api_keys_file=path, metrics_public=False) as client:
         assert (await client.get("/metrics")).status_code == 401
