@@ -10,14 +10,18 @@ from collections import Counter
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
+import tritonclient.grpc as triton
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from service.observability import JsonFormatter, TextFormatter
 from service.security.keys import new_key
 from tests.api.conftest import Start
+from tests.api.served import served
 from tests.api.test_operation import samples
+from tests.otlp import attributes, children, receiver
 from tests.pictures import encoded, huge_png, one_red
 
 GOOD = encoded(one_red())
@@ -190,3 +194,32 @@ async def test_detections_and_scores_show_what_answers_hold(client: httpx.AsyncC
         value for (name, _), value in found.items() if name == "retinaserve_model_load_seconds"
     ]
     assert seconds > 0
+
+
+def test_a_call_over_grpc_leaves_the_same(
+    repository: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    trace, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    key = new_key(tmp_path / "keys.json", "lab", admin=False)
+    picture = triton.InferInput("encoded_images", [1], "BYTES")
+    picture.set_data_from_numpy(np.array([GOOD], dtype=object))
+    headers = {"traceparent": f"00-{trace}-{parent}-01", "x-api-key": key}
+    with receiver() as collector, caplog.at_level(logging.INFO, logger="retinaserve"):
+        endpoint = f"http://127.0.0.1:{collector.server_port}"
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint)
+        with served(repository, api_keys_file=tmp_path / "keys.json") as running:
+            with triton.InferenceServerClient(running.grpc) as client:
+                client.infer("tiny", [picture], headers=headers)
+            with running.client() as http:
+                text = http.get("/metrics").text
+    (call,) = [span for span in collector.spans if span.parent_span_id.hex() == parent]
+    assert call.name == "inference.GRPCInferenceService/ModelInfer"
+    assert attributes(call)["retinaserve.code"] == "OK"
+    assert "inference" in [span.name for span in children(collector.spans, call)]
+    (line,) = [each for each in access_lines(caplog) if each.get("method") == "gRPC"]
+    assert (line["key"], line["model"], line["code"], line["pictures"]) == ("lab", "tiny", "OK", 1)
+    route = "/inference.GRPCInferenceService/ModelInfer"
+    assert f'method="gRPC",route="{route}",status="200"}} 1.0' in text

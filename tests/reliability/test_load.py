@@ -77,7 +77,7 @@ def test_a_full_queue_refuses_and_recovers(serve: Serve, slow_models: Path) -> N
 
 
 def test_clients_that_go_away_leave_the_queue(serve: Serve, slow_models: Path) -> None:
-    process = serve(slow_models)
+    process = serve(slow_models, request_timeout_ms=600_000)
     head = f"POST /v1/detect HTTP/1.1\r\nHost: x\r\nContent-Length: {len(GOOD)}\r\n\r\n".encode()
     rude = [socket.create_connection(("127.0.0.1", process.port)) for _ in range(30)]
     for connection in rude:
@@ -89,8 +89,11 @@ def test_clients_that_go_away_leave_the_queue(serve: Serve, slow_models: Path) -
     assert metric(process, "retinaserve_queue_depth") == 0
     with process.client() as client:
         assert client.post("/v1/detect", content=GOOD).status_code == 200
-        gone = 'retinaserve_requests_total{method="POST",route="/v1/detect",status="499"}'
-        assert f"{gone} " in client.get("/metrics").text
+        text = client.get("/metrics").text
+    gone = 'retinaserve_requests_total{method="POST",route="/v1/detect",status="499"}'
+    cancelled = 'retinaserve_pictures_total{model="tiny",outcome="cancelled",version="1"}'
+    counts = [float(text.partition(f"\n{name} ")[2].split()[0]) for name in (gone, cancelled)]
+    assert counts[0] == counts[1] > 0
     assert metric(process, "retinaserve_batch_size_count") < 20
 
 

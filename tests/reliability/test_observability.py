@@ -4,83 +4,22 @@ from __future__ import annotations
 
 import json
 import socket
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.otlp import Receiver, attributes, children, receiver
 from tests.pictures import encoded, one_red
-from tests.reliability.conftest import Process, Serve, until
+from tests.reliability.conftest import Process, Serve
 
 GOOD = encoded(one_red())
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 PARENT = "b7ad6b7169203331"
 STAGES = ["decode", "queue", "inference", "postprocess"]
-
-
-class Receiver(ThreadingHTTPServer):
-    """Takes traces as an OpenTelemetry collector does, by OTLP over HTTP."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.received: list[ExportTraceServiceRequest] = []
-
-    @property
-    def spans(self) -> list[Span]:
-        return [
-            span
-            for request in self.received
-            for resource in request.resource_spans
-            for scope in resource.scope_spans
-            for span in scope.spans
-        ]
-
-    def named(self, name: str) -> list[Span]:
-        return [span for span in self.spans if span.name == name]
-
-
-class _Handler(BaseHTTPRequestHandler):
-    def do_POST(self) -> None:
-        assert isinstance(self.server, Receiver)
-        body = self.rfile.read(int(self.headers["content-length"]))
-        self.server.received.append(ExportTraceServiceRequest.FromString(body))
-        self.send_response(200)
-        self.send_header("content-length", "0")
-        self.end_headers()
-
-    def log_message(self, *_: object) -> None:
-        """Not on the tests' output."""
-
-
-@contextmanager
-def receiver() -> Iterator[Receiver]:
-    with Receiver() as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
-
-
-def attributes(span: Span) -> dict[str, Any]:
-    return {
-        each.key: getattr(each.value, each.value.WhichOneof("value")) for each in span.attributes
-    }
-
-
-def children(spans: list[Span], parent: Span) -> list[Span]:
-    found = [span for span in spans if span.parent_span_id == parent.span_id]
-    return sorted(found, key=lambda span: span.start_time_unix_nano)
 
 
 def lines(process: Process) -> list[dict[str, Any]]:
@@ -180,29 +119,3 @@ def test_a_collector_that_never_answers_hurts_nobody(
         process.terminate()
         assert process.exit_code() == 0
     assert "traces were lost" in process.log.read_text()
-
-
-def test_a_client_that_goes_away_is_counted_as_such(serve: Serve, slow_models: Path) -> None:
-    process = serve(slow_models, request_timeout_ms=600_000, log_format="json")
-    head = f"POST /v1/detect HTTP/1.1\r\nHost: x\r\nContent-Length: {len(GOOD)}\r\n\r\n".encode()
-
-    def cancelled() -> float:
-        with process.client() as client:
-            text = client.get("/metrics").text
-        return sum(
-            sample.value
-            for family in text_string_to_metric_families(text)
-            for sample in family.samples
-            if sample.labels.get("outcome") == "cancelled"
-        )
-
-    rude = [socket.create_connection(("127.0.0.1", process.port)) for _ in range(3)]
-    for connection in rude:
-        connection.sendall(head + GOOD)
-    with process.client() as client:
-        until(lambda: "retinaserve_pictures_held 3" in client.get("/metrics").text)
-    for connection in rude:
-        connection.close()
-    until(lambda: cancelled() == 3)
-    gone = [line for line in lines(process) if line.get("status") == 499]
-    assert len(gone) == 3
