@@ -172,7 +172,7 @@ function wireAsking() {
   $("retry").addEventListener("click", toStage(retryAll));
   $("cancel").addEventListener("click", toStage(cancelAll));
   $("now").addEventListener("click", toStage(goOn));
-  wireKey({ entered: connect, forgotten: () => toast("The key is forgotten.") });
+  wireKey({ entered: unlock, forgotten: () => toast("The key is forgotten.") });
 }
 
 function changed(picture) {
@@ -310,9 +310,9 @@ function offer(found) {
 
 let refreshing = null;
 
-/** Ask again which models there are; whether that went well. */
-function refresh() {
-  refreshing ??= unlocked(models)
+/** Ask which models there are; whether that went well. */
+function refreshBy(ask) {
+  refreshing ??= ask()
     .then((found) => {
       // An open list of models would close under a person's hands.
       if (summaryOf(found) !== summaryOf(state.models)) offer(found);
@@ -321,11 +321,17 @@ function refresh() {
     .catch((problem) => {
       if (!(problem instanceof Problem)) throw problem;
       if (problem.status === 401) status("locked", "An API key is needed");
+      else if (!state.models.length) status("loading", problem.message);
       return false;
     })
     .finally(() => (refreshing = null));
   return refreshing;
 }
+
+const refresh = () => refreshBy(() => unlocked(models));
+
+/** Without a dialog that nobody called for. */
+const refreshQuietly = () => refreshBy(models);
 
 async function modelGone() {
   const { model } = state;
@@ -336,11 +342,12 @@ async function modelGone() {
 function wireModels() {
   $("model").addEventListener("change", ({ target }) => choose(state.models[target.selectedIndex]));
   document.addEventListener("visibilitychange", () => {
-    if (!document.hidden && state.models.length) refresh();
+    if (!document.hidden && state.models.length) refreshQuietly();
   });
   setInterval(() => {
-    const isComing = state.models.some((model) => ["waiting", "loading"].includes(model.state));
-    if (isComing && !document.hidden && !state.offline) refresh();
+    const isComing = ({ state: is }) => is === "waiting" || is === "loading";
+    const mayChange = state.models.length > 0 && (!state.model || state.models.some(isComing));
+    if (mayChange && !document.hidden && !state.offline) refreshQuietly();
   }, 3000);
 }
 
@@ -352,6 +359,12 @@ async function connect() {
     if ($("status").dataset.state === "locked") return undefined;
     await pause(2);
   }
+}
+
+function unlock() {
+  if ($("status").dataset.state !== "locked") return;
+  status("loading", "Connecting…");
+  connect();
 }
 
 const url = new URL("v1/detect", document.baseURI).href;

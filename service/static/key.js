@@ -7,6 +7,7 @@ const PLACE = `retinaserve-key ${new URL(".", document.baseURI).pathname}`;
 let key = stored();
 let wanted = false;
 let asking = null;
+let entered = () => {};
 
 function stored() {
   try {
@@ -34,10 +35,12 @@ export const keyHeaders = () => (key === null ? {} : { "X-API-Key": key });
 
 /** Do something that may need a key, asking for one until it is done or nobody has a key. */
 export async function unlocked(action) {
-  for (;;) {
+  for (let wasAsked = false; ; wasAsked = true) {
     const used = key;
     try {
-      return await action();
+      const result = await action();
+      if (wasAsked) entered();
+      return result;
     } catch (problem) {
       if (problem.status !== 401) throw problem;
       wanted = true;
@@ -78,8 +81,9 @@ function renderButton() {
   $("key-button").textContent = key === null ? "Enter key" : "Forget key";
 }
 
-/** `entered` is called after a person gave a key unasked, `forgotten` after one was dropped. */
-export function wireKey({ entered, forgotten }) {
+/** `entered` is called once there is another key, `forgotten` after one was dropped. */
+export function wireKey(hooks) {
+  entered = hooks.entered;
   renderButton();
   $("key-form").addEventListener("submit", (event) => {
     event.preventDefault();
@@ -96,7 +100,7 @@ export function wireKey({ entered, forgotten }) {
   $("key-button").addEventListener("click", async () => {
     if (key !== null) {
       use(null);
-      forgotten();
+      hooks.forgotten();
     } else if (await ask(false)) entered();
   });
 }

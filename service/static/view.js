@@ -252,11 +252,13 @@ const quote = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 
 function renderTexts(picture) {
   const done = picture.status === "done";
+  const through = state.pictures.filter((each) => !isUnfinished(each)).length;
   const some = state.pictures.some(({ status }) => status === "done");
   $("save-picture").disabled = !done || picture.undrawable === true;
   $("save-json").disabled = $("save-csv").disabled = !some;
   $("save-note").hidden = state.pictures.length < 2;
-  $("save-note").textContent = `JSON and CSV hold all ${state.pictures.length} pictures.`;
+  const which = through < state.pictures.length ? `the ${through} pictures so far` : "all pictures";
+  $("save-note").textContent = `JSON and CSV hold ${which}.`;
   $("answer").hidden = !done;
   if (!done) return;
   // Never the key itself: the line is there to be copied and shown.
