@@ -123,7 +123,8 @@ async def infer(
     else:
         jobs = _canvas_jobs(service, model, request.inputs, thresholds, limit)
     with ExitStack() as places:
-        if len(jobs) > 1:
+        if len(request.pictures) != 1:
+            # A single picture is judged on its way, by what `detect_one` calls.
             urgency = _urgency(len(request.pictures))
             service.pipeline.admit(model, limit, pictures=len(jobs), urgency=urgency)
         for _ in jobs[1:]:

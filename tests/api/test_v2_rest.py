@@ -11,6 +11,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
+from service.errors import Unavailable
 from tests import tiny_model
 from tests.api.conftest import Start
 from tests.api.inference_protocol import (
@@ -281,6 +282,22 @@ async def test_a_full_queue_is_503_and_takes_nothing(start: Start) -> None:
         assert service.pictures.held == 0
         answer = await infer(client, base64_pictures(*[encoded(one_red())] * 2))
         assert answer.status_code == 200
+
+
+async def test_who_would_be_late_is_refused_whatever_he_sends(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = client._transport.app.state.service.pipeline  # type: ignore[attr-defined]
+
+    def refuse(*_: object, **__: object) -> None:
+        raise Unavailable("too late", reason="deadline", retry_after=6.5)
+
+    monkeypatch.setattr(pipeline, "admit", refuse)
+    file = encoded(one_red())
+    for given in (images(canvas(one_red())), base64_pictures(file), base64_pictures(file, file)):
+        answer = await infer(client, given)
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "7")
+        assert answer.json()["error"].endswith("too late")
 
 
 async def test_deadlines(start: Start) -> None:
