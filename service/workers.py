@@ -11,6 +11,9 @@ from typing import Final, Generic, TypeVar
 
 _log = logging.getLogger("retinaserve.workers")
 _LOOK_SECONDS: Final = 0.25
+_STEP_SECONDS: Final = 2.0
+"""Most time that counts between two looks. Where more went by, the watchdog itself stood still: the
+process was stopped, or the machine asleep, and no worker is to blame."""
 
 Held = TypeVar("Held")
 
@@ -40,6 +43,10 @@ class Worker(Generic[Held]):
         """From now on it works at this; at nothing, when this is empty."""
         self.since = time.monotonic()
         self.held = held
+
+    def renew(self) -> None:
+        """It is still at the same thing, and gets on: a step of several is done."""
+        self.since = time.monotonic()
 
     def start(self) -> None:
         """Start the thread."""
@@ -80,6 +87,11 @@ class Watchdog(Generic[Held]):
         self._on_death = on_death
         self._on_wedge = on_wedge
         self._wedged: set[str] = set()
+        self._looked = time.monotonic()
+        self._awake = 0.0
+        """Seconds that this process was seen running."""
+        self._seen: dict[str, tuple[float, float]] = {}
+        """Since when each worker is at what it does, and how long this process had run then."""
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -93,21 +105,34 @@ class Watchdog(Generic[Held]):
         if self._thread.ident is not None:
             self._thread.join()
 
+    def tick(self) -> None:
+        """Look at every worker once."""
+        now = time.monotonic()
+        self._awake += min(now - self._looked, _STEP_SECONDS)
+        self._looked = now
+        for worker in self._workers:
+            try:
+                self._look(worker)
+            except Exception:
+                _log.exception("the watchdog failed on %s and goes on", worker.name)
+
     def _watch(self) -> None:
         while not self._closed.wait(_LOOK_SECONDS):
-            for worker in self._workers:
-                try:
-                    self._look(worker)
-                except Exception:
-                    _log.exception("the watchdog failed on %s and goes on", worker.name)
+            self.tick()
 
     def _look(self, worker: Worker[Held]) -> None:
         if not worker.thread.is_alive() and not worker.finished:
-            self._on_death(worker)
-            worker.restart()
+            try:
+                self._on_death(worker)
+            finally:
+                worker.restart()
             return
         since = worker.since
-        seconds = time.monotonic() - since
+        begun, awake = self._seen.get(worker.name, (math.nan, 0.0))
+        if begun != since:
+            awake = self._awake
+            self._seen[worker.name] = since, awake
+        seconds = self._awake - awake
         # Looked at in this order: between the two the worker may have gone on to something else.
         late = worker.held and seconds > worker.limit and since == worker.since
         if late and worker.name not in self._wedged:
