@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import threading
+import time
+from collections import OrderedDict
 from typing import Final
 
 from service.canvas import Size
@@ -16,6 +19,11 @@ _WORTH_SHARING: Final = 0.1
 """Pictures share a batch only where this share of a lone picture's time is saved."""
 _TRIAL: Final = 64
 """Every so many lone pictures that might have shared a batch do."""
+
+_MOST_CANVASES: Final = 64
+"""Costs are kept of so many canvases; clients may choose among thousands."""
+_STALE_SECONDS: Final = 30.0
+"""For so long a bound holds that no further batch has confirmed."""
 
 
 class BatchCost:
@@ -49,6 +57,12 @@ class BatchCost:
         seen = self._mean.get(pictures)
         return self.per_picture * pictures + self.per_batch if seen is None else seen
 
+    def lasting(self, pictures: int, *, most: int) -> float:
+        """What pictures (at least one) will take in batches of at most `most`, one by one."""
+        size = self.best_batch(pictures, most=most, left=math.inf)
+        batches, rest = divmod(pictures, size)
+        return batches * self.seconds(size) + (self.seconds(rest) if rest else 0.0)
+
     def best_batch(self, waiting: int, *, most: int, left: float) -> int:
         """How many of the pictures that wait to take at once, at least 1 and at most `most`.
 
@@ -78,28 +92,40 @@ class Costs:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._costs: dict[Size, BatchCost] = {}
-        self._recent: Size | None = None
+        self._costs: OrderedDict[Size, BatchCost] = OrderedDict()
+        """The most recent one is the last."""
+        self._fastest = math.inf
+        self._learnt = -math.inf
 
     def observe(self, canvas: Size, pictures: int, seconds: float) -> None:
         """A batch of canvases took so long."""
         with self._lock:
-            self._costs.setdefault(canvas, BatchCost()).observe(pictures, seconds)
-            self._recent = canvas
+            cost = self._costs.setdefault(canvas, BatchCost())
+            cost.observe(pictures, seconds)
+            self._costs.move_to_end(canvas)
+            if len(self._costs) > _MOST_CANVASES:
+                self._costs.popitem(last=False)
+            self._fastest = min(self._fastest, cost.fastest)
+            self._learnt = time.monotonic()
 
     def of(self, canvas: Size | None = None) -> BatchCost:
         """The cost of a canvas: of one never seen, and of none, that of the most recent one."""
         with self._lock:
-            known = self._costs.get(canvas or self._recent or Size(0, 0))
-            if known is None and self._recent is not None:
-                known = self._costs[self._recent]
+            known = None if canvas is None else self._costs.get(canvas)
+            if known is None and self._costs:
+                known = self._costs[next(reversed(self._costs))]
             return known or BatchCost()
 
     @property
     def fastest(self) -> float:
-        """A bound from below for a lone picture on any canvas; 0 before anything was seen."""
+        """A bound from below for a lone picture on any canvas; 0 where there is none.
+
+        One that was learnt while the machine was busy may be too high, and would turn away all
+        the work that could correct it: so it ends some time after the last batch.
+        """
         with self._lock:
-            return min((cost.fastest for cost in self._costs.values()), default=0.0)
+            known = time.monotonic() - self._learnt < _STALE_SECONDS
+            return self._fastest if known else 0.0
 
 
 def _line(points: dict[int, float]) -> tuple[float, float]:

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import math
+import re
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from service.request_id import request_id
 from service.workers import Watchdog, Worker
 
 _log = logging.getLogger("retinaserve.pipeline")
+_DEVICE_ERROR: Final = re.compile(r"(CUDA|CUDNN|CUBLAS)\w* (failure|error) \d+: [^;\n/]{1,200}")
 _JOIN_SECONDS: Final = 0.5
 _NEWS: Final = 0.1
 """Share of the newest picture in what is known of decoding."""
@@ -136,6 +138,8 @@ class Pipeline:
         """
         self.fatal: str | None = None
         """Why the device will not answer again, once that is known."""
+        self._over: tuple[str, str] | None = None
+        """What everybody is told since `abort`: the word and the reason."""
         self._on_batch = on_batch
         self._policy = policy
         self._pending: set[Work] = set()
@@ -167,7 +171,11 @@ class Pipeline:
         self._watchdog.start()
 
     def abort(self, reason: str, word: str) -> None:
-        """Answer everyone who waits with Unavailable; `word` is its reason. On the event loop."""
+        """Answer everyone who waits with Unavailable; `word` is its reason. On the event loop.
+
+        And everyone who comes from now on, such as the other pictures of a request.
+        """
+        self._over = word, reason
         for work in self._pending:
             work.fail(Unavailable(reason, reason=word))
 
@@ -215,12 +223,12 @@ class Pipeline:
 
         Raises Unavailable.
         """
-        if self.fatal is not None:
-            raise Unavailable(self.fatal, reason="device-lost", retry_after=30.0)
+        self._refuse_if_over()
         rounds = math.ceil(pictures / len(self._devices))
         alone = model.costs.fastest * rounds
         wait = self.wait(urgency)
-        needed = wait + self._decode_seconds + model.costs.of().seconds(1) * rounds
+        inference = model.costs.of().lasting(rounds, most=self._policy.max_batch_size)
+        needed = wait + self._decode_seconds + inference
         # An idle service lets in whatever is not hopeless: what it has learnt may be out of date,
         # and only work can tell.
         finish = self._caution.stretch(needed) if wait else alone
@@ -271,8 +279,7 @@ class Pipeline:
 
         Whoever calls this has called `admit`.
         """
-        if self.fatal is not None:
-            raise Unavailable(self.fatal, reason="device-lost", retry_after=30.0)
+        self._refuse_if_over()
         loop = self._loop = asyncio.get_running_loop()
         future: asyncio.Future[Outcome] = loop.create_future()
         work = Work(make, model, score, iou, deadline, urgency, future)
@@ -288,6 +295,13 @@ class Pipeline:
             # An exception's traceback holds this frame, and the future holds the exception:
             # with these names left in the frame the picture would wait for the cycle collector.
             del work, future
+
+    def _refuse_if_over(self) -> None:
+        if self.fatal is not None:
+            raise Unavailable(self.fatal, reason="device-lost", retry_after=30.0)
+        if self._over is not None:
+            word, reason = self._over
+            raise Unavailable(reason, reason=word)
 
     def _withdraw(self, work: Work) -> None:
         # A thread may hold the work just now; the flag stops it at its next step.
@@ -312,8 +326,7 @@ class Pipeline:
         else:
             assert isinstance(lane.key, Servable), "there are no other keys"
             cost = lane.key.costs.of()
-        size = cost.best_batch(lane.length, most=self._policy.max_batch_size, left=math.inf)
-        return lane.length // size * cost.seconds(size) + cost.seconds(lane.length % size)
+        return cost.lasting(lane.length, most=self._policy.max_batch_size)
 
     def _died(self, worker: Worker[Work]) -> None:
         if worker.held:
@@ -365,20 +378,25 @@ class Pipeline:
         while batch := self._ready.take():
             worker.hold(batch)
             self._on_batch(batch[0].model, len(batch))
-            _deliver(self._infer(batch, device))
+            _deliver(self._infer(batch, device, worker))
             worker.hold(())
             del batch
 
-    def _infer(self, batch: list[Work], device: int) -> list[tuple[Work, Outcome | Exception]]:
+    def _infer(
+        self, batch: list[Work], device: int, worker: Worker[Work]
+    ) -> list[tuple[Work, Outcome | Exception]]:
         detector = batch[0].model.detectors[device]
+        # Each attempt has its own time: many that fail one by one are not one that hangs.
+        worker.renew()
         try:
             return list(zip(batch, _run(detector, batch), strict=True))
         except Exception as error:
             # onnxruntime's errors share no base class that it documents.
             if len(batch) == 1:
+                worker.renew()
                 return [(batch[0], self._failed(detector, batch[0], error))]
             _log.warning("a batch of %d failed, each is tried alone: %s", len(batch), error)
-        return [answer for work in batch for answer in self._infer([work], device)]
+        return [answer for work in batch for answer in self._infer([work], device, worker)]
 
     def _failed(self, detector: Detector, work: Work, error: Exception) -> InferenceFailed:
         """Find out who is to blame, the picture or the device."""
@@ -388,11 +406,14 @@ class Pipeline:
             error,
             extra={"request_id": work.request_id},
         )
-        assert work.prepared is not None, "only decoded pictures reach a device"
+        # On a canvas of the model's own: what a client made up may be at fault itself.
+        rule = work.model.metadata.canvas
+        canvases = rule.all_canvases() or (rule.largest(),)
         try:
-            detector.warm(work.prepared.letterbox.canvas)
+            detector.warm(min(canvases, key=lambda canvas: canvas.area))
         except Exception as second:
-            self._lose(f"the device does not answer any more: {second}")
+            _log.critical("the device fails on an empty picture too: %s", second)
+            self._lose(f"the device does not answer any more: {_brief(second)}")
         return InferenceFailed("the model failed on this picture")
 
 
@@ -423,6 +444,18 @@ def _run(detector: Detector, batch: Sequence[Work]) -> list[Outcome]:
         )
         for work, each, detections in zip(batch, prepared, found, strict=True)
     ]
+
+
+def _brief(error: Exception) -> str:
+    """What is wrong with a device, for everybody to read.
+
+    onnxruntime's own text also tells paths and the name of the host.
+
+    >>> _brief(RuntimeError("/src/cuda_call.cc:129 CUDA failure 700: illegal access ; GPU=0 ; ..."))
+    'CUDA failure 700: illegal access'
+    """
+    found = _DEVICE_ERROR.search(str(error))
+    return type(error).__name__ if found is None else found[0].strip()
 
 
 def _held(workers: Sequence[Worker[Work]]) -> list[Work]:

@@ -125,3 +125,34 @@ def test_many_threads_may_learn_at_once() -> None:
     for thread in threads:
         thread.join(30)
     assert costs.of(Size(32, 32)).seconds(1) == pytest.approx(0.01)
+
+
+def test_what_pictures_take_one_batch_after_the_other() -> None:
+    cost = learnt(0.010, 0.030, (1, 8))
+    assert cost.lasting(8, most=8) == pytest.approx(0.110), "one batch, and none of no pictures"
+    assert cost.lasting(19, most=8) == pytest.approx(2 * 0.110 + 0.060)
+    assert cost.lasting(3, most=1) == pytest.approx(3 * 0.040)
+    alone = learnt(0.040, 0.001)
+    assert alone.lasting(5, most=8) == pytest.approx(5 * 0.041), "they do not pay"
+
+
+def test_a_bound_that_nothing_confirms_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = Costs()
+    # As when a model is warmed up while others keep the machine busy.
+    costs.observe(SMALL, 1, 4.0)
+    assert costs.fastest == 4.0
+    monkeypatch.setattr("service.cost._STALE_SECONDS", 0.0)
+    assert costs.fastest == 0.0
+    costs.observe(SMALL, 1, 0.5)
+    monkeypatch.undo()
+    assert costs.fastest == 0.5
+
+
+def test_canvases_that_clients_make_up_do_not_pile_up() -> None:
+    costs = Costs()
+    for side in range(1, 1001):
+        costs.observe(Size(32 * side, 32), 1, 0.001 * side)
+    assert len(costs._costs) <= 64
+    assert costs.fastest == 0.001, "even when the canvas is forgotten"
+    assert costs.of().seconds(1) == 1.0
+    assert costs.of(Size(32 * 999, 32)).seconds(1) == pytest.approx(0.999)

@@ -10,16 +10,20 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from service import pipeline as module
 from service.artifact import read_artifact
 from service.batching import Policy
+from service.canvas import Letterbox, Size
 from service.detector import Detections, Detector
 from service.devices import Device, open_detector, providers, session_options
 from service.errors import DeadlineExceeded, InferenceFailed, MalformedImage, Unavailable
+from service.imaging import Prepared
 from service.pipeline import Outcome, Pipeline, Servable
+from service.workers import Worker
 from tests import tiny_model
 from tests.pictures import BLUE, GREEN, RED, encoded, one_red, squares
 
@@ -283,3 +287,80 @@ async def test_answers_after_the_end_harm_nobody(load: Callable[..., Servable]) 
         task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+async def test_what_comes_after_the_end_is_told_of_it(load: Callable[..., Servable]) -> None:
+    model = load()
+    async with started() as line:
+        line.abort("the server stops", "draining")
+        # The next picture of a request whose others have just been turned away.
+        with pytest.raises(Unavailable, match="the server stops"):
+            await line.detect_canvas(
+                lambda: pytest.fail("it was begun"),
+                model,
+                score=0.5,
+                iou=0.5,
+                deadline=time.monotonic() + 60.0,
+            )
+
+
+async def test_a_canvas_that_fails_even_when_empty_is_not_the_devices_fault(
+    load: Callable[..., Servable], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, odd = load(), Size(32, 4096)
+    run = Detector.__call__
+
+    def picky(self: Detector, canvases: Any, *args: Any, **kwargs: Any) -> list[Detections]:
+        if canvases.shape[1:3] == odd:
+            raise RuntimeError("no kernel for this shape")
+        return run(self, canvases, *args, **kwargs)
+
+    monkeypatch.setattr(Detector, "__call__", picky)
+    blank = Prepared(np.zeros((*odd, 3), dtype=np.uint8), Letterbox(odd, odd, odd))
+    async with started() as line:
+        with pytest.raises(InferenceFailed):
+            await line.detect_canvas(
+                lambda: blank, model, score=0.5, iou=0.5, deadline=time.monotonic() + 60.0
+            )
+        assert line.fatal is None
+        assert isinstance(await detect(line, model, encoded(one_red())), Outcome)
+
+
+async def test_pictures_that_fail_one_by_one_are_not_a_batch_that_hangs(
+    load: Callable[..., Servable], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int] = []
+    renew = Worker.renew
+
+    def counted(self: Worker[Any]) -> None:
+        steps.append(1)
+        renew(self)
+
+    monkeypatch.setattr(Worker, "renew", counted)
+    model = load(poison=True)
+    async with started(Policy(max_batch_size=3, max_delay=0.2)) as line:
+        await asyncio.gather(
+            *(detect(line, model, POISON) for _ in range(3)), return_exceptions=True
+        )
+    # The batch, each picture, and after each the question whether the device still works.
+    assert len(steps) == 7
+
+
+async def test_what_is_told_of_a_lost_device_names_no_path_and_no_host(
+    load: Callable[..., Servable], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load()
+
+    def dead(self: Detector, *args: object, **kwargs: object) -> None:
+        raise RuntimeError(
+            "Non-zero status code. /onnxruntime_src/core/cuda_call.cc:129 CudaCall CUDA failure "
+            "700: an illegal memory access was encountered ; GPU=0 ; hostname=inner ; file=/x.cc"
+        )
+
+    async with started() as line:
+        monkeypatch.setattr(Detector, "__call__", dead)
+        with pytest.raises(Unavailable) as refused:
+            await detect(line, model, encoded(one_red()))
+    assert "CUDA failure 700: an illegal memory access was encountered" in str(refused.value)
+    assert "/" not in str(refused.value)
+    assert "inner" not in str(refused.value)
