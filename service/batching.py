@@ -210,7 +210,8 @@ class BatchQueue(Generic[Item]):
                 del self._lanes[kind]
         if batch:
             served = any(item.urgency is Urgency.BULK for item in batch)
-            self._urgent_turns = 0 if served else self._urgent_turns + 1
+            passed_over = any(kind.urgency is Urgency.BULK for kind in self._lanes)
+            self._urgent_turns = self._urgent_turns + 1 if passed_over and not served else 0
         return batch
 
     def _size(self, first: Item, now: float) -> int:

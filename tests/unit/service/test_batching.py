@@ -239,6 +239,16 @@ def test_bulk_has_a_turn_even_when_the_urgent_never_cease() -> None:
     assert turns == [URGENT_TURNS, 2 * URGENT_TURNS + 1]
 
 
+def test_bulk_has_no_turn_for_the_time_before_it_came() -> None:
+    queue: BatchQueue[Item] = BatchQueue(Policy())
+    for number in range(3 * URGENT_TURNS):
+        queue.push(Item(number))
+        queue.take()
+    for item in (bulk(-1), Item(100), Item(101)):
+        queue.push(item)
+    assert [numbers(batch) for batch in drained(queue)] == [[100], [101], [-1]]
+
+
 def test_a_batch_is_filled_up_with_bulk_of_the_same_key() -> None:
     queue: BatchQueue[Item] = BatchQueue(Policy(max_batch_size=3))
     for item in (bulk(0), bulk(1, "b"), Item(2), bulk(3), bulk(4)):
