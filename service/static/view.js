@@ -131,6 +131,7 @@ export function renderQueue() {
   const resting = state.offline ? "Waiting for the service…" : "Waiting…";
   const note = current?.status === "sending" ? "Looking…" : resting;
   $("busy").lastElementChild.textContent = hold ? holdText() : note;
+  renderSaves();
 }
 
 const MARKS = { failed: "!", waiting: "…", sending: "…" };
@@ -250,15 +251,19 @@ function chosenUrl() {
 
 const quote = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 
+function renderSaves() {
+  const { pictures, current } = state;
+  const done = pictures.filter(({ status }) => status === "done").length;
+  const through = pictures.filter((each) => !isUnfinished(each)).length;
+  $("save-picture").disabled = current?.status !== "done" || current.undrawable === true;
+  $("save-json").disabled = $("save-csv").disabled = done === 0;
+  const which = through < pictures.length ? `the ${through} pictures so far` : "all pictures";
+  $("save-note").hidden = pictures.length < 2;
+  $("save-note").textContent = `JSON and CSV hold ${which}.`;
+}
+
 function renderTexts(picture) {
   const done = picture.status === "done";
-  const through = state.pictures.filter((each) => !isUnfinished(each)).length;
-  const some = state.pictures.some(({ status }) => status === "done");
-  $("save-picture").disabled = !done || picture.undrawable === true;
-  $("save-json").disabled = $("save-csv").disabled = !some;
-  $("save-note").hidden = state.pictures.length < 2;
-  const which = through < state.pictures.length ? `the ${through} pictures so far` : "all pictures";
-  $("save-note").textContent = `JSON and CSV hold ${which}.`;
   $("answer").hidden = !done;
   if (!done) return;
   // Never the key itself: the line is there to be copied and shown.

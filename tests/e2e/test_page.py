@@ -212,6 +212,8 @@ def test_it_fits_a_phone_and_the_dark(page: Page, smear: Path, width: int, dark:
             "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
         )
         assert page.browser.execute_script(overflow) == 0
+        edges = [page[name].rect["x"] + page[name].rect["width"] for name in ("answer", "panel")]
+        assert edges[0] == pytest.approx(edges[1], abs=1)
         canvas = page["boxes"]
         assert canvas.get_property("width") == pytest.approx(2 * canvas.size["width"], abs=2)
         page.screenshot(f"{'phone' if width < 500 else 'desktop'}-{'dark' if dark else 'light'}")

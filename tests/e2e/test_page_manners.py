@@ -56,6 +56,10 @@ def test_what_is_saved_of_several_pictures(
         image.resize((2560, 1920), Image.Resampling.NEAREST).save(large)
     tiny_page.drop(large, text, squares)
     tiny_page.until_through()
+    tiny_page.thumbnails()[1].click()
+    assert not tiny_page["save-picture"].is_enabled()
+    tiny_page.thumbnails()[0].click()
+    assert tiny_page["save-note"].text == "JSON and CSV hold all pictures."
     tiny_page.set_score(0.6)
     for name in ("save-json", "save-csv", "save-picture"):
         tiny_page[name].click()
