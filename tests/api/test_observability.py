@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from service.observability import JsonFormatter, TextFormatter
 from service.security.keys import new_key
+from tests import tiny_model
 from tests.api.conftest import Start
 from tests.api.served import served
 from tests.api.test_operation import samples
@@ -194,6 +195,26 @@ async def test_detections_and_scores_show_what_answers_hold(client: httpx.AsyncC
         value for (name, _), value in found.items() if name == "retinaserve_model_load_seconds"
     ]
     assert seconds > 0
+
+
+async def test_an_unloaded_version_leaves_no_series(start: Start, tmp_path: Path) -> None:
+    tiny_model.save(tmp_path, version=1)
+    tiny_model.save(tmp_path, version=2)
+    async with start(models_dir=tmp_path) as client:
+        for version in (1, 2):
+            await client.post(f"/v1/detect?version={version}", content=GOOD)
+        before = await samples(client)
+        client._transport.app.state.service.registry.unload("tiny", 1)  # type: ignore[attr-defined]
+        after = await samples(client)
+
+    def names(
+        found: dict[tuple[str, tuple[tuple[str, str], ...]], float], version: str
+    ) -> set[str]:
+        return {name for name, labels in found if ("version", version) in labels}
+
+    assert names(before, "1") == names(before, "2") == names(after, "2")
+    # How far it got is still told, until its file has gone as well.
+    assert names(after, "1") <= {"retinaserve_model_ready", "retinaserve_model_load_seconds"}
 
 
 def test_a_call_over_grpc_leaves_the_same(
