@@ -59,6 +59,10 @@ class Client:
         self._connection = http.client.HTTPConnection(parts.netloc, timeout=300)
         self._headers = {"Authorization": f"Bearer {key}"}
 
+    def rest(self) -> None:
+        """Close; the next request opens it again. Idle ones are closed by the service."""
+        self._connection.close()
+
     def post(self, path: str, body: bytes = b"") -> tuple[int, dict[str, Any]]:
         self._connection.request("POST", path, body, self._headers)
         answer = self._connection.getresponse()
@@ -172,6 +176,7 @@ def swap(admin: Client, to: int) -> float:
         status, document = admin.post(f"/v1/models/{NAME}/{action}?version={version}")
         if status != 200:
             raise SystemExit(f"{action} of version {version}: {document['detail']}")
+    admin.rest()
     return time.monotonic() - started
 
 
@@ -253,6 +258,7 @@ def main() -> None:
             # Answers only once both are loaded: whoever asks again shares the load.
             for version in (1, 2):
                 admin.post(f"/v1/models/{NAME}/load?version={version}")
+            admin.rest()
             load = Load(server.url, admin_key, [drawn(seed) for seed in range(PICTURES)])
             kept = measure(server, admin, load, arguments)
     if not kept:
