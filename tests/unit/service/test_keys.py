@@ -11,10 +11,12 @@ import orjson
 import pytest
 from click.testing import CliRunner
 
+from service.api import create_app
 from service.cli import retinaserve
 from service.errors import DataError
 from service.security import keys
 from service.security.keys import Key, KeyStore, new_key, read_keys, revoke_key
+from service.settings import Settings
 
 
 @pytest.fixture
@@ -177,6 +179,11 @@ def test_a_broken_file_names_what_is_wrong(path: Path, content: bytes, says: str
 def test_a_missing_file_names_the_remedy(path: Path) -> None:
     with pytest.raises(DataError, match=f"retinaserve keys new NAME --file {path}"):
         KeyStore(path)
+
+
+def test_a_service_does_not_start_without_the_file_that_it_was_given(path: Path) -> None:
+    with pytest.raises(DataError, match="keys new"):
+        create_app(Settings(api_keys_file=path, device="cpu"))
 
 
 def run(*arguments: object) -> tuple[int, str, str]:

@@ -1,0 +1,135 @@
+"""Small files that want to become large: whatever they hold, it is refused or it stays small."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import struct
+import tracemalloc
+import zlib
+from collections.abc import Callable
+
+import pytest
+from PIL import Image
+
+from service.canvas import Buckets, Size
+from service.errors import MalformedImage, TooLarge, UnsupportedMedia
+from service.imaging import prepare
+from tests.pictures import encoded, one_red
+
+RULE = Buckets(sizes=(Size(96, 128),))
+PEAK = 72 << 20
+"""Pillow inflates texts to at most 1 MiB each and 64 MiB in all."""
+BOMB = 80 << 20
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    crc = struct.pack(">I", zlib.crc32(kind + content))
+    return struct.pack(">I", len(content)) + kind + content + crc
+
+
+def png(*extra: bytes, side: int = 64, pixels: bytes | None = None) -> bytes:
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    rows = (b"\x00" + bytes(3 * side)) * side if pixels is None else pixels
+    return b"".join(
+        (
+            b"\x89PNG\r\n\x1a\n",
+            chunk(b"IHDR", header),
+            *extra,
+            chunk(b"IDAT", zlib.compress(rows)),
+            chunk(b"IEND", b""),
+        )
+    )
+
+
+@functools.cache
+def zeros(count: int) -> bytes:
+    packer = zlib.compressobj(1)
+    return b"".join(packer.compress(bytes(1 << 20)) for _ in range(count >> 20)) + packer.flush()
+
+
+def exif(entries: int, size: int) -> bytes:
+    """Every field says that its value is the same `size` bytes."""
+    fields = b"".join(struct.pack("<HHII", 1000 + i, 1, size, 8) for i in range(entries))
+    return b"II*\x00" + struct.pack("<IH", 8, entries) + fields + bytes(size)
+
+
+def segments(count: int) -> bytes:
+    """A JPEG with so many full application segments before its picture."""
+    good = encoded(one_red(), "JPEG")
+    return (
+        good[:2]
+        + (b"\xff\xe2\xff\xff" + b"ICC_PROFILE\x00\x01\xff" + bytes(65519)) * count
+        + good[2:]
+    )
+
+
+HOSTILE: dict[str, Callable[[], bytes]] = {
+    "a text of 100 MB": lambda: png(chunk(b"zTXt", b"a\x00\x00" + zeros(BOMB))),
+    "an international text": lambda: png(chunk(b"iTXt", b"a\x00\x01\x00\x00\x00" + zeros(BOMB))),
+    "a colour profile of 100 MB": lambda: png(chunk(b"iCCP", b"a\x00\x00" + zeros(BOMB))),
+    "texts of 1 MB by the hundred": lambda: png(
+        *(chunk(b"zTXt", b"a%d\x00\x00" % i + zeros(1 << 20)) for i in range(100))
+    ),
+    "texts behind the pixels": lambda: png()[:-12] + chunk(b"zTXt", b"a\x00\x00" + zeros(BOMB)),
+    "more pixels than it says": lambda: png(pixels=bytes(BOMB)),
+    "EXIF that repeats itself": lambda: png(chunk(b"eXIf", exif(5000, 200_000))),
+    "EXIF that points to itself": lambda: png(chunk(b"eXIf", b"II*\x00\x08\x00\x00\x00" * 1000)),
+    "a chunk longer than the file": lambda: png(struct.pack(">I", 0x7FFFFFFF) + b"tEXt"),
+    "profiles by the megabyte": lambda: segments(100),
+    "a side of two thousand million": lambda: (
+        png(side=1)[:16] + struct.pack(">II", 0x7FFFFFFF, 0x7FFFFFFF) + png(side=1)[24:]
+    ),
+    "a WebP larger than it says": lambda: (
+        b"RIFF\x00\x00\x00\x00WEBPVP8X\x0a\x00\x00\x00" + bytes(4) + b"\xff\xff\xff\xff\xff\xff"
+    ),
+    "a JPEG of 65,500 x 65,500": lambda: encoded(one_red(), "JPEG").replace(
+        b"\x00\x11\x08\x00\x60\x00\x80", b"\x00\x11\x08\xff\xdc\xff\xdc"
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_bomb_stays_small(name: str) -> None:
+    data = HOSTILE[name]()
+    tracemalloc.start()
+    with contextlib.suppress(MalformedImage, TooLarge):
+        prepare(data, RULE)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # What it holds itself may be held twice.
+    assert peak < PEAK + 2 * len(data), f"{peak} bytes of {len(data)}"
+
+
+POLYGLOTS: dict[str, bytes] = {
+    "a page in front": b"<html><script>alert(1)</script></html>" + encoded(one_red()),
+    "a GIF in front": b"GIF89a" + encoded(one_red(), "JPEG"),
+    "a PDF": b"%PDF-1.7\n" + encoded(one_red()),
+    "a TIFF": encoded(one_red(), "TIFF"),
+    "PostScript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+    "an icon": encoded(one_red(), "ICO"),
+    "JPEG 2000": b"\x00\x00\x00\x0cjP  \r\n\x87\n" + bytes(64),
+    "AVIF": b"\x00\x00\x00\x20ftypavif" + bytes(64),
+}
+
+
+@pytest.mark.parametrize("name", POLYGLOTS)
+def test_only_three_kinds_by_their_first_bytes(name: str) -> None:
+    with pytest.raises(UnsupportedMedia):
+        prepare(POLYGLOTS[name], RULE)
+
+
+def test_what_hangs_behind_or_beside_a_picture_does_not_matter() -> None:
+    plain = prepare(encoded(one_red()), RULE).canvas
+    assert (prepare(encoded(one_red()) + b"PK\x03\x04 a zip file", RULE).canvas == plain).all()
+    several = encoded(one_red(), "MPO", save_all=True, append_images=[Image.new("RGB", (9, 9))])
+    assert prepare(several, RULE).letterbox.original == Size(96, 128)
+
+
+@pytest.mark.parametrize("data", [png()[:-40], png()[:60], encoded(one_red(), "WEBP")[:90]])
+def test_errors_tell_nothing_of_the_machine(data: bytes) -> None:
+    with pytest.raises(MalformedImage) as raised:
+        prepare(data, RULE)
+    assert "/" not in str(raised.value)
+    assert "0x" not in str(raised.value)
