@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 from service.batching import Urgency
@@ -19,6 +19,7 @@ _BIG_MESSAGE: Final = 256 * 1024
 """From this size on taking a message apart is worth a thread."""
 
 Answer = Callable[[Method, Any], Any]
+Receive = Callable[[], Awaitable[bytes]]
 
 
 class GrpcMethods:
@@ -36,13 +37,19 @@ class GrpcMethods:
         }
         """Every method that answers from what is known, by its name."""
 
-    async def infer(self, method: Method, content: bytes, remaining: float | None) -> Any:
-        """ModelInfer, of a message that is not yet read. The client waits `remaining` seconds."""
+    async def infer(self, method: Method, receive: Receive, remaining: float | None) -> Any:
+        """ModelInfer, of a message that `receive` waits for. The client waits `remaining` seconds.
+
+        Who cannot be served is refused before his message has arrived.
+        """
         service, arrived = self._service, time.monotonic()
-        seconds = service.settings.request_timeout_ms / 1e3
+        longest = service.settings.request_timeout_ms / 1e3
+        patience = longest if remaining is None else max(0.0, min(longest, remaining))
+        service.admit(patience, Urgency.INTERACTIVE)
+        content = await receive()
+        limit = time.monotonic() + longest
         if remaining is not None:
-            seconds = max(0.0, min(seconds, remaining))
-        service.admit(seconds, Urgency.INTERACTIVE)
+            limit = min(limit, arrived + remaining)
         with service.pictures.slot(len(content)):
             if len(content) < _BIG_MESSAGE:
                 request = read(content, method.request)
@@ -50,7 +57,7 @@ class GrpcMethods:
                 request = await service.off_loop(read, content, method.request)
             model = find_model(service, request.model_name, request.model_version)
             parsed = await self._parse(request, len(content), limits_of(service, model))
-            limit = earlier(arrived + seconds, parsed.request.parameters, arrived=arrived)
+            limit = earlier(limit, parsed.request.parameters, arrived=arrived)
             outputs = await infer(service, model, parsed.request, limit)
         return write(
             parsed,

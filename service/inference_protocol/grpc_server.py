@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import logging
 import re
 import socket
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import unquote
 
 from service.context import Service
-from service.errors import DataError, RetinaserveError
+from service.errors import BodyTimeout, DataError, MalformedRequest, RetinaserveError
 from service.inference_protocol import grpc_messages
 from service.inference_protocol.grpc_codec import read
 from service.inference_protocol.grpc_messages import Method
@@ -37,6 +39,7 @@ _CODES: Final = {
     400: "INVALID_ARGUMENT",
     401: "UNAUTHENTICATED",
     404: "NOT_FOUND",
+    408: "DEADLINE_EXCEEDED",
     413: "INVALID_ARGUMENT",
     415: "INVALID_ARGUMENT",
     422: "INVALID_ARGUMENT",
@@ -95,7 +98,7 @@ class GrpcServer:
                 # Two servers on one port would each get some of the calls.
                 ("grpc.so_reuseport", 0),
             ),
-            # Messages that are arriving are bounded too, as uploads are over HTTP.
+            # gRPC does not tell how much of a message has come: calls are what can be bounded.
             maximum_concurrent_rpcs=2 * settings.max_queue_size,
         )
         server.add_generic_rpc_handlers(_handlers(self._service))
@@ -140,9 +143,10 @@ def _handlers(service: Service) -> tuple[grpc.GenericRpcHandler, ...]:
 
     def handler(name: str, method: Method) -> grpc.RpcMethodHandler[Any, Any]:
         call = _Call(service, methods, f"/{name}/{method.name}", method)
-        # Without a deserializer: a message is read within the call, where what is wrong with it
-        # finds its way to the client.
-        return grpc.unary_unary_rpc_method_handler(
+        # As if a stream of messages came, which on the wire is the same: only so is a call known
+        # before its message has arrived, and can be refused. Without a deserializer, since what is
+        # wrong with a message is for the call to tell.
+        return grpc.stream_unary_rpc_method_handler(
             call.answer, response_serializer=method.response.SerializeToString
         )
 
@@ -163,17 +167,18 @@ class _Call:
         self._path = path
         self._method = method
 
-    async def answer(self, content: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+    async def answer(
+        self, messages: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]
+    ) -> Any:
         """One call."""
         metadata = {str(name): value for name, value in context.invocation_metadata() or ()}
         record = Record(_request_id(metadata))
-        record.body_bytes = len(content)
         request_id.set(record.request_id)
         current.set(record)
         span = self._begin_span(record, metadata)
         status = 499
         try:
-            answer = await self._work(content, metadata, context, record)
+            answer = await self._work(messages, metadata, context, record)
             status = 200
         except RetinaserveError as error:
             status = error.status
@@ -191,7 +196,7 @@ class _Call:
 
     async def _work(
         self,
-        content: bytes,
+        messages: AsyncIterator[bytes],
         metadata: dict[str, Any],
         context: grpc.aio.ServicerContext[Any, Any],
         record: Record,
@@ -199,10 +204,24 @@ class _Call:
         if self._method.name not in _PROBES:
             key = self._service.gate.enter(_presented(metadata), _address(context.peer()))
             record.key = None if key is None else key.name
+        receive = partial(self._receive, messages, record)
         if self._method.name == _INFER:
-            return await self._methods.infer(self._method, content, context.time_remaining())
-        request = read(content, self._method.request)
+            return await self._methods.infer(self._method, receive, context.time_remaining())
+        request = read(await receive(), self._method.request)
         return self._methods.plain[self._method.name](self._method, request)
+
+    async def _receive(self, messages: AsyncIterator[bytes], record: Record) -> bytes:
+        seconds = self._service.settings.body_timeout_ms / 1e3
+        try:
+            async with asyncio.timeout(seconds):
+                content = await anext(messages, None)
+        except TimeoutError:
+            raise BodyTimeout(f"the message did not arrive within {seconds:g} s") from None
+        if content is None:
+            raise MalformedRequest("the call has no message")
+        record.body_bytes = len(content)
+        record.body_finished = time.monotonic()
+        return content
 
     def _finish(self, record: Record, status: int) -> None:
         seconds = time.monotonic() - record.started

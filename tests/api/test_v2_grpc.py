@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -310,6 +311,45 @@ def test_a_client_that_leaves_frees_its_place(
     until(lambda: server.service.pictures.held == 0)
     stuck()
     assert infer(channel, typed()).model_name == "tiny"
+
+
+def test_a_message_that_does_not_come(repository: Path) -> None:
+    never = threading.Event()
+
+    def messages() -> Iterator[bytes]:
+        never.wait(PATIENCE)
+        yield b""
+
+    with (
+        served(repository, body_timeout_ms=200) as server,
+        grpc.insecure_channel(server.grpc) as channel,
+    ):
+        for method in ("ModelInfer", "ModelMetadata"):
+            call = channel.stream_unary(METHOD + method)
+            error = refusal(partial(call, messages(), timeout=PATIENCE))
+            assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            assert "within 0.2 s" in error.details()
+            error = refusal(partial(call, iter(()), timeout=PATIENCE))
+            assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+        never.set()
+
+
+def test_who_cannot_be_served_need_not_send(
+    server: Served, channel: grpc.Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    never = threading.Event()
+
+    def messages() -> Iterator[bytes]:
+        never.wait(PATIENCE)
+        yield b""
+
+    monkeypatch.setattr(server.service.pictures, "limit", 0)
+    error = refusal(
+        lambda: channel.stream_unary(METHOD + "ModelInfer")(messages(), timeout=PATIENCE)
+    )
+    never.set()
+    assert error.code() is grpc.StatusCode.UNAVAILABLE
+    assert "queue is full" in error.details()
 
 
 def test_a_full_queue_says_when_to_come_back(repository: Path) -> None:
