@@ -124,6 +124,8 @@ class _Exchange:
         self.record = Record(_request_id(scope))
         self.status = _CLIENT_GONE
         self.begun = False
+        # What lies below a mounted folder changes the scope.
+        self._path = get_route_path(scope)
         self._receive = receive
         self._send = send
         # Asking for the body is what makes the server send 100 Continue.
@@ -171,7 +173,7 @@ class _Exchange:
 
     def route(self) -> tuple[str, str]:
         """Route template and method, as metrics may have them."""
-        route = self.scope.get("route") or _route_of(self.scope)
+        route = self.scope.get("route") or _route_of(self.scope, self._path)
         # Never the path itself: anybody could make any number of those.
         template = getattr(route, "path", None) or _UNMATCHED
         method = self.scope["method"]
@@ -193,9 +195,8 @@ class _Exchange:
         }
 
 
-def _route_of(scope: Scope) -> BaseRoute | None:
-    """The route of a request that was refused before it was routed."""
-    path = get_route_path(scope)
+def _route_of(scope: Scope, path: str) -> BaseRoute | None:
+    """The route of a request that was refused before it was routed, or the folder of a file."""
     for route in getattr(scope.get("app"), "routes", ()):
         pattern = getattr(route, "path_regex", None)
         if pattern is not None and pattern.match(path):

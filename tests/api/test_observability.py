@@ -183,6 +183,18 @@ async def test_every_picture_of_a_batch_has_one_outcome(client: httpx.AsyncClien
     assert found["retinaserve_requests_in_progress", ()] == 1, "the scrape itself"
 
 
+async def test_routes_are_templates(client: httpx.AsyncClient) -> None:
+    paths = ("/static/sample.jpg", "/static/none", "/v1/models/tiny", "/v1/models/none", "/none")
+    for path in paths:
+        await client.get(path)
+    routes: Counter[str] = Counter()
+    for (name, labels), value in (await samples(client)).items():
+        if name == "retinaserve_requests_total":
+            routes[dict(labels)["route"]] += int(value)
+    # The scrape itself is over only after it was written.
+    assert routes == {"/static": 2, "/v1/models/{name}": 2, "unmatched": 1}
+
+
 async def test_detections_and_scores_show_what_answers_hold(client: httpx.AsyncClient) -> None:
     for _ in range(2):
         await client.post("/v1/detect", content=GOOD)
