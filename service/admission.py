@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
+from service.batching import Urgency
 from service.errors import Unavailable
 
 _START: Final = 1.1
@@ -15,6 +16,8 @@ _RISE: Final = 0.1
 _FALL: Final = 0.002
 """Steps of the ratio up when work lasted longer, down when it did not: it settles where some 2 % do
 last longer."""
+_SPARED: Final = 4
+"""One in so many places is never taken by bulk."""
 _SMALL_CHANGE: Final = 0.05
 """Seconds that are added to both sides of a comparison: being 20 ms late on 20 ms is no pattern."""
 
@@ -75,11 +78,14 @@ class Admission:
         """`pause` tells how many seconds it will take until there is room."""
         self.limit = limit
         self.bytes_limit = bytes_limit
+        self.bulk_limit = limit - limit // _SPARED
+        """Bulk leaves places to those who wait for one picture."""
         self.held = 0
+        self.bulk_held = 0
         self.bytes_held = 0
         self._pause = pause or (lambda: 1.0)
 
-    def check(self, places: int = 1, size: int = 0) -> None:
+    def check(self, places: int = 1, size: int = 0, urgency: Urgency = Urgency.INTERACTIVE) -> None:
         """Raise Unavailable when there is no room, before anything was spent on the request."""
         if self.held + places > self.limit:
             raise Unavailable(
@@ -87,8 +93,16 @@ class Admission:
                 reason="queue-full",
                 retry_after=self._pause(),
             )
-        # A picture larger than the bound passes when it is alone: its size has a bound of its own.
-        if self.bytes_limit is not None and self.held and self.bytes_held + size > self.bytes_limit:
+        if urgency is Urgency.BULK and self.bulk_held + places > self.bulk_limit:
+            raise Unavailable(
+                f"batches hold {self.bulk_held} of {self.limit} places, the rest is for single "
+                "pictures; try again in a moment",
+                reason="queue-full",
+                retry_after=self._pause(),
+            )
+        # What is larger than the bound passes when it is alone: its size has a bound of its own.
+        crowded = self.bytes_limit is not None and self.bytes_held + size > self.bytes_limit
+        if crowded and size and self.bytes_held:
             raise Unavailable(
                 f"the queue holds {self.bytes_held} bytes of pictures and has no room for {size} "
                 f"more (at most {self.bytes_limit}); try again in a moment",
@@ -97,10 +111,25 @@ class Admission:
             )
 
     @contextmanager
-    def slot(self, size: int = 0) -> Iterator[None]:
+    def slot(self, size: int = 0, urgency: Urgency = Urgency.INTERACTIVE) -> Iterator[None]:
         """Hold the place of a picture of so many bytes. Raises Unavailable without room."""
-        self.check(1, size)
-        with self._hold(1, size):
+        self.check(1, size, urgency)
+        bulk = int(urgency is Urgency.BULK)
+        self.bulk_held += bulk
+        try:
+            with self.hold(1, size):
+                yield
+        finally:
+            self.bulk_held -= bulk
+
+    @contextmanager
+    def body(self, size: int) -> Iterator[None]:
+        """Hold the bytes of a request of many pictures, which then need only places.
+
+        Raises Unavailable without room.
+        """
+        self.check(0, size)
+        with self.hold(0, size):
             yield
 
     @contextmanager
@@ -113,11 +142,12 @@ class Admission:
                 reason="queue-full",
                 retry_after=self._pause(),
             )
-        with self._hold(places, 0):
+        with self.hold(places, 0):
             yield
 
     @contextmanager
-    def _hold(self, places: int, size: int) -> Iterator[None]:
+    def hold(self, places: int, size: int) -> Iterator[None]:
+        """Hold what has been checked already."""
         self.held += places
         self.bytes_held += size
         try:

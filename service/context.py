@@ -73,7 +73,7 @@ class Service:
         """Bodies that are arriving, before they are pictures that wait."""
         self.decode_memory = DecodeMemory(settings.decode_memory_bytes)
         self.batch_window = min(
-            settings.max_queue_size, 2 * batch * len(self.hardware.devices) + threads
+            self.pictures.bulk_limit, 2 * batch * len(self.hardware.devices) + threads
         )
         """Pictures of one batch request in the pipeline at a time: enough to keep every thread
         busy, and not so many that other clients wait for all of them."""
@@ -117,7 +117,7 @@ class Service:
         """
         if self.pipeline.fatal:
             raise Unavailable(self.pipeline.fatal, reason="device-lost", retry_after=30.0)
-        self.pictures.check()
+        self.pictures.check(urgency=urgency)
         self.pipeline.check(seconds, urgency)
 
     def off_loop(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:

@@ -34,6 +34,8 @@ from service.workers import Watchdog, Worker
 _log = logging.getLogger("retinaserve.pipeline")
 _DEVICE_ERROR: Final = re.compile(r"(CUDA|CUDNN|CUBLAS)\w* (failure|error) \d+: [^;\n/]{1,200}")
 _JOIN_SECONDS: Final = 0.5
+_LONGEST_DOUBT: Final = 30.0
+"""Seconds that a batch which is overdue is thought to need at most."""
 _NEWS: Final = 0.1
 """Share of the newest picture in what is known of decoding."""
 
@@ -157,7 +159,8 @@ class Pipeline:
         self._watchdog = Watchdog(self._workers, on_death=self._died, on_wedge=self._wedged)
         self._decode_seconds = 0.0
         """What decoding a picture takes, recent ones weighing more."""
-        self._caution = Caution()
+        self._cautions = {urgency: Caution() for urgency in Urgency}
+        """One for each: bulk is also overtaken by what comes after it."""
 
     @property
     def depth(self) -> int:
@@ -209,7 +212,9 @@ class Pipeline:
 
     def check(self, seconds: float, urgency: Urgency) -> None:
         """Raise Unavailable when the queue alone takes longer than `seconds`."""
-        refuse_late(finish=self._caution.stretch(self.wait(urgency)), left=seconds, alone=0.0)
+        refuse_late(
+            finish=self._cautions[urgency].stretch(self.wait(urgency)), left=seconds, alone=0.0
+        )
 
     def admit(
         self,
@@ -231,7 +236,7 @@ class Pipeline:
         needed = wait + self._decode_seconds + inference
         # An idle service lets in whatever is not hopeless: what it has learnt may be out of date,
         # and only work can tell.
-        finish = self._caution.stretch(needed) if wait else alone
+        finish = self._cautions[urgency].stretch(needed) if wait else alone
         refuse_late(finish=finish, left=deadline - time.monotonic(), alone=alone)
         return needed
 
@@ -310,9 +315,7 @@ class Pipeline:
             self._ready.remove(work)
 
     def _learn(self, urgency: Urgency, needed: float, actual: float) -> None:
-        # Bulk is overtaken by what comes after it, which says nothing about the prediction.
-        if urgency is Urgency.INTERACTIVE:
-            self._caution.observe(predicted=needed, actual=actual)
+        self._cautions[urgency].observe(predicted=needed, actual=actual)
 
     def _batch_size(self, key: Hashable, waiting: int, left: float) -> int:
         assert isinstance(key, BatchKey), "only decoded pictures reach a device"
@@ -469,7 +472,10 @@ def _rest(worker: Worker[Work], now: float) -> float:
         return 0.0
     key = batch[0].key
     cost = batch[0].model.costs.of(key.canvas if isinstance(key, BatchKey) else None)
-    return max(0.0, since + cost.seconds(len(batch)) - now)
+    rest = since + cost.seconds(len(batch)) - now
+    # What lasts longer than it should, nobody knows how long: for as long again, say. With 0 the
+    # service would look idle while a batch hangs, and let in all who would wait for it in vain.
+    return rest if rest > 0 else min(-rest, _LONGEST_DOUBT)
 
 
 def _deliver(answers: Sequence[tuple[Work, Outcome | Exception]]) -> None:

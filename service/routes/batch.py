@@ -65,7 +65,12 @@ class BatchRoute:
         model = service.registry.get(query.model, query.version)
         selection = query.selection(model.metadata)
         body = await receive_body(service, request)
+        size = len(body)
+        # All of the pictures are in memory from now on, not only those that have a place.
+        service.pictures.check(0, size)
         pictures = await self._pictures(request.headers.get("content-type", ""), body)
+        # Base64 has been copied out of it.
+        del body
         limit = deadline(
             request.headers,
             arrived=arrived,
@@ -74,13 +79,14 @@ class BatchRoute:
         )
         run = _Run(service, model, selection, limit, query.tile, request.url.path)
         if NDJSON in request.headers.get("accept", "").lower():
-            return StreamingResponse(run.lines(pictures), media_type=NDJSON)
-        async with cancelled_when_gone(request.receive):
-            answers = [answer async for answer in run.answers(pictures)]
-            answers.sort(key=lambda answer: int(answer["index"]))
-            content = await service.off_loop(
-                orjson.dumps, {"results": answers, "model": model_json(model)}
-            )
+            return StreamingResponse(run.lines(pictures, size), media_type=NDJSON)
+        with service.pictures.body(size):
+            async with cancelled_when_gone(request.receive):
+                answers = [answer async for answer in run.answers(pictures)]
+                answers.sort(key=lambda answer: int(answer["index"]))
+                content = await service.off_loop(
+                    orjson.dumps, {"results": answers, "model": model_json(model)}
+                )
         return Response(content, media_type="application/json")
 
     async def _pictures(self, content_type: str, body: Body) -> list[Picture]:
@@ -145,10 +151,12 @@ class _Run:
             for task in tasks:
                 task.cancel()
 
-    async def lines(self, pictures: Sequence[Picture]) -> AsyncIterator[bytes]:
-        """The answers as newline-delimited JSON."""
-        async for answer in self.answers(pictures):
-            yield orjson.dumps(answer) + b"\n"
+    async def lines(self, pictures: Sequence[Picture], size: int) -> AsyncIterator[bytes]:
+        """The answers as newline-delimited JSON. All the pictures have `size` bytes."""
+        # Here and not around the response: a generator that nobody begins has nothing to end.
+        with self._service.pictures.hold(0, size):
+            async for answer in self.answers(pictures):
+                yield orjson.dumps(answer) + b"\n"
 
     async def _answer(self, index: int, picture: Picture) -> dict[str, Any]:
         answer: dict[str, Any] = {"index": index, "id": picture.id}
@@ -167,7 +175,7 @@ class _Run:
     async def _detect(self, picture: Picture) -> dict[str, Any]:
         service, model = self._service, self._model
         content = picture.content
-        with service.pictures.slot(len(content) if isinstance(content, memoryview | str) else 0):
+        with service.pictures.slot(urgency=Urgency.BULK):
             if not isinstance(content, memoryview):
                 content = memoryview(await service.off_loop(decode_base64, content))
             answer = await detect_one(

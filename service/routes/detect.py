@@ -73,6 +73,8 @@ class DetectRoute:
         with service.pictures.slot(len(body)):
             async with cancelled_when_gone(request.receive):
                 picture = await self._picture(request.headers.get("content-type", ""), body)
+                # Base64 has been copied out of it.
+                del body
                 answer = await detect_one(service, picture, model, selection, limit, query.tile)
                 image_type = wanted_image(request.headers.get("accept"))
                 if image_type is not None:

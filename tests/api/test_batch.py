@@ -6,10 +6,12 @@ import asyncio
 import base64
 import json
 import time
+from contextlib import ExitStack
 
 import httpx
 import pytest
 
+from service.batching import Urgency
 from service.routes.openapi import BatchAnswer
 from tests.api.conftest import Start
 from tests.pictures import BLUE, GREEN, RED, encoded, one_red, squares
@@ -199,3 +201,38 @@ async def test_late_pictures_say_so_one_by_one(client: httpx.AsyncClient) -> Non
     assert answer.status_code == 200
     # Late, or refused as soon as it was clear that they would be.
     assert {each["status"] for each in answer.json()["results"]} & {503, 504}
+
+
+@pytest.mark.parametrize("accept", ["application/json", "application/x-ndjson"])
+async def test_the_bytes_of_pictures_that_have_yet_to_come_in_count(
+    start: Start, monkeypatch: pytest.MonkeyPatch, accept: str
+) -> None:
+    async with start() as client:
+        service = client._transport.app.state.service  # type: ignore[attr-defined]
+        seen = []
+        detect = service.pipeline.detect
+
+        async def watched(*args: object, **options: object) -> object:
+            seen.append(service.pictures.bytes_held)
+            return await detect(*args, **options)
+
+        monkeypatch.setattr(service.pipeline, "detect", watched)
+        answer = await post_forms(client, *[GOOD] * 40, headers={"Accept": accept})
+        assert answer.status_code == 200
+        assert len(seen) == 40
+        assert min(seen) >= 40 * len(GOOD)
+        assert service.pictures.bytes_held == 0
+        with service.pictures.body(service.settings.max_queue_bytes):
+            answer = await post_forms(client, GOOD, headers={"Accept": accept})
+        assert answer.status_code == 503
+        assert "retry-after" in answer.headers
+
+
+async def test_batches_cannot_take_every_place(start: Start) -> None:
+    async with start(max_queue_size=4) as client:
+        service = client._transport.app.state.service  # type: ignore[attr-defined]
+        with ExitStack() as held:
+            for _ in range(3):
+                held.enter_context(service.pictures.slot(urgency=Urgency.BULK))
+            assert (await post_forms(client, GOOD)).status_code == 503
+            assert (await client.post("/v1/detect", content=GOOD)).status_code == 200

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from contextlib import ExitStack
 
 import pytest
 
 from service.admission import Admission, Caution, refuse_late
+from service.batching import Urgency
 from service.errors import Unavailable
 
 
@@ -93,3 +95,43 @@ def test_a_hiccup_on_something_short_is_no_pattern() -> None:
     caution = Caution()
     caution.observe(predicted=0.001, actual=0.005)
     assert caution.ratio < 1.1
+
+
+def test_bulk_leaves_places_to_others() -> None:
+    admission = Admission(8)
+    with ExitStack() as held:
+        for _ in range(6):
+            held.enter_context(admission.slot(urgency=Urgency.BULK))
+        with pytest.raises(Unavailable, match="6 of 8") as refused:
+            held.enter_context(admission.slot(urgency=Urgency.BULK))
+        assert refused.value.reason == "queue-full"
+        admission.check()
+        for _ in range(2):
+            held.enter_context(admission.slot())
+        with pytest.raises(Unavailable, match="8 pictures"):
+            admission.check()
+    for urgency in Urgency:
+        admission.check(urgency=urgency)
+
+
+def test_the_smallest_queue_takes_bulk_too() -> None:
+    admission = Admission(1)
+    with admission.slot(urgency=Urgency.BULK), pytest.raises(Unavailable):
+        admission.check()
+    assert admission.held == 0
+
+
+def test_the_bytes_of_a_whole_request_count_while_it_lasts() -> None:
+    admission = Admission(10, bytes_limit=100)
+    with admission.body(70):
+        assert (admission.held, admission.bytes_held) == (0, 70)
+        with pytest.raises(Unavailable) as refused, admission.body(40):
+            pytest.fail("there was no room")
+        assert refused.value.reason == "queue-bytes"
+        with pytest.raises(Unavailable), admission.slot(40):
+            pytest.fail("there was no room")
+        with admission.slot(30):
+            pass
+    with admission.body(500), admission.slot():
+        assert admission.held == 1, "its own pictures have been counted"
+    assert (admission.held, admission.bytes_held) == (0, 0)

@@ -115,8 +115,29 @@ def test_the_rest_of_a_batch_in_hand(model: Servable) -> None:
     assert line.wait() == pytest.approx(0.060)
     ready(line, model, 1)
     assert line.wait() == pytest.approx(0.100)
-    in_hand(line, 0, model, 8, since=NOW - 0.500)
-    assert line.wait() == pytest.approx(0.040), "it should have been done, and will be at once"
+
+
+def test_a_batch_that_is_late_is_thought_to_be_late_again(model: Servable) -> None:
+    line = a_line()
+    in_hand(line, 0, model, 8, since=NOW - 0.510)
+    assert line.wait() == pytest.approx(0.400)
+    in_hand(line, 0, model, 8, since=NOW - 5.110)
+    with pytest.raises(Unavailable) as refused:
+        line.admit(model, NOW + 1.0)
+    assert refused.value.reason == "deadline", "it hangs, and who waited would wait in vain"
+    in_hand(line, 0, model, 8, since=NOW - 3600.0)
+    assert line.wait() == 30.0, "no more is made of it"
+
+
+def test_bulk_learns_for_itself_how_often_it_is_overtaken(model: Servable) -> None:
+    line = a_line()
+    ready(line, model, 8, Urgency.BULK)
+    for _ in range(20):
+        line._learn(Urgency.BULK, 0.1, 1.0)
+    line.check(0.120, Urgency.INTERACTIVE)
+    line.admit(model, NOW + 1.1 * 0.050)
+    with pytest.raises(Unavailable):
+        line.check(0.120, Urgency.BULK)
 
 
 def test_several_devices_share_the_work(model: Servable) -> None:
