@@ -120,7 +120,7 @@ class Bounded(asyncio.Protocol):
         async def send_and_close(message: MutableMapping[str, Any]) -> None:
             if cycle.more_body and not cycle.response_started:
                 message["headers"] = [
-                    *(each for each in message["headers"] if each[0].lower() != b"connection"),
+                    *(each for each in message.get("headers", ()) if each[0] != b"connection"),
                     (b"connection", b"close"),
                 ]
             await send(message)
