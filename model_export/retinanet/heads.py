@@ -3,24 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Final, Literal
 
 from torch import Tensor, nn
 
 PRIOR = 0.01
 """At the start every anchor says "object" with this probability (Focal Loss, section 3.3)."""
 
-GROUPS: Final = 32
-"""Groups of a group norm (arXiv 1803.08494)."""
-
 _PAPER_WIDTH = 256
-
-# What stands between a hidden convolution of so many channels and its ReLU.
-_NORMS: Final[Mapping[str, Callable[[int], list[nn.Module]]]] = {
-    "none": lambda width: [],
-    "group": lambda width: [nn.GroupNorm(GROUPS, width)],
-}
 
 
 def prior_bias(prior: float = PRIOR) -> float:
@@ -35,8 +24,8 @@ def prior_bias(prior: float = PRIOR) -> float:
 class Head(nn.Module):
     """`depth` 3x3 convolutions with ReLU, then one 3x3 convolution to `anchors * outputs` maps.
 
-    With `norm` "group" a group norm comes before each ReLU, and its bias replaces the
-    convolution's.
+    With `groups` a group norm (arXiv 1803.08494) of so many comes before each ReLU, and its bias
+    replaces the convolution's.
     """
 
     def __init__(
@@ -48,13 +37,13 @@ class Head(nn.Module):
         anchors: int,
         outputs: int,
         bias: float,
-        norm: Literal["none", "group"] = "none",
+        groups: int = 0,
     ) -> None:
         super().__init__()
         self.outputs = outputs
         layers: list[nn.Module] = []
         for index in range(depth):
-            norms = _NORMS[norm](width)
+            norms = [nn.GroupNorm(groups, width)] if groups else []
             inputs = channels if index == 0 else width
             conv = nn.Conv2d(inputs, width, 3, padding=1, bias=not norms)
             _initialise_hidden(conv)

@@ -19,7 +19,7 @@ from model_export.retinanet.anchors import (
 )
 from model_export.retinanet.backbones import BACKBONES
 from model_export.retinanet.fpn import FeaturePyramid
-from model_export.retinanet.heads import GROUPS, PRIOR, Head, prior_bias
+from model_export.retinanet.heads import PRIOR, Head, prior_bias
 
 
 class ModelConfig(BaseModel):
@@ -38,7 +38,9 @@ class ModelConfig(BaseModel):
     head_depth: int = Field(default=4, ge=0)
     """3x3 convolutions before the output convolution of each head."""
     head_norm: Literal["none", "group"] = "none"
-    """Behind each of these convolutions: nothing, or a group norm of 32 groups."""
+    """Behind each of these convolutions: nothing, or a group norm."""
+    head_groups: int = Field(default=32, ge=1)
+    """Its groups; the usual 32 are 8 channels each where the heads are 256 wide."""
     prior: float = Field(default=PRIOR, gt=0, lt=1)
     """Probability of "object" at the start of training; 0.5 is a bias of 0."""
     anchors: AnchorConfig = AnchorConfig()
@@ -53,10 +55,11 @@ class ModelConfig(BaseModel):
     @model_validator(mode="after")
     def _check_groups(self) -> ModelConfig:
         # Groups of one channel would make a level of a single cell all zero.
-        if self.head_norm == "group" and (self.head_width % GROUPS or self.head_width < 2 * GROUPS):
+        width, groups = self.head_width, self.head_groups
+        if self.head_norm == "group" and (width % groups or width < 2 * groups):
             raise ValueError(
-                f"head_norm group has {GROUPS} groups of two channels or more: head_width must be "
-                f"{2 * GROUPS}, {3 * GROUPS} or another multiple of {GROUPS}, got {self.head_width}"
+                f"head_width {width} does not make {groups} equal groups of two channels or more; "
+                f"set head_groups, to {width // 8} for example, or another head_width"
             )
         return self
 
@@ -91,6 +94,7 @@ class RetinaNet(nn.Module):
             self.backbone.channels, config.fpn_channels, p6_from=config.p6_from
         )
         per_cell = config.anchors.per_cell
+        groups = config.head_groups if config.head_norm == "group" else 0
         self.classification_head = Head(
             config.fpn_channels,
             width=config.head_width,
@@ -98,7 +102,7 @@ class RetinaNet(nn.Module):
             anchors=per_cell,
             outputs=classes,
             bias=prior_bias(config.prior),
-            norm=config.head_norm,
+            groups=groups,
         )
         self.regression_head = Head(
             config.fpn_channels,
@@ -107,7 +111,7 @@ class RetinaNet(nn.Module):
             anchors=per_cell,
             outputs=4,
             bias=0.0,
-            norm=config.head_norm,
+            groups=groups,
         )
         self.register_buffer("mean", torch.tensor(spec.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(3, 1, 1), persistent=False)

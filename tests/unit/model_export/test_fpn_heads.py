@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model_export.retinanet.fpn import FeaturePyramid
-from model_export.retinanet.heads import GROUPS, PRIOR, Head, prior_bias
+from model_export.retinanet.heads import PRIOR, Head, prior_bias
 
 # --- pyramid -------------------------------------------------------------------------------------
 
@@ -193,14 +193,14 @@ def test_every_anchor_starts_near_the_prior(width: int) -> None:
 
 @torch.no_grad()
 def test_group_norms_stand_before_each_relu_and_bring_the_bias() -> None:
-    made = Head(16, width=64, depth=2, anchors=9, outputs=3, bias=prior_bias(), norm="group")
+    made = Head(16, width=64, depth=2, anchors=9, outputs=3, bias=prior_bias(), groups=8)
     kinds = [type(module) for module in made.conv]
     assert kinds == [nn.Conv2d, nn.GroupNorm, nn.ReLU] * 2
     for conv, norm in ((made.conv[0], made.conv[1]), (made.conv[3], made.conv[4])):
         assert isinstance(conv, nn.Conv2d)
         assert conv.bias is None
         assert isinstance(norm, nn.GroupNorm)
-        assert (norm.num_groups, norm.num_channels, norm.eps) == (GROUPS, 64, 1e-5)
+        assert (norm.num_groups, norm.num_channels, norm.eps) == (8, 64, 1e-5)
     assert made.out.bias is not None
     # However weak the convolutions, the signal stays.
     feature = torch.randn(1, 16, 6, 6)

@@ -139,8 +139,10 @@ def test_the_state_dict_holds_what_is_learned_and_nothing_else() -> None:
         ({"norm_eps": -1e-5}, "norm_eps"),
         ({"p6_from": "c4"}, "p6_from"),
         ({"head_norm": "batch"}, "head_norm"),
-        ({"head_norm": "group", "head_width": 32}, "must be 64, 96 or another multiple of 32"),
-        ({"head_norm": "group", "head_width": 100}, "got 100"),
+        ({"head_norm": "group", "head_width": 32}, "set head_groups, to 4 for example"),
+        ({"head_norm": "group", "head_width": 100}, "head_width 100"),
+        ({"head_norm": "group", "head_width": 60, "head_groups": 8}, "8 equal groups"),
+        ({"head_norm": "group", "head_width": 64, "head_groups": 0}, "head_groups"),
     ],
 )
 def test_models_that_make_no_sense_are_refused(wrong: dict[str, object], field: str) -> None:
