@@ -255,7 +255,7 @@ documents = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(document=documents, raw=st.binary(max_size=16), offset=st.integers(-3, 3) | st.none())
 def test_whatever_comes_is_read_or_refused(
     document: dict[str, Any], raw: bytes, offset: int | None
@@ -269,7 +269,7 @@ def test_whatever_comes_is_read_or_refused(
     assert parsed.request.pictures or "images" in parsed.request.inputs
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(raw=st.binary(max_size=40), count=st.integers(1, 4))
 def test_elements_never_reach_outside_their_data(raw: bytes, count: int) -> None:
     declared, _ = binary_pictures(*[b""] * count, size=len(raw))

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton
 
+from service.canvas import Size
 from service.errors import DataError
 from service.inference_protocol.grpc_server import check_installed
+from tests import tiny_model
 from tests.reliability.conftest import Serve, command, environment, until
 
 PATIENCE = 60.0
@@ -53,11 +55,13 @@ def test_grpcio_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         check_installed()
 
 
-def test_calls_in_flight_finish_and_new_ones_are_turned_away(
-    serve: Serve, slow_models: Path
-) -> None:
+def test_calls_in_flight_finish_and_new_ones_are_turned_away(serve: Serve, tmp_path: Path) -> None:
+    # Slow, but with one canvas to be warmed.
+    tiny_model.save(tmp_path / "models", work=250, sizes=(Size(96, 128),))
     port = free_port()
-    process = serve(slow_models, grpc_port=port, drain_seconds=60, request_timeout_ms=60_000)
+    process = serve(
+        tmp_path / "models", grpc_port=port, drain_seconds=60, request_timeout_ms=60_000
+    )
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         grpc.channel_ready_future(channel).result(PATIENCE)
     results: list[object] = []
