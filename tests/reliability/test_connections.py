@@ -34,8 +34,10 @@ def port(request: pytest.FixtureRequest, quick_models: Path) -> Iterator[int]:
     )
     thread = threading.Thread(target=server.run, daemon=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(connection, "HEAD_SECONDS", 0.4)
+        patch.setattr(connection, "HEAD_SECONDS", 1.0)
         patch.setattr(connection, "_STALL_SECONDS", 0.4)
+        patch.setattr(connection, "_LINGER_SECONDS", 0.5)
+        patch.setattr(connection, "_LAST_SECONDS", 0.2)
         thread.start()
         until(lambda: server.started and app.state.service.not_ready() is None)
         yield server.servers[0].sockets[0].getsockname()[1]
@@ -101,11 +103,11 @@ def test_headers_that_trickle_end_in_time(port: int) -> None:
 
 def test_the_next_request_has_its_own_time(port: int) -> None:
     with connect(port) as client:
-        for _ in range(3):
+        for _ in range(2):
             client.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
             assert statuses(client.recv(65536)) == [200]
             # Between requests a connection may rest for longer than headers may take.
-            time.sleep(0.5)
+            time.sleep(1.2)
         client.sendall(b"GET /healthz HTT")
         assert read(client) == b""
 
@@ -273,7 +275,7 @@ def test_two_hundred_slow_bodies_keep_nobody_out(serve: Serve, quick_models: Pat
     for client in slow:
         client.sendall(post("Content-Length: 100000"))
     with process.client() as good:
-        for _ in range(3):
+        for _ in range(2):
             for client in slow:
                 client.sendall(b"x")
             for _ in range(20):

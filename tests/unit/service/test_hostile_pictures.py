@@ -73,7 +73,7 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
     ),
     "texts behind the pixels": lambda: png()[:-12] + chunk(b"zTXt", b"a\x00\x00" + zeros(BOMB)),
     "more pixels than it says": lambda: png(pixels=bytes(BOMB)),
-    "EXIF that repeats itself": lambda: png(chunk(b"eXIf", exif(5000, 200_000))),
+    "EXIF that repeats itself": lambda: png(chunk(b"eXIf", exif(1000, 200_000))),
     "EXIF that points to itself": lambda: png(chunk(b"eXIf", b"II*\x00\x08\x00\x00\x00" * 1000)),
     "a chunk longer than the file": lambda: png(struct.pack(">I", 0x7FFFFFFF) + b"tEXt"),
     "profiles by the megabyte": lambda: segments(100),
