@@ -76,18 +76,18 @@ lock:
 	$(call make_venv,$(LOCK_VENV))
 	$(LOCK_VENV)/bin/python -m pip install --quiet 'pip-tools>=7.5,<8'
 	$(LOCK_VENV)/bin/python -c "$$CPU_REQUIREMENTS" | $(PIP_COMPILE) --output-file requirements-cpu.lock -
-	$(PIP_COMPILE) --extra gpu --output-file requirements-gpu.lock pyproject.toml
+	$(PIP_COMPILE) --extra gpu --extra grpc --output-file requirements-gpu.lock pyproject.toml
 
 PIP_COMPILE = CUSTOM_COMPILE_COMMAND='make lock' $(LOCK_VENV)/bin/pip-compile --quiet --upgrade \
 	--generate-hashes --strip-extras --no-annotate --no-emit-index-url --no-emit-find-links \
 	--no-emit-trusted-host
 
-# The base dependencies with the plain onnxruntime in place of onnxruntime-gpu.
+# The base dependencies and those of gRPC, with the plain onnxruntime in place of onnxruntime-gpu.
 define CPU_REQUIREMENTS
 import tomllib
 with open('pyproject.toml', 'rb') as file:
-    wanted = tomllib.load(file)['project']['dependencies']
-for line in wanted:
+    project = tomllib.load(file)['project']
+for line in project['dependencies'] + project['optional-dependencies']['grpc']:
     if line.startswith('onnxruntime>'):
         line = line.partition(';')[0]
     if not line.startswith('onnxruntime-gpu'):
