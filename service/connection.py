@@ -52,6 +52,7 @@ def refusal(status: int, detail: str) -> bytes:
 class Cycle(Protocol):
     """The parts of uvicorn's RequestResponseCycle that are used here."""
 
+    scope: Any
     body: bytearray
     more_body: bool
     response_started: bool
@@ -114,11 +115,14 @@ class Bounded(asyncio.Protocol):
             self._head_timer = self.loop.call_later(HEAD_SECONDS, self._head_is_late)
 
     def adopt(self, cycle: Cycle) -> None:
-        """See to it that an answer which does not wait for the body ends the connection well."""
+        """See to it that an answer ends the connection well where nothing may follow it."""
         send: Callable[[MutableMapping[str, Any]], Awaitable[None]] = cycle.send
+        # Where two ends may disagree on the end of a body, nothing behind it is a request
+        # (RFC 9112, 6.1).
+        last = {b"content-length", b"transfer-encoding"} <= {n for n, _ in cycle.scope["headers"]}
 
         async def send_and_close(message: MutableMapping[str, Any]) -> None:
-            if cycle.more_body and not cycle.response_started:
+            if (last or cycle.more_body) and not cycle.response_started:
                 message["headers"] = [
                     *(each for each in message.get("headers", ()) if each[0] != b"connection"),
                     (b"connection", b"close"),

@@ -238,7 +238,7 @@ async def test_a_deadline_out_of_range(client: httpx.AsyncClient, asked: str) ->
 async def test_a_deadline_that_passes(start: Start, tmp_path: object) -> None:
     async with start() as client:
         # A picture that takes far longer to decode, which nobody knows before.
-        slow = encoded(Image.new("RGB", (4000, 4000)), "JPEG")
+        slow = encoded(Image.new("RGB", (6000, 6000)), "PNG")
         answer = await client.post("/v1/detect", content=slow, headers={"X-Deadline-Ms": "25"})
         assert answer.status_code == 504
         assert answer.json()["title"] == "Deadline exceeded"
