@@ -146,4 +146,4 @@ def _line(points: dict[int, float]) -> tuple[float, float]:
         return steepest, 0.0
     slope = sum((n - mean_n) * (t - mean_t) for n, t in points.items()) / spread
     slope = min(max(slope, 0.0), steepest)
-    return slope, mean_t - slope * mean_n
+    return slope, max(0.0, mean_t - slope * mean_n)

@@ -18,7 +18,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from service.admission import Caution, refuse_late
+from service.admission import WAY_BACK, Caution, refuse_late
 from service.artifact import Artifact, Metadata
 from service.batching import URGENT_TURNS, BatchQueue, Lane, Policy, Urgency
 from service.canvas import Letterbox, Size
@@ -236,7 +236,7 @@ class Pipeline:
         needed = wait + self._decode_seconds + inference
         # An idle service lets in whatever is not hopeless: what it has learnt may be out of date,
         # and only work can tell.
-        finish = self._cautions[urgency].stretch(needed) if wait else alone
+        finish = self._cautions[urgency].stretch(needed) + WAY_BACK if wait else alone
         refuse_late(finish=finish, left=deadline - time.monotonic(), alone=alone)
         return needed
 

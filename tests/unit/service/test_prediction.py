@@ -10,6 +10,7 @@ from typing import Any, cast
 import pytest
 
 from service import pipeline as module
+from service.admission import WAY_BACK
 from service.batching import Policy, Urgency
 from service.canvas import Size
 from service.errors import Unavailable
@@ -190,7 +191,7 @@ def test_many_pictures_go_in_batches_and_to_every_device(model: Servable) -> Non
 def test_who_would_be_late_is_told_when_to_come_again(model: Servable) -> None:
     line = a_line()
     ready(line, model, 8)
-    careful = 1.1 * (0.110 + 0.040)
+    careful = 1.1 * (0.110 + 0.040) + WAY_BACK
     line.admit(model, NOW + careful + 0.001)
     with pytest.raises(Unavailable) as refused:
         line.admit(model, NOW + careful - 0.010)
