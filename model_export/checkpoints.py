@@ -96,9 +96,11 @@ def save_weights(checkpoint: Checkpoint, path: Path, *, half: bool) -> None:
                 raise DataError(
                     f"{checkpoint.path}: {name} does not fit into float16; save it in full"
                 )
-    safetensors.torch.save_file(
-        weights, path, metadata={DESCRIPTION_KEY: checkpoint.description.model_dump_json()}
+    content = safetensors.torch.save(
+        weights, metadata={DESCRIPTION_KEY: checkpoint.description.model_dump_json()}
     )
+    # Its own save_file makes files that only their owner may read.
+    path.write_bytes(content)
 
 
 def initialise_from(network: RetinaNet, checkpoint: Checkpoint, classes: tuple[str, ...]) -> bool:

@@ -85,6 +85,8 @@ def assert_equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
 def test_safetensors(tmp_path: Path) -> None:
     made, path = checkpoint(), tmp_path / "weights.safetensors"
     save_weights(made, path, half=False)
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode, "readable as other files"
     read = load_checkpoint(path)
     assert read.path == path
     assert read.description == made.description
