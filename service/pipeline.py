@@ -257,6 +257,7 @@ class Pipeline:
         Raises what `admit` and `imaging.prepare` raise, DeadlineExceeded, or InferenceFailed.
         """
         needed = self.admit(model, deadline, urgency=urgency)
+        learn = partial(self._cautions[urgency].observe, predicted=needed)
         started = time.monotonic()
         rule = model.metadata.canvas
         make = partial(prepare, data, rule, max_pixels=max_pixels, memory=memory)
@@ -265,9 +266,9 @@ class Pipeline:
                 make, model, score=score, iou=iou, deadline=deadline, urgency=urgency
             )
         except DeadlineExceeded:
-            self._learn(urgency, needed, time.monotonic() - started)
+            learn(actual=time.monotonic() - started)
             raise
-        self._learn(urgency, needed, time.monotonic() - started)
+        learn(actual=time.monotonic() - started)
         return outcome
 
     async def detect_canvas(
@@ -313,9 +314,6 @@ class Pipeline:
         work.abandoned = True
         if not self._arrived.remove(work):
             self._ready.remove(work)
-
-    def _learn(self, urgency: Urgency, needed: float, actual: float) -> None:
-        self._cautions[urgency].observe(predicted=needed, actual=actual)
 
     def _batch_size(self, key: Hashable, waiting: int, left: float) -> int:
         assert isinstance(key, BatchKey), "only decoded pictures reach a device"
