@@ -134,7 +134,7 @@ def test_bulk_learns_for_itself_how_often_it_is_overtaken(model: Servable) -> No
     line = a_line()
     ready(line, model, 8, Urgency.BULK)
     for _ in range(20):
-        line._learn(Urgency.BULK, 0.1, 1.0)
+        line._cautions[Urgency.BULK].observe(predicted=0.1, actual=1.0)
     line.check(0.120, Urgency.INTERACTIVE)
     line.admit(model, NOW + 1.1 * 0.050)
     with pytest.raises(Unavailable):
