@@ -19,6 +19,7 @@ import numpy as np
 from service import devices
 from service.artifact import read_artifact
 from service.imaging import prepare
+from service.memory import keep_freed_memory
 
 
 def main() -> None:
@@ -29,6 +30,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
 
+    keep_freed_memory()
     artifact = read_artifact(arguments.model)
     rule = artifact.metadata.canvas
     thresholds = artifact.metadata.thresholds

@@ -20,6 +20,7 @@ from service.api import create_app
 from service.context import Service
 from service.errors import DataError
 from service.inference_protocol.grpc_server import GrpcServer, check_installed
+from service.memory import keep_freed_memory
 from service.observability import configure_logging
 from service.security.keys import read_keys
 from service.server import Companion, Server, listen, url
@@ -38,6 +39,7 @@ def run(
     """Serve until a signal comes. Raises AddressError, DeviceError, ArtifactError or DataError."""
     if key is not None and certificate is None:
         raise DataError("--ssl-keyfile needs --ssl-certfile")
+    keep_freed_memory()
     settings = load_settings(**given)
     configure_logging(settings.log_format, settings.log_level)
     # Pillow words its warnings after each odd picture. Python would write every new wording past
