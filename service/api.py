@@ -20,12 +20,14 @@ from service.errors import InvalidParameter, RetinaserveError
 from service.inference_protocol import rest
 from service.observability.tracing import open_tracing
 from service.overload import OverloadGuard
-from service.problems import headers_of, http_problem, problem_of, respond
+from service.problems import http_problem, respond
+from service.refusal import refusal
 from service.request_id import request_id
 from service.routes import batch, detect, docs, health, models, openapi, page
 from service.security.guard import Guard
 from service.security.headers import SecurityHeaders
 from service.settings import Settings
+from service.short_way import ShortWay
 from service.version import package_version
 
 _DESCRIPTION: Final = "Pictures in, detections out. Boxes are pixels of the original picture."
@@ -90,6 +92,7 @@ def create_app(settings: Settings, *, hardware: Hardware | None = None) -> FastA
 def _add_layers(app: FastAPI, service: Service) -> None:
     """What lies around the routes, from the inside out."""
     settings = service.settings
+    app.add_middleware(ShortWay, routes=app.routes, metrics=service.metrics)
     app.add_middleware(OverloadGuard, service=service)
     app.add_middleware(
         Guard, gate=service.gate, metrics=service.metrics, open_metrics=settings.metrics_public
@@ -113,9 +116,7 @@ def add_error_handlers(app: FastAPI, service: Service) -> None:
 
     async def own(request: Request, error: Exception) -> Response:
         assert isinstance(error, RetinaserveError)
-        service.metrics.count_refusal(error)
-        document = problem_of(error, instance=request.url.path, request_id=request_id.get())
-        return respond(document, headers_of(error))
+        return refusal(error, service.metrics, request.url.path)
 
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)

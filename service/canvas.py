@@ -58,7 +58,9 @@ class Letterbox:
         mapped = boxes / np.array([x, y, x, y], dtype=np.float32)
         height, width = self.original
         limit = np.array([width, height, width, height], dtype=np.float32)
-        return np.clip(mapped, np.float32(0), limit)
+        # Several times as fast as `clip` on the few boxes that a picture has.
+        np.maximum(mapped, np.float32(0), out=mapped)
+        return np.minimum(mapped, limit, out=mapped)
 
     def to_canvas(self, boxes: NDArray[np.float32]) -> NDArray[np.float32]:
         """Map (D, 4) x1, y1, x2, y2 from original pixels to canvas pixels."""

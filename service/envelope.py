@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import re
 import time
-import uuid
 from collections.abc import MutableMapping
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("retinaserve.access")
 _error_log = logging.getLogger("retinaserve.error")
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+_REQUEST_ID_BYTES: Final = 16
 _PROBES: Final = frozenset(
     {"/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready"}
 )
@@ -233,4 +234,4 @@ def _request_id(scope: Scope) -> str:
             if _REQUEST_ID.fullmatch(value):
                 return bytes(value).decode()
             break
-    return uuid.uuid4().hex
+    return os.urandom(_REQUEST_ID_BYTES).hex()

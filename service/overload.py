@@ -10,8 +10,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from service.batching import Urgency
 from service.context import Service
 from service.errors import RetinaserveError
-from service.problems import headers_of, problem_of, respond
-from service.request_id import request_id
+from service.refusal import refusal
 
 _URGENCY: Final = {"/v1/detect": Urgency.INTERACTIVE, "/v1/detect/batch": Urgency.BULK}
 _INFER: Final = ("/v2/models/", "/infer")
@@ -33,11 +32,8 @@ class OverloadGuard:
                 try:
                     self._service.admit(self._seconds(scope), urgency)
                 except RetinaserveError as error:
-                    self._service.metrics.count_refusal(error)
-                    document = problem_of(
-                        error, instance=scope["path"], request_id=request_id.get()
-                    )
-                    await respond(document, headers_of(error))(scope, receive, send)
+                    response = refusal(error, self._service.metrics, scope["path"])
+                    await response(scope, receive, send)
                     return
         await self._app(scope, receive, send)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import ipaddress
 import logging
 import os
@@ -76,6 +77,8 @@ def run(
             f"{service.hardware.name}: {url(listener, tls=certificate is not None)}"
         )
         sys.stdout.flush()
+        # What is there now stays: the collector need not walk through it again and again.
+        gc.freeze()
         server.run([listener])
     _leave(0 if service.pipeline.fatal is None else 1)
 

@@ -10,8 +10,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.errors import RetinaserveError
 from service.observability import Metrics
-from service.problems import headers_of, problem_of, respond
-from service.request_id import request_id
+from service.refusal import refusal
 from service.security.gate import Gate
 
 _OPEN: Final = frozenset({"/", "/healthz", "/readyz", "/docs", "/docs.js", "/openapi.json"})
@@ -37,11 +36,8 @@ class Guard:
                 try:
                     key = self._gate.enter(_presented(scope), _address(scope))
                 except RetinaserveError as error:
-                    self._metrics.count_refusal(error)
-                    document = problem_of(
-                        error, instance=scope["path"], request_id=request_id.get()
-                    )
-                    await respond(document, headers_of(error))(scope, receive, send)
+                    response = refusal(error, self._metrics, scope["path"])
+                    await response(scope, receive, send)
                     return
                 if key is not None:
                     scope.setdefault("state", {})["key"] = key.name
