@@ -1,0 +1,66 @@
+"""Single pictures pass FastAPI's routing by; nobody may be able to tell, but by the clock."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import httpx
+from fastapi import FastAPI
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from service.api import create_app
+from service.settings import Settings
+from tests.api.conftest import running
+from tests.pictures import encoded, one_red
+
+
+class Watching:
+    """A layer that somebody else puts around the finished application."""
+
+    def __init__(self, app: ASGIApp, seen: list[str]) -> None:
+        self._app = app
+        self._seen = seen
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] == "http":
+            self._seen.append(scope["path"])
+        await self._app(scope, receive, send)
+
+
+async def test_layers_added_from_outside_see_single_pictures_too(repository: Path) -> None:
+    seen: list[str] = []
+    app = create_app(Settings(models_dir=repository, device="cpu"))
+    app.add_middleware(Watching, seen=seen)
+    async with running(app) as client:
+        answer = await client.post("/v1/detect", content=encoded(one_red()))
+    assert answer.status_code == 200
+    assert seen == ["/v1/detect"]
+
+
+async def test_other_methods_are_answered_by_the_router(client: httpx.AsyncClient) -> None:
+    answer = await client.get("/v1/detect")
+    assert answer.status_code == 405
+    assert answer.headers["allow"] == "POST"
+
+
+async def test_it_is_counted_under_its_route(client: httpx.AsyncClient) -> None:
+    await client.post("/v1/detect", content=encoded(one_red()))
+    await client.post("/v1/detect", content=b"no picture")
+    text = (await client.get("/metrics")).text
+    for status in (200, 415):
+        line = f'route="/v1/detect",status="{status}"'
+        assert any(line in each and each.endswith(" 1.0") for each in text.splitlines()), text
+
+
+async def test_it_is_found_below_a_folder_of_another_application(repository: Path) -> None:
+    inner = create_app(Settings(models_dir=repository, device="cpu"))
+    outer = FastAPI(lifespan=lambda _: inner.router.lifespan_context(inner))
+    outer.state.service = inner.state.service
+    outer.mount("/pictures", inner)
+    async with running(outer) as client:
+        good = await client.post("/pictures/v1/detect", content=encoded(one_red()))
+        bad = await client.post("/pictures/v1/detect", content=b"no picture")
+    assert good.status_code == 200
+    assert bad.status_code == 415
+    assert bad.json()["instance"] == "/pictures/v1/detect"
