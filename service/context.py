@@ -67,7 +67,7 @@ class Service:
         self.pictures = Admission(
             settings.max_queue_size,
             bytes_limit=settings.max_queue_bytes,
-            pause=self.pipeline.wait,
+            pause=self.pipeline.prediction.wait,
         )
         self.uploads = Uploads(settings.max_queue_bytes)
         """Bodies that are arriving, before they are pictures that wait."""
@@ -88,7 +88,7 @@ class Service:
             waiting=lambda: self.pipeline.depth,
             held=lambda: self.pictures.held,
             bytes_held=lambda: self.pictures.bytes_held,
-            wait=self.pipeline.wait,
+            wait=self.pipeline.prediction.wait,
         )
 
     def start(self) -> None:
@@ -118,7 +118,7 @@ class Service:
         if self.pipeline.fatal:
             raise Unavailable(self.pipeline.fatal, reason="device-lost", retry_after=30.0)
         self.pictures.check(urgency=urgency)
-        self.pipeline.check(seconds, urgency)
+        self.pipeline.prediction.check(seconds, urgency)
 
     def off_loop(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:
         """Run what takes more than a moment in a thread, away from the event loop."""

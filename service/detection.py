@@ -14,10 +14,10 @@ from service.context import Service
 from service.detector import Detections
 from service.errors import DeadlineExceeded
 from service.imaging import Opened, Prepared, held_picture
-from service.pipeline import Outcome, Servable, Timing
 from service.record import Passage
 from service.results import Selection, select
 from service.tiling import MAX_VIEWS, Canvases, Plan, Tile, lay_out, merge, plan
+from service.work import Outcome, Servable, Timing
 
 
 class Answer(NamedTuple):

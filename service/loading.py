@@ -17,7 +17,7 @@ from typing import Final
 from service.artifact import Artifact, Entry
 from service.devices import Device, open_detector
 from service.errors import ArtifactError
-from service.pipeline import Servable
+from service.work import Servable
 
 _log = logging.getLogger("retinaserve.loading")
 _SETTLE_SECONDS: Final = 0.05

@@ -12,114 +12,24 @@ import math
 import re
 import time
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Final, NamedTuple
+from typing import Final
 
 import numpy as np
 
-from service.admission import WAY_BACK, Caution, refuse_late
-from service.artifact import Artifact, Metadata
-from service.batching import URGENT_TURNS, BatchQueue, Lane, Policy, Urgency
-from service.canvas import Letterbox, Size
-from service.cost import Costs
+from service.batching import BatchQueue, Policy, Urgency
 from service.decode_memory import DecodeMemory
-from service.detector import Detections, Detector
+from service.detector import Detector
 from service.errors import DeadlineExceeded, InferenceFailed, RetinaserveError, Unavailable
 from service.imaging import Prepared, prepare
+from service.prediction import Prediction
 from service.record import Passage
-from service.request_id import request_id
+from service.work import BatchKey, Outcome, Servable, Timing, Work
 from service.workers import Watchdog, Worker
 
 _log = logging.getLogger("retinaserve.pipeline")
 _DEVICE_ERROR: Final = re.compile(r"(CUDA|CUDNN|CUBLAS)\w* (failure|error) \d+: [^;\n/]{1,200}")
 _JOIN_SECONDS: Final = 0.5
-_LONGEST_DOUBT: Final = 30.0
-"""Seconds that a batch which is overdue is thought to need at most."""
-_NEWS: Final = 0.1
-"""Share of the newest picture in what is known of decoding."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Servable:
-    """A model that is loaded and warm: one detector for each device, in the devices' order."""
-
-    name: str
-    version: int
-    artifact: Artifact
-    detectors: tuple[Detector, ...]
-    costs: Costs = field(default_factory=Costs, repr=False)
-
-    @property
-    def metadata(self) -> Metadata:
-        """What the file says of itself."""
-        return self.artifact.metadata
-
-
-class BatchKey(NamedTuple):
-    """What pictures must have in common to share an inference."""
-
-    model: Servable
-    canvas: Size
-    iou: float
-
-
-class Timing(NamedTuple):
-    """Seconds that a picture spent in each stage."""
-
-    decode: float
-    queue: float
-    """Waiting, for a decode thread and for a device."""
-    inference: float
-
-
-class Outcome(NamedTuple):
-    """What the pipeline makes of a picture."""
-
-    detections: Detections
-    """In canvas pixels."""
-    letterbox: Letterbox
-    timing: Timing
-    passage: Passage
-
-
-@dataclass(slots=True, eq=False)
-class Work:
-    """One picture on its way through the pipeline."""
-
-    make: Callable[[], Prepared]
-    """Puts it on its canvas. Raises what `imaging.prepare` raises."""
-    model: Servable
-    score: float
-    """Detections that score lower need not be found."""
-    iou: float
-    deadline: float
-    """On the clock of `time.monotonic`."""
-    urgency: Urgency
-    future: asyncio.Future[Outcome]
-    arrived: float = field(default_factory=time.monotonic)
-    request_id: str = field(default_factory=request_id.get)
-    abandoned: bool = False
-    prepared: Prepared | None = None
-    decoding: float = 0.0
-    """Since when a thread decodes it."""
-    decode_seconds: float = 0.0
-
-    @property
-    def key(self) -> BatchKey | Servable:
-        """Before decoding only the model is known."""
-        if self.prepared is None:
-            return self.model
-        return BatchKey(self.model, self.prepared.letterbox.canvas, self.iou)
-
-    def fail(self, error: RetinaserveError) -> None:
-        """Answer the one who waits, if he still does, with an error. On the event loop."""
-        if not self.future.done():
-            self.future.set_exception(error)
-
-    def expire(self) -> None:
-        """The deadline has passed. On the event loop."""
-        self.fail(DeadlineExceeded("the deadline passed before the answer"))
 
 
 class Pipeline:
@@ -157,10 +67,13 @@ class Pipeline:
         ]
         self._workers = (*self._decoders, *self._devices)
         self._watchdog = Watchdog(self._workers, on_death=self._died, on_wedge=self._wedged)
-        self._decode_seconds = 0.0
-        """What decoding a picture takes, recent ones weighing more."""
-        self._cautions = {urgency: Caution() for urgency in Urgency}
-        """One for each: bulk is also overtaken by what comes after it."""
+        self.prediction = Prediction(
+            arrived=self._arrived,
+            ready=self._ready,
+            decoders=self._decoders,
+            devices=self._devices,
+            max_batch_size=policy.max_batch_size,
+        )
 
     @property
     def depth(self) -> int:
@@ -192,30 +105,6 @@ class Pipeline:
             if worker.thread.ident is not None:
                 worker.thread.join(max(0.0, limit - time.monotonic()))
 
-    def wait(self, urgency: Urgency = Urgency.INTERACTIVE) -> float:
-        """How many seconds, by what is known, until a picture that comes now has its turn.
-
-        0 when it would not wait at all. Any thread.
-        """
-        now = time.monotonic()
-        arrived, ready = self._arrived.lanes(), self._ready.lanes()
-        seconds = sum(_rest(worker, now) for worker in self._devices)
-        seconds += sum(work.model.costs.of().seconds(1) for work in _held(self._decoders))
-        bulk = [self._seconds(lane) for lane in (*arrived, *ready) if lane.urgency > urgency]
-        before = [lane for lane in (*arrived, *ready) if lane.urgency <= urgency]
-        urgent = sum(map(self._seconds, before))
-        # Bulk has a turn now and then.
-        seconds += urgent + min(sum(bulk), urgent / URGENT_TURNS)
-        decodes = sum(lane.length for lane in arrived if lane.urgency <= urgency)
-        decoding = self._decode_seconds * decodes / len(self._decoders)
-        return max(seconds / len(self._devices), decoding)
-
-    def check(self, seconds: float, urgency: Urgency) -> None:
-        """Raise Unavailable when the queue alone takes longer than `seconds`."""
-        refuse_late(
-            finish=self._cautions[urgency].stretch(self.wait(urgency)), left=seconds, alone=0.0
-        )
-
     def admit(
         self,
         model: Servable,
@@ -224,21 +113,9 @@ class Pipeline:
         pictures: int = 1,
         urgency: Urgency = Urgency.INTERACTIVE,
     ) -> float:
-        """Let pictures in if they will be done by `deadline`. Returns the seconds that they need.
-
-        Raises Unavailable.
-        """
+        """As `Prediction.admit`, and nobody at all once it is over."""
         self._refuse_if_over()
-        rounds = math.ceil(pictures / len(self._devices))
-        alone = model.costs.fastest * rounds
-        wait = self.wait(urgency)
-        inference = model.costs.of().lasting(rounds, most=self._policy.max_batch_size)
-        needed = wait + self._decode_seconds + inference
-        # An idle service lets in whatever is not hopeless: what it has learnt may be out of date,
-        # and only work can tell.
-        finish = self._cautions[urgency].stretch(needed) + WAY_BACK if wait else alone
-        refuse_late(finish=finish, left=deadline - time.monotonic(), alone=alone)
-        return needed
+        return self.prediction.admit(model, deadline, pictures=pictures, urgency=urgency)
 
     async def detect(
         self,
@@ -257,7 +134,7 @@ class Pipeline:
         Raises what `admit` and `imaging.prepare` raise, DeadlineExceeded, or InferenceFailed.
         """
         needed = self.admit(model, deadline, urgency=urgency)
-        learn = partial(self._cautions[urgency].observe, predicted=needed)
+        learn = partial(self.prediction.learn, urgency, predicted=needed)
         started = time.monotonic()
         rule = model.metadata.canvas
         make = partial(prepare, data, rule, max_pixels=max_pixels, memory=memory)
@@ -320,15 +197,6 @@ class Pipeline:
         cost = key.model.costs.of(key.canvas)
         return cost.try_batch(waiting, most=self._policy.max_batch_size, left=left)
 
-    def _seconds(self, lane: Lane) -> float:
-        """What the pictures of a lane will take, one batch after the other."""
-        if isinstance(lane.key, BatchKey):
-            cost = lane.key.model.costs.of(lane.key.canvas)
-        else:
-            assert isinstance(lane.key, Servable), "there are no other keys"
-            cost = lane.key.costs.of()
-        return cost.lasting(lane.length, most=self._policy.max_batch_size)
-
     def _died(self, worker: Worker[Work]) -> None:
         if worker.held:
             error = InferenceFailed("the server failed on this picture; its log says why")
@@ -370,7 +238,7 @@ class Pipeline:
             _deliver([(work, InferenceFailed("the picture could not be processed"))])
             return
         work.decode_seconds = time.monotonic() - started
-        self._decode_seconds += _NEWS * (work.decode_seconds - self._decode_seconds)
+        self.prediction.observe_decoding(work.decode_seconds)
         if not work.abandoned:
             work.prepared = prepared
             self._ready.push(work)
@@ -457,23 +325,6 @@ def _brief(error: Exception) -> str:
     """
     found = _DEVICE_ERROR.search(str(error))
     return type(error).__name__ if found is None else found[0].strip()
-
-
-def _held(workers: Sequence[Worker[Work]]) -> list[Work]:
-    return [work for worker in workers for work in worker.held]
-
-
-def _rest(worker: Worker[Work], now: float) -> float:
-    """How many seconds a device will go on with the batch that it has in hand."""
-    since, batch = worker.since, worker.held
-    if not batch:
-        return 0.0
-    key = batch[0].key
-    cost = batch[0].model.costs.of(key.canvas if isinstance(key, BatchKey) else None)
-    rest = since + cost.seconds(len(batch)) - now
-    # What lasts longer than it should, nobody knows how long: for as long again, say. With 0 the
-    # service would look idle while a batch hangs, and let in all who would wait for it in vain.
-    return rest if rest > 0 else min(-rest, _LONGEST_DOUBT)
 
 
 def _deliver(answers: Sequence[tuple[Work, Outcome | Exception]]) -> None:

@@ -28,8 +28,8 @@ from service.errors import (
     UnknownModel,
 )
 from service.loading import Loader, open_servable, return_free_memory
-from service.pipeline import Servable
 from service.slots import Key, Slot, Snapshot, State, called, empty_slot, listed
+from service.work import Servable
 
 _log = logging.getLogger("retinaserve.registry")
 

@@ -9,7 +9,7 @@ from typing import Final, Literal, NamedTuple
 
 from service.artifact import Entry, Metadata
 from service.errors import RetinaserveError, Unavailable, UnknownModel
-from service.pipeline import Servable
+from service.work import Servable
 
 State = Literal["waiting", "loading", "ready", "failed", "unloaded"]
 _TO_COME: Final = frozenset({"waiting", "loading"})

@@ -23,8 +23,8 @@ from service.detector import Detections
 from service.errors import MalformedRequest, RetinaserveError, UnknownModel
 from service.imaging import Prepared
 from service.inference_protocol.tensors import OUTPUT_NAMES, Buffer, Limits
-from service.pipeline import Servable
 from service.results import resolve
+from service.work import Servable
 
 Job = Callable[[], Coroutine[None, None, Detections]]
 

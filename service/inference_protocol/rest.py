@@ -15,9 +15,9 @@ from service.errors import MalformedRequest
 from service.inference_protocol import descriptions, metadata
 from service.inference_protocol.data_plane import earlier, find_model, infer, limits_of
 from service.inference_protocol.json_codec import HEADER_LENGTH, Parsed, parse, write
-from service.pipeline import Servable
-from service.routes.detect import cancelled_when_gone, receive_body, take_apart
+from service.routes.detect import WhileConnected, receive_body, take_apart
 from service.routes.parameters import deadline
+from service.work import Servable
 
 _SMALL_BODY: Final = 64 * 1024
 _MANY_DETECTIONS: Final = 200
@@ -102,20 +102,19 @@ class RestRoutes:
             read=time.monotonic(),
             limit_ms=service.settings.request_timeout_ms,
         )
-        with service.pictures.slot(len(body)):
-            async with cancelled_when_gone(request.receive):
-                parsed = await take_apart(
-                    service,
-                    parse,
-                    body,
-                    request.headers.get(HEADER_LENGTH),
-                    limits_of(service, model),
-                )
-                limit = earlier(limit, parsed.request.parameters, arrived=arrived)
-                outputs = await infer(service, model, parsed.request, limit)
-                if len(outputs["scores"]) < _MANY_DETECTIONS:
-                    return _answer(parsed, outputs, model)
-                return await service.off_loop(_answer, parsed, outputs, model)
+        with service.pictures.slot(len(body)), WhileConnected(request.receive):
+            parsed = await take_apart(
+                service,
+                parse,
+                body,
+                request.headers.get(HEADER_LENGTH),
+                limits_of(service, model),
+            )
+            limit = earlier(limit, parsed.request.parameters, arrived=arrived)
+            outputs = await infer(service, model, parsed.request, limit)
+            if len(outputs["scores"]) < _MANY_DETECTIONS:
+                return _answer(parsed, outputs, model)
+            return await service.off_loop(_answer, parsed, outputs, model)
 
     def _model_ready(self, name: str, version: str) -> Response:
         reason = metadata.model_ready(self._service, name, version)

@@ -37,9 +37,9 @@ from service.observability.model_metrics import (
     ModelMetricsCollector,
     Outcome,
 )
-from service.pipeline import Servable, Timing
 from service.record import Passage, Seen, Stages, current
 from service.registry import Registry
+from service.work import Servable, Timing
 
 _BYTES: Final = tuple(float(4**power) for power in range(5, 15))
 """1 KiB to 256 MiB."""

@@ -23,19 +23,19 @@ from service.errors import (
     RetinaserveError,
     UnsupportedMedia,
 )
-from service.pipeline import Servable
 from service.problems import problem_of
 from service.request_id import request_id
 from service.results import Selection
 from service.routes import openapi
 from service.routes.detect import (
-    cancelled_when_gone,
+    WhileConnected,
     model_json,
     receive_body,
     take_apart,
 )
 from service.routes.parameters import BatchQuery, deadline, parse_query
 from service.tiling import Tile
+from service.work import Servable
 
 _log = logging.getLogger("retinaserve.batch")
 
@@ -80,13 +80,12 @@ class BatchRoute:
         run = _Run(service, model, selection, limit, query.tile, request.url.path)
         if NDJSON in request.headers.get("accept", "").lower():
             return StreamingResponse(run.lines(pictures, size), media_type=NDJSON)
-        with service.pictures.body(size):
-            async with cancelled_when_gone(request.receive):
-                answers = [answer async for answer in run.answers(pictures)]
-                answers.sort(key=lambda answer: int(answer["index"]))
-                content = await service.off_loop(
-                    orjson.dumps, {"results": answers, "model": model_json(model)}
-                )
+        with service.pictures.body(size), WhileConnected(request.receive):
+            answers = [answer async for answer in run.answers(pictures)]
+            answers.sort(key=lambda answer: int(answer["index"]))
+            content = await service.off_loop(
+                orjson.dumps, {"results": answers, "model": model_json(model)}
+            )
         return Response(content, media_type="application/json")
 
     async def _pictures(self, content_type: str, body: Body) -> list[Picture]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 import orjson
@@ -27,7 +26,6 @@ from service.detection import Answer, detect_one
 from service.detector import Detections
 from service.errors import MalformedRequest
 from service.imaging import held_picture
-from service.pipeline import Servable
 from service.routes import openapi
 from service.routes.parameters import (
     DetectQuery,
@@ -38,6 +36,7 @@ from service.routes.parameters import (
     parse_query,
     wanted_image,
 )
+from service.work import Servable
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -70,22 +69,21 @@ class DetectRoute:
             read=read,
             limit_ms=service.settings.request_timeout_ms,
         )
-        with service.pictures.slot(len(body)):
-            async with cancelled_when_gone(request.receive):
-                picture = await self._picture(request.headers.get("content-type", ""), body)
-                # Base64 has been copied out of it.
-                del body
-                answer = await detect_one(service, picture, model, selection, limit, query.tile)
-                image_type = wanted_image(request.headers.get("accept"))
-                if image_type is not None:
-                    content = await service.off_loop(
-                        _annotated, picture, answer.found, model, image_type, service
-                    )
-                    return Response(content, media_type=image_type)
-                if len(answer.found) < _MANY_DETECTIONS:
-                    content = _write(query.format, model, answer, read)
-                else:
-                    content = await service.off_loop(_write, query.format, model, answer, read)
+        with service.pictures.slot(len(body)), WhileConnected(request.receive):
+            picture = await self._picture(request.headers.get("content-type", ""), body)
+            # Base64 has been copied out of it.
+            del body
+            answer = await detect_one(service, picture, model, selection, limit, query.tile)
+            image_type = wanted_image(request.headers.get("accept"))
+            if image_type is not None:
+                content = await service.off_loop(
+                    _annotated, picture, answer.found, model, image_type, service
+                )
+                return Response(content, media_type=image_type)
+            if len(answer.found) < _MANY_DETECTIONS:
+                content = _write(query.format, model, answer, read)
+            else:
+                content = await service.off_loop(_write, query.format, model, answer, read)
         return Response(content, media_type="application/json")
 
     async def _picture(self, content_type: str, body: Body) -> bytes | memoryview:
@@ -135,30 +133,30 @@ async def take_apart(
     return await service.off_loop(function, body, *args, **kwargs)
 
 
-@asynccontextmanager
-async def cancelled_when_gone(receive: Receive) -> AsyncIterator[None]:
-    """Stop the work inside as soon as the client closes its connection. Raises ClientGone then."""
-    task = asyncio.current_task()
-    assert task is not None, "runs inside a request"
-    gone = False
+class WhileConnected:
+    """Stops the work inside as soon as the client closes its connection. Raises ClientGone then."""
 
-    async def watch() -> None:
-        nonlocal gone
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        gone = True
-        task.cancel()
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._gone = False
 
-    watcher = asyncio.create_task(watch())
-    try:
-        yield
-    except asyncio.CancelledError:
-        if gone:
-            task.uncancel()
+    def __enter__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None, "runs inside a request"
+        self._task = task
+        self._watcher = asyncio.create_task(self._watch())
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._watcher.cancel()
+        if self._gone and kind is asyncio.CancelledError:
+            self._task.uncancel()
             raise ClientGone from None
-        raise
-    finally:
-        watcher.cancel()
+
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._gone = True
+        self._task.cancel()
 
 
 def model_json(model: Servable) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 from service.batching import Urgency
 from service.canvas import Size
 from service.context import Service
-from service.pipeline import Pipeline
+from service.prediction import Prediction
 from tests.api.conftest import Start
 from tests.pictures import encoded, one_red
 
@@ -43,7 +43,7 @@ class Body:
 async def test_a_queue_that_is_too_long_refuses_before_the_body(
     start: Start, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
-    monkeypatch.setattr(Pipeline, "wait", lambda self, urgency=Urgency.INTERACTIVE: 3.0)
+    monkeypatch.setattr(Prediction, "wait", lambda self, urgency=Urgency.INTERACTIVE: 3.0)
     async with start() as client:
         body = Body()
         answer = await client.post(path, content=body, headers={"X-Deadline-Ms": "500"})
@@ -58,7 +58,7 @@ async def test_a_queue_that_is_too_long_refuses_before_the_body(
 async def test_the_default_deadline_counts_where_none_is_given(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Pipeline, "wait", lambda self, urgency=Urgency.INTERACTIVE: 3.0)
+    monkeypatch.setattr(Prediction, "wait", lambda self, urgency=Urgency.INTERACTIVE: 3.0)
     async with start() as client:
         assert (await client.post("/v1/detect", content=GOOD)).status_code == 200
     async with start(request_timeout_ms=2_000) as client:
@@ -127,7 +127,7 @@ async def test_a_lost_device_fails_probes_and_requests_with_its_reason(start: St
 
 
 async def test_a_refusal_is_not_even_routed(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Pipeline, "wait", lambda self, urgency=Urgency.INTERACTIVE: 30.0)
+    monkeypatch.setattr(Prediction, "wait", lambda self, urgency=Urgency.INTERACTIVE: 30.0)
     async with start() as client:
         monkeypatch.setattr(
             service_of(client).registry, "get", lambda *_: pytest.fail("it was routed")

@@ -22,7 +22,8 @@ from service.detector import Detections, Detector
 from service.devices import Device, open_detector, providers, session_options
 from service.errors import DeadlineExceeded, InferenceFailed, MalformedImage, Unavailable
 from service.imaging import Prepared
-from service.pipeline import Outcome, Pipeline, Servable
+from service.pipeline import Pipeline
+from service.work import Outcome, Servable, Work
 from service.workers import Worker
 from tests import tiny_model
 from tests.pictures import BLUE, GREEN, RED, encoded, one_red, squares
@@ -172,7 +173,7 @@ async def test_late_pictures_cost_no_device_time(
     model, sizes = load(work=60), []
     async with started(sizes=sizes) as line:
         # They are let in, whatever it knows of the batch that runs.
-        monkeypatch.setattr(line, "wait", lambda urgency: 0.0)
+        monkeypatch.setattr(line.prediction, "wait", lambda urgency: 0.0)
         running = asyncio.create_task(detect(line, model, encoded(one_red())))
         await until(lambda: bool(sizes))
         started_at = time.monotonic()
@@ -257,9 +258,9 @@ async def test_first_come_first_served(load: Callable[..., Servable]) -> None:
 async def test_nothing_keeps_a_picture_alive(
     load: Callable[..., Servable], content: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    alive: weakref.WeakSet[module.Work] = weakref.WeakSet()
+    alive: weakref.WeakSet[Work] = weakref.WeakSet()
 
-    class Watched(module.Work):
+    class Watched(Work):
         """Work that can be referred to weakly."""
 
         __slots__ = ("__weakref__",)
@@ -297,6 +298,9 @@ async def test_what_comes_after_the_end_is_told_of_it(load: Callable[..., Servab
     model = load()
     async with started() as line:
         line.abort("the server stops", "draining")
+        with pytest.raises(Unavailable, match="the server stops") as refused:
+            line.admit(model, time.monotonic() + 60.0)
+        assert refused.value.reason == "draining"
         # The next picture of a request whose others have just been turned away.
         with pytest.raises(Unavailable, match="the server stops"):
             await line.detect_canvas(

@@ -9,12 +9,14 @@ from typing import Any, cast
 
 import pytest
 
-from service import pipeline as module
+from service import prediction as module
 from service.admission import WAY_BACK
-from service.batching import Policy, Urgency
+from service.batching import BatchQueue, Policy, Urgency
 from service.canvas import Size
 from service.errors import Unavailable
-from service.pipeline import BatchKey, Pipeline, Servable
+from service.prediction import Prediction
+from service.work import BatchKey, Servable, Work
+from service.workers import Worker
 
 CANVAS, LARGE = Size(96, 128), Size(960, 1280)
 NOW = 1_000.0
@@ -45,15 +47,28 @@ def _still(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: NOW))
 
 
-def a_line(*, devices: int = 1, batch: int = 8) -> Pipeline:
-    """A pipeline with two decode threads, none of them started."""
-    return Pipeline(
-        devices=devices, decode_threads=2, policy=Policy(batch), on_batch=lambda *_: None
-    )
+class Line:
+    """The queues and threads of a pipeline, none of them started, and what is predicted of them."""
+
+    def __init__(self, *, devices: int = 1, batch: int = 8) -> None:
+        self.arrived: BatchQueue[Work] = BatchQueue(Policy())
+        self.ready: BatchQueue[Work] = BatchQueue(Policy())
+        self.devices = [_idle(f"device-{i}") for i in range(devices)]
+        self.prediction = Prediction(
+            arrived=self.arrived,
+            ready=self.ready,
+            decoders=[_idle(f"decode-{i}") for i in range(2)],
+            devices=self.devices,
+            max_batch_size=batch,
+        )
+
+
+def _idle(name: str) -> Worker[Work]:
+    return Worker(name, lambda _: None)
 
 
 def ready(
-    line: Pipeline,
+    line: Line,
     model: Servable,
     count: int,
     urgency: Urgency = Urgency.INTERACTIVE,
@@ -61,149 +76,151 @@ def ready(
 ) -> None:
     """Pictures that wait for a device."""
     for _ in range(count):
-        line._ready.push(cast(Any, Item(BatchKey(model, canvas, 0.5), model, urgency)))
+        line.ready.push(cast(Any, Item(BatchKey(model, canvas, 0.5), model, urgency)))
 
 
-def arrived(line: Pipeline, model: Servable, count: int) -> None:
+def arrived(line: Line, model: Servable, count: int) -> None:
     """Pictures that wait for a decode thread."""
     for _ in range(count):
-        line._arrived.push(cast(Any, Item(model, model)))
+        line.arrived.push(cast(Any, Item(model, model)))
 
 
-def in_hand(line: Pipeline, device: int, model: Servable, count: int, *, since: float) -> None:
+def in_hand(line: Line, device: int, model: Servable, count: int, *, since: float) -> None:
     """A batch that a device is at."""
-    worker = line._devices[device]
+    worker = line.devices[device]
     worker.held = [cast(Any, Item(BatchKey(model, CANVAS, 0.5), model))] * count
     worker.since = since
 
 
 def test_nobody_waits_where_nothing_is_to_be_done() -> None:
-    assert a_line().wait() == 0.0
-    assert a_line(devices=3).wait(Urgency.BULK) == 0.0
+    assert Line().prediction.wait() == 0.0
+    assert Line(devices=3).prediction.wait(Urgency.BULK) == 0.0
 
 
 def test_what_waits_is_done_in_batches(model: Servable) -> None:
-    line = a_line()
+    line = Line()
     ready(line, model, 8)
-    assert line.wait() == pytest.approx(0.110), "one batch of 8, and none of 0"
+    assert line.prediction.wait() == pytest.approx(0.110), "one batch of 8, and none of 0"
     ready(line, model, 2)
-    assert line.wait() == pytest.approx(0.110 + 0.050)
+    assert line.prediction.wait() == pytest.approx(0.110 + 0.050)
     arrived(line, model, 3)
-    assert line.wait() == pytest.approx(0.110 + 0.050 + 0.060)
+    assert line.prediction.wait() == pytest.approx(0.110 + 0.050 + 0.060)
 
 
 def test_a_lone_picture_counts_once(model: Servable) -> None:
-    line = a_line(batch=1)
+    line = Line(batch=1)
     ready(line, model, 1)
-    assert line.wait() == pytest.approx(0.040)
+    assert line.prediction.wait() == pytest.approx(0.040)
     ready(line, model, 2)
-    assert line.wait() == pytest.approx(0.120)
+    assert line.prediction.wait() == pytest.approx(0.120)
 
 
 def test_each_canvas_has_its_own_cost(model: Servable) -> None:
-    line = a_line(batch=1)
+    line = Line(batch=1)
     model.costs.observe(LARGE, 1, 1.0)
     ready(line, model, 2)
     ready(line, model, 1, canvas=LARGE)
-    assert line.wait() == pytest.approx(1.080)
+    assert line.prediction.wait() == pytest.approx(1.080)
     arrived(line, model, 1)
-    assert line.wait() == pytest.approx(2.080), "its canvas is not known yet: as the last one"
+    assert line.prediction.wait() == pytest.approx(2.080), (
+        "a canvas not known yet costs as the last one"
+    )
 
 
 def test_the_rest_of_a_batch_in_hand(model: Servable) -> None:
-    line = a_line()
+    line = Line()
     in_hand(line, 0, model, 8, since=NOW - 0.050)
-    assert line.wait() == pytest.approx(0.060)
+    assert line.prediction.wait() == pytest.approx(0.060)
     ready(line, model, 1)
-    assert line.wait() == pytest.approx(0.100)
+    assert line.prediction.wait() == pytest.approx(0.100)
 
 
 def test_a_batch_that_is_late_is_thought_to_be_late_again(model: Servable) -> None:
-    line = a_line()
+    line = Line()
     in_hand(line, 0, model, 8, since=NOW - 0.510)
-    assert line.wait() == pytest.approx(0.400)
+    assert line.prediction.wait() == pytest.approx(0.400)
     in_hand(line, 0, model, 8, since=NOW - 5.110)
     with pytest.raises(Unavailable) as refused:
-        line.admit(model, NOW + 1.0)
+        line.prediction.admit(model, NOW + 1.0)
     assert refused.value.reason == "deadline", "it hangs, and who waited would wait in vain"
     in_hand(line, 0, model, 8, since=NOW - 3600.0)
-    assert line.wait() == 30.0, "no more is made of it"
+    assert line.prediction.wait() == 30.0, "no more is made of it"
 
 
 def test_bulk_learns_for_itself_how_often_it_is_overtaken(model: Servable) -> None:
-    line = a_line()
+    line = Line()
     ready(line, model, 8, Urgency.BULK)
     for _ in range(20):
-        line._cautions[Urgency.BULK].observe(predicted=0.1, actual=1.0)
-    line.check(0.120, Urgency.INTERACTIVE)
-    line.admit(model, NOW + 1.1 * 0.050)
+        line.prediction._cautions[Urgency.BULK].observe(predicted=0.1, actual=1.0)
+    line.prediction.check(0.120, Urgency.INTERACTIVE)
+    line.prediction.admit(model, NOW + 1.1 * 0.050)
     with pytest.raises(Unavailable):
-        line.check(0.120, Urgency.BULK)
+        line.prediction.check(0.120, Urgency.BULK)
 
 
 def test_several_devices_share_the_work(model: Servable) -> None:
-    line = a_line(devices=2)
+    line = Line(devices=2)
     in_hand(line, 0, model, 8, since=NOW)
     ready(line, model, 9)
-    assert line.wait() == pytest.approx((0.110 + 0.110 + 0.040) / 2)
+    assert line.prediction.wait() == pytest.approx((0.110 + 0.110 + 0.040) / 2)
 
 
 def test_bulk_has_its_share_and_no_more(model: Servable) -> None:
-    line = a_line()
+    line = Line()
     ready(line, model, 80, Urgency.BULK)
-    assert line.wait() == 0.0, "all of it is overtaken"
+    assert line.prediction.wait() == 0.0, "all of it is overtaken"
     ready(line, model, 16)
-    assert line.wait() == pytest.approx(0.220 + 0.220 / 7)
-    assert line.wait(Urgency.BULK) == pytest.approx(0.220 + 1.100)
+    assert line.prediction.wait() == pytest.approx(0.220 + 0.220 / 7)
+    assert line.prediction.wait(Urgency.BULK) == pytest.approx(0.220 + 1.100)
 
 
 def test_bulk_that_is_little_takes_little(model: Servable) -> None:
-    line = a_line()
+    line = Line()
     ready(line, model, 1, Urgency.BULK)
     ready(line, model, 80)
-    assert line.wait() == pytest.approx(1.100 + 0.040)
+    assert line.prediction.wait() == pytest.approx(1.100 + 0.040)
 
 
 def test_where_decoding_takes_longer_it_decides(model: Servable) -> None:
-    line = a_line()
-    line._decode_seconds = 0.500
+    line = Line()
+    line.prediction._decode_seconds = 0.500
     arrived(line, model, 6)
-    assert line.wait() == pytest.approx(6 * 0.500 / 2)
+    assert line.prediction.wait() == pytest.approx(6 * 0.500 / 2)
     ready(line, model, 8)
-    assert line.wait() == pytest.approx(6 * 0.500 / 2), "decoded already"
+    assert line.prediction.wait() == pytest.approx(6 * 0.500 / 2), "decoded already"
 
 
 def test_what_a_picture_needs(model: Servable) -> None:
-    line = a_line()
-    line._decode_seconds = 0.005
-    assert line.admit(model, NOW + 9) == pytest.approx(0.005 + 0.040)
+    line = Line()
+    line.prediction._decode_seconds = 0.005
+    assert line.prediction.admit(model, NOW + 9) == pytest.approx(0.005 + 0.040)
     ready(line, model, 8)
-    assert line.admit(model, NOW + 9) == pytest.approx(0.110 + 0.005 + 0.040)
+    assert line.prediction.admit(model, NOW + 9) == pytest.approx(0.110 + 0.005 + 0.040)
 
 
 def test_many_pictures_go_in_batches_and_to_every_device(model: Servable) -> None:
-    assert a_line().admit(model, NOW + 9, pictures=16) == pytest.approx(0.220)
-    assert a_line(devices=2).admit(model, NOW + 9, pictures=16) == pytest.approx(0.110)
-    assert a_line(devices=2).admit(model, NOW + 9, pictures=3) == pytest.approx(0.050)
-    assert a_line(batch=1).admit(model, NOW + 9, pictures=16) == pytest.approx(0.640)
+    assert Line().prediction.admit(model, NOW + 9, pictures=16) == pytest.approx(0.220)
+    assert Line(devices=2).prediction.admit(model, NOW + 9, pictures=16) == pytest.approx(0.110)
+    assert Line(devices=2).prediction.admit(model, NOW + 9, pictures=3) == pytest.approx(0.050)
+    assert Line(batch=1).prediction.admit(model, NOW + 9, pictures=16) == pytest.approx(0.640)
 
 
 def test_who_would_be_late_is_told_when_to_come_again(model: Servable) -> None:
-    line = a_line()
+    line = Line()
     ready(line, model, 8)
     careful = 1.1 * (0.110 + 0.040) + WAY_BACK
-    line.admit(model, NOW + careful + 0.001)
+    line.prediction.admit(model, NOW + careful + 0.001)
     with pytest.raises(Unavailable) as refused:
-        line.admit(model, NOW + careful - 0.010)
+        line.prediction.admit(model, NOW + careful - 0.010)
     assert refused.value.reason == "deadline"
     assert refused.value.retry_after == pytest.approx(0.010)
 
 
 def test_an_idle_service_lets_in_what_is_not_hopeless(model: Servable) -> None:
-    line = a_line()
-    line.admit(model, NOW + 0.014)
+    line = Line()
+    line.prediction.admit(model, NOW + 0.014)
     with pytest.raises(Unavailable) as refused:
-        line.admit(model, NOW + 0.013)
+        line.prediction.admit(model, NOW + 0.013)
     assert refused.value.reason == "deadline-too-short", (
         "8 pictures took 110 ms, so one takes 13.75"
     )
@@ -215,24 +232,16 @@ def test_an_idle_service_tries_again_after_a_while(
     slow = Servable("tiny", 1, cast(Any, None), ())
     slow.costs.observe(CANVAS, 1, 20.0)
     with pytest.raises(Unavailable):
-        a_line().admit(slow, NOW + 0.5)
+        Line().prediction.admit(slow, NOW + 0.5)
     later = time.monotonic() + 60.0
     monkeypatch.setattr("service.cost.time", SimpleNamespace(monotonic=lambda: later))
-    a_line().admit(slow, NOW + 0.5)
+    Line().prediction.admit(slow, NOW + 0.5)
 
 
 def test_the_queue_alone_refuses_by_its_wait(model: Servable) -> None:
-    line = a_line()
-    line.check(0.0, Urgency.INTERACTIVE)
+    line = Line()
+    line.prediction.check(0.0, Urgency.INTERACTIVE)
     ready(line, model, 8)
-    line.check(0.122, Urgency.INTERACTIVE)
+    line.prediction.check(0.122, Urgency.INTERACTIVE)
     with pytest.raises(Unavailable):
-        line.check(0.120, Urgency.INTERACTIVE)
-
-
-def test_nothing_is_let_in_after_the_end(model: Servable) -> None:
-    line = a_line()
-    line.abort("the server stops", "draining")
-    with pytest.raises(Unavailable, match="the server stops") as refused:
-        line.admit(model, NOW + 9)
-    assert refused.value.reason == "draining"
+        line.prediction.check(0.120, Urgency.INTERACTIVE)

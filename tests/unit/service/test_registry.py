@@ -18,8 +18,8 @@ from service.canvas import Size
 from service.devices import Device
 from service.errors import LoadFailed, StateConflict, Unavailable, UnknownModel
 from service.loading import open_servable
-from service.pipeline import Servable
 from service.registry import Loaded, Registry, open_registry
+from service.work import Servable
 from tests import tiny_model
 
 SECONDS = 60.0

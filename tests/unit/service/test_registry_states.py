@@ -21,8 +21,8 @@ from service.artifact import Artifact, Entry, Metadata
 from service.canvas import Buckets
 from service.devices import Device
 from service.errors import ArtifactError, LoadFailed, StateConflict, UnknownModel
-from service.pipeline import Servable
 from service.registry import Registry, open_registry
+from service.work import Servable
 from tests import tiny_model
 
 SECONDS = 60.0

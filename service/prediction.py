@@ -1,0 +1,123 @@
+"""When work will be done: from what waits, what is in hand and what batches have cost so far."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Final
+
+from service.admission import WAY_BACK, Caution, refuse_late
+from service.batching import URGENT_TURNS, BatchQueue, Lane, Urgency
+from service.work import BatchKey, Servable, Work
+from service.workers import Worker
+
+_LONGEST_DOUBT: Final = 30.0
+"""Seconds that a batch which is overdue is thought to need at most."""
+_NEWS: Final = 0.1
+"""Share of the newest picture in what is known of decoding."""
+
+
+class Prediction:
+    """Looks at the queues and threads of a pipeline; changes nothing in them."""
+
+    def __init__(
+        self,
+        *,
+        arrived: BatchQueue[Work],
+        ready: BatchQueue[Work],
+        decoders: Sequence[Worker[Work]],
+        devices: Sequence[Worker[Work]],
+        max_batch_size: int,
+    ) -> None:
+        """`arrived` waits for the `decoders`, `ready` for the `devices`."""
+        self._arrived = arrived
+        self._ready = ready
+        self._decoders = decoders
+        self._devices = devices
+        self._max_batch_size = max_batch_size
+        self._decode_seconds = 0.0
+        """What decoding a picture takes, recent ones weighing more."""
+        self._cautions = {urgency: Caution() for urgency in Urgency}
+        """One for each: bulk is also overtaken by what comes after it."""
+
+    def wait(self, urgency: Urgency = Urgency.INTERACTIVE) -> float:
+        """How many seconds, by what is known, until a picture that comes now has its turn.
+
+        0 when it would not wait at all. Any thread.
+        """
+        now = time.monotonic()
+        arrived, ready = self._arrived.lanes(), self._ready.lanes()
+        seconds = sum(_rest(worker, now) for worker in self._devices)
+        seconds += sum(work.model.costs.of().seconds(1) for work in _held(self._decoders))
+        bulk = [self._seconds(lane) for lane in (*arrived, *ready) if lane.urgency > urgency]
+        before = [lane for lane in (*arrived, *ready) if lane.urgency <= urgency]
+        urgent = sum(map(self._seconds, before))
+        # Bulk has a turn now and then.
+        seconds += urgent + min(sum(bulk), urgent / URGENT_TURNS)
+        decodes = sum(lane.length for lane in arrived if lane.urgency <= urgency)
+        decoding = self._decode_seconds * decodes / len(self._decoders)
+        return max(seconds / len(self._devices), decoding)
+
+    def check(self, seconds: float, urgency: Urgency) -> None:
+        """Raise Unavailable when the queue alone takes longer than `seconds`."""
+        refuse_late(
+            finish=self._cautions[urgency].stretch(self.wait(urgency)), left=seconds, alone=0.0
+        )
+
+    def admit(
+        self,
+        model: Servable,
+        deadline: float,
+        *,
+        pictures: int = 1,
+        urgency: Urgency = Urgency.INTERACTIVE,
+    ) -> float:
+        """Let pictures in if they will be done by `deadline`. Returns the seconds that they need.
+
+        Raises Unavailable.
+        """
+        rounds = math.ceil(pictures / len(self._devices))
+        alone = model.costs.fastest * rounds
+        wait = self.wait(urgency)
+        inference = model.costs.of().lasting(rounds, most=self._max_batch_size)
+        needed = wait + self._decode_seconds + inference
+        # An idle service lets in whatever is not hopeless: what it has learnt may be out of date,
+        # and only work can tell.
+        finish = self._cautions[urgency].stretch(needed) + WAY_BACK if wait else alone
+        refuse_late(finish=finish, left=deadline - time.monotonic(), alone=alone)
+        return needed
+
+    def learn(self, urgency: Urgency, *, predicted: float, actual: float) -> None:
+        """Work that `admit` gave `predicted` seconds took `actual` seconds."""
+        self._cautions[urgency].observe(predicted=predicted, actual=actual)
+
+    def observe_decoding(self, seconds: float) -> None:
+        """Decoding a picture took so long. Any thread."""
+        self._decode_seconds += _NEWS * (seconds - self._decode_seconds)
+
+    def _seconds(self, lane: Lane) -> float:
+        """What the pictures of a lane will take, one batch after the other."""
+        if isinstance(lane.key, BatchKey):
+            cost = lane.key.model.costs.of(lane.key.canvas)
+        else:
+            assert isinstance(lane.key, Servable), "there are no other keys"
+            cost = lane.key.costs.of()
+        return cost.lasting(lane.length, most=self._max_batch_size)
+
+
+def _held(workers: Sequence[Worker[Work]]) -> list[Work]:
+    return [work for worker in workers for work in worker.held]
+
+
+def _rest(worker: Worker[Work], now: float) -> float:
+    """How many seconds a device will go on with the batch that it has in hand."""
+    since, batch = worker.since, worker.held
+    if not batch:
+        return 0.0
+    key = batch[0].key
+    cost = batch[0].model.costs.of(key.canvas if isinstance(key, BatchKey) else None)
+    rest = since + cost.seconds(len(batch)) - now
+    # What lasts longer than it should, nobody knows how long: for as long again, say. With 0 the
+    # service would look idle while a batch hangs, and let in all who would wait for it in vain.
+    return rest if rest > 0 else min(-rest, _LONGEST_DOUBT)
