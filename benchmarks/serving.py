@@ -43,7 +43,7 @@ def served(models: Path, **settings: object) -> Iterator[Running]:
     environment = os.environ | {"RETINASERVE_LOG_LEVEL": "warning"}
     environment |= {f"RETINASERVE_{name.upper()}": str(each) for name, each in settings.items()}
     command = [sys.executable, "-c", "from service.cli import main; main()", "serve"]
-    command += ["--models", str(models), "--port", str(_free_port()), "--device", "cpu"]
+    command += ["--models", str(models), "--port", str(free_port()), "--device", "cpu"]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{command[command.index('--port') + 1]}"
     try:
@@ -62,7 +62,8 @@ def served(models: Path, **settings: object) -> Iterator[Running]:
         process.wait(timeout=20)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port that nobody listens on just now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
