@@ -1,0 +1,50 @@
+"""Addresses that the service listens on, bound before anything is loaded."""
+
+from __future__ import annotations
+
+import socket
+from typing import Final
+
+from service.errors import DeviceError
+
+_BACKLOG: Final = 2048
+
+
+class AddressError(DeviceError):
+    """The address cannot be listened on."""
+
+    title = "Unusable address"
+
+
+def listen(host: str, port: int, *, remedy: str = "choose another with --port") -> socket.socket:
+    """Bind an address, so that a busy port is known before anything is loaded.
+
+    Raises AddressError, which ends in the `remedy`.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise AddressError(f"cannot listen on {host}: {error.strerror or error}") from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise AddressError(
+            f"cannot listen on {host} port {port}: {error.strerror or error}; {remedy}"
+        ) from error
+    listener.set_inheritable(True)
+    return listener
+
+
+def url(listener: socket.socket, *, tls: bool) -> str:
+    """Where a browser finds the service."""
+    host, port = listener.getsockname()[:2]
+    shown = "localhost" if host in ("0.0.0.0", "::", "127.0.0.1", "::1") else host
+    if ":" in shown:
+        shown = f"[{shown}]"
+    return f"{'https' if tls else 'http'}://{shown}:{port}"
