@@ -7,109 +7,71 @@ Each client sends its next picture when the answer to the last is there. Prints 
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import collections
 import json
-import resource
 import time
-from pathlib import Path
-from urllib.parse import urlsplit
+from dataclasses import dataclass, field
 
-import numpy as np
-
-
-async def _client(
-    host: str,
-    port: int,
-    requests: list[bytes],
-    start: int,
-    *,
-    until: float,
-    limit: int | None,
-    latencies: list[float],
-    statuses: collections.Counter[int],
-) -> None:
-    reader, writer = await asyncio.open_connection(host, port)
-    position = start
-    try:
-        while time.perf_counter() < until and (limit is None or len(latencies) < limit):
-            sent = time.perf_counter()
-            writer.write(requests[position % len(requests)])
-            await writer.drain()
-            head = await reader.readuntil(b"\r\n\r\n")
-            length = next(
-                int(line.partition(b":")[2])
-                for line in head.split(b"\r\n")
-                if line.lower().startswith(b"content-length:")
-            )
-            await reader.readexactly(length)
-            latencies.append(time.perf_counter() - sent)
-            statuses[int(head[9:12])] += 1
-            position += 1
-    finally:
-        writer.close()
+import client
 
 
-async def run(
-    url: str, pictures: list[bytes], *, clients: int, seconds: float, limit: int | None = None
-) -> dict[str, object]:
+@dataclass
+class Seen:
+    """What came back."""
+
+    latencies: list[float] = field(default_factory=list)
+    statuses: collections.Counter[int] = field(default_factory=collections.Counter)
+    seconds: float = 0.0
+
+
+async def load(
+    url: str, requests: list[bytes], *, clients: int, seconds: float, limit: int | None
+) -> Seen:
     """Load `url` for `seconds`, or until `limit` answers have come."""
-    parts = urlsplit(url)
-    host, port = parts.hostname or "127.0.0.1", parts.port or 80
-    head = (
-        f"POST {parts.path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: image/jpeg\r\n"
-        "Content-Length: {length}\r\n\r\n"
-    )
-    requests = [head.format(length=len(data)).encode() + data for data in pictures]
-    latencies: list[float] = []
-    statuses: collections.Counter[int] = collections.Counter()
+    pool, seen = client.Pool(url), Seen()
     started = time.perf_counter()
-    await asyncio.gather(
-        *(
-            _client(
-                host,
-                port,
-                requests,
-                index * len(requests) // clients,
-                until=started + seconds,
-                limit=limit,
-                latencies=latencies,
-                statuses=statuses,
-            )
-            for index in range(clients)
-        )
-    )
-    elapsed = time.perf_counter() - started
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return {
-        "requests": len(latencies),
-        "per_second": len(latencies) / elapsed,
-        "p50_ms": 1e3 * float(np.percentile(latencies, 50)),
-        "p99_ms": 1e3 * float(np.percentile(latencies, 99)),
-        "statuses": {str(status): count for status, count in sorted(statuses.items())},
-        "client_cpu_ms": 1e3 * (usage.ru_utime + usage.ru_stime) / len(latencies),
-    }
+
+    async def one(position: int) -> None:
+        while time.perf_counter() < started + seconds:
+            if limit is not None and len(seen.latencies) >= limit:
+                return
+            sent = time.perf_counter()
+            status, _ = await pool.exchange(requests[position % len(requests)])
+            seen.latencies.append(time.perf_counter() - sent)
+            seen.statuses[status] += 1
+            position += 1
+
+    await asyncio.gather(*(one(index * len(requests) // clients) for index in range(clients)))
+    seen.seconds = time.perf_counter() - started
+    pool.close()
+    return seen
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("url")
-    parser.add_argument("pictures", type=Path, help="folder of JPEG pictures")
+    parser = client.parser(__doc__)
     parser.add_argument("--clients", type=int, default=16)
-    parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--limit", type=int, help="stop after this many answers")
     arguments = parser.parse_args()
-    pictures = [path.read_bytes() for path in sorted(arguments.pictures.glob("*.jpg"))]
-    result = asyncio.run(
-        run(
+    seen = client.run(
+        load(
             arguments.url,
-            pictures,
+            client.requests(arguments.url, arguments.pictures),
             clients=arguments.clients,
             seconds=arguments.seconds,
             limit=arguments.limit,
         )
     )
+    count = len(seen.latencies)
+    result = {
+        "requests": count,
+        "per_second": count / seen.seconds,
+        "good_per_second": seen.statuses[200] / seen.seconds,
+        "p50_ms": client.milliseconds(seen.latencies, 50),
+        "p99_ms": client.milliseconds(seen.latencies, 99),
+        "statuses": {str(status): number for status, number in sorted(seen.statuses.items())},
+        "client_cpu_ms": client.cpu_ms(count),
+    }
     print(json.dumps(result))
 
 

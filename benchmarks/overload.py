@@ -20,9 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from serving import Running, run_script, served
+from serving import Running, draw_pictures, run_script, served
 
-from service.samples import draw_smear
 from service.settings import bundled_models
 
 FACTORS = (0.5, 1.0, 2.0, 5.0, 10.0)
@@ -137,11 +136,7 @@ def main() -> None:
     parser.add_argument("--deadline", type=int, default=1000, help="milliseconds")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        pictures = arguments.pictures
-        if pictures is None:
-            pictures = Path(scratch)
-            for index in range(8):
-                draw_smear(index)[0].save(pictures / f"{index}.jpg", quality=90)
+        pictures = arguments.pictures or draw_pictures(Path(scratch) / "pictures")
         with served(arguments.models) as server:
             run_script("load.py", server.url, pictures, "--clients", CLIENTS, "--seconds", 3)
             loaded = run_script(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import json
 import os
@@ -16,13 +17,21 @@ from typing import Any, NamedTuple
 
 import psutil
 
+from service.samples import draw_smear
+
 HERE = Path(__file__).resolve().parent
 READY_SECONDS = 180
+LOOK_SECONDS = 0.02
+THREADS = ("decode", "device", "model-loader")
+"""How names of the service's threads begin; onnxruntime's are called as the loader, who makes the
+session."""
 
 
 class Running(NamedTuple):
     process: psutil.Process
     url: str
+    ready_seconds: float
+    """From the start of the process until it said that it is ready."""
 
     def cpu_seconds(self) -> float:
         times = self.process.cpu_times()
@@ -33,6 +42,23 @@ class Running(NamedTuple):
         main = next(each for each in self.process.threads() if each.id == self.process.pid)
         return float(main.user_time + main.system_time)
 
+    def thread_seconds(self) -> dict[str, float]:
+        """CPU seconds of the threads that are there, summed by what they are for."""
+        seconds: dict[str, float] = collections.defaultdict(float)
+        for each in self.process.threads():
+            main = each.id == self.process.pid
+            seconds["event loop" if main else self._purpose(each.id)] += (
+                each.user_time + each.system_time
+            )
+        return dict(seconds)
+
+    def _purpose(self, thread: int) -> str:
+        try:
+            name = Path(f"/proc/{self.process.pid}/task/{thread}/comm").read_text().strip()
+        except OSError:
+            return "other"
+        return next((each for each in THREADS if name.startswith(each)), "other")
+
     def resident(self) -> float:
         return float(self.process.memory_info().rss) / 1e6
 
@@ -42,24 +68,35 @@ def served(models: Path, **settings: object) -> Iterator[Running]:
     """A service on a free port, ready."""
     environment = os.environ | {"RETINASERVE_LOG_LEVEL": "warning"}
     environment |= {f"RETINASERVE_{name.upper()}": str(each) for name, each in settings.items()}
-    command = [sys.executable, "-c", "from service.cli import main; main()", "serve"]
+    command = [sys.executable, str(HERE / "server.py"), "serve"]
     command += ["--models", str(models), "--port", str(free_port()), "--device", "cpu"]
+    started = time.monotonic()
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{command[command.index('--port') + 1]}"
     try:
-        limit = time.monotonic() + READY_SECONDS
         while True:
             # A busy machine may be too slow even for an answer within the second.
             with contextlib.suppress(OSError):
                 urllib.request.urlopen(f"{url}/readyz", timeout=1).read()
                 break
-            if time.monotonic() > limit:
+            if time.monotonic() > started + READY_SECONDS:
                 raise SystemExit(f"{url} did not become ready within {READY_SECONDS} s")
-            time.sleep(0.1)
-        yield Running(psutil.Process(process.pid), f"{url}/v1/detect")
+            if process.poll() is not None:
+                raise SystemExit(f"the service ended with status {process.returncode}")
+            time.sleep(LOOK_SECONDS)
+        ready = time.monotonic() - started
+        yield Running(psutil.Process(process.pid), f"{url}/v1/detect", ready)
     finally:
         process.terminate()
         process.wait(timeout=20)
+
+
+def draw_pictures(folder: Path, count: int = 20) -> Path:
+    """Write drawn JPEGs of 640 x 480 into a new folder; the folder."""
+    folder.mkdir(parents=True)
+    for seed in range(count):
+        draw_smear(seed)[0].save(folder / f"{seed:02d}.jpg", quality=90)
+    return folder
 
 
 def free_port() -> int:
