@@ -14,18 +14,19 @@ import orjson
 import uvicorn
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
 from service.api import add_error_handlers
 from service.bodies import parse_json, read_body
 from service.context import Service
 from service.envelope import Envelope
 from service.errors import Forbidden, InvalidParameter
+from service.listening import url
 from service.routes import health, models
 from service.security.gate import Gate
 from service.security.guard import Guard
 from service.security.headers import SecurityHeaders
 from service.security.keys import Key, KeyStore
-from service.server import configuration, url
+
+from service.server import configuration
 
 _log = logging.getLogger("retinaserve.admin")
 _MAX_BODY_BYTES: Final = 4096

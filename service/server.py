@@ -18,20 +18,11 @@ from typing import Any, Literal, Protocol
 
 import uvicorn
 from fastapi import FastAPI
+from service.context import Service
+from service.protocol import http_protocol
 from uvicorn.server import HANDLED_SIGNALS
 
-from service.context import Service
-from service.errors import DeviceError
-from service.protocol import http_protocol
-
 _log = logging.getLogger("retinaserve.server")
-_BACKLOG = 2048
-
-
-class AddressError(DeviceError):
-    """The address cannot be listened on."""
-
-    title = "Unusable address"
 
 
 class Companion(Protocol):
@@ -42,40 +33,6 @@ class Companion(Protocol):
 
     async def stop(self, seconds: float) -> None:
         """Take no new requests, and finish those in flight within so many seconds."""
-
-
-def listen(host: str, port: int, *, remedy: str = "choose another with --port") -> socket.socket:
-    """Bind an address, so that a busy port is known before anything is loaded.
-
-    Raises AddressError, which ends in the `remedy`.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise AddressError(f"cannot listen on {host}: {error.strerror or error}") from error
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(_BACKLOG)
-    except OSError as error:
-        listener.close()
-        raise AddressError(
-            f"cannot listen on {host} port {port}: {error.strerror or error}; {remedy}"
-        ) from error
-    listener.set_inheritable(True)
-    return listener
-
-
-def url(listener: socket.socket, *, tls: bool) -> str:
-    """Where a browser finds the service."""
-    host, port = listener.getsockname()[:2]
-    shown = "localhost" if host in ("0.0.0.0", "::", "127.0.0.1", "::1") else host
-    if ":" in shown:
-        shown = f"[{shown}]"
-    return f"{'https' if tls else 'http'}://{shown}:{port}"
 
 
 def configuration(

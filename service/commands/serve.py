@@ -15,17 +15,18 @@ import warnings
 from pathlib import Path
 
 import click
-
-from service.admin import AdminListener
 from service.api import create_app
 from service.context import Service
 from service.errors import DataError
-from service.inference_protocol.grpc_server import GrpcServer, check_installed
+from service.listening import listen, url
 from service.memory import keep_freed_memory
 from service.observability import configure_logging
 from service.security.keys import read_keys
-from service.server import Companion, Server, listen, url
 from service.settings import Settings, load_settings, unknown_variables
+
+from service.admin import AdminListener
+from service.inference_protocol.grpc_server import GrpcServer, check_installed
+from service.server import Companion, Server
 
 _log = logging.getLogger("retinaserve")
 

@@ -17,14 +17,15 @@ from urllib.parse import unquote
 
 from service.context import Service
 from service.errors import BodyTimeout, DataError, MalformedRequest, RetinaserveError
-from service.inference_protocol import grpc_messages
 from service.inference_protocol.grpc_codec import read
 from service.inference_protocol.grpc_messages import Method
 from service.inference_protocol.grpc_methods import GrpcMethods
+from service.listening import AddressError
 from service.problems import headers_of
 from service.record import Record, current
 from service.request_id import request_id
-from service.server import AddressError
+
+from service.inference_protocol import grpc_messages
 
 if TYPE_CHECKING:
     import grpc

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from service.errors import DataError
+from service.listening import AddressError
+from service.security.keys import new_key
 
 from service.commands import serve
-from service.errors import DataError
-from service.security.keys import new_key
-from service.server import AddressError, Server
+from service.server import Server
 from tests import tiny_model
 
 Run = Callable[..., list[str]]
