@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from model_export.checkpoints import Checkpoint
 from model_export.retinanet.model import RetinaNet
 from model_export.retinanet.postprocess import candidates
-from model_export.selection import SEAM, append_selection, declare_inputs
+from model_export.selection import append_selection, declare_inputs
 from service.artifact import Metadata, Thresholds, set_metadata, write_checksum
 from service.canvas import MULTIPLE, Buckets, ShortSide
-from service.detector import INPUTS
+from service.detector import INPUTS, SEAM
 
 OPSET: Final = 18
 PRODUCER: Final = "retinaserve"

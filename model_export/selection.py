@@ -17,8 +17,6 @@ from numpy.typing import NDArray
 from service.artifact import MAX_DETECTIONS_CAP, Thresholds
 from service.detector import OUTPUTS
 
-SEAM: Final = ("candidate_boxes", "candidate_scores", "candidate_labels")
-
 # Class-aware by the class axis of NonMaxSuppression: a candidate has its score in its own class's
 # row, and -1, which no threshold lets through, in the others. The operator orders its answer by
 # image, class and falling score. Two sorts make that image and falling score: the second key,

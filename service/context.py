@@ -41,7 +41,15 @@ class Service:
         self.keys = None if path is None else KeyStore(path)
         """None: anybody may call."""
         self.gate = Gate(self.keys, settings.rate_limit)
-        self.hardware = resolve(settings.device) if hardware is None else hardware
+        self.hardware = (
+            resolve(
+                settings.device,
+                memory_limit=settings.gpu_memory_bytes,
+                tf32=settings.gpu_tf32,
+            )
+            if hardware is None
+            else hardware
+        )
         batch = settings.max_batch_size or max(
             device.default_batch_size for device in self.hardware.devices
         )
@@ -58,7 +66,7 @@ class Service:
         )
         threads = cpu_count()
         self.pipeline = Pipeline(
-            devices=len(self.hardware.devices),
+            devices=sum(device.callers for device in self.hardware.devices),
             decode_threads=threads,
             policy=Policy(batch, settings.max_queue_delay_ms / 1e3),
             on_batch=self.metrics.observe_batch,

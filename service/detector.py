@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import onnxruntime as ort
@@ -17,6 +17,11 @@ from service.errors import ArtifactError
 
 INPUTS: Final = ("images", "image_sizes", "score_threshold", "iou_threshold", "max_detections")
 OUTPUTS: Final = ("image_index", "boxes", "scores", "labels")
+SEAM: Final = ("candidate_boxes", "candidate_scores", "candidate_labels")
+"""Values inside the file, between the network and non-maximum suppression."""
+
+Canvases = NDArray[np.uint8] | Sequence[NDArray[np.uint8]]
+"""(B, H, W, 3), or B times (H, W, 3): pictures of one size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,37 +73,33 @@ class Detector:
 
     def inputs(self) -> list[str]:
         """Name, type and shape of every input, those with defaults marked, for people."""
-        required = [_signature(value) for value in self._session.get_inputs()]
+        required = [signature(value) for value in self._session.get_inputs()]
         defaults = self._session.get_overridable_initializers()
-        return required + [f"{_signature(value)} (has a default)" for value in defaults]
+        return required + [f"{signature(value)} (has a default)" for value in defaults]
 
     def outputs(self) -> list[str]:
         """Name, type and shape of every output, for people."""
-        return [_signature(value) for value in self._session.get_outputs()]
+        return [signature(value) for value in self._session.get_outputs()]
 
     def __call__(
         self,
-        canvases: NDArray[np.uint8],
+        canvases: Canvases,
         image_sizes: NDArray[np.int64],
         *,
         score_threshold: float,
         iou_threshold: float,
         max_detections: int = MAX_DETECTIONS_CAP,
     ) -> list[Detections]:
-        """Detect on (B, H, W, 3) canvases of pictures of size (B, 2); boxes in canvas pixels."""
-        index, boxes, scores, labels = self._session.run(
+        """Detect on canvases of pictures of size (B, 2); boxes in canvas pixels."""
+        found = self._session.run(
             OUTPUTS,
             {
-                "images": canvases,
+                "images": as_batch(canvases),
                 "image_sizes": image_sizes,
-                "score_threshold": np.array([score_threshold], dtype=np.float32),
-                "iou_threshold": np.array([iou_threshold], dtype=np.float32),
-                "max_detections": np.array([max_detections], dtype=np.int64),
+                **thresholds(score_threshold, iou_threshold, max_detections),
             },
         )
-        # Sorted by image, so each image is one slice.
-        edges = np.searchsorted(index, np.arange(len(canvases) + 1))
-        return [Detections(boxes[a:b], scores[a:b], labels[a:b]) for a, b in pairwise(edges)]
+        return by_picture(found, len(canvases))
 
     def warm(self, canvas: Size, batch: int = 1) -> None:
         """Run once on empty canvases, so that the first request does not pay for set-up."""
@@ -107,5 +108,42 @@ class Detector:
         self(blank, sizes, score_threshold=0.5, iou_threshold=0.5)
 
 
-def _signature(value: ort.NodeArg) -> str:
+def batch_buckets(largest: int) -> list[int]:
+    """Batch sizes that are made ready: the powers of two up to the largest, and that one.
+
+    >>> batch_buckets(12)
+    [1, 2, 4, 8, 12]
+    """
+    sizes = [1]
+    while sizes[-1] < largest:
+        sizes.append(min(2 * sizes[-1], largest))
+    return sizes
+
+
+def as_batch(canvases: Canvases) -> NDArray[np.uint8]:
+    """(B, H, W, 3); copied only where several canvases are not yet one array."""
+    if isinstance(canvases, np.ndarray):
+        return canvases
+    return canvases[0][np.newaxis] if len(canvases) == 1 else np.stack(canvases)
+
+
+def thresholds(score: float, iou: float, most: int) -> dict[str, NDArray[Any]]:
+    """The inputs of the file that are not pictures."""
+    return {
+        "score_threshold": np.array([score], dtype=np.float32),
+        "iou_threshold": np.array([iou], dtype=np.float32),
+        "max_detections": np.array([most], dtype=np.int64),
+    }
+
+
+def by_picture(found: Sequence[NDArray[Any]], count: int) -> list[Detections]:
+    """The file's outputs, picture by picture."""
+    index, boxes, scores, labels = found
+    # Sorted by image, so each image is one slice.
+    edges = np.searchsorted(index, np.arange(count + 1))
+    return [Detections(boxes[a:b], scores[a:b], labels[a:b]) for a, b in pairwise(edges)]
+
+
+def signature(value: ort.NodeArg) -> str:
+    """Name, type and shape, for people."""
     return f"{value.name} {value.type.removeprefix('tensor')} {value.shape}"

@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import io
+import logging
 import math
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Final, Literal
 
@@ -21,8 +23,14 @@ import onnx.parser
 import onnxruntime as ort
 
 from service.artifact import Artifact
-from service.detector import Detector
+from service.cuda import CaptureGate, CudaMemory, runtime_library
+from service.detector import Detector, batch_buckets
+from service.engine import SLOTS
 from service.errors import DeviceError
+from service.graph_split import Parts, split
+from service.split_detector import open_split
+
+_log = logging.getLogger("retinaserve.devices")
 
 CUDA_PROVIDER: Final = "CUDAExecutionProvider"
 CPU_PROVIDER: Final = "CPUExecutionProvider"
@@ -38,6 +46,12 @@ class Device:
 
     kind: Literal["cpu", "cuda"]
     index: int = 0
+    memory_limit: int | None = None
+    """Most bytes for weights and intermediate values, of each model."""
+    tf32: bool = True
+    """Whether float32 products may be computed in TF32."""
+    gate: CaptureGate = field(default_factory=CaptureGate, compare=False, repr=False)
+    """Shared by all GPUs of a process."""
 
     @property
     def name(self) -> str:
@@ -48,6 +62,11 @@ class Device:
     def default_batch_size(self) -> int:
         """A CPU works a batch off picture by picture; a GPU fills its lanes with it."""
         return 1 if self.kind == "cpu" else 16
+
+    @property
+    def callers(self) -> int:
+        """Threads that keep it busy: a GPU computes for one while another copies and selects."""
+        return 1 if self.kind == "cpu" else SLOTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +83,18 @@ class Hardware:
         return ",".join(device.name for device in self.devices)
 
 
-def resolve(asked: str) -> Hardware:
+def resolve(asked: str, *, memory_limit: int | None = None, tf32: bool = True) -> Hardware:
     """Choose and prove the devices for `asked`: auto, cpu, cuda, or cuda:0,cuda:1.
 
-    Raises DeviceError that names what is missing.
+    `memory_limit` and `tf32` are for GPUs. Raises DeviceError that names what is missing.
     """
     if asked == "cpu":
         return Hardware((Device("cpu"),))
-    devices = tuple(_parse("cuda" if asked == "auto" else asked))
+    gate = CaptureGate()
+    devices = tuple(
+        replace(device, memory_limit=memory_limit, tf32=tf32, gate=gate)
+        for device in _parse("cuda" if asked == "auto" else asked)
+    )
     driver = nvidia_driver()
     if driver is None:
         if asked == "auto":
@@ -90,13 +113,17 @@ def resolve(asked: str) -> Hardware:
     return Hardware(devices)
 
 
-def open_detector(artifact: Artifact, device: Device) -> Detector:
+def open_detector(artifact: Artifact, device: Device, *, batch: int | None = None) -> Detector:
     """Load a model file on a device: the one way to a session, in serving and in evaluation.
 
-    Raises ArtifactError when the file does not load, DeviceError when the session landed on
-    another device than the one asked for.
+    `batch` is how many canvases a GPU gets at a time at most. Raises ArtifactError when the file
+    does not load, DeviceError when the session landed on another device than the one asked for or
+    a GPU has too little memory.
     """
-    detector = Detector(artifact, providers=providers(device), options=session_options(device))
+    if device.kind == "cuda":
+        detector = _open_on_gpu(artifact, device, batch or device.default_batch_size)
+    else:
+        detector = _open_whole(artifact, device)
     wanted = CUDA_PROVIDER if device.kind == "cuda" else CPU_PROVIDER
     if detector.providers[0] != wanted:
         raise DeviceError(
@@ -110,10 +137,28 @@ def providers(device: Device) -> Providers:
     """Execution providers for onnxruntime, first choice first."""
     if device.kind == "cpu":
         return [CPU_PROVIDER]
-    # HEURISTIC picks convolution algorithms without trying each: a new canvas or batch size then
-    # costs milliseconds, not seconds.
-    cuda = {"device_id": str(device.index), "cudnn_conv_algo_search": "HEURISTIC"}
+    cuda = {
+        "device_id": str(device.index),
+        # Picks convolution algorithms without trying each: a new canvas or batch size then costs
+        # milliseconds, not seconds.
+        "cudnn_conv_algo_search": "HEURISTIC",
+        # What tensor cores multiply; otherwise cuDNN transposes before and after.
+        "prefer_nhwc": "1",
+        "use_tf32": "1" if device.tf32 else "0",
+        # Powers of two would take up to twice the memory.
+        "arena_extend_strategy": "kSameAsRequested",
+    }
+    if device.memory_limit is not None:
+        cuda["gpu_mem_limit"] = str(device.memory_limit)
     return [(CUDA_PROVIDER, cuda), CPU_PROVIDER]
+
+
+def with_cuda_graphs(given: Providers) -> Providers:
+    """The same providers, where CUDA captures what it runs."""
+    return [
+        each if isinstance(each, str) else (each[0], {**each[1], "enable_cuda_graph": "1"})
+        for each in given
+    ]
 
 
 def session_options(device: Device) -> ort.SessionOptions:
@@ -178,6 +223,54 @@ def preload_libraries() -> None:
     # later, and better, what could not be loaded.
     with contextlib.redirect_stdout(io.StringIO()):
         ort.preload_dlls()
+
+
+def _open_whole(artifact: Artifact, device: Device) -> Detector:
+    return Detector(artifact, providers=providers(device), options=session_options(device))
+
+
+def _open_on_gpu(artifact: Artifact, device: Device, batch: int) -> Detector:
+    """Split at the seam, where the file has one."""
+    parts = split(artifact.content)
+    if parts is None:
+        _log.warning(
+            "%s has no seam (candidate_*) to split it at: it runs whole, without CUDA graphs",
+            artifact.path,
+        )
+        return _open_whole(artifact, device)
+    return _open_split(artifact, parts, device, batch)
+
+
+def _open_split(artifact: Artifact, parts: Parts, device: Device, batch: int) -> Detector:
+    def opened(content: bytes, given: Providers) -> ort.InferenceSession:
+        # Otherwise Python's wrapper would go on with the CPU, and say so on stdout.
+        return ort.InferenceSession(
+            content, session_options(device), providers=given, enable_fallback=0
+        )
+
+    plain = providers(device)
+    limit = device.memory_limit
+    remedy = f"lower RETINASERVE_MAX_BATCH_SIZE (now {batch})" + (
+        "" if limit is None else f" or raise RETINASERVE_GPU_MEMORY_BYTES (now {limit})"
+    )
+    return open_split(
+        artifact,
+        parts,
+        open_network=partial(opened, given=plain),
+        open_graphs=partial(opened, given=with_cuda_graphs(plain)),
+        host_options=_selection_options(),
+        memory=CudaMemory(device.index, device.gate, runtime_library()),
+        gate=device.gate,
+        buckets=batch_buckets(batch),
+        remedy=remedy,
+    )
+
+
+def _selection_options() -> ort.SessionOptions:
+    """For what the CPU does beside a GPU: in the thread that calls, which has a core to itself."""
+    options = session_options(Device("cpu"))
+    options.intra_op_num_threads = 1
+    return options
 
 
 @contextlib.contextmanager

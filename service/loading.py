@@ -15,6 +15,7 @@ from queue import SimpleQueue
 from typing import Final
 
 from service.artifact import Artifact, Entry
+from service.detector import batch_buckets
 from service.devices import Device, open_detector
 from service.errors import ArtifactError
 from service.work import Servable
@@ -50,7 +51,7 @@ class Loader:
 
     def watch(self, servable: Servable) -> None:
         """Give the memory of a model back to the system once nothing uses it any more."""
-        for detector in servable.detectors:
+        for detector in dict.fromkeys(servable.detectors):
             end = weakref.finalize(detector, self._jobs.put, _after_release)
             end.atexit = False
 
@@ -69,9 +70,12 @@ def open_servable(
 ) -> Servable:
     """A model on every device, warm for every batch of up to `batch` pictures.
 
+    A device that takes several callers at a time is there as often.
+
     Raises ArtifactError or DeviceError.
     """
-    detectors = tuple(open_detector(artifact, device) for device in devices)
+    opened = [(open_detector(artifact, device, batch=batch), device.callers) for device in devices]
+    detectors = tuple(detector for detector, callers in opened for _ in range(callers))
     # The sessions have copies of their own.
     slim = replace(artifact, content=b"")
     servable = Servable(entry.name, entry.version, slim, detectors)
@@ -81,18 +85,6 @@ def open_servable(
         # onnxruntime's errors share no base class that it documents.
         raise ArtifactError(f"{artifact.path}: its warm-up failed: {error}") from error
     return servable
-
-
-def batch_buckets(largest: int) -> list[int]:
-    """Batch sizes to warm: the powers of two up to the largest, and that one.
-
-    >>> batch_buckets(12)
-    [1, 2, 4, 8, 12]
-    """
-    sizes = [1]
-    while sizes[-1] < largest:
-        sizes.append(min(2 * sizes[-1], largest))
-    return sizes
 
 
 def return_free_memory() -> None:
@@ -117,7 +109,7 @@ def _warm(servable: Servable, sizes: Sequence[int]) -> None:
     rule = servable.metadata.canvas
     for canvas in rule.all_canvases() or (rule.largest(),):
         for size in sizes:
-            for detector in servable.detectors:
+            for detector in dict.fromkeys(servable.detectors):
                 detector.warm(canvas, size)
             # Once more and timed, so that not even the first requests are let in blindly.
             started = time.monotonic()

@@ -289,11 +289,7 @@ class Pipeline:
 def _run(detector: Detector, batch: Sequence[Work]) -> list[Outcome]:
     prepared = [work.prepared for work in batch if work.prepared is not None]
     assert len(prepared) == len(batch), "only decoded pictures reach a device"
-    canvases = (
-        prepared[0].canvas[np.newaxis]
-        if len(batch) == 1
-        else np.stack([each.canvas for each in prepared])
-    )
+    canvases = [each.canvas for each in prepared]
     sizes = np.array([each.letterbox.resized for each in prepared], dtype=np.int64)
     started = time.monotonic()
     found = detector(

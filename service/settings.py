@@ -42,6 +42,12 @@ class Settings(BaseSettings):
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda|cuda:\d+(,cuda:\d+)*)$")
     """auto, cpu, cuda, or a list such as cuda:0,cuda:1."""
 
+    gpu_memory_bytes: int | None = Field(default=None, ge=1_048_576)
+    """Most memory of each GPU for a model's weights and intermediate values. Default: no limit."""
+
+    gpu_tf32: bool = True
+    """Whether float32 files may compute products in TF32, faster and to about three digits."""
+
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for every interface (as the container image sets it)."""
 

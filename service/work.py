@@ -21,7 +21,11 @@ from service.request_id import request_id
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Servable:
-    """A model that is loaded and warm: one detector for each device, in the devices' order."""
+    """A model that is loaded and warm.
+
+    Its detectors are in the devices' order; one that takes several callers at a time is there as
+    often.
+    """
 
     name: str
     version: int

@@ -7,7 +7,8 @@ import threading
 
 import pytest
 
-from service.loading import Loader, batch_buckets
+from service.detector import batch_buckets
+from service.loading import Loader
 
 SECONDS = 60.0
 

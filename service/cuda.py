@@ -1,0 +1,256 @@
+"""Memory on a GPU and page-locked memory on its host, by NVIDIA's runtime library.
+
+onnxruntime's Python offers neither page-locked memory nor copies that let other threads run. The
+library is the one that onnxruntime itself has loaded; eight of its functions are enough. Their
+declarations and numbers are those of the CUDA Runtime API's memory and device management.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.errors import DeviceError
+
+_LIBRARIES: Final = (
+    ("cudart64_13.dll", "cudart64_12.dll")
+    if sys.platform == "win32"
+    else ("libcudart.so.13", "libcudart.so.12")
+)
+_TO_DEVICE: Final = 1
+_TO_HOST: Final = 2
+_OUT_OF_MEMORY: Final = 2
+
+
+class CaptureGate:
+    """Keeps everything else that a process does with CUDA away from the capture of a CUDA graph.
+
+    onnxruntime captures in CUDA's global mode: an allocation or a copy by any other thread, for
+    another model or even another GPU, would fail then, and take the capture with it.
+    """
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._users = 0
+        self._captures = 0
+        """Under way or waiting."""
+
+    @contextmanager
+    def use(self) -> Iterator[None]:
+        """Around any use of CUDA; any number of threads at a time. Not to be nested."""
+        with self._condition:
+            self._condition.wait_for(lambda: not self._captures)
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._users -= 1
+                self._condition.notify_all()
+
+    @contextmanager
+    def capture(self) -> Iterator[None]:
+        """Around a capture: alone."""
+        with self._condition:
+            # First those who want to capture, or steady use would keep them waiting for ever.
+            self._condition.wait_for(lambda: not self._captures)
+            self._captures += 1
+            self._condition.wait_for(lambda: not self._users)
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._captures -= 1
+                self._condition.notify_all()
+
+
+class OutOfMemory(DeviceError):
+    """A device has too little memory."""
+
+
+class Free(NamedTuple):
+    """Bytes of a device's memory."""
+
+    free: int
+    total: int
+
+
+class Memory(Protocol):
+    """Where a detector's buffers are. For any thread."""
+
+    device: tuple[str, int]
+    """As onnxruntime's IOBinding names it: ("cuda", 0)."""
+
+    def staging(self, size: int) -> NDArray[np.uint8]:
+        """Bytes on the host that can be copied fast, all zero. Raises OutOfMemory."""
+
+    def allocate(self, size: int) -> int:
+        """The address of bytes on the device. Raises OutOfMemory."""
+
+    def upload(self, source: NDArray[Any], address: int) -> None:
+        """Copy a contiguous array to the device; it is there when this returns."""
+
+    def download(self, address: int, target: NDArray[Any]) -> None:
+        """Copy from the device into a contiguous array."""
+
+    def free(self, address: int) -> None:
+        """Give back what `allocate` gave, or the address of what `staging` gave."""
+
+    def close(self) -> None:
+        """Give back everything."""
+
+    def left(self) -> Free | None:
+        """What is left on the device, where that can be told."""
+
+
+class HostMemory:
+    """A device that is the host itself: the same steps without a GPU."""
+
+    device: tuple[str, int] = ("cpu", 0)
+
+    def __init__(self) -> None:
+        self._blocks: dict[int, NDArray[np.uint8]] = {}
+
+    def staging(self, size: int) -> NDArray[np.uint8]:
+        """As `Memory` says."""
+        return np.zeros(size, dtype=np.uint8)
+
+    def allocate(self, size: int) -> int:
+        """As `Memory` says."""
+        block = np.zeros(max(1, size), dtype=np.uint8)
+        address = int(block.ctypes.data)
+        self._blocks[address] = block
+        return address
+
+    def upload(self, source: NDArray[Any], address: int) -> None:
+        """As `Memory` says."""
+        ctypes.memmove(address, source.ctypes.data, source.nbytes)
+
+    def download(self, address: int, target: NDArray[Any]) -> None:
+        """As `Memory` says."""
+        ctypes.memmove(target.ctypes.data, address, target.nbytes)
+
+    def free(self, address: int) -> None:
+        """As `Memory` says."""
+        self._blocks.pop(address, None)
+
+    def close(self) -> None:
+        """As `Memory` says."""
+        self._blocks.clear()
+
+    def left(self) -> Free | None:
+        """As `Memory` says."""
+        return None
+
+
+class CudaMemory:
+    """One GPU's memory."""
+
+    def __init__(self, index: int, gate: CaptureGate, library: Any) -> None:
+        """`library` is NVIDIA's runtime library, see `runtime_library`."""
+        self.device = ("cuda", index)
+        self._gate = gate
+        self._library = library
+        self._lock = threading.Lock()
+        self._owned: dict[int, Callable[[], None]] = {}
+        """What gives back what is at an address."""
+
+    def staging(self, size: int) -> NDArray[np.uint8]:
+        """As `Memory` says."""
+        address = self._take("cudaHostAlloc", "cudaFreeHost", size, ctypes.c_uint(0))
+        block = (ctypes.c_uint8 * size).from_address(address)
+        ctypes.memset(address, 0, size)
+        return np.ctypeslib.as_array(block)
+
+    def allocate(self, size: int) -> int:
+        """As `Memory` says."""
+        return self._take("cudaMalloc", "cudaFree", size)
+
+    def upload(self, source: NDArray[Any], address: int) -> None:
+        """As `Memory` says."""
+        self._copy(address, source.ctypes.data, source.nbytes, _TO_DEVICE)
+
+    def download(self, address: int, target: NDArray[Any]) -> None:
+        """As `Memory` says."""
+        self._copy(target.ctypes.data, address, target.nbytes, _TO_HOST)
+
+    def free(self, address: int) -> None:
+        """As `Memory` says."""
+        with self._lock:
+            give_back = self._owned.pop(address, None)
+        if give_back is not None:
+            with self._gate.use():
+                give_back()
+
+    def close(self) -> None:
+        """As `Memory` says."""
+        with self._lock:
+            addresses = list(self._owned)
+        for address in addresses:
+            self.free(address)
+
+    def left(self) -> Free | None:
+        """As `Memory` says."""
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        with self._gate.use():
+            self._call("cudaSetDevice", ctypes.c_int(self.device[1]))
+            self._call("cudaMemGetInfo", ctypes.byref(free), ctypes.byref(total))
+        return Free(free.value, total.value)
+
+    def _take(self, function: str, opposite: str, size: int, *flags: ctypes.c_uint) -> int:
+        address = ctypes.c_void_p()
+        with self._gate.use():
+            self._call("cudaSetDevice", ctypes.c_int(self.device[1]))
+            self._call(function, ctypes.byref(address), ctypes.c_size_t(max(1, size)), *flags)
+        assert address.value is not None, "CUDA reports success only with an address"
+        library = self._library
+
+        def give_back() -> None:
+            # Nothing can be done about a failure; after one of the device, all of these fail.
+            getattr(library, opposite)(address)
+
+        with self._lock:
+            self._owned[address.value] = give_back
+        return address.value
+
+    def _copy(self, target: int, source: int, size: int, kind: int) -> None:
+        with self._gate.use():
+            # The device belongs to the thread, and this may be any.
+            self._call("cudaSetDevice", ctypes.c_int(self.device[1]))
+            self._call(
+                "cudaMemcpy",
+                ctypes.c_void_p(target),
+                ctypes.c_void_p(source),
+                ctypes.c_size_t(size),
+                ctypes.c_int(kind),
+            )
+
+    def _call(self, function: str, *arguments: Any) -> None:
+        status = int(getattr(self._library, function)(*arguments))
+        if status == 0:
+            return
+        # The error would otherwise be reported by the next launch as well.
+        self._library.cudaGetLastError()
+        describe = self._library.cudaGetErrorString
+        describe.restype = ctypes.c_char_p
+        words = (describe(ctypes.c_int(status)) or b"").decode(errors="replace")
+        kind = OutOfMemory if status == _OUT_OF_MEMORY else DeviceError
+        raise kind(f"CUDA failure {status}: {words} in {function} on cuda:{self.device[1]}")
+
+
+def runtime_library() -> Any:
+    """NVIDIA's runtime library, once onnxruntime has loaded it. Raises DeviceError."""
+    reason = ""
+    for name in _LIBRARIES:
+        try:
+            return ctypes.CDLL(name)
+        except OSError as error:
+            reason = str(error)
+    raise DeviceError(f"none of {', '.join(_LIBRARIES)} can be loaded: {reason}")
