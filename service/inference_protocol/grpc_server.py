@@ -17,6 +17,7 @@ from urllib.parse import unquote
 
 from service.context import Service
 from service.errors import BodyTimeout, DataError, MalformedRequest, RetinaserveError
+from service.inference_protocol import grpc_messages
 from service.inference_protocol.grpc_codec import read
 from service.inference_protocol.grpc_messages import Method
 from service.inference_protocol.grpc_methods import GrpcMethods
@@ -24,8 +25,6 @@ from service.listening import AddressError
 from service.problems import headers_of
 from service.record import Record, current
 from service.request_id import request_id
-
-from service.inference_protocol import grpc_messages
 
 if TYPE_CHECKING:
     import grpc

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import grpc
 import httpx
+
 from service.api import create_app
 from service.context import Service
-from service.listening import listen
-from service.settings import Settings
-
 from service.inference_protocol.grpc_server import GrpcServer
+from service.listening import listen
 from service.server import Server
+from service.settings import Settings
 
 PATIENCE = 60.0
 """Seconds; generous, since the machine may be busy with something else."""

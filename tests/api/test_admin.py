@@ -15,15 +15,15 @@ from typing import NamedTuple
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+
+from service.admin import AdminListener
 from service.api import create_app
 from service.listening import listen
 from service.security.keys import new_key
 from service.settings import Settings
+from tests import tiny_model
 from tests.api.conftest import running
 from tests.pictures import encoded, one_red, squares
-
-from service.admin import AdminListener
-from tests import tiny_model
 
 
 class Doors(NamedTuple):

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from service.commands import serve
 from service.errors import DataError
 from service.listening import AddressError
 from service.security.keys import new_key
-
-from service.commands import serve
 from service.server import Server
 from tests import tiny_model
 

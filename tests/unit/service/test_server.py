@@ -8,12 +8,12 @@ from pathlib import Path
 
 import httpx
 import pytest
+
 from service.api import create_app
 from service.context import Service
 from service.listening import AddressError, listen
-from service.settings import Settings
-
 from service.server import Server
+from service.settings import Settings
 from tests import tiny_model
 
 
