@@ -16,7 +16,7 @@ README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
 
 def setting_rows() -> dict[str, str]:
     section = README.partition("## Settings")[2].partition("\n## ")[0]
-    return dict(re.findall(r"^\| `([A-Z_]+)` \| ([^|]*?) \|", section, flags=re.MULTILINE))
+    return dict(re.findall(r"^\| `([A-Z0-9_]+)` \| ([^|]*?) \|", section, flags=re.MULTILINE))
 
 
 def test_every_setting_is_in_the_table() -> None:
