@@ -1,0 +1,148 @@
+"""The service's detector beside a bare session, and both beside what the network must cost.
+
+    python benchmarks/engine.py                       # bundled model
+    python benchmarks/engine.py --models DIR --quick
+
+For each canvas of the model and batches of 1, 2, 4 and 8, in turn within one run: a loop over the
+service's detector, and one over `InferenceSession.run` with the same options. `floor.py` says what
+the arithmetic and the memory traffic of the same pictures would take at the machine's own peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import floor
+import numpy as np
+import onnxruntime as ort
+from report import Report, add_options
+
+from service.artifact import Artifact, read_artifact, scan_repository
+from service.canvas import Buckets, Size
+from service.detector import OUTPUTS
+from service.devices import Device, open_detector, providers, session_options
+from service.imaging import cut
+from service.samples import draw_smear
+from service.settings import bundled_models
+
+BATCHES = (1, 2, 4, 8)
+DEVICE = Device("cpu")
+
+
+def inputs(artifact: Artifact, canvas: Size, batch: int) -> dict[str, Any]:
+    """Drawn pictures that fill the canvas, and the model's own thresholds."""
+    thresholds = artifact.metadata.thresholds
+    placed = Buckets(sizes=(canvas,)).fit(canvas)
+    drawn = [draw_smear(seed, width=canvas.width, height=canvas.height)[0] for seed in range(batch)]
+    return {
+        "images": np.stack([cut(picture, (0, 0), placed).canvas for picture in drawn]),
+        "image_sizes": np.tile(np.array([canvas], dtype=np.int64), (batch, 1)),
+        "score_threshold": np.array([thresholds.score], dtype=np.float32),
+        "iou_threshold": np.array([thresholds.iou], dtype=np.float32),
+        "max_detections": np.array([thresholds.max_detections], dtype=np.int64),
+    }
+
+
+def alternate(
+    first: Callable[[], object], second: Callable[[], object], *, rounds: int, seconds: float
+) -> tuple[list[float], list[float]]:
+    """Seconds that a call of each takes: the median of every round."""
+    found: tuple[list[float], list[float]] = ([], [])
+    for work in (first, second):
+        work()
+    for number in range(rounds):
+        # Whoever comes second in one round comes first in the next.
+        for index in (0, 1) if number % 2 else (1, 0):
+            took, started = [], time.perf_counter()
+            while not took or time.perf_counter() - started < seconds:
+                begun = time.perf_counter()
+                (first, second)[index]()
+                took.append(time.perf_counter() - begun)
+            found[index].append(statistics.median(took))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", type=Path, default=bundled_models())
+    add_options(parser)
+    arguments = parser.parse_args()
+    rounds, seconds = (3, 0.3) if arguments.quick else (7, 0.6)
+    batches = (BATCHES[0], BATCHES[-1]) if arguments.quick else BATCHES
+
+    artifact = read_artifact(scan_repository(arguments.models)[-1].path)
+    rule = artifact.metadata.canvas
+    canvases = rule.all_canvases() or (rule.largest(),)
+    detector = open_detector(artifact, DEVICE)
+    session = ort.InferenceSession(
+        artifact.content, session_options(DEVICE), providers=providers(DEVICE)
+    )
+    report = Report("engine", "Detector beside a bare session", arguments)
+    peak = floor.measure()
+    print(
+        f"\nPeak of the same cores: {peak.operations / 1e9:.0f} GFLOP/s (matrix product), "
+        f"{peak.bytes / 1e9:.1f} GB/s (copying)."
+    )
+    table = report.table(
+        {
+            "canvas": "",
+            "batch": "d",
+            "bare, pictures/s": ".1f",
+            "detector, pictures/s": ".1f",
+            "ratio": ".3f",
+            "GFLOP": ".2f",
+            "arithmetic floor, ms": ".2f",
+            "memory floor, ms": ".2f",
+            "bare, ms": ".2f",
+            "of peak arithmetic": ".0%",
+        }
+    )
+    ratios: list[float] = []
+    shares: list[float] = []
+    for canvas in canvases:
+        demand = floor.count(artifact.path, inputs(artifact, canvas, 1))
+        for batch in batches:
+            given = inputs(artifact, canvas, batch)
+
+            def bare(given: dict[str, Any] = given) -> object:
+                return session.run(OUTPUTS, given)
+
+            def served(given: dict[str, Any] = given) -> object:
+                return detector(
+                    given["images"],
+                    given["image_sizes"],
+                    score_threshold=float(given["score_threshold"][0]),
+                    iou_threshold=float(given["iou_threshold"][0]),
+                    max_detections=int(given["max_detections"][0]),
+                )
+
+            alone, ours = alternate(bare, served, rounds=rounds, seconds=seconds)
+            pairs = [a / b for a, b in zip(alone, ours, strict=True)]
+            arithmetic, memory = peak.seconds(demand, batch)
+            median = statistics.median(alone)
+            ratios.append(statistics.median(pairs))
+            shares.append(arithmetic / median)
+            table.row(
+                f"{canvas.height} x {canvas.width}",
+                batch,
+                batch / median,
+                batch / statistics.median(ours),
+                ratios[-1],
+                demand.operations / 1e9,
+                1e3 * arithmetic / batch,
+                1e3 * memory / batch,
+                1e3 * median / batch,
+                shares[-1],
+            )
+    report.figure("detector over bare session", ratios, better="higher")
+    report.figure("share of the cores' peak arithmetic", shares, better="higher")
+    report.close()
+
+
+if __name__ == "__main__":
+    main()
