@@ -14,6 +14,7 @@ import orjson
 import uvicorn
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
 from service.api import add_error_handlers
 from service.bodies import parse_json, read_body
 from service.context import Service
@@ -25,8 +26,7 @@ from service.security.gate import Gate
 from service.security.guard import Guard
 from service.security.headers import SecurityHeaders
 from service.security.keys import Key, KeyStore
-
-from service.server import configuration
+from service.server import HttpServer, configuration
 
 _log = logging.getLogger("retinaserve.admin")
 _MAX_BODY_BYTES: Final = 4096
@@ -138,6 +138,7 @@ class AdminListener:
         self._server = _Server(
             configuration(
                 create_admin_app(service, service.keys),
+                metrics=service.metrics,
                 drain_seconds=service.settings.drain_seconds,
                 certificate=certificate,
                 key=key,
@@ -163,7 +164,7 @@ class AdminListener:
             await self._serving
 
 
-class _Server(uvicorn.Server):
+class _Server(HttpServer):
     """Says when it listens, and leaves signals to the main server."""
 
     def __init__(self, config: uvicorn.Config) -> None:

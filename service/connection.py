@@ -7,11 +7,13 @@ is left of a body after the answer without end. Here each of these has a bound.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Final, Protocol
 
 import orjson
 
+from service.crowd import Crowd
 from service.problems import MEDIA_TYPE, http_problem
 
 HEAD_SECONDS: Final = 10.0
@@ -66,12 +68,16 @@ class Bounded(asyncio.Protocol):
 
     transport: asyncio.Transport
     loop: asyncio.AbstractEventLoop
+    app: Any
     cycle: Any
     flow: Any
     server_state: Any
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, crowd: Crowd | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._crowd = crowd
+        self._idle_since = time.monotonic()
+        self._one_request = False
         self._head_timer: asyncio.TimerHandle | None = None
         self._linger_timer: asyncio.TimerHandle | None = None
         self._stall_timer: asyncio.TimerHandle | None = None
@@ -87,6 +93,12 @@ class Bounded(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The client may take its time for everything but saying what it wants."""
         super().connection_made(transport)
+        if self._crowd is not None:
+            descriptor = transport.get_extra_info("socket").fileno()
+            others = (each for each in self.server_state.connections if each is not self)
+            if not self._crowd.has_room(descriptor, others):
+                self.app = self._crowd.probes_only(self.app)
+                self._one_request = True
         self._head_timer = self.loop.call_later(HEAD_SECONDS, self._head_is_late)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -119,7 +131,8 @@ class Bounded(asyncio.Protocol):
         send: Callable[[MutableMapping[str, Any]], Awaitable[None]] = cycle.send
         # Where two ends may disagree on the end of a body, nothing behind it is a request
         # (RFC 9112, 6.1).
-        last = {b"content-length", b"transfer-encoding"} <= {n for n, _ in cycle.scope["headers"]}
+        names = {name for name, _ in cycle.scope["headers"]}
+        last = self._one_request or {b"content-length", b"transfer-encoding"} <= names
 
         async def send_and_close(message: MutableMapping[str, Any]) -> None:
             if (last or cycle.more_body) and not cycle.response_started:
@@ -146,8 +159,19 @@ class Bounded(asyncio.Protocol):
         self.flow.resume_reading()
         self._linger_timer = self.loop.call_later(_LINGER_SECONDS, self.transport.close)
 
+    @property
+    def idle_since(self) -> float | None:
+        """Since when it waits for a whole head, on `time.monotonic`; None: there is a request."""
+        idle = self.cycle is None or self.cycle.response_complete
+        return self._idle_since if idle else None
+
+    def make_way(self) -> None:
+        """End at once."""
+        self.transport.abort()
+
     def on_response_complete(self) -> None:
         """After an answer: there is no next request on a connection that only lingers."""
+        self._idle_since = time.monotonic()
         if self._lingering:
             self.server_state.total_requests += 1
             return

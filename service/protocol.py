@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib.util
 import sys
 
@@ -12,7 +11,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from service.connection import HEAD_BYTES, Bounded
 
 
-def http_protocol() -> type[asyncio.Protocol]:
+def http_protocol() -> type[Bounded]:
     """The protocol with the fastest parser that is installed."""
     if importlib.util.find_spec("httptools") is None:
         return H11

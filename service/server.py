@@ -11,18 +11,25 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Coroutine, Generator, Sequence
+from collections.abc import Callable, Coroutine, Generator, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, Protocol
+from typing import Any, Final, Literal, Protocol, cast
 
 import uvicorn
 from fastapi import FastAPI
-from service.context import Service
-from service.protocol import http_protocol
 from uvicorn.server import HANDLED_SIGNALS
 
+from service.connection import HEAD_SECONDS
+from service.context import Service
+from service.crowd import Crowd
+from service.observability import Metrics
+from service.protocol import http_protocol
+
 _log = logging.getLogger("retinaserve.server")
+_TLS_CLOSE_SECONDS: Final = 2.0
+"""How long a client that is told of the end of a TLS connection may take to say that it heard."""
 
 
 class Companion(Protocol):
@@ -38,6 +45,7 @@ class Companion(Protocol):
 def configuration(
     app: FastAPI,
     *,
+    metrics: Metrics,
     drain_seconds: float,
     root_path: str = "",
     certificate: Path | None = None,
@@ -50,7 +58,8 @@ def configuration(
         ssl_certfile=certificate,
         ssl_keyfile=key,
         loop=_available("uvloop"),
-        http=http_protocol(),
+        # It says class, and calls it.
+        http=cast("type[asyncio.Protocol]", partial(http_protocol(), crowd=Crowd(metrics))),
         ws="none",
         # `Server.serve` does it, around the companions too.
         lifespan="off",
@@ -65,7 +74,31 @@ def configuration(
     )
 
 
-class Server(uvicorn.Server):
+class HttpServer(uvicorn.Server):
+    """Takes connections as uvicorn does, with bounds on what happens before HTTP begins."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take connections on sockets that are bound already."""
+        config, loop = self.config, asyncio.get_running_loop()
+
+        def protocol() -> asyncio.Protocol:
+            make = cast("Callable[..., asyncio.Protocol]", config.http_protocol_class)
+            return make(config=config, server_state=self.server_state, app_state={})
+
+        # uvicorn does not hand such times on, and the event loop's own are 60 s and 30 s.
+        bounds: dict[str, Any] = {
+            "ssl_handshake_timeout": HEAD_SECONDS,
+            "ssl_shutdown_timeout": _TLS_CLOSE_SECONDS,
+        }
+        tls = {"ssl": config.ssl, **bounds} if config.ssl is not None else {}
+        self.servers = [
+            await loop.create_server(protocol, sock=each, backlog=config.backlog, **tls)
+            for each in sockets or ()
+        ]
+        self.started = True
+
+
+class Server(HttpServer):
     """Serves one application on one listener until a signal comes, then drains."""
 
     def __init__(
@@ -86,6 +119,7 @@ class Server(uvicorn.Server):
         super().__init__(
             configuration(
                 app,
+                metrics=self._service.metrics,
                 drain_seconds=settings.drain_seconds,
                 root_path=root_path,
                 certificate=certificate,

@@ -15,18 +15,19 @@ import warnings
 from pathlib import Path
 
 import click
+
+from service.admin import AdminListener
 from service.api import create_app
 from service.context import Service
+from service.crowd import ask_for_descriptors
 from service.errors import DataError
+from service.inference_protocol.grpc_server import GrpcServer, check_installed
 from service.listening import listen, url
 from service.memory import keep_freed_memory
 from service.observability import configure_logging
 from service.security.keys import read_keys
-from service.settings import Settings, load_settings, unknown_variables
-
-from service.admin import AdminListener
-from service.inference_protocol.grpc_server import GrpcServer, check_installed
 from service.server import Companion, Server
+from service.settings import Settings, load_settings, unknown_variables
 
 _log = logging.getLogger("retinaserve")
 
@@ -42,6 +43,7 @@ def run(
     if key is not None and certificate is None:
         raise DataError("--ssl-keyfile needs --ssl-certfile")
     keep_freed_memory()
+    ask_for_descriptors()
     settings = load_settings(**given)
     configure_logging(settings.log_format, settings.log_level)
     # Pillow words its warnings after each odd picture. Python would write every new wording past
