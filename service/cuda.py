@@ -238,9 +238,7 @@ class CudaMemory:
             return
         # The error would otherwise be reported by the next launch as well.
         self._library.cudaGetLastError()
-        describe = self._library.cudaGetErrorString
-        describe.restype = ctypes.c_char_p
-        words = (describe(ctypes.c_int(status)) or b"").decode(errors="replace")
+        words = self._library.cudaGetErrorString(ctypes.c_int(status)).decode(errors="replace")
         kind = OutOfMemory if status == _OUT_OF_MEMORY else DeviceError
         raise kind(f"CUDA failure {status}: {words} in {function} on cuda:{self.device[1]}")
 
@@ -250,7 +248,10 @@ def runtime_library() -> Any:
     reason = ""
     for name in _LIBRARIES:
         try:
-            return ctypes.CDLL(name)
+            library = ctypes.CDLL(name)
         except OSError as error:
             reason = str(error)
+        else:
+            library.cudaGetErrorString.restype = ctypes.c_char_p
+            return library
     raise DeviceError(f"none of {', '.join(_LIBRARIES)} can be loaded: {reason}")

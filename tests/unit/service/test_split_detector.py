@@ -10,7 +10,7 @@ import re
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,6 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from numpy.typing import NDArray
 
 from service import devices, engine
 from service.artifact import Artifact, read_artifact, scan_repository
@@ -38,6 +37,7 @@ from service.settings import bundled_models
 from service.split_detector import SplitDetector, open_split
 from service.work import Servable
 from tests import seam_model, tiny_model
+from tests.canvases import found, noise, same, sizes_of
 
 SECONDS = 60.0
 SMALL = Size(96, 96)
@@ -86,35 +86,6 @@ def parts_of(artifact: Artifact) -> Parts:
     parts = split(artifact.content)
     assert parts is not None
     return parts
-
-
-def noise(seed: int, count: int, canvas: Size) -> NDArray[np.uint8]:
-    return np.random.default_rng(seed).integers(0, 256, (count, *canvas, 3), dtype=np.uint8)
-
-
-def sizes_of(count: int, canvas: Size, *, less: int = 0) -> NDArray[np.int64]:
-    return np.array([[canvas.height - less, canvas.width - 2 * less]] * count)
-
-
-def same(one: Sequence[Detections], other: Sequence[Detections]) -> bool:
-    return len(one) == len(other) and all(
-        np.array_equal(a.boxes, b.boxes)
-        and np.array_equal(a.scores, b.scores)
-        and np.array_equal(a.labels, b.labels)
-        for a, b in zip(one, other, strict=True)
-    )
-
-
-def found(
-    detector: Detector,
-    canvases: NDArray[np.uint8] | list[NDArray[np.uint8]],
-    sizes: NDArray[np.int64],
-    *,
-    score: float = 0.45,
-    iou: float = 0.5,
-    most: int = 300,
-) -> list[Detections]:
-    return detector(canvases, sizes, score_threshold=score, iou_threshold=iou, max_detections=most)
 
 
 @pytest.mark.parametrize("canvas", [*tiny_model.SIZES, Size(64, 160), Size(32, 32)])
