@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +22,7 @@ from service.inference_protocol import grpc_messages
 from service.security.keys import new_key
 from tests.api.inference_protocol import canvas, prefixed
 from tests.api.served import PATIENCE, Served, served
+from tests.certificates import make_certificate
 from tests.pictures import RED, encoded, one_red, squares
 
 METHOD = "/inference.GRPCInferenceService/"
@@ -45,19 +44,6 @@ def client(server: Served) -> Iterator[triton.InferenceServerClient]:
 def channel(server: Served) -> Iterator[grpc.Channel]:
     with grpc.insecure_channel(server.grpc) as channel:
         yield channel
-
-
-@pytest.fixture
-def pair(tmp_path: Path) -> tuple[Path, Path]:
-    """A certificate for localhost, and its key."""
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl is not there to make a certificate")
-    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
-    request = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
-    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
-    files = ["-keyout", str(key), "-out", str(certificate)]
-    subprocess.run([*request, *names, *files], check=True, capture_output=True)
-    return certificate, key
 
 
 def pictures(*contents: bytes) -> triton.InferInput:
@@ -366,10 +352,10 @@ def test_a_full_queue_says_when_to_come_back(repository: Path) -> None:
         assert trailing["x-request-id"]
 
 
-def test_keys_and_tls(repository: Path, tmp_path: Path, pair: tuple[Path, Path]) -> None:
+def test_keys_and_tls(repository: Path, tmp_path: Path) -> None:
     keys = tmp_path / "keys.json"
     name = new_key(keys, "tester", admin=False)
-    certificate, key = pair
+    certificate, key = make_certificate(tmp_path)
     with (
         served(repository, certificate=certificate, key=key, api_keys_file=keys) as server,
         triton.InferenceServerClient(
