@@ -65,11 +65,11 @@ class Running(NamedTuple):
 
 @contextlib.contextmanager
 def served(models: Path, **settings: object) -> Iterator[Running]:
-    """A service on a free port, ready."""
-    environment = os.environ | {"RETINASERVE_LOG_LEVEL": "warning"}
+    """A service on a free port, ready; on the CPU unless the settings say otherwise."""
+    environment = os.environ | {"RETINASERVE_LOG_LEVEL": "warning", "RETINASERVE_DEVICE": "cpu"}
     environment |= {f"RETINASERVE_{name.upper()}": str(each) for name, each in settings.items()}
     command = [sys.executable, str(HERE / "server.py"), "serve"]
-    command += ["--models", str(models), "--port", str(free_port()), "--device", "cpu"]
+    command += ["--models", str(models), "--port", str(free_port())]
     started = time.monotonic()
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{command[command.index('--port') + 1]}"
