@@ -14,7 +14,6 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from service.context import Service
-from service.devices import Hardware
 from service.envelope import Envelope
 from service.errors import InvalidParameter, RetinaserveError
 from service.inference_protocol import rest
@@ -28,6 +27,7 @@ from service.security.guard import Guard
 from service.security.headers import SecurityHeaders
 from service.settings import Settings
 from service.short_way import ShortWay
+from service.startup import Models
 from service.version import package_version
 
 _DESCRIPTION: Final = "Pictures in, detections out. Boxes are pixels of the original picture."
@@ -49,13 +49,15 @@ _CORS_ANSWER_HEADERS: Final = (
 )
 
 
-def create_app(settings: Settings, *, hardware: Hardware | None = None) -> FastAPI:
-    """Build the application. Models load in the background once its lifespan begins.
+def create_app(settings: Settings, *, loading: Models | None = None) -> FastAPI:
+    """Build the application. Its models load in the background once its lifespan begins.
+
+    `loading` are models that may be loading already.
 
     `app.state.service` is the Service behind it; setting its `draining` turns /readyz to 503.
     Raises DeviceError, ArtifactError or DataError when it could never serve.
     """
-    service = Service(settings, hardware)
+    service = Service(settings, loading)
     service.tracing = open_tracing(os.environ, version=package_version())
 
     @asynccontextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from importlib.metadata import EntryPoint, entry_points
@@ -146,8 +147,9 @@ def serve(
 ) -> None:
     """Run the service."""
     # The imports below take a second or two, and as process 1 of a container a process without a
-    # handler does not even see the signal.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    # handler does not even see the signal. At once, since a model may be loading in native code,
+    # and Python would not end well beside that.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     from service.commands import serve as command
 
     command.run(

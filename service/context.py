@@ -12,15 +12,15 @@ from service.admission import Admission
 from service.batching import Policy, Urgency
 from service.bodies import Uploads
 from service.decode_memory import DecodeMemory
-from service.devices import Hardware, cpu_count, resolve
+from service.devices import cpu_count
 from service.errors import Unavailable
 from service.observability import Metrics
 from service.observability.tracing import Tracing
 from service.pipeline import Pipeline
-from service.registry import open_registry
 from service.security.gate import Gate
 from service.security.keys import KeyStore
 from service.settings import Settings
+from service.startup import Models, open_models
 
 _log = logging.getLogger("retinaserve")
 
@@ -31,8 +31,8 @@ T = TypeVar("T")
 class Service:
     """Settings, devices, models and threads of one application, shared with no other."""
 
-    def __init__(self, settings: Settings, hardware: Hardware | None = None) -> None:
-        """Prove the devices and look the model repository through; nothing is started.
+    def __init__(self, settings: Settings, models: Models | None = None) -> None:
+        """Nothing is started. `models` may be loading already.
 
         Raises DeviceError, ArtifactError or DataError.
         """
@@ -41,29 +41,12 @@ class Service:
         self.keys = None if path is None else KeyStore(path)
         """None: anybody may call."""
         self.gate = Gate(self.keys, settings.rate_limit)
-        self.hardware = (
-            resolve(
-                settings.device,
-                memory_limit=settings.gpu_memory_bytes,
-                tf32=settings.gpu_tf32,
-            )
-            if hardware is None
-            else hardware
-        )
-        batch = settings.max_batch_size or max(
-            device.default_batch_size for device in self.hardware.devices
-        )
+        self.hardware, self.registry, batch = open_models(settings) if models is None else models
         self.max_batch_size = batch
-        """Most canvases in one inference: MAX_BATCH_SIZE, or what suits the devices."""
+        """Most canvases in one inference."""
         self.metrics = Metrics()
         self.tracing: Tracing | None = None
         """None: nobody asked for traces."""
-        self.registry = open_registry(
-            settings.models_dir,
-            devices=self.hardware.devices,
-            default=settings.default_model,
-            batch=batch,
-        )
         threads = cpu_count()
         self.pipeline = Pipeline(
             devices=sum(device.callers for device in self.hardware.devices),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from typing import Final
+from typing import Final, NamedTuple
 
 from service.errors import DeviceError
 
@@ -14,6 +14,13 @@ class AddressError(DeviceError):
     """The address cannot be listened on."""
 
     title = "Unusable address"
+
+
+class Doors(NamedTuple):
+    """Where companions of the HTTP server listen; None: there is none."""
+
+    admin: socket.socket | None
+    grpc: socket.socket | None
 
 
 def listen(host: str, port: int, *, remedy: str = "choose another with --port") -> socket.socket:

@@ -65,13 +65,20 @@ class Registry:
         """What is being loaded, or waits for that."""
         self._lock = threading.Lock()
         """Held by whoever changes the snapshot or the loads, and never for long."""
+        self._started = False
         self._closed = False
         self._loader = Loader()
 
     def start(self) -> None:
-        """Begin to load: the default model first, of each model the newest version first."""
-        self._loader.start()
+        """Begin to load: the default model first, of each model the newest version first.
+
+        Once: whoever comes second finds it begun.
+        """
         with self._lock:
+            if self._started:
+                return
+            self._started = True
+            self._loader.start()
             default = self._snapshot.default
             keys = self._snapshot.slots
             for key in sorted(keys, key=lambda k: (k.name != default, k.name, -k.version)):

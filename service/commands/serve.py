@@ -8,28 +8,28 @@ import ipaddress
 import logging
 import os
 import socket
-import ssl
 import sys
 import threading
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
 import click
 
-from service.admin import AdminListener
-from service.api import create_app
-from service.context import Service
-from service.crowd import ask_for_descriptors
 from service.errors import DataError
-from service.inference_protocol.grpc_server import GrpcServer, check_installed
-from service.listening import listen, url
+from service.inference_protocol.grpc_messages import check_installed
+from service.listening import Doors, listen, url
 from service.memory import keep_freed_memory
-from service.observability import configure_logging
+from service.observability.logs import configure_logging
+from service.registry import Registry
 from service.security.keys import read_keys
-from service.server import Companion, Server
 from service.settings import Settings, load_settings, unknown_variables
+from service.startup import open_models
 
 _log = logging.getLogger("retinaserve")
+_LONGEST_LOAD: Final = 60.0
+"""Seconds that a start which failed may wait for the file that is being loaded."""
 
 
 def run(
@@ -43,7 +43,6 @@ def run(
     if key is not None and certificate is None:
         raise DataError("--ssl-keyfile needs --ssl-certfile")
     keep_freed_memory()
-    ask_for_descriptors()
     settings = load_settings(**given)
     configure_logging(settings.log_format, settings.log_level)
     # Pillow words its warnings after each odd picture. Python would write every new wording past
@@ -55,35 +54,40 @@ def run(
     with contextlib.ExitStack() as ports:
         # Every port before anything is loaded.
         listener = ports.enter_context(listen(settings.host, settings.port))
-        admin = _listen_for_admins(settings, ports)
-        grpc = _listen_for_grpc(settings, ports)
-        app = create_app(settings)
-        service: Service = app.state.service
-        if service.keys is None:
+        doors = Doors(_listen_for_admins(settings, ports), _listen_for_grpc(settings, ports))
+        if settings.api_keys_file is None:
             _warn_of_strangers(listener)
-        companions: list[Companion] = []
-        if admin is not None:
-            companions.append(AdminListener(service, admin, certificate=certificate, key=key))
-        if grpc is not None:
-            companions.append(GrpcServer(service, grpc, certificate=certificate, key=key))
-        server = Server(
-            app, root_path=root_path, certificate=certificate, key=key, companions=companions
-        )
-        try:
-            server.config.load()
-        except ssl.SSLError as error:
-            raise DataError(
-                f"--ssl-certfile {certificate}: not a certificate with its key: {error}"
-            ) from error
+        models = open_models(settings)
+        with _loading(models.registry):
+            # To import the web framework takes about as long as to load a model.
+            from service.crowd import ask_for_descriptors
+            from service.hosting import open_server
+
+            ask_for_descriptors()
+            server, service = open_server(
+                settings, models, doors, root_path=root_path, certificate=certificate, key=key
+            )
         click.echo(
-            f"retinaserve serves {service.registry.default} on "
-            f"{service.hardware.name}: {url(listener, tls=certificate is not None)}"
+            f"retinaserve serves {models.registry.default} on "
+            f"{models.hardware.name}: {url(listener, tls=certificate is not None)}"
         )
         sys.stdout.flush()
         # What is there now stays: the collector need not walk through it again and again.
         gc.freeze()
         server.run([listener])
     _leave(0 if service.pipeline.fatal is None else 1)
+
+
+@contextlib.contextmanager
+def _loading(registry: Registry) -> Iterator[None]:
+    """Models load from now on; if the block fails, they do no longer when it ends."""
+    registry.start()
+    try:
+        yield
+    except BaseException:
+        # Python must not end while another thread is in native code.
+        registry.close(_LONGEST_LOAD)
+        raise
 
 
 def _listen_for_admins(settings: Settings, ports: contextlib.ExitStack) -> socket.socket | None:

@@ -7,6 +7,7 @@ they run with few versions of protobuf, while a descriptor is read by every one.
 
 from __future__ import annotations
 
+import importlib.util
 from importlib.resources import files
 from typing import Any, Final, NamedTuple
 
@@ -14,9 +15,20 @@ from google.protobuf.descriptor_pb2 import FileDescriptorSet
 from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message_factory import GetMessageClass
 
+from service.errors import DataError
+
 DESCRIPTORS: Final = "messages.binpb"
 INFERENCE: Final = "inference.GRPCInferenceService"
 HEALTH: Final = "grpc.health.v1.Health"
+
+
+def check_installed() -> None:
+    """Raise DataError where grpcio is missing."""
+    if importlib.util.find_spec("grpc") is None:
+        raise DataError(
+            "RETINASERVE_GRPC_PORT needs grpcio, which is not installed: "
+            "pip install 'retinaserve[grpc]'"
+        )
 
 
 class Method(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import logging
 import re
 import socket
@@ -55,15 +54,6 @@ _PROBES: Final = frozenset({"ServerLive", "ServerReady", "Check"})
 _GRACE: Final = 1.0
 """Seconds after the drain in which those who were too late get to hear it."""
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,128}")
-
-
-def check_installed() -> None:
-    """Raise DataError where grpcio is missing."""
-    if importlib.util.find_spec("grpc") is None:
-        raise DataError(
-            "RETINASERVE_GRPC_PORT needs grpcio, which is not installed: "
-            "pip install 'retinaserve[grpc]'"
-        )
 
 
 class GrpcServer:

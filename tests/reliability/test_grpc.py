@@ -14,7 +14,7 @@ import tritonclient.grpc as triton
 
 from service.canvas import Size
 from service.errors import DataError
-from service.inference_protocol.grpc_server import check_installed
+from service.inference_protocol.grpc_messages import check_installed
 from tests import tiny_model
 from tests.reliability.conftest import Serve, command, environment, until
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import socket
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from service import hosting
 from service.commands import serve
 from service.errors import DataError
 from service.listening import AddressError
@@ -44,7 +46,7 @@ def test_the_admin_listener_needs_keys(run: Run) -> None:
 def test_a_busy_admin_port_is_known_before_anything_is_loaded(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serve, "create_app", lambda _: pytest.fail("too late"))
+    monkeypatch.setattr(serve, "open_models", lambda _: pytest.fail("too late"))
     keys = tmp_path / "keys.json"
     new_key(keys, "operator", admin=True)
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -72,3 +74,18 @@ def test_a_door_with_a_lock_is_not(run: Run, tmp_path: Path) -> None:
     keys = tmp_path / "keys.json"
     new_key(keys, "operator", admin=True)
     assert run(host="0.0.0.0", api_keys_file=keys, admin_port=0) == []
+
+
+def test_a_start_that_fails_leaves_no_thread_in_native_code(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        loaders = [each for each in threading.enumerate() if each.name == "model-loader"]
+        assert loaders, "models load while the rest is imported"
+        raise DataError("no certificate")
+
+    before = set(threading.enumerate())
+    monkeypatch.setattr(hosting, "open_server", fail)
+    with pytest.raises(DataError, match="no certificate"):
+        run()
+    assert set(threading.enumerate()) <= before

@@ -1,0 +1,40 @@
+"""What takes longest to be ready: the devices, and the models on them.
+
+Nothing here needs the web framework, so models can load while that is being imported.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from service.devices import Hardware, resolve
+from service.registry import Registry, open_registry
+from service.settings import Settings
+
+
+class Models(NamedTuple):
+    """Devices that are proved, and the models that are to run on them."""
+
+    hardware: Hardware
+    registry: Registry
+    max_batch_size: int
+    """Most canvases in one inference: MAX_BATCH_SIZE, or what suits the devices."""
+
+
+def open_models(settings: Settings, hardware: Hardware | None = None) -> Models:
+    """Prove the devices and look the model repository through; nothing is loaded yet.
+
+    Raises DeviceError, ArtifactError or DataError.
+    """
+    if hardware is None:
+        hardware = resolve(
+            settings.device, memory_limit=settings.gpu_memory_bytes, tf32=settings.gpu_tf32
+        )
+    batch = settings.max_batch_size or max(device.default_batch_size for device in hardware.devices)
+    registry = open_registry(
+        settings.models_dir,
+        devices=hardware.devices,
+        default=settings.default_model,
+        batch=batch,
+    )
+    return Models(hardware, registry, batch)
