@@ -24,6 +24,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 from service.canvas import Buckets, Letterbox, ShortSide, Size
 from service.decode_memory import DecodeMemory
 from service.errors import MalformedImage, TooLarge, UnsupportedMedia
+from service.parts import PNG_HEAD, START_OF_SCAN, JpegReader, check_png
 
 ACCEPTED: Final = "JPEG, PNG or WebP"
 DEFAULT_MAX_PIXELS: Final = 50_000_000
@@ -42,8 +43,6 @@ _SWAPS_SIDES: Final = frozenset({5, 6, 7, 8})
 
 _WEBP_HEADER: Final = 30
 """Bytes that hold a WebP's size, whatever its kind."""
-_PNG_SIGNATURE: Final = 8
-"""Bytes before a PNG's first chunk: length (4), kind (4), content, checksum (4)."""
 _PNG_TEXT: Final = frozenset({b"eXIf", b"tEXt", b"zTXt", b"iTXt"})
 """Chunks in which EXIF or XMP may stand."""
 _STORED_BYTES: Final = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2}
@@ -57,7 +56,6 @@ _WEBP_BYTES: Final = 12
 _COEFFICIENT_BYTES: Final = 2
 """Of a JPEG's pixel and colour, where the decoder collects several scans."""
 _DRAFT_SCALES: Final = (8, 4, 2, 1)
-_START_OF_SCAN: Final = b"\xff\xda"
 _EXIF_ERRORS: Final = (
     ArithmeticError,
     AttributeError,
@@ -243,10 +241,13 @@ def _open(data: bytes | memoryview, *, max_pixels: int) -> ImageFile.ImageFile:
     if kind == "image/webp":
         # The decoder takes the memory of two whole canvases as soon as it is made.
         _check_pixels(_webp_size(bytes(data[:_WEBP_HEADER])), max_pixels)
+    if kind == "image/png":
+        check_png(data)
     try:
+        file = JpegReader(data) if kind == "image/jpeg" else io.BytesIO(data)
         # The plugin's class, not Image.open: only these three decoders can ever run, and the
         # limit is ours rather than Pillow's process-wide Image.MAX_IMAGE_PIXELS.
-        image = factory(io.BytesIO(data))
+        image = factory(file)
     except Image.DecompressionBombError as error:
         raise TooLarge(f"the image is too large to decode: {error}") from error
     except Exception as error:
@@ -270,7 +271,8 @@ def _check_pixels(size: tuple[int, int], max_pixels: int) -> None:
 def _decode_bytes(header: ImageFile.ImageFile, rule: Buckets | ShortSide | None) -> int:
     """Most memory that a JPEG or PNG takes between its header and its canvas, by its header."""
     pixels = decoded = header.width * header.height
-    total = 0
+    # Texts and colour profiles, which were inflated.
+    total = sum(len(each) for each in header.info.values() if isinstance(each, bytes | str))
     if isinstance(header, JpegImageFile):
         if _has_several_scans(header):
             total += pixels * _COEFFICIENT_BYTES * header.layers
@@ -304,7 +306,7 @@ def _has_several_scans(header: JpegImageFile) -> bool:
     # bytes for each, 3 more. One that holds all the colours is the only one.
     begin = header.fp.tell() - 2 * header.layers - 8
     scan = bytes(header.fp.getbuffer()[max(0, begin) : max(0, begin + 5)])
-    return scan[:2] != _START_OF_SCAN or scan[-1] != header.layers
+    return scan[:2] != START_OF_SCAN or scan[-1] != header.layers
 
 
 def _webp_size(head: bytes) -> tuple[int, int]:
@@ -325,6 +327,8 @@ def _webp_size(head: bytes) -> tuple[int, int]:
 
 
 def _malformed(error: Exception) -> MalformedImage:
+    if isinstance(error, MalformedImage):
+        return error
     return MalformedImage(f"the image does not decode, is it truncated? ({error})")
 
 
@@ -348,7 +352,7 @@ def _ends_plainly(image: PngImageFile) -> bool:
     """
     if not isinstance(image.fp, io.BytesIO):
         return False
-    data, position, pixels = image.fp.getbuffer(), _PNG_SIGNATURE, False
+    data, position, pixels = image.fp.getbuffer(), PNG_HEAD, False
     while position + 12 <= len(data):
         kind = bytes(data[position + 4 : position + 8])
         if kind == b"IEND":

@@ -102,6 +102,44 @@ def test_a_bomb_stays_small(name: str) -> None:
     assert peak < PEAK + 2 * len(data), f"{peak} bytes of {len(data)}"
 
 
+def in_front(piece: bytes, count: int) -> bytes:
+    """A JPEG with so many pieces before its picture."""
+    good = encoded(one_red(), "JPEG")
+    return good[:2] + piece * count + good[2:]
+
+
+def scans(count: int) -> bytes:
+    """A progressive JPEG whose last scan comes so many times more."""
+    good = encoded(Image.new("L", (64, 64)), "JPEG", progressive=True)
+    begin = good.rindex(b"\xff\xc4")
+    return good[:-2] + good[begin:-2] * count + good[-2:]
+
+
+PROFILE = chunk(b"iCCP", b"a\x00\x00" + zlib.compress(bytes(1000)))
+COUNTLESS: dict[str, Callable[[int], bytes]] = {
+    "PNG: chunks": lambda count: png(*[chunk(b"abCd", b"")] * 40 * count),
+    "PNG: chunks behind the pixels": lambda count: (
+        png()[:-12] + chunk(b"tEXt", b"a\x00b") * 40 * count + png()[-12:]
+    ),
+    "PNG: pixels in no bytes": lambda count: (
+        png()[:-12] + chunk(b"IDAT", b"") * 40 * count + png()[-12:]
+    ),
+    "PNG: colour profiles": lambda count: png(*[PROFILE] * count),
+    "JPEG: scans": scans,
+    "JPEG: comments": lambda count: in_front(b"\xff\xfe\x00\x02", 30 * count),
+    "JPEG: filling": lambda count: in_front(b"\xff", 100 * count),
+    "JPEG: rubbish": lambda count: in_front(b"\xff\x00", 60 * count),
+    "JPEG: EXIF": lambda count: in_front(b"\xff\xe1\x00\x0aExif\x00\x00II", count // 2),
+}
+
+
+@pytest.mark.parametrize("name", COUNTLESS)
+def test_more_parts_than_anybody_needs(name: str) -> None:
+    prepare(COUNTLESS[name](20), RULE)
+    with pytest.raises(MalformedImage, match=r"more than|at most"):
+        prepare(COUNTLESS[name](64), RULE)
+
+
 POLYGLOTS: dict[str, bytes] = {
     "a page in front": b"<html><script>alert(1)</script></html>" + encoded(one_red()),
     "a GIF in front": b"GIF89a" + encoded(one_red(), "JPEG"),

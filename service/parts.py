@@ -1,0 +1,81 @@
+"""Into how many parts a picture's file may fall: each costs time, however small it is.
+
+Thirty megabytes of empty chunks keep Pillow busy for ten seconds, of colour profiles that inflate
+for more than a minute, and of a JPEG's scans for hours. Cameras and editors write some dozens.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Final
+
+from service.errors import MalformedImage
+
+PNG_HEAD: Final = 8
+"""Bytes before a PNG's first chunk: length (4), kind (4), content, checksum (4)."""
+_MOST_PARTS: Final = 1024
+_PART_BYTES: Final = 512
+"""A PNG may have one more chunk for each so many bytes: its pixels come in any number of them."""
+_INFLATED: Final = frozenset({b"iCCP", b"iTXt", b"zTXt"})
+_MOST_INFLATED: Final = 32
+"""Each becomes up to 1 MiB of memory, and milliseconds of time."""
+
+_READS: Final = 4 * _MOST_PARTS
+"""Pillow reads a segment of a JPEG in four steps."""
+_BLOCK_BYTES: Final = 16_384
+"""Less than it reads of the pixels at a time."""
+_EXIF: Final = b"Exif\x00\x00"
+_MOST_EXIF: Final = 16
+"""Segments of EXIF, which Pillow puts together one by one: the time grows with their square."""
+
+START_OF_SCAN: Final = b"\xff\xda"
+_MOST_SCANS: Final = 64
+"""The decoder goes through the whole picture for each: a hundred bytes that cost 30 ms with 50
+million pixels."""
+
+
+def check_png(data: bytes | memoryview) -> None:
+    """Raise MalformedImage for a PNG of too many chunks."""
+    position, parts, inflated = PNG_HEAD, 0, 0
+    most = _MOST_PARTS + len(data) // _PART_BYTES
+    while position + 12 <= len(data):
+        kind = bytes(data[position + 4 : position + 8])
+        if kind == b"IEND":
+            return
+        parts += 1
+        inflated += kind in _INFLATED
+        if parts > most or inflated > _MOST_INFLATED:
+            raise MalformedImage(
+                f"the PNG has more than {most} chunks, or more than {_MOST_INFLATED} that hold "
+                "text or a colour profile; save it again without them"
+            )
+        position += 12 + int.from_bytes(data[position : position + 4], "big")
+
+
+class JpegReader(io.BytesIO):
+    """A JPEG's bytes. Raises MalformedImage when they are read in too many pieces."""
+
+    def __init__(self, data: bytes | memoryview) -> None:
+        """Raises MalformedImage for too many scans."""
+        super().__init__(data)
+        # In a scan itself the first of these bytes is always followed by a zero.
+        scans = self.getvalue().count(START_OF_SCAN)
+        if scans > _MOST_SCANS:
+            raise MalformedImage(
+                f"the JPEG has {scans} scans; at most {_MOST_SCANS} are accepted, and some ten are "
+                "usual"
+            )
+        self._reads = _READS + len(data) // _BLOCK_BYTES
+        self._exif = _MOST_EXIF
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """As of any file."""
+        piece = super().read(size)
+        self._reads -= 1
+        self._exif -= piece[: len(_EXIF)] == _EXIF
+        if self._reads < 0 or self._exif < 0:
+            raise MalformedImage(
+                f"the JPEG has more than {_MOST_PARTS} segments, or more than {_MOST_EXIF} of "
+                "EXIF; save it again without them"
+            )
+        return piece
