@@ -75,6 +75,11 @@ def requests(url: str, folder: Path, *headers: str) -> list[bytes]:
     return [f"{head}\r\nContent-Length: {len(each)}\r\n\r\n".encode() + each for each in pictures]
 
 
+def retry_after(head: bytes) -> float:
+    """Seconds that an answer tells its client to wait."""
+    return float(head.partition(b"\r\nretry-after:")[2].partition(b"\r\n")[0] or 0)
+
+
 def run(work: Coroutine[Any, Any, Result]) -> Result:
     """Run in the lightest event loop there is: the generator shares the cores with the service."""
     with asyncio.Runner(loop_factory=uvloop and uvloop.new_event_loop) as runner:

@@ -5,110 +5,162 @@
 
 Alternates, in one run, between a bare loop (decode, letterbox, session; the same threads) and the
 service under 16 closed-loop clients; then does the same with a near-free network, where the
-difference in CPU time is the service's own cost; then sends 5,000 requests and watches memory.
+difference in CPU time is the service's own cost. There the rounds are many and short, so that what
+else the machine does weighs on both alike, and each round's difference is told apart by thread.
+The extreme tenth of the rounds at either end is left out.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 from near_free_model import write_near_free_model
-from serving import Running, run_script, served
+from report import Report, Table, add_options
+from serving import Running, draw_pictures, run_script, served
 
 from service.artifact import scan_repository
-from service.samples import draw_smear
 from service.settings import bundled_models
 
 CLIENTS = 16
-MEMORY_REQUESTS = 5_000
-MEMORY_WARM = 500
+RATIO = 0.95
+EXTRA_MS = 0.8
+LEFT_OUT = 0.1
+"""Of the rounds, at either end."""
+
+
+class Round(NamedTuple):
+    """A bare loop and the service after it; core-milliseconds are for each picture."""
+
+    ratio: float
+    """Pictures a second by HTTP over those of the bare loop."""
+    extra: float
+    """The service's core-milliseconds beyond the bare loop's."""
+    event_loop: float
+    decode: float
+    """Of the decoding threads, beyond what decoding costs the bare loop."""
+    device: float
+    """Of the threads that run the session, beyond what it costs the bare loop."""
+
+
+def measure(
+    server: Running, model: Path, pictures: Path, table: Table, seconds: float, *, flip: bool
+) -> Round:
+    """One round; `flip` lets the service go first."""
+
+    def alone() -> dict[str, float]:
+        return run_script("bare_loop.py", model, pictures, "--seconds", seconds)
+
+    first = None if flip else alone()
+    before, threads = server.cpu_seconds(), server.thread_seconds()
+    load = run_script("load.py", server.url, pictures, "--clients", CLIENTS, "--seconds", seconds)
+    if set(load["statuses"]) != {"200"}:
+        raise SystemExit(f"not every answer was 200: {load['statuses']}")
+    count = load["requests"]
+    cpu_ms = 1e3 * (server.cpu_seconds() - before) / count
+    by_thread = {
+        name: 1e3 * (total - threads.get(name, 0.0)) / count
+        for name, total in server.thread_seconds().items()
+    }
+    bare = first or alone()
+    session = by_thread.get("device", 0.0) + by_thread.get("model-loader", 0.0)
+    found = Round(
+        ratio=load["per_second"] / bare["per_second"],
+        extra=cpu_ms - bare["cpu_ms"],
+        event_loop=by_thread["event loop"],
+        decode=by_thread.get("decode", 0.0) - bare["decode_cpu_ms"],
+        device=session - (bare["cpu_ms"] - bare["decode_cpu_ms"]),
+    )
+    table.row(
+        *(len(table.rows) + 1, bare["per_second"], bare["cpu_ms"], load["per_second"], cpu_ms),
+        *(found.ratio, load["p50_ms"], load["p99_ms"]),
+        *(found.event_loop, found.decode, found.device, load["client_cpu_ms"]),
+    )
+    return found
 
 
 def compare(
-    server: Running, model: Path, pictures: Path, *, rounds: int, seconds: float
-) -> dict[str, float]:
-    """Alternate bare loop and service; medians over the rounds."""
-    ratios, costs, rows = [], [], []
-    for number in range(1, rounds + 1):
-        bare = run_script("bare_loop.py", model, pictures, "--seconds", seconds)
-        before = server.cpu_seconds()
-        load = run_script(
-            "load.py", server.url, pictures, "--clients", CLIENTS, "--seconds", seconds
-        )
-        cpu_ms = 1e3 * (server.cpu_seconds() - before) / load["requests"]
-        if set(load["statuses"]) != {"200"}:
-            raise SystemExit(f"not every answer was 200: {load['statuses']}")
-        ratios.append(load["per_second"] / bare["per_second"])
-        costs.append(cpu_ms - bare["cpu_ms"])
-        rows.append((bare, load, cpu_ms))
-        print(
-            f"  round {number}: bare {bare['per_second']:7.1f}/s ({bare['cpu_ms']:6.2f} core-ms)"
-            f"   HTTP {load['per_second']:7.1f}/s ({cpu_ms:6.2f} core-ms)"
-            f"   ratio {ratios[-1]:.3f}   p50 {load['p50_ms']:.0f} ms, p99 {load['p99_ms']:.0f} ms"
-            f"   client {load['client_cpu_ms']:.2f} core-ms",
-            flush=True,
-        )
-    return {"ratio": statistics.median(ratios), "extra_cpu_ms": statistics.median(costs)}
+    server: Running, model: Path, pictures: Path, table: Table, *, rounds: int, seconds: float
+) -> list[Round]:
+    """Alternate bare loop and service."""
+    run_script("load.py", server.url, pictures, "--clients", CLIENTS, "--seconds", 2)
+    return [
+        measure(server, model, pictures, table, seconds, flip=bool(number % 2))
+        for number in range(rounds)
+    ]
 
 
-def watch_memory(server: Running, pictures: Path) -> None:
-    """Resident memory over 5,000 requests."""
-    for done, count in (
-        (MEMORY_WARM, MEMORY_WARM),
-        (MEMORY_REQUESTS, MEMORY_REQUESTS - MEMORY_WARM),
-    ):
-        run_script(
-            "load.py",
-            server.url,
-            pictures,
-            "--clients",
-            CLIENTS,
-            "--seconds",
-            3600,
-            "--limit",
-            count,
-        )
-        print(f"  resident after {done:5d} requests: {server.resident():.1f} MB", flush=True)
+def trimmed(values: list[float]) -> list[float]:
+    """Without the extreme ones at either end.
+
+    >>> trimmed([9.0, 1.0, 2.0, 3.0, -5.0])
+    [1.0, 2.0, 3.0]
+    """
+    out = round(LEFT_OUT * len(values)) or (len(values) > 3)
+    return sorted(values)[out : len(values) - out]
+
+
+def table_of(report: Report, title: str) -> Table:
+    """What a round shows."""
+    return report.table(
+        {"round": "d", "bare, /s": ".1f", "bare, core-ms": ".2f"}
+        | {"HTTP, /s": ".1f", "HTTP, core-ms": ".2f", "ratio": ".3f", "p50, ms": ".0f"}
+        | {"p99, ms": ".0f", "event loop, core-ms": ".2f", "decode, extra": ".2f"}
+        | {"device, extra": ".2f", "client, core-ms": ".2f"},
+        f"{title}, {CLIENTS} connections",
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, help="repository folder; default: the bundled one")
     parser.add_argument("--pictures", type=Path, help="folder of JPEGs; default: drawn 640x480")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=15.0)
-    parser.add_argument("--no-memory", action="store_true", help="leave out the 5,000 requests")
+    parser.add_argument("--rounds", type=int, help="with the real network")
+    parser.add_argument("--seconds", type=float, help="of each half of such a round")
+    parser.add_argument("--free-rounds", type=int, help="with the near-free network")
+    add_options(parser)
     arguments = parser.parse_args()
+    rounds = arguments.rounds or (2 if arguments.quick else 6)
+    seconds = arguments.seconds or (4.0 if arguments.quick else 8.0)
+    free_rounds = arguments.free_rounds or (5 if arguments.quick else 16)
     repository = arguments.model or bundled_models()
+    report = Report("ceiling", "What HTTP leaves of the bare loop", arguments)
     with tempfile.TemporaryDirectory() as scratch:
-        pictures = arguments.pictures or _draw(Path(scratch) / "pictures")
-        options = {"rounds": arguments.rounds, "seconds": arguments.seconds}
+        pictures = arguments.pictures or draw_pictures(Path(scratch) / "pictures")
         model = scan_repository(repository)[-1].path
-        print(f"{model.parent.parent.name}, {CLIENTS} clients")
+        table = table_of(report, model.parent.parent.name)
         with served(repository) as server:
-            real = compare(server, model, pictures, **options)
-            if not arguments.no_memory:
-                watch_memory(server, pictures)
+            real = compare(server, model, pictures, table, rounds=rounds, seconds=seconds)
         free = write_near_free_model(Path(scratch) / "models")
-        print(f"near-free network, {CLIENTS} clients")
+        table = table_of(report, "near-free network")
         with served(Path(scratch) / "models") as server:
-            light = compare(server, free, pictures, **options)
-    print(f"pictures/s through HTTP over bare loop (median): {real['ratio']:.3f}")
-    print(
-        "server CPU beyond decode and inference, near-free network (median): "
-        f"{light['extra_cpu_ms']:.2f} core-ms per request"
+            light = compare(server, free, pictures, table, rounds=free_rounds, seconds=2.0)
+    report.figure(
+        "pictures/s through HTTP over bare loop",
+        trimmed([each.ratio for each in real]),
+        better="higher",
+        bound=RATIO,
     )
-
-
-def _draw(folder: Path) -> Path:
-    folder.mkdir()
-    for seed in range(20):
-        picture, _ = draw_smear(seed)
-        picture.save(folder / f"{seed:02d}.jpg", quality=90)
-    return folder
+    report.figure(
+        "the same, near-free network", trimmed([each.ratio for each in light]), better="higher"
+    )
+    for name, values, bound in (
+        ("server CPU beyond decode and inference", [each.extra for each in light], EXTRA_MS),
+        ("of it the event loop", [each.event_loop for each in light], None),
+        ("of it the decoding threads", [each.decode for each in light], None),
+        ("of it the device's threads", [each.device for each in light], None),
+    ):
+        report.figure(
+            f"{name}, near-free network, each request",
+            trimmed(values),
+            better="lower",
+            bound=bound,
+            unit="core-ms",
+            ratio=False,
+        )
+    report.close()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,176 @@
+"""The service under closed-loop clients, and the rate of random arrivals that it can promise.
+
+    python benchmarks/rates.py
+
+Closed loop: 1, 8, 32 and 128 connections, each sending its next picture when the answer to the last
+is there, in turn with a bare loop of the same work. Open loop, in the manner of MLPerf's Server
+scenario: Poisson arrivals, latency from the moment at which a request was due, and the highest rate
+at which the 99th percentile stays within 20 times the latency of a single picture. A refused
+request counts as one that never came back. The rate is found by bisection, each step with arrivals
+of its own, then has to hold once more over a longer time; where it does not, it is lowered.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from report import Report, Table, add_options
+from serving import Running, draw_pictures, run_script, served
+
+from service.artifact import scan_repository
+from service.settings import bundled_models
+
+CONNECTIONS = (1, 8, 32, 128)
+SATURATING = 16
+LATENCY_FACTOR = 20.0
+OPEN_SHARE = 0.8
+LOWEST, HIGHEST = 0.7, 1.0
+"""Of the closed-loop maximum: where the rate is looked for."""
+LONG = 5
+"""Times as long as others is the trial that settles it: a rate that is slightly too high shows only
+when its queue had time to grow."""
+STEP_DOWN = 0.97
+"""What becomes of a rate that did not hold once more."""
+
+
+def closed(server: Running, pictures: Path, clients: int, seconds: float) -> dict[str, Any]:
+    """One load, with what it cost the service."""
+    before = server.cpu_seconds()
+    load = run_script(
+        *("load.py", server.url, pictures, "--clients", clients, "--seconds", seconds)
+    )
+    good = max(1, load["statuses"].get("200", 0))
+    return load | {"cpu_ms": 1e3 * (server.cpu_seconds() - before) / good}
+
+
+def closed_loop(
+    report: Report, server: Running, model: Path, pictures: Path, rounds: int, seconds: float
+) -> None:
+    """Throughput and latency at each number of connections, medians over the rounds."""
+    table = report.table(
+        {"connections": "d", "pictures/s": ".1f", "over bare loop": ".3f", "p50, ms": ".0f"}
+        | {"p99, ms": ".0f", "server core-ms": ".2f", "not 200": "d"},
+        "Closed loop",
+    )
+    found = {}
+    for clients in CONNECTIONS:
+        loads, ratios = [], []
+        for _ in range(rounds):
+            bare = run_script("bare_loop.py", model, pictures, "--seconds", seconds / 2)
+            loads.append(closed(server, pictures, clients, seconds))
+            ratios.append(loads[-1]["good_per_second"] / bare["per_second"])
+        named = ("good_per_second", "p50_ms", "p99_ms", "cpu_ms")
+        median = {name: statistics.median(each[name] for each in loads) for name in named}
+        table.row(
+            *(clients, median["good_per_second"], statistics.median(ratios)),
+            *(median["p50_ms"], median["p99_ms"], median["cpu_ms"]),
+            sum(each["requests"] - each["statuses"].get("200", 0) for each in loads),
+        )
+        found[clients] = ratios
+    for clients, ratios in found.items():
+        report.figure(f"HTTP over bare loop, {clients} connections", ratios, better="higher")
+
+
+def highest_rate(holds: Callable[[float, bool], bool], maximum: float, steps: int) -> float:
+    """The highest rate that holds; 0 where none does.
+
+    `holds` tells of a rate, in a long trial or a short one.
+    """
+    low, high = LOWEST * maximum, HIGHEST * maximum
+    for _ in range(steps):
+        middle = (low + high) / 2
+        low, high = (middle, high) if holds(middle, False) else (low, middle)
+    while not holds(low, True):
+        low *= STEP_DOWN
+        if low < LOWEST * maximum / 2:
+            return 0.0
+    return low
+
+
+class Trials:
+    """Trials of rates, each with other arrivals."""
+
+    def __init__(self, server: Running, pictures: Path, table: Table, bound_ms: float) -> None:
+        self._server = server
+        self._pictures = pictures
+        self._table = table
+        self._bound_ms = bound_ms
+        self._seeds: Iterator[int] = itertools.count(1)
+
+    def run(self, rate: float, seconds: float) -> bool:
+        """Whether the 99th percentile of all requests stays within the bound."""
+        seen = run_script(
+            *("poisson.py", self._server.url, self._pictures, "--rate", rate),
+            *("--seconds", seconds, "--seed", next(self._seeds)),
+        )
+        p99 = seen["p99_of_all_ms"]
+        held = p99 is not None and p99 <= self._bound_ms
+        self._table.row(
+            *(rate, seconds, seen["sent"], seen["p50_ms"], p99, seen["lag_p99_ms"]),
+            seen["sent"] - seen["statuses"].get("200", 0),
+            "yes" if held else "no",
+        )
+        return held
+
+
+def open_loop(
+    report: Report, server: Running, pictures: Path, *, rounds: int, steps: int, seconds: float
+) -> None:
+    """The rate that can be promised, against the closed-loop maximum beside it."""
+    single = closed(server, pictures, 1, seconds)["p50_ms"]
+    bound_ms = LATENCY_FACTOR * single
+    table = report.table(
+        {"rate": ".2f", "seconds": ".0f", "sent": "d", "p50, ms": ".0f", "p99 of all, ms": ".0f"}
+        | {"client lag p99, ms": ".1f", "not 200": "d", "held": ""},
+        f"Open loop, Poisson arrivals; a single picture takes {single:.1f} ms, so the 99th "
+        f"percentile may be {bound_ms:.0f} ms",
+    )
+    trials = Trials(server, pictures, table, bound_ms)
+    shares: list[float] = []
+    for _ in range(rounds):
+        before = closed(server, pictures, SATURATING, seconds)["good_per_second"]
+        rate = highest_rate(
+            lambda rate, long: trials.run(rate, LONG * seconds if long else seconds), before, steps
+        )
+        after = closed(server, pictures, SATURATING, seconds)["good_per_second"]
+        shares.append(rate / max(before, after))
+    report.figure(
+        f"open-loop rate with p99 within {LATENCY_FACTOR:g} single pictures, over the closed-loop "
+        f"maximum at {SATURATING} connections",
+        shares,
+        better="higher",
+        bound=OPEN_SHARE,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", type=Path, default=bundled_models())
+    parser.add_argument("--pictures", type=Path, help="folder of JPEGs; default: drawn 640x480")
+    add_options(parser)
+    arguments = parser.parse_args()
+    model = scan_repository(arguments.models)[-1].path
+    with contextlib.ExitStack() as stack:
+        scratch = stack.enter_context(tempfile.TemporaryDirectory())
+        server = stack.enter_context(served(arguments.models))
+        pictures = arguments.pictures or draw_pictures(Path(scratch) / "pictures")
+        closed(server, pictures, SATURATING, 3)
+        report = Report("service", "Closed loop and random arrivals", arguments)
+        if arguments.quick:
+            closed_loop(report, server, model, pictures, 1, 4)
+            open_loop(report, server, pictures, rounds=1, steps=2, seconds=6)
+        else:
+            closed_loop(report, server, model, pictures, 3, 8)
+            open_loop(report, server, pictures, rounds=2, steps=4, seconds=12)
+    report.close()
+
+
+if __name__ == "__main__":
+    main()
