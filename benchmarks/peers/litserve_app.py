@@ -1,0 +1,59 @@
+"""LitServe."""
+
+from typing import Annotated
+
+import litserve
+from fastapi import Body, Response
+from recipe import ROUTE, Choice, Recipe
+
+
+class Detect(litserve.LitAPI):
+    def setup(self, device: str) -> None:
+        self.recipe = Recipe(Choice.read())
+
+    # By its annotation LitServe takes the body as it is; without one it would parse JSON.
+    def decode_request(self, request: Annotated[bytes, Body()]) -> bytes:
+        return request
+
+    def predict(self, picture: bytes) -> bytes:
+        return self.recipe.answer(picture)
+
+    def encode_response(self, output: bytes) -> Response:
+        return Response(output, media_type="application/json")
+
+
+class DetectBatch(Detect):
+    def batch(self, inputs: list[bytes]) -> list[bytes]:
+        return inputs
+
+    def predict(self, pictures: list[bytes]) -> list[bytes]:
+        return self.recipe.answers(pictures)
+
+    def unbatch(self, output: list[bytes]) -> list[bytes]:
+        return output
+
+
+def main() -> None:
+    choice = Choice.read()
+    if choice.batch > 1:
+        api = DetectBatch(api_path=ROUTE, max_batch_size=choice.batch, batch_timeout=0.0)
+    else:
+        api = Detect(api_path=ROUTE)
+    server = litserve.LitServer(
+        api,
+        accelerator="cpu",
+        workers_per_device=choice.workers,
+        fast_queue="zmq" in choice.style,
+    )
+    server.run(
+        host="127.0.0.1",
+        port=choice.port,
+        num_api_servers=1 if "one-front" in choice.style else None,
+        log_level="warning",
+        access_log=False,
+        generate_client_file=False,
+    )
+
+
+if __name__ == "__main__":
+    main()
