@@ -84,10 +84,6 @@ def main() -> None:
     )
     report = Report("engine", "Detector beside a bare session", arguments)
     peak = floor.measure()
-    print(
-        f"\nPeak of the same cores: {peak.operations / 1e9:.0f} GFLOP/s (matrix product), "
-        f"{peak.bytes / 1e9:.1f} GB/s (copying)."
-    )
     table = report.table(
         {
             "canvas": "",
@@ -100,7 +96,9 @@ def main() -> None:
             "memory floor, ms": ".2f",
             "bare, ms": ".2f",
             "of peak arithmetic": ".0%",
-        }
+        },
+        f"Peak of the same cores: {peak.operations / 1e9:.0f} GFLOP/s (matrix product), "
+        f"{peak.bytes / 1e9:.1f} GB/s (copying)",
     )
     ratios: list[float] = []
     shares: list[float] = []

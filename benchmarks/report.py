@@ -33,6 +33,7 @@ import psutil
 from service.devices import cpu_count
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
 RESULTS = HERE / "results"
 DISTRIBUTIONS = ("numpy", "pillow", "uvicorn", "retinaserve")
 Cell = str | int | float | None
@@ -248,9 +249,15 @@ def commit() -> str:
 
 def command() -> str:
     """The command line, as one types it in the repository's root."""
-    script = Path(sys.argv[0]).resolve()
-    name = script.relative_to(HERE.parent) if script.is_relative_to(HERE.parent) else script.name
-    return shlex.join(["python", str(name), *sys.argv[1:]])
+    return shlex.join(["python", _short(sys.argv[0]), *map(_short, sys.argv[1:])])
+
+
+def _short(argument: str) -> str:
+    """A path in the repository, from its root; of others the name, which is all that matters."""
+    path = Path(argument)
+    if not path.is_absolute():
+        return argument
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
 
 
 def _write(cell: Cell, how: str) -> str:
