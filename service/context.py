@@ -41,20 +41,27 @@ class Service:
         self.keys = None if path is None else KeyStore(path)
         """None: anybody may call."""
         self.gate = Gate(self.keys, settings.rate_limit)
-        self.hardware, self.registry, batch = open_models(settings) if models is None else models
-        self.max_batch_size = batch
+        models = open_models(settings) if models is None else models
+        self.hardware, self.registry = models.hardware, models.registry
+        batch = self.max_batch_size = models.max_batch_size
         """Most canvases in one inference."""
         self.metrics = Metrics()
         self.tracing: Tracing | None = None
         """None: nobody asked for traces."""
         threads = cpu_count()
         self.pipeline = Pipeline(
-            devices=sum(device.callers for device in self.hardware.devices),
+            devices=len(self.hardware.devices),
+            callers=self.hardware.devices[0].callers,
             decode_threads=threads,
             policy=Policy(batch, settings.max_queue_delay_ms / 1e3),
             on_batch=self.metrics.observe_batch,
             watchdog_seconds=settings.watchdog_seconds,
         )
+        if self.hardware.devices[0].kind == "cpu":
+            # Known before the first model serves.
+            models.side_by_side.chosen.add_done_callback(
+                lambda chosen: self.pipeline.widen(chosen.result())
+            )
         self.pictures = Admission(
             settings.max_queue_size,
             bytes_limit=settings.max_queue_bytes,

@@ -11,16 +11,21 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from queue import SimpleQueue
 from typing import Final
 
 from service.artifact import Artifact, Entry
-from service.detector import batch_buckets
+from service.canvas import Size
+from service.detector import Detector, batch_buckets
 from service.devices import Device, open_detector
 from service.errors import ArtifactError
+from service.side_by_side import SideBySide
 from service.work import Servable
 
 _log = logging.getLogger("retinaserve.loading")
+_SETTLED: Final = 1.25
+"""A first run that takes at most so many times as long as expected set nothing up."""
 _SETTLE_SECONDS: Final = 0.05
 """After an object is known to go, until it is gone."""
 
@@ -66,7 +71,12 @@ class Loader:
 
 
 def open_servable(
-    entry: Entry, artifact: Artifact, *, devices: Sequence[Device], batch: int
+    entry: Entry,
+    artifact: Artifact,
+    *,
+    devices: Sequence[Device],
+    batch: int,
+    side_by_side: SideBySide,
 ) -> Servable:
     """A model on every device, warm for every batch of up to `batch` pictures.
 
@@ -74,17 +84,25 @@ def open_servable(
 
     Raises ArtifactError or DeviceError.
     """
-    opened = [(open_detector(artifact, device, batch=batch), device.callers) for device in devices]
-    detectors = tuple(detector for detector, callers in opened for _ in range(callers))
+    detectors = tuple(open_detector(artifact, device, batch=batch) for device in devices)
     # The sessions have copies of their own.
     slim = replace(artifact, content=b"")
     servable = Servable(entry.name, entry.version, slim, detectors)
     try:
         _warm(servable, batch_buckets(batch))
+        callers = [
+            side_by_side.choose(partial(detector.warm, _canvases(servable)[0]))
+            if device.kind == "cpu"
+            else device.callers
+            for device, detector in zip(devices, detectors, strict=True)
+        ]
     except Exception as error:
         # onnxruntime's errors share no base class that it documents.
         raise ArtifactError(f"{artifact.path}: its warm-up failed: {error}") from error
-    return servable
+    repeated = zip(detectors, callers, strict=True)
+    return replace(
+        servable, detectors=tuple(detector for detector, count in repeated for _ in range(count))
+    )
 
 
 def return_free_memory() -> None:
@@ -105,13 +123,33 @@ def _after_release() -> None:
     return_free_memory()
 
 
-def _warm(servable: Servable, sizes: Sequence[int]) -> None:
+def _canvases(servable: Servable) -> Sequence[Size]:
     rule = servable.metadata.canvas
-    for canvas in rule.all_canvases() or (rule.largest(),):
+    return tuple(rule.all_canvases()) or (rule.largest(),)
+
+
+def _warm(servable: Servable, sizes: Sequence[int]) -> None:
+    """Run every canvas and batch size on every device, and learn what each costs.
+
+    So that not even the first requests are let in blindly.
+    """
+    pace = 0.0
+    """Seconds that a pixel takes, as far as is known."""
+    first, *others = servable.detectors
+    for canvas in _canvases(servable):
         for size in sizes:
-            for detector in dict.fromkeys(servable.detectors):
+            for detector in others:
                 detector.warm(canvas, size)
-            # Once more and timed, so that not even the first requests are let in blindly.
-            started = time.monotonic()
-            servable.detectors[0].warm(canvas, size)
-            servable.costs.observe(canvas, size, time.monotonic() - started)
+            seconds = _timed(first, canvas, size)
+            pixels = canvas.area * size
+            if seconds > _SETTLED * pace * pixels:
+                # It had something to set up.
+                seconds = _timed(first, canvas, size)
+            pace = seconds / pixels
+            servable.costs.observe(canvas, size, seconds)
+
+
+def _timed(detector: Detector, canvas: Size, batch: int) -> float:
+    started = time.monotonic()
+    detector.warm(canvas, batch)
+    return time.monotonic() - started

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import math
 import re
+import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
@@ -42,10 +43,12 @@ class Pipeline:
         decode_threads: int,
         policy: Policy,
         on_batch: Callable[[Servable, int], None],
+        callers: int = 1,
         watchdog_seconds: float = math.inf,
     ) -> None:
-        """`on_batch` hears the model and size of every batch, in the device's thread.
+        """`callers` is how many threads use each device, side by side.
 
+        `on_batch` hears the model and size of every batch, in the device's thread.
         A batch that takes longer than `watchdog_seconds` is taken for the end of its device.
         """
         self.fatal: str | None = None
@@ -61,17 +64,20 @@ class Pipeline:
         self._decoders = [
             Worker(f"decode-{i}", self._decode_forever) for i in range(decode_threads)
         ]
-        self._devices = [
-            Worker(f"device-{i}", partial(self._infer_forever, i), limit=watchdog_seconds)
-            for i in range(devices)
-        ]
-        self._workers = (*self._decoders, *self._devices)
+        self._watchdog_seconds = watchdog_seconds
+        self._devices = [self._device(i) for i in range(devices * callers)]
+        """Threads, those of the first device first."""
+        self._device_count = devices
+        self._started = False
+        self._lock = threading.Lock()
+        """Held while threads are added or started."""
         self._watchdog = Watchdog(self._workers, on_death=self._died, on_wedge=self._wedged)
         self.prediction = Prediction(
             arrived=self._arrived,
             ready=self._ready,
             decoders=self._decoders,
             devices=self._devices,
+            count=devices,
             max_batch_size=policy.max_batch_size,
         )
 
@@ -80,11 +86,31 @@ class Pipeline:
         """Pictures that wait: for a decode thread or for a device."""
         return len(self._arrived) + len(self._ready)
 
+    @property
+    def _workers(self) -> tuple[Worker[Work], ...]:
+        return (*self._decoders, *self._devices)
+
     def start(self) -> None:
         """Start the threads."""
-        for worker in self._workers:
-            worker.start()
+        with self._lock:
+            self._started = True
+            for worker in self._workers:
+                worker.start()
         self._watchdog.start()
+
+    def widen(self, callers: int) -> None:
+        """Let so many threads use the only device, side by side, or as many as did. Any thread.
+
+        Before a model serves that has its detector as often.
+        """
+        assert self._device_count == 1, "several devices have their threads from the start"
+        with self._lock:
+            for number in range(len(self._devices), callers):
+                worker = self._device(number)
+                self._devices.append(worker)
+                self._watchdog.add(worker)
+                if self._started:
+                    worker.start()
 
     def abort(self, reason: str, word: str) -> None:
         """Answer everyone who waits with Unavailable; `word` is its reason. On the event loop.
@@ -192,6 +218,16 @@ class Pipeline:
         if not self._arrived.remove(work):
             self._ready.remove(work)
 
+    def _device(self, number: int) -> Worker[Work]:
+        body = partial(self._infer_forever, number)
+        return Worker(f"device-{number}", body, limit=self._watchdog_seconds)
+
+    def _busy(self, number: int) -> int:
+        """How many threads use the same device as this one just now, it among them."""
+        callers = len(self._devices) // self._device_count
+        first = number // callers * callers
+        return sum(bool(worker.held) for worker in self._devices[first : first + callers])
+
     def _batch_size(self, key: Hashable, waiting: int, left: float) -> int:
         assert isinstance(key, BatchKey), "only decoded pictures reach a device"
         cost = key.model.costs.of(key.canvas)
@@ -243,29 +279,29 @@ class Pipeline:
             work.prepared = prepared
             self._ready.push(work)
 
-    def _infer_forever(self, device: int, worker: Worker[Work]) -> None:
+    def _infer_forever(self, number: int, worker: Worker[Work]) -> None:
         while batch := self._ready.take():
             worker.hold(batch)
             self._on_batch(batch[0].model, len(batch))
-            _deliver(self._infer(batch, device, worker))
+            _deliver(self._infer(batch, number, worker))
             worker.hold(())
             del batch
 
     def _infer(
-        self, batch: list[Work], device: int, worker: Worker[Work]
+        self, batch: list[Work], number: int, worker: Worker[Work]
     ) -> list[tuple[Work, Outcome | Exception]]:
-        detector = batch[0].model.detectors[device]
+        detector = batch[0].model.detectors[number]
         # Each attempt has its own time: many that fail one by one are not one that hangs.
         worker.renew()
         try:
-            return list(zip(batch, _run(detector, batch), strict=True))
+            return list(zip(batch, _run(detector, batch, partial(self._busy, number)), strict=True))
         except Exception as error:
             # onnxruntime's errors share no base class that it documents.
             if len(batch) == 1:
                 worker.renew()
                 return [(batch[0], self._failed(detector, batch[0], error))]
             _log.warning("a batch of %d failed, each is tried alone: %s", len(batch), error)
-        return [answer for work in batch for answer in self._infer([work], device, worker)]
+        return [answer for work in batch for answer in self._infer([work], number, worker)]
 
     def _failed(self, detector: Detector, work: Work, error: Exception) -> InferenceFailed:
         """Find out who is to blame, the picture or the device."""
@@ -286,11 +322,13 @@ class Pipeline:
         return InferenceFailed("the model failed on this picture")
 
 
-def _run(detector: Detector, batch: Sequence[Work]) -> list[Outcome]:
+def _run(detector: Detector, batch: Sequence[Work], busy: Callable[[], int]) -> list[Outcome]:
+    """`busy` tells how many batches the device works at."""
     prepared = [work.prepared for work in batch if work.prepared is not None]
     assert len(prepared) == len(batch), "only decoded pictures reach a device"
     canvases = [each.canvas for each in prepared]
     sizes = np.array([each.letterbox.resized for each in prepared], dtype=np.int64)
+    before = busy()
     started = time.monotonic()
     found = detector(
         canvases,
@@ -299,7 +337,9 @@ def _run(detector: Detector, batch: Sequence[Work]) -> list[Outcome]:
         iou_threshold=batch[0].iou,
     )
     seconds = time.monotonic() - started
-    batch[0].model.costs.observe(prepared[0].letterbox.canvas, len(batch), seconds)
+    # Side by side each batch takes longer; what it costs is its share of the device.
+    share = seconds * 2 / (before + busy())
+    batch[0].model.costs.observe(prepared[0].letterbox.canvas, len(batch), share)
     return [
         Outcome(
             detections,

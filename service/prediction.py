@@ -28,13 +28,19 @@ class Prediction:
         ready: BatchQueue[Work],
         decoders: Sequence[Worker[Work]],
         devices: Sequence[Worker[Work]],
+        count: int,
         max_batch_size: int,
     ) -> None:
-        """`arrived` waits for the `decoders`, `ready` for the `devices`."""
+        """`arrived` waits for the `decoders`, `ready` for the threads of the `devices`.
+
+        `count` is how many devices there are: each has equally many of the threads, one after the
+        other, which share it. More threads may come.
+        """
         self._arrived = arrived
         self._ready = ready
         self._decoders = decoders
         self._devices = devices
+        self._count = count
         self._max_batch_size = max_batch_size
         self._decode_seconds = 0.0
         """What decoding a picture takes, recent ones weighing more."""
@@ -48,7 +54,7 @@ class Prediction:
         """
         now = time.monotonic()
         arrived, ready = self._arrived.lanes(), self._ready.lanes()
-        seconds = sum(_rest(worker, now) for worker in self._devices)
+        seconds = self._rest(now)
         seconds += sum(work.model.costs.of().seconds(1) for work in _held(self._decoders))
         bulk = [self._seconds(lane) for lane in (*arrived, *ready) if lane.urgency > urgency]
         before = [lane for lane in (*arrived, *ready) if lane.urgency <= urgency]
@@ -57,7 +63,7 @@ class Prediction:
         seconds += urgent + min(sum(bulk), urgent / URGENT_TURNS)
         decodes = sum(lane.length for lane in arrived if lane.urgency <= urgency)
         decoding = self._decode_seconds * decodes / len(self._decoders)
-        return max(seconds / len(self._devices), decoding)
+        return max(seconds / self._count, decoding)
 
     def check(self, seconds: float, urgency: Urgency) -> None:
         """Raise Unavailable when the queue alone takes longer than `seconds`."""
@@ -77,7 +83,7 @@ class Prediction:
 
         Raises Unavailable.
         """
-        rounds = math.ceil(pictures / len(self._devices))
+        rounds = math.ceil(pictures / self._count)
         alone = model.costs.fastest * rounds
         wait = self.wait(urgency)
         inference = model.costs.of().lasting(rounds, most=self._max_batch_size)
@@ -96,6 +102,15 @@ class Prediction:
         """Decoding a picture took so long. Any thread."""
         self._decode_seconds += _NEWS * (seconds - self._decode_seconds)
 
+    def _rest(self, now: float) -> float:
+        """How many seconds the devices, one after the other, will go on with what is in hand."""
+        callers = len(self._devices) // self._count
+        seconds = 0.0
+        for first in range(0, self._count * callers, callers):
+            busy = [each for each in self._devices[first : first + callers] if each.held]
+            seconds += sum(_rest(worker, now, len(busy)) for worker in busy)
+        return seconds
+
     def _seconds(self, lane: Lane) -> float:
         """What the pictures of a lane will take, one batch after the other."""
         if isinstance(lane.key, BatchKey):
@@ -110,14 +125,17 @@ def _held(workers: Sequence[Worker[Work]]) -> list[Work]:
     return [work for worker in workers for work in worker.held]
 
 
-def _rest(worker: Worker[Work], now: float) -> float:
-    """How many seconds a device will go on with the batch that it has in hand."""
+def _rest(worker: Worker[Work], now: float, sharing: int) -> float:
+    """How many seconds of a device's the batch still needs that a thread has in hand.
+
+    `sharing` is how many batches the device works at.
+    """
     since, batch = worker.since, worker.held
     if not batch:
         return 0.0
     key = batch[0].key
     cost = batch[0].model.costs.of(key.canvas if isinstance(key, BatchKey) else None)
-    rest = since + cost.seconds(len(batch)) - now
+    rest = cost.seconds(len(batch)) - (now - since) / sharing
     # What lasts longer than it should, nobody knows how long: for as long again, say. With 0 the
     # service would look idle while a batch hangs, and let in all who would wait for it in vain.
     return rest if rest > 0 else min(-rest, _LONGEST_DOUBT)

@@ -28,6 +28,7 @@ from service.errors import (
     UnknownModel,
 )
 from service.loading import Loader, open_servable, return_free_memory
+from service.side_by_side import SideBySide
 from service.slots import Key, Slot, Snapshot, State, called, empty_slot, listed
 from service.work import Servable
 
@@ -55,10 +56,13 @@ class Registry:
         devices: Sequence[Device],
         default: str,
         batch: int,
+        side_by_side: SideBySide,
     ) -> None:
-        """`batch` is the largest batch that a device gets."""
+        """`batch` is the largest batch that a device gets, `side_by_side` how many a CPU gets."""
         self._root = root
-        self._open = partial(open_servable, devices=tuple(devices), batch=batch)
+        self._open = partial(
+            open_servable, devices=tuple(devices), batch=batch, side_by_side=side_by_side
+        )
         slots = [replace(empty_slot(entry), state="waiting") for entry in sorted(entries)]
         self._snapshot = Snapshot({slot.key: slot for slot in slots}, default, {})
         self._loads: dict[Key, Future[Loaded]] = {}
@@ -301,12 +305,18 @@ class Registry:
 
 
 def open_registry(
-    root: Path, *, devices: Sequence[Device], default: str | None, batch: int
+    root: Path,
+    *,
+    devices: Sequence[Device],
+    default: str | None,
+    batch: int,
+    side_by_side: SideBySide | None = None,
 ) -> Registry:
     """Look a repository through; nothing is loaded yet.
 
-    Without `default` the only model is the default. Raises ArtifactError for an empty repository
-    and DataError when the default is not clear.
+    A CPU gets one inference at a time unless `side_by_side` says otherwise. Without `default` the
+    only model is the default. Raises ArtifactError for an empty repository and DataError when the
+    default is not clear.
     """
     entries = scan_repository(root)
     names = list(dict.fromkeys(entry.name for entry in entries))
@@ -319,7 +329,14 @@ def open_registry(
         raise DataError(
             f"the default model {default!r} is not in {root}; there is {', '.join(names)}"
         )
-    return Registry(root, entries, devices=devices, default=default or names[0], batch=batch)
+    return Registry(
+        root,
+        entries,
+        devices=devices,
+        default=default or names[0],
+        batch=batch,
+        side_by_side=side_by_side or SideBySide(1, cores=1),
+    )
 
 
 def _check_default_survives(snapshot: Snapshot, name: str, going: Sequence[int]) -> None:

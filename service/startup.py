@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from service.devices import Hardware, resolve
+from service.devices import Hardware, cpu_count, resolve
 from service.registry import Registry, open_registry
 from service.settings import Settings
+from service.side_by_side import SideBySide
 
 
 class Models(NamedTuple):
@@ -19,6 +20,8 @@ class Models(NamedTuple):
     registry: Registry
     max_batch_size: int
     """Most canvases in one inference: MAX_BATCH_SIZE, or what suits the devices."""
+    side_by_side: SideBySide
+    """How many inferences share a CPU."""
 
 
 def open_models(settings: Settings, hardware: Hardware | None = None) -> Models:
@@ -31,10 +34,12 @@ def open_models(settings: Settings, hardware: Hardware | None = None) -> Models:
             settings.device, memory_limit=settings.gpu_memory_bytes, tf32=settings.gpu_tf32
         )
     batch = settings.max_batch_size or max(device.default_batch_size for device in hardware.devices)
+    side_by_side = SideBySide(settings.cpu_inferences, cores=cpu_count())
     registry = open_registry(
         settings.models_dir,
         devices=hardware.devices,
         default=settings.default_model,
         batch=batch,
+        side_by_side=side_by_side,
     )
-    return Models(hardware, registry, batch)
+    return Models(hardware, registry, batch, side_by_side)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import threading
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -237,6 +239,62 @@ async def test_two_devices_share_the_work(load: Callable[..., Servable]) -> None
     assert len({answer.detections.boxes.tobytes() for answer in answers}) == 1
     assert len(used) == 20
     assert set(used) == {0, 1}
+
+
+@pytest.mark.parametrize("begun", [False, True])
+async def test_threads_that_come_later_share_the_device(
+    begun: bool, load: Callable[..., Servable], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = load()
+    model = alone_twice(alone)
+    both = threading.Barrier(2)
+    real = Detector.__call__
+
+    def meet(self: Detector, *args: Any, **kwargs: Any) -> list[Detections]:
+        both.wait(60.0)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(Detector, "__call__", meet)
+    line = Pipeline(devices=1, decode_threads=2, policy=Policy(), on_batch=lambda *_: None)
+    if begun:
+        line.start()
+        line.widen(2)
+    else:
+        line.widen(2)
+        line.start()
+    try:
+        answers = await asyncio.gather(*(detect(line, model, encoded(one_red())) for _ in range(4)))
+    finally:
+        line.close()
+    assert len({answer.detections.boxes.tobytes() for answer in answers}) == 1
+    # Each took the whole time, and half of the device.
+    took = min(answer.timing.inference for answer in answers)
+    assert 0 < model.costs.fastest < took
+
+
+async def test_a_thread_that_came_later_is_watched_too(load: Callable[..., Servable]) -> None:
+    alone = load()
+    died = threading.Event()
+
+    class Gone(Detector):
+        def __call__(self, *args: Any, **kwargs: Any) -> list[Detections]:
+            died.set()
+            raise SystemExit
+
+    gone = Gone(
+        alone.artifact, providers=providers(Device("cpu")), options=session_options(Device("cpu"))
+    )
+    model = replace(alone, detectors=(gone, gone))
+    async with started() as line:
+        line.widen(2)
+        with pytest.raises(InferenceFailed, match="log says why"):
+            await detect(line, model, encoded(one_red()))
+        answers = [detect(line, alone_twice(alone), encoded(one_red())) for _ in range(8)]
+        assert len(await asyncio.gather(*answers)) == 8
+
+
+def alone_twice(model: Servable) -> Servable:
+    return replace(model, detectors=model.detectors * 2)
 
 
 async def test_first_come_first_served(load: Callable[..., Servable]) -> None:

@@ -50,15 +50,16 @@ def _still(monkeypatch: pytest.MonkeyPatch) -> None:
 class Line:
     """The queues and threads of a pipeline, none of them started, and what is predicted of them."""
 
-    def __init__(self, *, devices: int = 1, batch: int = 8) -> None:
+    def __init__(self, *, devices: int = 1, callers: int = 1, batch: int = 8) -> None:
         self.arrived: BatchQueue[Work] = BatchQueue(Policy())
         self.ready: BatchQueue[Work] = BatchQueue(Policy())
-        self.devices = [_idle(f"device-{i}") for i in range(devices)]
+        self.devices = [_idle(f"device-{i}") for i in range(devices * callers)]
         self.prediction = Prediction(
             arrived=self.arrived,
             ready=self.ready,
             decoders=[_idle(f"decode-{i}") for i in range(2)],
             devices=self.devices,
+            count=devices,
             max_batch_size=batch,
         )
 
@@ -163,6 +164,24 @@ def test_several_devices_share_the_work(model: Servable) -> None:
     in_hand(line, 0, model, 8, since=NOW)
     ready(line, model, 9)
     assert line.prediction.wait() == pytest.approx((0.110 + 0.110 + 0.040) / 2)
+
+
+def test_batches_side_by_side_share_a_device(model: Servable) -> None:
+    line = Line(callers=2)
+    in_hand(line, 1, model, 8, since=NOW - 0.050)
+    assert line.prediction.wait() == pytest.approx(0.060), "it had the device for itself"
+    in_hand(line, 0, model, 8, since=NOW - 0.050)
+    assert line.prediction.wait() == pytest.approx(2 * (0.110 - 0.025))
+    ready(line, model, 8)
+    assert line.prediction.wait() == pytest.approx(2 * (0.110 - 0.025) + 0.110)
+    assert Line(callers=2).prediction.admit(model, NOW + 9, pictures=3) == pytest.approx(0.060)
+
+
+def test_several_devices_may_have_several_threads_each(model: Servable) -> None:
+    line = Line(devices=2, callers=2)
+    for number in (0, 1, 3):
+        in_hand(line, number, model, 8, since=NOW - 0.050)
+    assert line.prediction.wait() == pytest.approx((0.110 - 0.025) + 0.060 / 2)
 
 
 def test_bulk_has_its_share_and_no_more(model: Servable) -> None:

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -306,16 +307,14 @@ class Gate:
         self.opened: list[int] = []
         monkeypatch.setattr("service.registry.open_servable", self._open)
 
-    def _open(
-        self, entry: Entry, artifact: Artifact, *, devices: tuple[Device, ...], batch: int
-    ) -> Servable:
+    def _open(self, entry: Entry, artifact: Artifact, **given: Any) -> Servable:
         self.inside += 1
         self.most = max(self.most, self.inside)
         self.opened.append(entry.version)
         self.entered.release()
         assert self.go.acquire(timeout=SECONDS)
         self.inside -= 1
-        return open_servable(entry, artifact, devices=devices, batch=batch)
+        return open_servable(entry, artifact, **given)
 
 
 def test_who_asks_for_the_same_load_shares_it(
