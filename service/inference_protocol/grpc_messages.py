@@ -37,6 +37,8 @@ class Method(NamedTuple):
     name: str
     request: Any
     response: Any
+    streams: bool
+    """Whether there are several responses."""
 
 
 def load() -> dict[str, tuple[Method, ...]]:
@@ -52,6 +54,11 @@ def load() -> dict[str, tuple[Method, ...]]:
 
 def _methods(pool: DescriptorPool, service: str) -> tuple[Method, ...]:
     return tuple(
-        Method(method.name, GetMessageClass(method.input_type), GetMessageClass(method.output_type))
+        Method(
+            method.name,
+            GetMessageClass(method.input_type),
+            GetMessageClass(method.output_type),
+            method.server_streaming,
+        )
         for method in pool.FindServiceByName(service).methods
     )

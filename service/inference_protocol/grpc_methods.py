@@ -6,6 +6,8 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
+from google.protobuf.json_format import ParseDict
+
 from service.batching import Urgency
 from service.context import Service
 from service.errors import UnknownModel
@@ -17,6 +19,7 @@ from service.inference_protocol.tensors import Limits
 
 _BIG_MESSAGE: Final = 256 * 1024
 """From this size on taking a message apart is worth a thread."""
+UNKNOWN_SERVICE: Final = "SERVICE_UNKNOWN"
 
 Answer = Callable[[Method, Any], Any]
 Receive = Callable[[], Awaitable[bytes]]
@@ -33,6 +36,8 @@ class GrpcMethods:
             "ServerMetadata": self._server_metadata,
             "ModelReady": self._model_ready,
             "ModelMetadata": self._model_metadata,
+            "ModelConfig": self._model_config,
+            "RepositoryIndex": self._repository_index,
             "Check": self._check,
         }
         """Every method that answers from what is known, by its name."""
@@ -91,8 +96,22 @@ class GrpcMethods:
         known = [field.name for field in method.response.DESCRIPTOR.fields]
         return method.response(**{name: described[name] for name in known})
 
+    def _model_config(self, method: Method, request: Any) -> Any:
+        described = metadata.config(self._service, request.name, request.version)
+        return ParseDict({"config": described}, method.response())
+
+    def _repository_index(self, method: Method, request: Any) -> Any:
+        return method.response(models=metadata.index(self._service, ready=request.ready))
+
     def _check(self, method: Method, request: Any) -> Any:
-        if request.service not in ("", INFERENCE):
+        status = health(self._service, request.service)
+        if status == UNKNOWN_SERVICE:
             raise UnknownModel(f"no service {request.service[:80]!r}; there is {INFERENCE}")
-        ready = self._service.not_ready() is None
-        return method.response(status="SERVING" if ready else "NOT_SERVING")
+        return method.response(status=status)
+
+
+def health(service: Service, name: str) -> str:
+    """The state of the gRPC service `name`, in the words of gRPC's health checks."""
+    if name not in ("", INFERENCE):
+        return UNKNOWN_SERVICE
+    return "SERVING" if service.not_ready() is None else "NOT_SERVING"

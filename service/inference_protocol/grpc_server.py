@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import re
 import socket
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import unquote
 
+from service.connection import HEAD_SECONDS
 from service.context import Service
-from service.errors import BodyTimeout, DataError, MalformedRequest, RetinaserveError
+from service.errors import DataError, RetinaserveError
 from service.inference_protocol import grpc_messages
 from service.inference_protocol.grpc_codec import read
 from service.inference_protocol.grpc_messages import Method
 from service.inference_protocol.grpc_methods import GrpcMethods
+from service.inference_protocol.grpc_streams import Arrivals, Watches
 from service.listening import AddressError
 from service.problems import headers_of
 from service.record import Record, current
@@ -51,6 +52,8 @@ _CODES: Final = {
 _INFER: Final = "ModelInfer"
 _PROBES: Final = frozenset({"ServerLive", "ServerReady", "Check"})
 """Methods that need no key, as their like over HTTP."""
+_IDLE_SECONDS: Final = 300
+"""A connection without calls is closed after that time; clients open another by themselves."""
 _GRACE: Final = 1.0
 """Seconds after the drain in which those who were too late get to hear it."""
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -75,6 +78,7 @@ class GrpcServer:
         self._listener = listener
         self._certificate = None if certificate is None else _pem(certificate, key or certificate)
         self._server: grpc.aio.Server | None = None
+        self._watches: list[Watches] = []
 
     async def start(self) -> None:
         """Take calls. Raises AddressError."""
@@ -87,11 +91,12 @@ class GrpcServer:
                 ("grpc.max_send_message_length", -1),
                 # Two servers on one port would each get some of the calls.
                 ("grpc.so_reuseport", 0),
+                ("grpc.server_handshake_timeout_ms", int(1e3 * HEAD_SECONDS)),
+                ("grpc.max_connection_idle_ms", 1000 * _IDLE_SECONDS),
             ),
-            # gRPC does not tell how much of a message has come: calls are what can be bounded.
             maximum_concurrent_rpcs=2 * settings.max_queue_size,
         )
-        server.add_generic_rpc_handlers(_handlers(self._service))
+        server.add_generic_rpc_handlers(self._handlers())
         host, port = self._listener.getsockname()[:2]
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._listener.close()
@@ -113,8 +118,76 @@ class GrpcServer:
     async def stop(self, seconds: float) -> None:
         """Take no new calls, and finish those in flight within so many seconds."""
         server, self._server = self._server, None
+        for watches in self._watches:
+            watches.close()
         if server is not None:
             await server.stop(seconds + _GRACE)
+
+    def _handlers(self) -> tuple[grpc.GenericRpcHandler, ...]:
+        """What gRPC calls, one for each of its services, and one for all that there is not."""
+        import grpc
+
+        service, arrivals = self._service, Arrivals(self._service)
+        methods = GrpcMethods(service)
+
+        def handler(name: str, method: Method) -> grpc.RpcMethodHandler[Any, Any]:
+            write = method.response.SerializeToString
+            if method.streams:
+                watches = Watches(service, method, arrivals.receive)
+                self._watches.append(watches)
+                return grpc.stream_stream_rpc_method_handler(
+                    partial(_watch, watches), response_serializer=write
+                )
+            call = _Call(service, methods, f"/{name}/{method.name}", method, arrivals)
+            # As if a stream of messages came, which on the wire is the same: only so is a call
+            # known before its message has arrived, and can be refused. Without a deserializer,
+            # since what is wrong with a message is for the call to tell.
+            return grpc.stream_unary_rpc_method_handler(call.answer, response_serializer=write)
+
+        described = grpc_messages.load()
+        return (
+            *(
+                grpc.method_handlers_generic_handler(
+                    name, {method.name: handler(name, method) for method in offered}
+                )
+                for name, offered in described.items()
+            ),
+            _unknown_methods(described[grpc_messages.INFERENCE]),
+        )
+
+
+def _unknown_methods(offered: Iterable[Method]) -> grpc.GenericRpcHandler:
+    """Says what there is to whoever calls something else."""
+    import grpc
+
+    names = ", ".join(method.name for method in offered)
+
+    class Unknown(grpc.GenericRpcHandler):  # type: ignore[misc]
+        """For every name."""
+
+        def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any]:
+            """A call of that name."""
+
+            async def refuse(_: object, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+                sentence = f"no method {details.method[:80]}; there are {names}"
+                await context.abort(grpc.StatusCode.UNIMPLEMENTED, sentence)
+
+            return grpc.stream_unary_rpc_method_handler(refuse)
+
+    return Unknown()
+
+
+async def _watch(
+    watches: Watches,
+    messages: AsyncIterator[bytes],
+    context: grpc.aio.ServicerContext[Any, Any],
+) -> AsyncIterator[Any]:
+    """A call that lasts. It has no line in the log and no time in the metrics."""
+    try:
+        async for state in watches.states(messages):
+            yield state
+    except RetinaserveError as error:
+        await _abort(context, error, Record(uuid.uuid4().hex))
 
 
 def _pem(certificate: Path, key: Path) -> tuple[bytes, bytes]:
@@ -125,34 +198,19 @@ def _pem(certificate: Path, key: Path) -> tuple[bytes, bytes]:
         raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
 
 
-def _handlers(service: Service) -> tuple[grpc.GenericRpcHandler, ...]:
-    """What gRPC calls, one for each of its services."""
-    import grpc
-
-    methods = GrpcMethods(service)
-
-    def handler(name: str, method: Method) -> grpc.RpcMethodHandler[Any, Any]:
-        call = _Call(service, methods, f"/{name}/{method.name}", method)
-        # As if a stream of messages came, which on the wire is the same: only so is a call known
-        # before its message has arrived, and can be refused. Without a deserializer, since what is
-        # wrong with a message is for the call to tell.
-        return grpc.stream_unary_rpc_method_handler(
-            call.answer, response_serializer=method.response.SerializeToString
-        )
-
-    return tuple(
-        grpc.method_handlers_generic_handler(
-            name, {method.name: handler(name, method) for method in described}
-        )
-        for name, described in grpc_messages.load().items()
-    )
-
-
 class _Call:
     """One method, with what surrounds every call: key, id, errors, log line, metrics."""
 
-    def __init__(self, service: Service, methods: GrpcMethods, path: str, method: Method) -> None:
+    def __init__(
+        self,
+        service: Service,
+        methods: GrpcMethods,
+        path: str,
+        method: Method,
+        arrivals: Arrivals,
+    ) -> None:
         self._service = service
+        self._arrivals = arrivals
         self._methods = methods
         self._path = path
         self._method = method
@@ -201,14 +259,7 @@ class _Call:
         return self._methods.plain[self._method.name](self._method, request)
 
     async def _receive(self, messages: AsyncIterator[bytes], record: Record) -> bytes:
-        seconds = self._service.settings.body_timeout_ms / 1e3
-        try:
-            async with asyncio.timeout(seconds):
-                content = await anext(messages, None)
-        except TimeoutError:
-            raise BodyTimeout(f"the message did not arrive within {seconds:g} s") from None
-        if content is None:
-            raise MalformedRequest("the call has no message")
+        content = await self._arrivals.receive(messages)
         record.body_bytes = len(content)
         record.body_finished = time.monotonic()
         return content

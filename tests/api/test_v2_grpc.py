@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -18,7 +20,7 @@ import tritonclient.grpc as triton
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.utils import InferenceServerException
 
-from service.inference_protocol import grpc_messages
+from service.inference_protocol import grpc_messages, grpc_server, grpc_streams
 from service.security.keys import new_key
 from tests.api.inference_protocol import canvas, prefixed
 from tests.api.served import PATIENCE, Served, served
@@ -103,6 +105,15 @@ def test_health_and_metadata(client: triton.InferenceServerClient) -> None:
     }
 
 
+def test_what_triton_has_beyond_the_protocol(client: triton.InferenceServerClient) -> None:
+    config = client.get_model_config("tiny", as_json=True)["config"]
+    assert config["name"] == "tiny"
+    assert config["input"][0]["data_type"] == "TYPE_UINT8"
+    assert config["output"][1]["dims"] == ["-1", "4"]
+    index = client.get_model_repository_index(as_json=True)["models"]
+    assert index == [{"name": "tiny", "version": "1", "state": "READY"}]
+
+
 def test_canvases(client: triton.InferenceServerClient) -> None:
     images = canvas(one_red(), squares((48, 0, RED)))
     result = client.infer("tiny", [canvases(images)], request_id="job-7", model_version="1")
@@ -184,7 +195,8 @@ def test_typed_contents_come_back_typed(channel: grpc.Channel) -> None:
             "deadline",
         ),
         (lambda c: c.infer("tiny", [pictures(bytes(2_000_000))]), "RESOURCE_EXHAUSTED", "larger"),
-        (lambda c: c.get_model_config("tiny"), "UNIMPLEMENTED", ""),
+        (lambda c: c.get_model_config("none"), "NOT_FOUND", "no model 'none'"),
+        (lambda c: c.get_inference_statistics("tiny"), "UNIMPLEMENTED", "there are ServerLive"),
     ],
 )
 def test_errors(
@@ -374,7 +386,7 @@ def test_keys_and_tls(repository: Path, tmp_path: Path) -> None:
 
 
 def test_grpcs_own_health_check(server: Served, channel: grpc.Channel) -> None:
-    (check,) = grpc_messages.load()[grpc_messages.HEALTH]
+    check, _ = grpc_messages.load()[grpc_messages.HEALTH]
     call = channel.unary_unary(
         f"/{grpc_messages.HEALTH}/Check",
         request_serializer=check.request.SerializeToString,
@@ -388,6 +400,80 @@ def test_grpcs_own_health_check(server: Served, channel: grpc.Channel) -> None:
         assert call(check.request()).status == 2
     finally:
         server.service.draining = False
+
+
+SERVING, NOT_SERVING, SERVICE_UNKNOWN = 1, 2, 3
+
+
+def watch(channel: grpc.Channel, name: str = "") -> Any:
+    _, method = grpc_messages.load()[grpc_messages.HEALTH]
+    call = channel.unary_stream(
+        f"/{grpc_messages.HEALTH}/Watch",
+        request_serializer=method.request.SerializeToString,
+        response_deserializer=method.response.FromString,
+    )
+    return call(method.request(service=name), timeout=PATIENCE)
+
+
+def test_watching_the_health(server: Served, channel: grpc.Channel) -> None:
+    states = watch(channel, grpc_messages.INFERENCE)
+    assert next(states).status == SERVING
+    server.service.draining = True
+    try:
+        assert next(states).status == NOT_SERVING
+    finally:
+        server.service.draining = False
+    assert next(states).status == SERVING
+    states.cancel()
+    unknown = watch(channel, "x")
+    assert next(unknown).status == SERVICE_UNKNOWN
+    unknown.cancel()
+
+
+def test_who_watches_is_told_of_the_end_and_does_not_delay_it(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grpc_streams, "_MOST_WATCHES", 2)
+    with ExitStack() as stack:
+        with served(repository, drain_seconds=PATIENCE) as server:
+            channel = stack.enter_context(grpc.insecure_channel(server.grpc))
+            watches = [watch(channel) for _ in range(2)]
+            assert [next(states).status for states in watches] == [SERVING, SERVING]
+            error = refusal(lambda: next(watch(channel)))
+            assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert [next(states).status for states in watches] == [NOT_SERVING, NOT_SERVING]
+
+
+def test_slow_messages_are_few_and_keep_no_other_out(repository: Path) -> None:
+    never = threading.Event()
+
+    def messages() -> Iterator[bytes]:
+        never.wait(PATIENCE)
+        yield b""
+
+    with (
+        served(repository, max_body_bytes=1_000_000, max_queue_bytes=2_000_000) as server,
+        grpc.insecure_channel(server.grpc) as channel,
+    ):
+        call = channel.stream_unary(METHOD + "ModelInfer")
+        slow = [call.future(messages(), timeout=PATIENCE) for _ in range(3)]
+        until(lambda: any(each.done() for each in slow))
+        (refused,) = [each for each in slow if each.done()]
+        assert refused.code() is grpc.StatusCode.UNAVAILABLE
+        assert "2 messages are arriving slowly" in refused.details()
+        assert dict(refused.trailing_metadata())["retry-after"] == "1"
+        assert infer(channel, typed()).model_name == "tiny"
+        never.set()
+        until(lambda: all(each.done() for each in slow))
+
+
+def test_who_connects_and_says_nothing(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grpc_server, "HEAD_SECONDS", 0.5)
+    with served(repository) as server:
+        host, _, port = server.grpc.rpartition(":")
+        with socket.create_connection((host, int(port)), timeout=PATIENCE) as client:
+            while client.recv(65_536):
+                pass
 
 
 def test_the_compiled_messages_are_those_of_the_sources(tmp_path: Path) -> None:
@@ -404,9 +490,19 @@ def test_the_messages_are_those_of_other_servers() -> None:
     published = pb.DESCRIPTOR.message_types_by_name
     for method in grpc_messages.load()[grpc_messages.INFERENCE]:
         for kind in (method.request, method.response):
-            theirs = {(f.name, f.number, f.type) for f in published[kind.DESCRIPTOR.name].fields}
-            ours = {(f.name, f.number, f.type) for f in kind.DESCRIPTOR.fields}
-            assert ours <= theirs
+            compare(kind.DESCRIPTOR, published[kind.DESCRIPTOR.name])
+
+
+def compare(ours: Any, theirs: Any) -> None:
+    """Field by field, down to the last message."""
+    for field in ours.fields:
+        other = theirs.fields_by_name[field.name]
+        assert (field.number, field.type) == (other.number, other.type), field.full_name
+        if field.message_type is not None:
+            compare(field.message_type, other.message_type)
+        if field.enum_type is not None:
+            names = {(value.name, value.number) for value in field.enum_type.values}
+            assert names <= {(value.name, value.number) for value in other.enum_type.values}
 
 
 def until(condition: Callable[[], bool]) -> None:
