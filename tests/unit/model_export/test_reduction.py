@@ -31,6 +31,7 @@ from service import devices
 from service.artifact import read_artifact
 from service.detector import INPUTS, OUTPUTS, Detector
 from service.errors import DataError
+from service.graph_split import split
 from service.imaging import prepare
 from service.samples import draw_smear
 from tests.unit.model_export.random_model import CANVAS, RandomModel
@@ -303,3 +304,17 @@ def test_a_loss_beyond_what_is_accepted() -> None:
     check_loss(full, row(Precision.INT8, 0.58), 2.5)
     with pytest.raises(VerificationError, match="at most 0 are"):
         check_loss(full, row(Precision.INT8, 0.5999), 0.0)
+
+
+@pytest.mark.parametrize("precision", Precision)
+def test_every_precision_can_be_split_for_a_gpu(
+    files: dict[Precision, Path], precision: Precision
+) -> None:
+    parts = split(files[precision].read_bytes())
+    assert parts is not None
+    network = onnx.load_model_from_string(parts.network)
+    operators = {node.op_type for node in network.graph.node}
+    # What would be placed on the CPU, or must not be replayed, keeps a CUDA graph from being made.
+    assert not operators & {"GatherND", "NonMaxSuppression", "Range", "Shape"}
+    assert parts.canvas is not None
+    assert len(parts.canvas) < 100_000, "it holds no weights"
