@@ -202,29 +202,41 @@ async def test_the_main_listener_changes_no_model(doors: Doors) -> None:
         assert answer.status_code == 404
 
 
+class WarmUp:
+    """A model's warm-up that begins, and waits for leave to end."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._begun, self._go = asyncio.Event(), asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        monkeypatch.setattr("service.detector.Detector.warm", lambda *_, **__: self._wait())
+
+    async def begun(self) -> None:
+        await asyncio.wait_for(self._begun.wait(), 60)
+
+    def end(self) -> None:
+        self._go.set()
+
+    def _wait(self) -> None:
+        self._loop.call_soon_threadsafe(self._begun.set)
+        asyncio.run_coroutine_threadsafe(self._go.wait(), self._loop).result(60)
+
+
 async def test_the_service_answers_while_a_model_loads(
     doors: Doors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    entered, go = asyncio.Event(), asyncio.Event()
-    loop = asyncio.get_running_loop()
-
-    def wait_for_go(self: object, canvas: object, batch: int = 1) -> None:
-        loop.call_soon_threadsafe(entered.set)
-        asyncio.run_coroutine_threadsafe(go.wait(), loop).result(60)
-
     tiny_model.save(tmp_path, version=2)
-    monkeypatch.setattr("service.detector.Detector.warm", wait_for_go)
+    warm_up = WarmUp(monkeypatch)
     first, second = (
         asyncio.create_task(doors.admin.post("/v1/models/tiny/load")) for _ in range(2)
     )
-    await asyncio.wait_for(entered.wait(), 60)
+    await warm_up.begun()
     assert (await doors.admin.get("/healthz")).status_code == 200
     assert await detected(doors.main) == {"name": "tiny", "version": 1}
     answer = await doors.admin.post("/v1/models/tiny/unload?version=2")
     assert answer.status_code == 409
     assert "being loaded" in answer.json()["detail"]
     first.cancel()
-    go.set()
+    warm_up.end()
     answer = await second
     assert (answer.status_code, answer.json()["changed"]) == (200, True), "not cancelled with it"
     assert await detected(doors.main) == {"name": "tiny", "version": 2}
@@ -233,22 +245,15 @@ async def test_the_service_answers_while_a_model_loads(
 async def test_stopping_answers_who_waits_for_a_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    entered, go = asyncio.Event(), asyncio.Event()
-    loop = asyncio.get_running_loop()
-
-    def wait_for_go(self: object, canvas: object, batch: int = 1) -> None:
-        loop.call_soon_threadsafe(entered.set)
-        asyncio.run_coroutine_threadsafe(go.wait(), loop).result(60)
-
     tiny_model.save(tmp_path)
     async with both(tmp_path) as doors:
         tiny_model.save(tmp_path, version=2)
-        monkeypatch.setattr("service.detector.Detector.warm", wait_for_go)
+        warm_up = WarmUp(monkeypatch)
         loading = asyncio.create_task(doors.admin.post("/v1/models/tiny/load"))
-        await asyncio.wait_for(entered.wait(), 60)
+        await warm_up.begun()
         doors.main._transport.app.state.service.registry.stop_loading()  # type: ignore[attr-defined]
         answer = await loading
-        go.set()
+        warm_up.end()
     assert answer.status_code == 503
     assert "stops" in answer.json()["detail"]
 

@@ -25,7 +25,7 @@ from service.security.keys import new_key
 from tests.api.inference_protocol import canvas, prefixed
 from tests.api.served import PATIENCE, Served, served
 from tests.certificates import make_certificate
-from tests.pictures import RED, encoded, one_red, squares
+from tests.pictures import encoded, one_red
 
 METHOD = "/inference.GRPCInferenceService/"
 
@@ -83,68 +83,6 @@ def refusal(call: Callable[[], object]) -> grpc.RpcError:
     return caught.value
 
 
-def test_health_and_metadata(client: triton.InferenceServerClient) -> None:
-    assert client.is_server_live()
-    assert client.is_server_ready()
-    assert client.is_model_ready("tiny")
-    assert client.is_model_ready("tiny", "1")
-    assert client.get_server_metadata().name == "retinaserve"
-    assert "binary_tensor_data" in client.get_server_metadata().extensions
-    model = client.get_model_metadata("tiny", as_json=True)
-    assert model["versions"] == ["1"]
-    assert [each["name"] for each in model["outputs"]] == [
-        "image_index",
-        "boxes",
-        "scores",
-        "labels",
-    ]
-    assert model["inputs"][0] == {
-        "name": "images",
-        "datatype": "UINT8",
-        "shape": ["-1", "-1", "-1", "3"],
-    }
-
-
-def test_what_triton_has_beyond_the_protocol(client: triton.InferenceServerClient) -> None:
-    config = client.get_model_config("tiny", as_json=True)["config"]
-    assert config["name"] == "tiny"
-    assert config["input"][0]["data_type"] == "TYPE_UINT8"
-    assert config["output"][1]["dims"] == ["-1", "4"]
-    index = client.get_model_repository_index(as_json=True)["models"]
-    assert index == [{"name": "tiny", "version": "1", "state": "READY"}]
-
-
-def test_canvases(client: triton.InferenceServerClient) -> None:
-    images = canvas(one_red(), squares((48, 0, RED)))
-    result = client.infer("tiny", [canvases(images)], request_id="job-7", model_version="1")
-    response = result.get_response()
-    assert (response.model_name, response.model_version, response.id) == ("tiny", "1", "job-7")
-    assert result.as_numpy("image_index").tolist() == [0, 1]
-    assert result.as_numpy("boxes").tolist() == [[32, 16, 64, 48], [48, 0, 80, 32]]
-    assert result.as_numpy("labels").dtype == np.int64
-
-
-def test_pictures_get_what_v1_answers(server: Served, client: triton.InferenceServerClient) -> None:
-    large = encoded(squares((0, 0, RED), (64, 0, (190, 0, 0))).resize((512, 384)), "JPEG")
-    for wanted in ({}, {"score_threshold": 0.9}, {"max_detections": 1}):
-        result = client.infer("tiny", [pictures(large)], parameters=wanted)
-        with server.client() as http:
-            answer = http.post("/v1/detect", content=large, params=wanted).json()
-        boxes = [list(each["box"].values()) for each in answer["detections"]]
-        assert boxes
-        np.testing.assert_allclose(result.as_numpy("boxes"), boxes, atol=0.0051)
-        scores = [each["score"] for each in answer["detections"]]
-        np.testing.assert_allclose(result.as_numpy("scores"), scores, atol=0.000051)
-
-
-def test_outputs_are_selected_and_may_be_empty(client: triton.InferenceServerClient) -> None:
-    wanted = [triton.InferRequestedOutput("labels"), triton.InferRequestedOutput("boxes")]
-    result = client.infer("tiny", [pictures(encoded(squares()))], outputs=wanted)
-    assert [each.name for each in result.get_response().outputs] == ["boxes", "labels"]
-    assert result.as_numpy("boxes").shape == (0, 4)
-    assert result.as_numpy("scores") is None
-
-
 def test_in_the_background(client: triton.InferenceServerClient) -> None:
     done = threading.Event()
     found: dict[str, Any] = {}
@@ -174,28 +112,12 @@ def test_typed_contents_come_back_typed(channel: grpc.Channel) -> None:
 @pytest.mark.parametrize(
     ("call", "code", "named"),
     [
-        (lambda c: c.get_model_metadata("none"), "NOT_FOUND", "no model 'none'"),
         (lambda c: c.is_model_ready("tiny", "two"), "NOT_FOUND", "no version 'two'"),
-        (lambda c: c.infer("none", [pictures(b"x")]), "NOT_FOUND", "no model 'none'"),
-        (lambda c: c.infer("tiny", [pictures(b"no picture")]), "INVALID_ARGUMENT", "JPEG"),
-        (lambda c: c.infer("tiny", [pictures(b"")]), "INVALID_ARGUMENT", "empty"),
-        (
-            lambda c: c.infer("tiny", [canvases(np.zeros((3, 32, 32, 3), "u1"))]),
-            "INVALID_ARGUMENT",
-            "at most 2",
-        ),
-        (
-            lambda c: c.infer("tiny", [pictures(b"x")], parameters={"score_threshold": 2.0}),
-            "INVALID_ARGUMENT",
-            "not in 0..1",
-        ),
         (
             lambda c: c.infer("tiny", [pictures(encoded(one_red()))], timeout=1),
             "DEADLINE_EXCEEDED|UNAVAILABLE",
             "deadline",
         ),
-        (lambda c: c.infer("tiny", [pictures(bytes(2_000_000))]), "RESOURCE_EXHAUSTED", "larger"),
-        (lambda c: c.get_model_config("none"), "NOT_FOUND", "no model 'none'"),
         (lambda c: c.get_inference_statistics("tiny"), "UNIMPLEMENTED", "there are ServerLive"),
     ],
 )
