@@ -15,6 +15,7 @@ from urllib.parse import unquote
 
 from service.connection import HEAD_SECONDS
 from service.context import Service
+from service.crowd import descriptors
 from service.errors import DataError, RetinaserveError
 from service.inference_protocol import grpc_messages
 from service.inference_protocol.grpc_codec import read
@@ -54,6 +55,7 @@ _PROBES: Final = frozenset({"ServerLive", "ServerReady", "Check"})
 """Methods that need no key, as their like over HTTP."""
 _IDLE_SECONDS: Final = 300
 """A connection without calls is closed after that time; clients open another by themselves."""
+_MANY: Final = 1 << 30
 _GRACE: Final = 1.0
 """Seconds after the drain in which those who were too late get to hear it."""
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -93,6 +95,8 @@ class GrpcServer:
                 ("grpc.so_reuseport", 0),
                 ("grpc.server_handshake_timeout_ms", int(1e3 * HEAD_SECONDS)),
                 ("grpc.max_connection_idle_ms", 1000 * _IDLE_SECONDS),
+                # Each takes a file descriptor, and HTTP must have some, for its probes too.
+                ("grpc.max_allowed_incoming_connections", int(min(descriptors() / 2, _MANY))),
             ),
             maximum_concurrent_rpcs=2 * settings.max_queue_size,
         )

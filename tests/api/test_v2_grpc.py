@@ -391,9 +391,16 @@ def test_slow_messages_are_few_and_keep_no_other_out(repository: Path) -> None:
 
 def test_who_connects_and_says_nothing(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grpc_server, "HEAD_SECONDS", 0.5)
-    with served(repository) as server:
+    monkeypatch.setattr(grpc_server, "descriptors", lambda: 6)
+    with served(repository) as server, ExitStack() as stack:
         host, _, port = server.grpc.rpartition(":")
-        with socket.create_connection((host, int(port)), timeout=PATIENCE) as client:
+        clients = [
+            stack.enter_context(socket.create_connection((host, int(port)), timeout=PATIENCE))
+            for _ in range(6)
+        ]
+        greeted = [bool(client.recv(65_536)) for client in clients]
+        assert 1 <= sum(greeted) <= 3, "half of the file descriptors"
+        for client in clients:
             while client.recv(65_536):
                 pass
 

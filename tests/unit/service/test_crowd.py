@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import resource
 from dataclasses import dataclass
 from typing import Any, cast
 
 import pytest
 
 from service import crowd as module
-from service.crowd import Crowd
+from service.crowd import Crowd, ask_for_descriptors
 
 
 @dataclass
@@ -62,3 +63,24 @@ def test_a_process_with_few(crowd: Crowd, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(module, "descriptors", lambda: 64)
     assert crowd.has_room(64 - 17, [])
     assert not crowd.has_room(64 - 16, [])
+
+
+@pytest.mark.parametrize(
+    ("before", "asked"),
+    [
+        ((1024, 4096), (4096, 4096)),
+        ((1024, 1 << 20), (8192, 1 << 20)),
+        ((1024, resource.RLIM_INFINITY), (8192, resource.RLIM_INFINITY)),
+        ((8192, 1 << 20), None),
+        ((160, 160), None),
+        ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), None),
+    ],
+)
+def test_the_process_asks_for_more(
+    before: tuple[int, int], asked: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: before)
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limit: limits.append(limit))
+    ask_for_descriptors()
+    assert limits == ([] if asked is None else [asked])
