@@ -90,8 +90,11 @@ def open_servable(
     servable = Servable(entry.name, entry.version, slim, detectors)
     try:
         _warm(servable, batch_buckets(batch))
+        canvas = _canvases(servable)[0]
         callers = [
-            side_by_side.choose(partial(detector.warm, _canvases(servable)[0]))
+            side_by_side.choose(
+                partial(detector.warm, canvas), release=partial(detector.release_memory, canvas)
+            )
             if device.kind == "cpu"
             else device.callers
             for device, detector in zip(devices, detectors, strict=True)

@@ -35,10 +35,10 @@ class SideBySide:
         if asked is not None or cores == 1:
             self.chosen.set_result(asked or 1)
 
-    def choose(self, run: Callable[[], None]) -> int:
+    def choose(self, run: Callable[[], None], *, release: Callable[[], None]) -> int:
         """The number; `run`, which is one inference, is measured if it is not known yet.
 
-        Raises what `run` raises.
+        `release` gives back the memory of more than are to run. Raises what the two raise.
         """
         if not self.chosen.done():
             best, rates = measure(run, most=min(self._cores, _MOST))
@@ -48,6 +48,8 @@ class SideBySide:
                 best,
                 ", ".join(f"{count}: {rate:.1f}/s" for count, rate in rates.items()),
             )
+            if best < max(rates):
+                release()
             self.chosen.set_result(best)
         return self.chosen.result()
 

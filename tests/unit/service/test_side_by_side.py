@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from service import side_by_side as module
-from service.devices import Device
+from service.artifact import read_artifact
+from service.devices import Device, open_detector
 from service.registry import open_registry
 from service.side_by_side import SideBySide, measure
 from tests import tiny_model
@@ -33,6 +35,10 @@ def machine(monkeypatch: pytest.MonkeyPatch, rates: dict[int, list[float]]) -> l
 
     monkeypatch.setattr(module, "_together", together)
     return tried
+
+
+def unused() -> None:
+    pytest.fail("nothing is to be measured or released")
 
 
 @pytest.mark.parametrize(
@@ -60,7 +66,9 @@ def test_nothing_is_measured_where_there_is_nothing_to_choose(
     asked: int | None, cores: int
 ) -> None:
     number = SideBySide(asked, cores=cores)
-    assert number.choose(lambda: pytest.fail("measured")) == (asked or 1)
+    assert number.choose(
+        lambda: pytest.fail("measured"), release=lambda: pytest.fail("released")
+    ) == (asked or 1)
 
 
 def test_it_is_measured_once_and_said(
@@ -69,10 +77,29 @@ def test_it_is_measured_once_and_said(
     tried = machine(monkeypatch, {1: [16.0], 2: [20.0]})
     number = SideBySide(None, cores=2)
     with caplog.at_level(logging.INFO):
-        assert [number.choose(lambda: None) for _ in range(3)] == [2, 2, 2]
+        assert [number.choose(lambda: None, release=unused) for _ in range(3)] == [2, 2, 2]
     assert tried == [1, 2]
     (line,) = caplog.messages
     assert "2 CPU cores: 2 (measured 1: 16.0/s, 2: 20.0/s)" in line
+
+
+def test_memory_of_a_trial_that_did_not_win_is_given_back(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    machine(monkeypatch, {1: [16.0], 2: [16.0]})
+    detector = open_detector(read_artifact(tiny_model.save(tmp_path)), Device("cpu"))
+    canvas = detector.metadata.canvas.largest()
+    released: list[int] = []
+
+    def release() -> None:
+        detector.release_memory(canvas)
+        released.append(1)
+
+    warm = partial(detector.warm, canvas)
+    number = SideBySide(None, cores=2)
+    assert [number.choose(warm, release=release) for _ in range(2)] == [1, 1]
+    assert released == [1], "once"
+    warm()
 
 
 def test_runs_are_really_side_by_side() -> None:
@@ -87,7 +114,7 @@ def test_a_run_that_fails_chooses_nothing() -> None:
         raise RuntimeError("bad file")
 
     with pytest.raises(RuntimeError, match="bad file"):
-        number.choose(fail)
+        number.choose(fail, release=unused)
     assert not number.chosen.done()
 
 
