@@ -58,7 +58,13 @@ def command(*arguments: object) -> list[str]:
 
 
 def environment(**settings: object) -> dict[str, str]:
-    mine = {f"RETINASERVE_{name.upper()}": str(value) for name, value in settings.items()}
+    # To measure how many inferences share the CPU takes time; None: do.
+    chosen = {"cpu_inferences": 1, **settings}
+    mine = {
+        f"RETINASERVE_{name.upper()}": str(value)
+        for name, value in chosen.items()
+        if value is not None
+    }
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("RETINASERVE_")}
     path = os.pathsep.join(filter(None, (str(ROOT), inherited.get("PYTHONPATH"))))
     return {**inherited, "PYTHONPATH": path, **mine}
