@@ -44,7 +44,7 @@ class Detections:
 
 
 class Detector:
-    """A model file loaded on one device. Calls may come from one thread at a time."""
+    """A model file loaded on one device. On a CPU several threads may call it at a time."""
 
     def __init__(
         self,
