@@ -21,7 +21,16 @@ CONFIGURATION = """\
 not_a_server_error.expected-statuses = ["2xx", "3xx", "4xx", 503, 504]
 """
 """A deadline of one millisecond is refused or missed, and says so: that is no failure."""
-CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance"
+CHECKS = ",".join(
+    (
+        "not_a_server_error",
+        "status_code_conformance",
+        "content_type_conformance",
+        "response_schema_conformance",
+        "response_headers_conformance",
+        "unsupported_method",
+    )
+)
 
 
 def main() -> None:
