@@ -19,6 +19,11 @@ from model_export.retinanet.model import Level
 TOP_K: Final = 1000
 """(anchor, class) pairs kept per level (Focal Loss, section 4)."""
 
+MANY_CLASSES: Final = 8
+"""From so many on, the best pairs are found in two steps. onnxruntime's TopK on CUDA reads a row
+about seven times with one of the GPU's many blocks: 8 million pairs would take it longer than the
+network."""
+
 
 def candidates(levels: Sequence[Level], image_sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Boxes (B, N, 4), scores (B, N) and labels (B, N) of each level's best pairs.
@@ -27,15 +32,32 @@ def candidates(levels: Sequence[Level], image_sizes: Tensor) -> tuple[Tensor, Te
     """
     boxes, scores, labels = [], [], []
     for level in levels:
-        classes = level.logits.shape[2]
-        flat = level.logits.flatten(1)
-        best, index = flat.topk(_smaller(TOP_K, flat.shape[1]), dim=1)
-        anchor = index // classes
+        best, anchor, label = best_pairs(level.logits, TOP_K)
         deltas = level.deltas.gather(1, anchor[..., None].expand(-1, -1, 4))
         boxes.append(decode(deltas, level.anchors[anchor]))
         scores.append(best.float().sigmoid())
-        labels.append(index % classes)
+        labels.append(label)
     return _clip(torch.cat(boxes, dim=1), image_sizes), torch.cat(scores, 1), torch.cat(labels, 1)
+
+
+def best_pairs(logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, anchors and labels (B, count) of the best (anchor, class) pairs of (B, N, K) logits.
+
+    Fewer where there are fewer. With many classes only the best anchors' pairs are looked at: an
+    anchor that has one of the best pairs is among the `count` anchors with the best best class.
+    """
+    if logits.shape[2] < MANY_CLASSES:
+        return _best_of_all(logits, count)
+    kept = logits.amax(dim=2).topk(_smaller(count, logits.shape[1]), dim=1).indices
+    pairs = logits.gather(1, kept[..., None].expand(-1, -1, logits.shape[2]))
+    best, row, label = _best_of_all(pairs, count)
+    return best, kept.gather(1, row), label
+
+
+def _best_of_all(logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    flat = logits.flatten(1)
+    best, index = flat.topk(_smaller(count, flat.shape[1]), dim=1)
+    return best, index // logits.shape[2], index % logits.shape[2]
 
 
 def suppress(

@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 
 from model_export.retinanet.box_coding import decode
 from model_export.retinanet.model import Level
-from model_export.retinanet.postprocess import TOP_K, candidates, suppress
+from model_export.retinanet.postprocess import (
+    MANY_CLASSES,
+    TOP_K,
+    best_pairs,
+    candidates,
+    suppress,
+)
 
 
 def random_level(generator: torch.Generator, *, pictures: int, anchors: int, classes: int) -> Level:
@@ -24,17 +30,20 @@ def random_level(generator: torch.Generator, *, pictures: int, anchors: int, cla
     )
 
 
-def test_the_best_pairs_of_each_level() -> None:
+@pytest.mark.parametrize("classes", [3, MANY_CLASSES])
+def test_the_best_pairs_of_each_level(classes: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    # 600 x 3 pairs are more than 1000, 50 x 3 fewer.
+    # The first level has more than 1000 pairs, the others fewer.
+    counts = (3600 // classes + 900, 150 // classes, 1)
     levels = [
-        random_level(generator, pictures=2, anchors=count, classes=3) for count in (600, 50, 1)
+        random_level(generator, pictures=2, anchors=count, classes=classes) for count in counts
     ]
+    total = 1000 + (counts[1] + counts[2]) * classes
     sizes = torch.tensor([[150, 210], [180, 120]])
     boxes, scores, labels = candidates(levels, sizes)
     assert TOP_K == 1000
-    assert boxes.shape == (2, 1000 + 150 + 3, 4)
-    assert scores.shape == labels.shape == (2, 1153)
+    assert boxes.shape == (2, total, 4)
+    assert scores.shape == labels.shape == (2, total)
     for picture, (height, width) in enumerate(sizes.tolist()):
         start = 0
         for level in levels:
@@ -42,7 +51,7 @@ def test_the_best_pairs_of_each_level() -> None:
                 (
                     (level.logits[picture, anchor, label].item(), anchor, label)
                     for anchor in range(len(level.anchors))
-                    for label in range(3)
+                    for label in range(classes)
                 ),
                 reverse=True,
             )[:TOP_K]
@@ -201,3 +210,25 @@ def test_at_most_so_many_over_all_classes() -> None:
 def test_scores_that_are_not_numbers_are_no_detections() -> None:
     apart = [[0.0, 0, 2, 2], [10.0, 0, 12, 2]]
     assert kept_of(apart, [math.nan, 0.8], [0, 0]) == [1]
+
+
+@given(
+    anchors=st.integers(1, 40),
+    classes=st.sampled_from([1, 3, MANY_CLASSES, 20]),
+    count=st.integers(1, 60),
+    values=st.integers(2, 1000),
+    seed=st.integers(0, 1000),
+)
+def test_two_steps_find_what_one_does(
+    anchors: int, classes: int, count: int, values: int, seed: int
+) -> None:
+    """However often values repeat; of equal pairs any may be the last."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randint(values, (2, anchors, classes), generator=generator).float()
+    best, anchor, label = best_pairs(logits, count)
+    expected = logits.flatten(1).sort(dim=1, descending=True).values[:, :count]
+    assert torch.equal(best, expected)
+    for picture in range(2):
+        assert torch.equal(logits[picture, anchor[picture], label[picture]], best[picture])
+        pairs = list(zip(anchor[picture].tolist(), label[picture].tolist(), strict=True))
+        assert len(set(pairs)) == len(pairs)
