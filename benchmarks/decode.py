@@ -16,7 +16,7 @@ import argparse
 import io
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,7 +61,7 @@ class Case(NamedTuple):
         return len(self.data) / 1e6
 
 
-def made(sizes: tuple[tuple[int, int], ...]) -> Iterator[Case]:
+def made(sizes: Sequence[tuple[int, int]], formats: Sequence[str] = (*FORMATS,)) -> Iterator[Case]:
     """Every size, kind and format."""
     drawn, _ = draw_smear(1, width=1600, height=1200)
     dice = np.random.default_rng(0)
@@ -70,7 +70,8 @@ def made(sizes: tuple[tuple[int, int], ...]) -> Iterator[Case]:
         noise = dice.standard_normal((height, width), dtype=np.float32)[..., np.newaxis] * NOISE
         noisy = (np.asarray(smooth) + noise).clip(0, 255).astype(np.uint8)
         for picture, kind in ((smooth, "smooth"), (Image.fromarray(noisy), "camera")):
-            for name, (written, options) in FORMATS.items():
+            for name in formats:
+                written, options = FORMATS[name]
                 file = io.BytesIO()
                 picture.save(file, written, **options)
                 yield Case(

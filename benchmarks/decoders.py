@@ -5,11 +5,12 @@
 
 All end in Pillow's bilinear resize to 384 x 512, so only the decoder differs. Core-milliseconds are
 the median of CPU time; the difference is the mean absolute one in grey levels, against decoding in
-full with the same decoder.
+full with the same decoder. The JPEGs are those of `decode.py`.
 """
 
 from __future__ import annotations
 
+import argparse
 import io
 import statistics
 import time
@@ -18,16 +19,18 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 import simplejpeg
+from decode import made
 from numpy.typing import NDArray
 from PIL import Image
+from report import Report, add_options
 
 from service.canvas import Buckets, Size
 from service.imaging import prepare
-from service.samples import draw_smear
 
 CANVAS = (512, 384)
 RULE = Buckets(sizes=(Size(384, 512),))
-SIZES = ((640, 480), (1280, 960), (1920, 1440), (4032, 3024))
+SIZES = ((640, 480), (1280, 960), (1920, 1440), (4000, 3000))
+ROUNDS, QUICK_ROUNDS = 15, 3
 
 Pixels = NDArray[np.uint8]
 
@@ -79,26 +82,27 @@ PAIRS: tuple[tuple[Callable[[bytes], Pixels], Callable[[bytes], Pixels]], ...] =
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_options(parser)
+    arguments = parser.parse_args()
     cv2.setNumThreads(1)
-    drawn, _ = draw_smear(1)
-    print("| picture | " + " | ".join(f.__name__.replace("_", " ") for f, _ in PAIRS) + " |")
-    print("|---" * (len(PAIRS) + 1) + "|")
-    for size in SIZES:
-        file = io.BytesIO()
-        drawn.resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
-        data = file.getvalue()
-        times: dict[str, list[float]] = {function.__name__: [] for function, _ in PAIRS}
-        for _ in range(15):
-            for function, _ in PAIRS:
-                started = time.process_time()
-                function(data)
-                times[function.__name__].append(time.process_time() - started)
+    report = Report("decoders", "JPEG decoders, core-ms and grey levels", arguments)
+    names = [function.__name__.replace("_", " ") for function, _ in PAIRS]
+    table = report.table({"picture": "", "file": "", "MB": ".2f"} | dict.fromkeys(names, ""))
+    for case in made(SIZES, ("JPEG", "JPEG, progressive")):
+        times: dict[str, list[float]] = {name: [] for name in names}
+        for _ in range(QUICK_ROUNDS if arguments.quick else ROUNDS):
+            for name, (function, _) in zip(names, PAIRS, strict=True):
+                started = time.thread_time()
+                function(case.data)
+                times[name].append(1e3 * (time.thread_time() - started))
         cells = []
-        for function, full in PAIRS:
-            milliseconds = 1e3 * statistics.median(times[function.__name__])
-            difference = np.abs(function(data).astype(int) - full(data).astype(int)).mean()
-            cells.append(f"{milliseconds:.1f} ms, {difference:.2f}")
-        print(f"| {size[0]} x {size[1]}, {len(data) / 1e6:.2f} MB | " + " | ".join(cells) + " |")
+        for name, (function, full) in zip(names, PAIRS, strict=True):
+            pixels, whole = function(case.data).astype(int), full(case.data).astype(int)
+            difference = np.abs(pixels - whole).mean()
+            cells.append(f"{statistics.median(times[name]):.1f}, {difference:.2f}")
+        table.row(case.name, case.kind, case.megabytes, *cells)
+    report.close()
 
 
 if __name__ == "__main__":

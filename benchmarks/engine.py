@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=bundled_models())
     add_options(parser)
     arguments = parser.parse_args()
-    rounds, seconds = (3, 0.3) if arguments.quick else (7, 0.6)
+    rounds, seconds = (3, 0.3) if arguments.quick else (5, 0.6)
     batches = (BATCHES[0], BATCHES[-1]) if arguments.quick else BATCHES
 
     artifact = read_artifact(scan_repository(arguments.models)[-1].path)

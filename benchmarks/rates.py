@@ -164,10 +164,10 @@ def main() -> None:
         closed(server, pictures, SATURATING, 3)
         report = Report("service", "Closed loop and random arrivals", arguments)
         if arguments.quick:
-            closed_loop(report, server, model, pictures, 1, 4)
-            open_loop(report, server, pictures, rounds=1, steps=2, seconds=6)
+            closed_loop(report, server, model, pictures, 1, 3)
+            open_loop(report, server, pictures, rounds=1, steps=2, seconds=4)
         else:
-            closed_loop(report, server, model, pictures, 3, 8)
+            closed_loop(report, server, model, pictures, 3, 6)
             open_loop(report, server, pictures, rounds=2, steps=4, seconds=12)
     report.close()
 

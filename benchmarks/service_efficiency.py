@@ -128,7 +128,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rounds = arguments.rounds or (2 if arguments.quick else 6)
     seconds = arguments.seconds or (4.0 if arguments.quick else 6.0)
-    free_rounds = arguments.free_rounds or (5 if arguments.quick else 16)
+    free_rounds = arguments.free_rounds or (4 if arguments.quick else 12)
     repository = arguments.model or bundled_models()
     report = Report("ceiling", "What HTTP leaves of the bare loop", arguments)
     with tempfile.TemporaryDirectory() as scratch:

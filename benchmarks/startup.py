@@ -44,7 +44,7 @@ def main() -> None:
     add_options(parser)
     arguments = parser.parse_args()
     starts = arguments.starts or (3 if arguments.quick else 9)
-    requests = arguments.requests or (1_000 if arguments.quick else 10_000)
+    requests = arguments.requests or (800 if arguments.quick else 10_000)
     report = Report("startup", "Start-up and memory", arguments)
     seconds = report.table({"start": "d", "ready after, s": ".2f", "resident, MB": ".1f"})
     ready: list[float] = []
