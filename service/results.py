@@ -76,7 +76,7 @@ def select(raw: Detections, letterbox: Letterbox, selection: Selection) -> Detec
     """
     kept = raw.pick(raw.scores > selection.scores[raw.labels])
     boxes = letterbox.to_original(kept.boxes)
-    solid = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
+    solid = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
     mapped = Detections(boxes, kept.scores, kept.labels).pick(solid)
     return mapped.pick(slice(selection.max_detections))
 
