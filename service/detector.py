@@ -55,8 +55,13 @@ class Detector:
     ) -> None:
         """Create the session. Raises ArtifactError when the file is not a detector."""
         try:
+            # Otherwise Python's wrapper would go on with the CPU where a GPU fails, at the start or
+            # in the middle of serving, and say so on stdout.
             self._session = ort.InferenceSession(
-                artifact.content, sess_options=options, providers=list(providers)
+                artifact.content,
+                sess_options=options,
+                providers=list(providers),
+                enable_fallback=0,
             )
         except Exception as error:
             # onnxruntime's errors share no base class that it documents.

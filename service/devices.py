@@ -246,7 +246,6 @@ def _open_on_gpu(artifact: Artifact, device: Device, batch: int) -> Detector:
 
 def _open_split(artifact: Artifact, parts: Parts, device: Device, batch: int) -> Detector:
     def opened(content: bytes, given: Providers) -> ort.InferenceSession:
-        # Otherwise Python's wrapper would go on with the CPU, and say so on stdout.
         return ort.InferenceSession(
             content, session_options(device), providers=given, enable_fallback=0
         )
