@@ -7,8 +7,9 @@ VENV := .venv
 TEST_VENV := .venv-test
 LOCK_VENV := .venv-lock
 
-# A worker for each core, one thread each: more than four would mostly repeat the fixtures.
-PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile
+# A worker for each core, one thread each: more than four would mostly repeat the fixtures. Which
+# files a worker takes, and the order, is in tests/conftest.py.
+PARALLEL := --numprocesses logical --maxprocesses 4 --no-loadscope-reorder
 
 # What must be covered to 90 %: the detection maths, the imaging path, the batching.
 DETECTION := model_export/retinanet/anchors.py,model_export/retinanet/box_coding.py,model_export/retinanet/matching.py,model_export/losses.py,service/detector.py,service/results.py
@@ -57,10 +58,11 @@ $(VENV)/installed: pyproject.toml
 	@touch $@
 
 # torch first and alone: its pin, not a dependant's open range, decides which build is taken.
+# Most modules are never imported: those that are, are compiled then.
 $(TEST_VENV)/installed: pyproject.toml
 	$(call make_venv,$(TEST_VENV))
-	$(TEST_VENV)/bin/python -m pip install --quiet torch==2.13.0
-	$(TEST_VENV)/bin/python -m pip install --quiet --editable '.[train,dev]'
+	$(TEST_VENV)/bin/python -m pip install --quiet --no-compile torch==2.13.0
+	$(TEST_VENV)/bin/python -m pip install --quiet --no-compile --editable '.[train,dev]'
 	@touch $@
 
 define make_venv

@@ -1,15 +1,54 @@
-"""What every test shares: tier markers by folder, and the data sets that live outside."""
+"""What every test shares: tiers by folder, who runs what, and the data sets that live outside."""
 
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler.loadfile import LoadFileScheduling
 
 ROOT = Path(__file__).resolve().parent.parent
 TIERS = frozenset({"unit", "api", "e2e", "reliability"})
+
+_UNIT = "tests/unit/model_export"
+ONE_EXPORT = tuple(
+    f"{_UNIT}/test_{name}.py" for name in ("export", "reduction", "release", "verification")
+)
+"""These files share one exported network, so one worker runs them all: an export takes long."""
+
+LONGEST_FIRST = (
+    "tests/e2e/test_whole_path.py",
+    f"{_UNIT}/test_cli.py",
+    *ONE_EXPORT,
+    "tests/e2e/test_page.py",
+    "tests/reliability/test_load.py",
+    f"{_UNIT}/test_torchvision_parity.py",
+    f"{_UNIT}/test_distributed.py",
+    "tests/reliability/test_promises.py",
+    "tests/reliability/test_connections.py",
+    f"{_UNIT}/test_training.py",
+)
+"""A long file that began last would leave all but one worker idle at the end."""
+
+
+class FileScheduling(LoadFileScheduling):
+    """A file is one worker's, and so are the files of `ONE_EXPORT` together."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return ONE_EXPORT[0] if file in ONE_EXPORT else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> FileScheduling:
+    """For every way of distributing: a module's fixtures are made once."""
+    return FileScheduling(config, log)
 
 
 def pytest_configure() -> None:
@@ -20,6 +59,8 @@ def pytest_configure() -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark each test with its folder's tier; skip GPU tests where there is no CUDA device."""
+    rank = {file: place for place, file in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: rank.get(item.nodeid.partition("::")[0], len(rank)))
     lacks_cuda: bool | None = None
     for item in items:
         parts = item.path.relative_to(ROOT).parts
@@ -36,6 +77,29 @@ def _cuda_device_present() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+@pytest.fixture(scope="session")
+def untraced_exporter() -> Iterator[None]:
+    """torch's exporter runs without the trace function of coverage, which doubles its time.
+
+    Of this project's code it runs a network's forward pass, which other tests run, too.
+    """
+    import torch.onnx
+
+    traced = torch.onnx.export
+
+    def export(*args: Any, **options: Any) -> Any:
+        tracer = sys.gettrace()
+        sys.settrace(None)
+        try:
+            return traced(*args, **options)
+        finally:
+            sys.settrace(tracer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.onnx, "export", export)
+        yield
 
 
 def _external(relative: str) -> Path:

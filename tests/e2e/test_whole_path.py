@@ -128,7 +128,7 @@ def trained(folder: Path, data: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cells(folder: Path, data: Path, trained: Path) -> Model:
+def cells(folder: Path, data: Path, trained: Path, untraced_exporter: None) -> Model:
     """The run's best checkpoint as a model file, in a repository beside the bundled model."""
     path = folder / "models" / "cells" / "1" / MODEL_FILE
     call("export", trained / "best.ckpt", "--data", data, "--output", path)

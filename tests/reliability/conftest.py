@@ -15,6 +15,7 @@ import httpx
 import psutil
 import pytest
 
+from service.canvas import Size
 from tests import tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -122,9 +123,12 @@ def quick_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def slow_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that takes some tenths of a second on two idle cores, and longer on busy ones."""
+    """A model that takes some tenths of a second on two idle cores, and longer on busy ones.
+
+    With one canvas, so that a start warms no more than what is asked for.
+    """
     root = tmp_path_factory.mktemp("slow")
-    tiny_model.save(root, work=250)
+    tiny_model.save(root, work=150, sizes=(Size(96, 128),))
     return root
 
 

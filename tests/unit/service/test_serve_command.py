@@ -27,6 +27,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptu
     monkeypatch.setattr(serve, "configure_logging", lambda *_: None)
     monkeypatch.setattr(serve, "_leave", lambda _: None)
     monkeypatch.setattr(Server, "run", lambda self, sockets: None)
+    # Where the data sets of other tests lie, and no setting.
+    monkeypatch.delenv("RETINASERVE_TEST_DATA", raising=False)
     tiny_model.save(tmp_path / "models")
 
     def begin(**given: object) -> list[str]:
