@@ -45,6 +45,7 @@ class Setup:
         ]
         parts += [f"batches up to {self.batch}"] if self.batch > 1 else []
         parts += [self.style] if self.style else []
+        parts += ["memory kept"] if "PEER_KEEP_MEMORY" in self.environment else []
         switches = {"THROUGHPUT_OPTIMIZED": "optimized", "ENABLE_HA_PROXY": "HAProxy"}
         parts += [
             word for name, word in switches.items() if f"RAY_SERVE_{name}" in self.environment
@@ -62,6 +63,7 @@ class Setup:
         }
 
 
+AS_IT_COMES = Setup("")
 _RAY_BASE = {"RAY_worker_niceness": "0", "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
 """Its workers would run at niceness 15, behind everybody else, the load's generator too."""
 _RAY_OPTIMIZED = _RAY_BASE | {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
@@ -71,55 +73,40 @@ _BENTOML, _RAY = "bentoml_app.py", "ray_app.py"
 
 PEERS: dict[str, tuple[Setup, ...]] = {
     "fastapi": (
-        Setup(_FASTAPI, workers=2, threads=2, session_threads=1),
-        Setup(_FASTAPI, workers=2, threads=1, session_threads=1),
-        Setup(_FASTAPI, workers=1, threads=2, session_threads=1),
         Setup(_FASTAPI, workers=1, threads=16, session_threads=1),
-        Setup(_FASTAPI, workers=1, threads=1, session_threads=2),
+        Setup(_FASTAPI, workers=1, threads=2, session_threads=1),
         Setup(_FASTAPI, workers=1, threads=2, session_threads=2),
+        Setup(_FASTAPI, workers=2, threads=1, session_threads=1),
+        Setup(_FASTAPI, workers=2, threads=2, session_threads=1),
     ),
     "litserve": (
         Setup(_LITSERVE, workers=2, session_threads=1),
-        Setup(_LITSERVE, workers=2, session_threads=1, style="one-front"),
+        Setup(_LITSERVE, workers=2, session_threads=1, style="one front"),
         Setup(_LITSERVE, workers=2, session_threads=1, style="zmq"),
-        Setup(_LITSERVE, workers=2, session_threads=1, style="zmq one-front"),
-        Setup(_LITSERVE, workers=2, session_threads=1, batch=8, style="zmq one-front"),
-        Setup(_LITSERVE, workers=1, session_threads=2),
-        Setup(_LITSERVE, workers=2, session_threads=2),
+        Setup(_LITSERVE, workers=2, session_threads=1, style="zmq, one front"),
+        Setup(_LITSERVE, workers=2, session_threads=1, batch=8, style="zmq, one front"),
     ),
     "bentoml": (
-        Setup(_BENTOML, workers=2, threads=2, session_threads=1, style="mounted"),
+        Setup(_BENTOML, workers=2, threads=40, session_threads=1, style="mounted"),
         Setup(_BENTOML, workers=2, threads=2, session_threads=1),
         Setup(_BENTOML, workers=2, threads=1, session_threads=1),
-        Setup(_BENTOML, workers=1, threads=2, session_threads=1, style="mounted"),
         Setup(_BENTOML, workers=1, threads=2, session_threads=1),
-        Setup(_BENTOML, workers=1, threads=1, session_threads=2),
     ),
     "ray": (
         Setup(_RAY, workers=2, threads=2, session_threads=1, environment=_RAY_HAPROXY),
         Setup(_RAY, workers=1, threads=2, session_threads=1, environment=_RAY_HAPROXY),
         Setup(_RAY, workers=2, threads=1, session_threads=1, environment=_RAY_HAPROXY),
-        Setup(_RAY, workers=2, threads=1, session_threads=1, environment=_RAY_OPTIMIZED),
         Setup(_RAY, workers=2, threads=1, session_threads=1, environment=_RAY_BASE),
         Setup(_RAY, workers=1, threads=2, session_threads=1, environment=_RAY_BASE),
-        Setup(_RAY, workers=1, threads=1, session_threads=2, environment=_RAY_BASE),
     ),
 }
+"""Made for two cores; first what was best when it was last tried. A session of more threads than
+one gains nothing where several run side by side, so it is tried where one alone might do."""
 
 
-def best(name: str, *, keep_memory: bool) -> Setup:
-    """How `name` is run: ours as it comes, a peer with the first of its set-ups."""
-    if name == OURS:
-        return Setup("")
-    setup = PEERS[name][0]
-    if not keep_memory:
-        return setup
+def keeping_memory(setup: Setup) -> Setup:
+    """The same peer, its allocator told to keep what pictures leave behind, as ours does."""
     return replace(setup, environment=setup.environment | {"PEER_KEEP_MEMORY": "1"})
-
-
-def variants(name: str) -> tuple[Setup, ...]:
-    """Every set-up of a peer that was tried."""
-    return PEERS[name]
 
 
 class Tree(NamedTuple):

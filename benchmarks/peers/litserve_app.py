@@ -1,4 +1,12 @@
-"""LitServe."""
+"""LitServe: processes that answer HTTP, processes that hold a model, queues between them.
+
+Its documentation advises several workers for each device, batches, and the ZeroMQ queue
+(`fast_queue`) for high rates. A worker does one request, or one batch, at a time, so there is one
+worker for each core with a session of one thread. "One front" leaves the cores to the workers; its
+default is as many HTTP processes as workers. The body comes raw, which takes an annotation: by
+itself it parses JSON. Batches hold pictures of one canvas back for each other and gain nothing on a
+CPU with a real network; they are tried because they save the near-free one some calls.
+"""
 
 from typing import Annotated
 
@@ -48,7 +56,7 @@ def main() -> None:
     server.run(
         host="127.0.0.1",
         port=choice.port,
-        num_api_servers=1 if "one-front" in choice.style else None,
+        num_api_servers=1 if "one front" in choice.style else None,
         log_level="warning",
         access_log=False,
         generate_client_file=False,

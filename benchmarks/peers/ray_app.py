@@ -1,4 +1,12 @@
-"""Ray Serve."""
+"""Ray Serve: a proxy, and replicas that hold a model.
+
+Its documentation advises replicas for each core, `max_ongoing_requests` above its default of 5,
+no access log, blocking work in threads, and for throughput HAProxy in place of its own proxy with
+`RAY_SERVE_THROUGHPUT_OPTIMIZED` (both from Ray 2.56). The dashboard is off. Workers run at the
+niceness of everybody else instead of 15, which they would have by default, and the proxy may take
+longer to start on a busy machine; `peer_servers.py` sets both. Replicas ask Ray for half a core
+each, for it would keep whole ones from its own actors; it limits nothing.
+"""
 
 import asyncio
 import signal
