@@ -7,7 +7,7 @@
 Without --model it exports a network of random weights and 91 classes, which computes what a trained
 one does; the score threshold is set to about 15 detections a picture, so that selection has what it
 usually has. The engine is driven by as many threads as the service drives it with. `--rehearse`
-shows on a machine without a GPU that all of it works; its figures say nothing about any GPU.
+shows on a machine without a GPU that all of it works; its figures say nothing and are not kept.
 """
 
 from __future__ import annotations
@@ -381,7 +381,8 @@ def main() -> None:
         thresholds = Thresholds(score=min(1.0, score))
         write_metadata(path, artifact.metadata.model_copy(update={"thresholds": thresholds}))
         measure_http(report, setup, repository, folder, rate)
-        report.close()
+        if not arguments.rehearse:
+            report.close()
 
 
 if __name__ == "__main__":
