@@ -81,13 +81,16 @@ def test_a_door_with_a_lock_is_not(run: Run, tmp_path: Path) -> None:
 def test_a_start_that_fails_leaves_no_thread_in_native_code(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    before = set(threading.enumerate())
+    loaders: list[threading.Thread] = []
+
     def fail(*_: object, **__: object) -> None:
-        loaders = [each for each in threading.enumerate() if each.name == "model-loader"]
-        assert loaders, "models load while the rest is imported"
+        begun = set(threading.enumerate()) - before
+        loaders.extend(each for each in begun if each.name == "model-loader")
         raise DataError("no certificate")
 
-    before = set(threading.enumerate())
     monkeypatch.setattr(hosting, "open_server", fail)
     with pytest.raises(DataError, match="no certificate"):
         run()
-    assert set(threading.enumerate()) <= before
+    (loader,) = loaders
+    assert not loader.is_alive(), "models loaded while the rest was imported, and no longer"
