@@ -23,9 +23,9 @@ import onnx.parser
 import onnxruntime as ort
 
 from service.artifact import Artifact
-from service.cuda import CaptureGate, CudaMemory, runtime_library
+from service.cuda import CaptureGate, CudaMemory, OutOfMemory, runtime_library
 from service.detector import Detector, batch_buckets
-from service.engine import SLOTS
+from service.engine import SLOTS, first_line
 from service.errors import DeviceError
 from service.graph_split import Parts, split
 from service.split_detector import open_split
@@ -241,7 +241,23 @@ def _open_on_gpu(artifact: Artifact, device: Device, batch: int) -> Detector:
             artifact.path,
         )
         return _open_whole(artifact, device)
-    return _open_split(artifact, parts, device, batch)
+    try:
+        detector = _open_split(artifact, parts, device, batch)
+        # Proved before it is believed, as the device was.
+        rule = artifact.metadata.canvas
+        detector.warm((tuple(rule.all_canvases()) or (rule.largest(),))[0])
+    except OutOfMemory:
+        raise
+    except Exception as error:
+        # onnxruntime's errors share no base class that it documents.
+        _log.warning(
+            "%s runs whole on %s, without CUDA graphs: %s",
+            artifact.path,
+            device.name,
+            first_line(error),
+        )
+        return _open_whole(artifact, device)
+    return detector
 
 
 def _open_split(artifact: Artifact, parts: Parts, device: Device, batch: int) -> Detector:

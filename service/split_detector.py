@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from service.artifact import MAX_DETECTIONS_CAP, Artifact
 from service.canvas import Size
-from service.cuda import CaptureGate, Memory
+from service.cuda import CaptureGate, Memory, OutOfMemory
 from service.detector import INPUTS, Canvases, Detections, Detector, signature, thresholds
 from service.engine import Engine, OpenSession, first_line
 from service.errors import ArtifactError, DeviceError
@@ -127,12 +127,12 @@ def open_split(
 
 def too_little_memory(
     error: Exception, memory: Memory, canvas: Size, batch: int, *, remedy: str
-) -> DeviceError:
+) -> OutOfMemory:
     """What to tell an operator whose device has too little memory."""
     left = memory.left()
     rest = "" if left is None else f", {left.free >> 20} of its {left.total >> 20} MiB are free"
     kind, index = memory.device
-    return DeviceError(
+    return OutOfMemory(
         f"{kind}:{index} has too little memory for {batch} canvases of "
         f"{canvas.height}x{canvas.width}{rest}: {remedy} ({first_line(error)})"
     )

@@ -275,3 +275,30 @@ def test_a_gpu_that_is_too_small_says_what_to_lower(
         "raise RETINASERVE_GPU_MEMORY_BYTES (now 1073741824)",
     ):
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("broken", ["library", "network"])
+def test_a_gpu_where_the_parts_do_not_run_gets_the_whole_file(
+    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    artifact = read_artifact(seam_model.save(tmp_path))
+
+    def no_library() -> Runtime:
+        raise DeviceError("no such library")
+
+    def no_run(*_: object) -> None:
+        raise RuntimeError("no such kernel\nStacktrace: ...")
+
+    if broken == "library":
+        monkeypatch.setattr(devices, "runtime_library", no_library)
+    else:
+        monkeypatch.setattr(devices, "runtime_library", Runtime)
+        monkeypatch.setattr(SplitDetector, "warm", no_run)
+    monkeypatch.setattr(devices, "providers", lambda _: [devices.CPU_PROVIDER])
+    monkeypatch.setattr(devices, "session_options", lambda _: session_options(Device("cpu")))
+    monkeypatch.setattr(devices, "CUDA_PROVIDER", devices.CPU_PROVIDER)
+    detector = open_detector(artifact, Device("cuda", 0))
+    assert not isinstance(detector, SplitDetector)
+    reason = "no such library" if broken == "library" else "no such kernel"
+    (line,) = [record.getMessage() for record in caplog.records if "runs whole" in record.message]
+    assert line.endswith(f"on cuda:0, without CUDA graphs: {reason}")
