@@ -38,14 +38,14 @@ from model_export.retinanet.model import ModelConfig, RetinaNet
 from service import devices
 from service.artifact import MODEL_FILE, Artifact, Thresholds, read_artifact, write_metadata
 from service.canvas import Buckets, Size
-from service.cuda import CaptureGate, HostMemory
 from service.detector import Detector, batch_buckets
-from service.engine import SLOTS
 from service.errors import DeviceError
-from service.graph_split import split
+from service.gpu.cuda import CaptureGate, HostMemory
+from service.gpu.engine import SLOTS
+from service.gpu.graph_split import split
+from service.gpu.split_detector import open_split
 from service.imaging import prepare
 from service.samples import draw_smear
-from service.split_detector import open_split
 
 CANVAS = Size(800, 800)
 LARGEST_BATCH = 32

@@ -23,12 +23,12 @@ import onnx.parser
 import onnxruntime as ort
 
 from service.artifact import Artifact
-from service.cuda import CaptureGate, CudaMemory, OutOfMemory, runtime_library
 from service.detector import Detector, batch_buckets
-from service.engine import SLOTS, first_line
 from service.errors import DeviceError
-from service.graph_split import Parts, split
-from service.split_detector import open_split
+from service.gpu.cuda import CaptureGate, CudaMemory, OutOfMemory, runtime_library
+from service.gpu.engine import SLOTS, first_line
+from service.gpu.graph_split import Parts, split
+from service.gpu.split_detector import open_split
 
 _log = logging.getLogger("retinaserve.devices")
 

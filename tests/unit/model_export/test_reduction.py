@@ -31,7 +31,7 @@ from service import devices
 from service.artifact import read_artifact
 from service.detector import INPUTS, OUTPUTS, Detector
 from service.errors import DataError
-from service.graph_split import split
+from service.gpu.graph_split import split
 from service.imaging import prepare
 from service.samples import draw_smear
 from tests.unit.model_export.random_model import CANVAS, RandomModel

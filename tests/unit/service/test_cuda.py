@@ -13,14 +13,15 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from service import cuda, devices
+from service import devices
 from service.artifact import read_artifact
-from service.buffers import run_options
 from service.canvas import Size
-from service.cuda import CaptureGate, CudaMemory, Free, OutOfMemory
 from service.devices import Device, open_detector, providers, session_options, with_cuda_graphs
 from service.errors import DeviceError
-from service.split_detector import SplitDetector
+from service.gpu import cuda
+from service.gpu.buffers import run_options
+from service.gpu.cuda import CaptureGate, CudaMemory, Free, OutOfMemory
+from service.gpu.split_detector import SplitDetector
 from tests import seam_model
 from tests.canvases import found, noise, same, sizes_of
 

@@ -13,15 +13,15 @@ import pytest
 
 from service.artifact import Artifact, read_artifact, scan_repository
 from service.canvas import Size
-from service.cuda import CudaMemory, runtime_library
 from service.detector import Detections, Detector
 from service.devices import Device, open_detector, resolve
-from service.engine import SLOTS
 from service.errors import DeviceError
+from service.gpu.cuda import CudaMemory, runtime_library
+from service.gpu.engine import SLOTS
+from service.gpu.split_detector import SplitDetector
 from service.imaging import prepare
 from service.samples import draw_smear
 from service.settings import bundled_models
-from service.split_detector import SplitDetector
 from tests import seam_model
 from tests.canvases import found, noise, same, sizes_of
 from tests.pictures import encoded

@@ -21,20 +21,21 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from service import devices, engine
+from service import devices
 from service.artifact import Artifact, read_artifact, scan_repository
 from service.batching import Policy
 from service.canvas import Letterbox, ShortSide, Size
-from service.cuda import CaptureGate, Free, HostMemory, OutOfMemory
 from service.detector import SEAM, Detections, Detector, batch_buckets
 from service.devices import Device, open_detector, providers, session_options
-from service.engine import SLOTS
 from service.errors import DeviceError
-from service.graph_split import Parts, split
+from service.gpu import engine
+from service.gpu.cuda import CaptureGate, Free, HostMemory, OutOfMemory
+from service.gpu.engine import SLOTS
+from service.gpu.graph_split import Parts, split
+from service.gpu.split_detector import SplitDetector, open_split
 from service.imaging import Prepared
 from service.pipeline import Pipeline
 from service.settings import bundled_models
-from service.split_detector import SplitDetector, open_split
 from service.work import Servable
 from tests import seam_model, tiny_model
 from tests.canvases import found, noise, same, sizes_of

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 from service.artifact import MAX_DETECTIONS_CAP, Artifact
 from service.canvas import Size
-from service.cuda import CaptureGate, Memory, OutOfMemory
 from service.detector import INPUTS, Canvases, Detections, Detector, signature, thresholds
-from service.engine import Engine, OpenSession, first_line
 from service.errors import ArtifactError, DeviceError
-from service.graph_split import Parts
+from service.gpu.cuda import CaptureGate, Memory, OutOfMemory
+from service.gpu.engine import Engine, OpenSession, first_line
+from service.gpu.graph_split import Parts
 
 _OUT_OF_MEMORY: Final = re.compile(
     r"failed to allocate memory|out of memory|smaller than requested bytes", re.IGNORECASE

@@ -19,9 +19,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from service.buffers import Bound, Shape, Slot, run_options
 from service.canvas import Size
-from service.cuda import CaptureGate, Memory
 from service.detector import (
     INPUTS,
     OUTPUTS,
@@ -30,8 +28,10 @@ from service.detector import (
     Detections,
     by_picture,
 )
-from service.graph_split import Constant, Parts
-from service.submitter import Submitter
+from service.gpu.buffers import Bound, Shape, Slot, run_options
+from service.gpu.cuda import CaptureGate, Memory
+from service.gpu.graph_split import Constant, Parts
+from service.gpu.submitter import Submitter
 
 _log = logging.getLogger("retinaserve.engine")
 

@@ -12,9 +12,9 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from service.canvas import Size
-from service.cuda import Memory
 from service.detector import SEAM, Canvases
-from service.graph_split import Constant
+from service.gpu.cuda import Memory
+from service.gpu.graph_split import Constant
 
 _TYPES: Final[Mapping[str, type[np.generic]]] = {
     "candidate_boxes": np.float32,
