@@ -33,7 +33,7 @@ serve: $(VENV)/installed
 	$(VENV)/bin/retinaserve serve --port $(PORT)
 
 test: $(TEST_VENV)/installed
-	OMP_NUM_THREADS=1 $(TEST_VENV)/bin/python -m pytest --cov --cov-report=term $(PARALLEL)
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(TEST_VENV)/bin/python -m pytest --cov --cov-report=term $(PARALLEL)
 	$(COVERED_90)$(DETECTION)
 	$(COVERED_90)$(IMAGING)
 	$(COVERED_90)$(BATCHING)
@@ -57,12 +57,12 @@ $(VENV)/installed: pyproject.toml
 	$(VENV)/bin/python -m pip install --quiet --editable .
 	@touch $@
 
-# torch first and alone: its pin, not a dependant's open range, decides which build is taken.
-# Most modules are never imported: those that are, are compiled then.
+# torch first and alone: its pin, not a dependant's open range, decides which build is taken. Most
+# of its modules are never imported; those that are, are compiled then.
 $(TEST_VENV)/installed: pyproject.toml
 	$(call make_venv,$(TEST_VENV))
 	$(TEST_VENV)/bin/python -m pip install --quiet --no-compile torch==2.13.0
-	$(TEST_VENV)/bin/python -m pip install --quiet --no-compile --editable '.[train,dev]'
+	$(TEST_VENV)/bin/python -m pip install --quiet --editable '.[train,dev]'
 	@touch $@
 
 define make_venv
