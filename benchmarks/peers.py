@@ -19,15 +19,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import math
 import statistics
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from near_free_model import write_near_free_model
+from peer_rounds import Detections, Measured, allowed, must_agree, ratios
 from peer_servers import AS_IT_COMES, OURS, PEERS, Setup, Tree, keeping_memory, running
 from report import Report, add_options
 from serving import draw_pictures, run_script
@@ -40,8 +40,7 @@ DECIDING = 16
 WARM_SECONDS = 3.0
 P99_BOUND = 0.9
 NEAR_FREE_BOUNDS = {"litserve": 1.6, "fastapi": 1.1}
-PIXELS, SCORE = 0.1, 0.002
-"""By how much answers may differ: sums of other threads round differently."""
+DISTRIBUTIONS = ("fastapi", "litserve", "bentoml", "ray", "uvicorn", "onnxruntime", "pillow")
 COLUMNS = {
     "server": "",
     "connections": "d",
@@ -66,8 +65,6 @@ SETUP_COLUMNS = {
     "core-ms": ".2f",
     "cores": ".2f",
 }
-Load = dict[str, Any]
-Detections = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -91,25 +88,6 @@ class Task:
     @property
     def picture(self) -> bytes:
         return min(self.pictures.glob("*.jpg")).read_bytes()
-
-
-@dataclass
-class Measured:
-    """All rounds of one server."""
-
-    name: str
-    loads: dict[int, list[Load]] = field(default_factory=dict)
-
-    def values(self, connections: int, what: str) -> list[float]:
-        return [float(each[what]) for each in self.loads[connections]]
-
-    def median(self, connections: int, what: str) -> float:
-        return statistics.median(self.values(connections, what))
-
-    def spread(self, connections: int) -> float:
-        """Half of the range of pictures/s over the rounds, as a part of their median."""
-        values = self.values(connections, "per_second")
-        return (max(values) - min(values)) / 2 / statistics.median(values)
 
 
 def measure(plan: Plan, task: Task, servers: Mapping[str, Setup]) -> dict[str, Measured]:
@@ -165,23 +143,6 @@ def detections(server: Tree, task: Task) -> Detections:
     return found
 
 
-def must_agree(name: str, answer: Detections, expected: Detections) -> None:
-    """Refuse to compare servers that do not do the same work."""
-    if len(answer) != len(expected) or not expected:
-        raise SystemExit(f"{name} found {len(answer)} objects, expected {len(expected)}, not none")
-    for one, other in zip(answer, expected, strict=True):
-        boxes = [abs(one["box"][side] - other["box"][side]) for side in other["box"]]
-        same = one["label"] == other["label"] and max(boxes) <= PIXELS
-        if not same or abs(one["score"] - other["score"]) > SCORE:
-            raise SystemExit(f"{name} found {one}, expected {other}")
-
-
-def ratios(ours: Measured, peer: Measured, connections: int, what: str) -> list[float]:
-    """Ours over the peer's, round by round."""
-    pairs = zip(ours.values(connections, what), peer.values(connections, what), strict=True)
-    return [one / other for one, other in pairs]
-
-
 def fastest(report: Report, plan: Plan, task: Task, peers: Sequence[str]) -> dict[str, Setup]:
     """Try every set-up of each peer; the one with the highest rate."""
     table = report.table(SETUP_COLUMNS, f"{task.name} model, every set-up of the peers")
@@ -221,13 +182,11 @@ def judge_real(report: Report, found: Mapping[str, Measured], plan: Plan) -> Non
     ours, peers = found[OURS], [each for name, each in found.items() if name != OURS]
     for connections in plan.connections:
         for peer in peers:
-            spread = max(ours.spread(connections), peer.spread(connections))
             report.figure(
                 f"real: pictures/s over {peer.name}'s, {connections} connections",
                 ratios(ours, peer, connections, "per_second"),
                 better="higher",
-                # Slower by less than the rounds differ among themselves is not slower.
-                bound=math.floor(1000 * (1 - spread)) / 1000,
+                bound=allowed(ours, peer, connections),
             )
     if DECIDING in plan.connections:
         quickest = min(peers, key=lambda peer: peer.median(DECIDING, "p99_ms"))
@@ -258,6 +217,17 @@ JUDGES: dict[str, Callable[[Report, Mapping[str, Measured], Plan], None]] = {
 }
 
 
+def environment(report: Report, python: Path) -> None:
+    """What the servers run with: not what this script does."""
+    code = "import sys; from importlib.metadata import version as v; print(*map(v, sys.argv[1:]))"
+    told = subprocess.run([python, "-c", code, *DISTRIBUTIONS], capture_output=True, text=True)
+    if told.returncode:
+        why = told.stderr.strip().splitlines()[-1]
+        raise SystemExit(f"{python}: {why}; install benchmarks/peers/requirements.txt there")
+    table = report.table(dict.fromkeys(DISTRIBUTIONS, ""), "The servers' environment")
+    table.row(*told.stdout.split())
+
+
 def compare(report: Report, plan: Plan, task: Task, peers: Mapping[str, Setup]) -> None:
     """Ours beside each peer in one set-up."""
     found = measure(plan, task, {OURS: AS_IT_COMES} | peers)
@@ -273,6 +243,7 @@ def main() -> None:
     rounds = arguments.rounds or (1 if report.quick else 5)
     seconds = arguments.seconds or (3.0 if report.quick else 15.0)
     plan = Plan(arguments.python.absolute(), rounds, seconds, tuple(arguments.connections))
+    environment(report, plan.python)
     trial = replace(plan, connections=(DECIDING,))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
