@@ -13,9 +13,9 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import floor
 import numpy as np
@@ -48,23 +48,36 @@ def inputs(artifact: Artifact, canvas: Size, batch: int) -> dict[str, Any]:
     }
 
 
-def alternate(
-    first: Callable[[], object], second: Callable[[], object], *, rounds: int, seconds: float
-) -> tuple[list[float], list[float]]:
-    """Seconds that a call of each takes: the median of every round."""
-    found: tuple[list[float], list[float]] = ([], [])
-    for work in (first, second):
+class Times(NamedTuple):
+    """Of a call, the median of every round."""
+
+    seconds: list[float]
+    core_seconds: list[float]
+
+
+def alternate(works: Sequence[Callable[[], object]], *, rounds: int, seconds: float) -> list[Times]:
+    """What a call of each costs. Calls take turns."""
+    for work in works:
         work()
-    for number in range(rounds):
-        # Whoever comes second in one round comes first in the next.
-        for index in (0, 1) if number % 2 else (1, 0):
-            took, started = [], time.perf_counter()
-            while not took or time.perf_counter() - started < seconds:
-                begun = time.perf_counter()
-                (first, second)[index]()
-                took.append(time.perf_counter() - begun)
-            found[index].append(statistics.median(took))
+    found = [Times([], []) for _ in works]
+    for _ in range(rounds):
+        took = [Times([], []) for _ in works]
+        started = time.perf_counter()
+        while not took[0].seconds or time.perf_counter() - started < seconds:
+            for work, times in zip(works, took, strict=True):
+                begun, busy = time.perf_counter(), time.process_time()
+                work()
+                times.seconds.append(time.perf_counter() - begun)
+                times.core_seconds.append(time.process_time() - busy)
+        for medians, times in zip(found, took, strict=True):
+            medians.seconds.append(statistics.median(times.seconds))
+            medians.core_seconds.append(statistics.median(times.core_seconds))
     return found
+
+
+def _ratio(above: Sequence[float], below: Sequence[float]) -> float:
+    """The median of the rounds' ratios."""
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
 def main() -> None:
@@ -72,7 +85,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=bundled_models())
     add_options(parser)
     arguments = parser.parse_args()
-    rounds, seconds = (3, 0.3) if arguments.quick else (5, 0.6)
+    rounds, seconds = (3, 0.6) if arguments.quick else (5, 1.2)
     batches = (BATCHES[0], BATCHES[-1]) if arguments.quick else BATCHES
 
     artifact = read_artifact(scan_repository(arguments.models)[-1].path)
@@ -91,6 +104,7 @@ def main() -> None:
             "bare, pictures/s": ".1f",
             "detector, pictures/s": ".1f",
             "ratio": ".3f",
+            "core-ms, ratio": ".3f",
             "GFLOP": ".2f",
             "arithmetic floor, ms": ".2f",
             "memory floor, ms": ".2f",
@@ -101,6 +115,7 @@ def main() -> None:
         f"{peak.bytes / 1e9:.1f} GB/s (copying)",
     )
     ratios: list[float] = []
+    costs: list[float] = []
     shares: list[float] = []
     for canvas in canvases:
         demand = floor.count(artifact.path, inputs(artifact, canvas, 1))
@@ -119,18 +134,19 @@ def main() -> None:
                     max_detections=int(given["max_detections"][0]),
                 )
 
-            alone, ours = alternate(bare, served, rounds=rounds, seconds=seconds)
-            pairs = [a / b for a, b in zip(alone, ours, strict=True)]
+            alone, ours = alternate((bare, served), rounds=rounds, seconds=seconds)
             arithmetic, memory = peak.seconds(demand, batch)
-            median = statistics.median(alone)
-            ratios.append(statistics.median(pairs))
+            median = statistics.median(alone.seconds)
+            ratios.append(_ratio(alone.seconds, ours.seconds))
+            costs.append(_ratio(ours.core_seconds, alone.core_seconds))
             shares.append(arithmetic / median)
             table.row(
                 f"{canvas.height} x {canvas.width}",
                 batch,
                 batch / median,
-                batch / statistics.median(ours),
+                batch / statistics.median(ours.seconds),
                 ratios[-1],
+                costs[-1],
                 demand.operations / 1e9,
                 1e3 * arithmetic / batch,
                 1e3 * memory / batch,
@@ -138,6 +154,7 @@ def main() -> None:
                 shares[-1],
             )
     report.figure("detector over bare session", ratios, better="higher")
+    report.figure("core-ms of the detector over a bare session's", costs, better="lower")
     report.figure("share of the cores' peak arithmetic", shares, better="higher")
     report.close()
 

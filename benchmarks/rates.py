@@ -17,10 +17,12 @@ import contextlib
 import itertools
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from highest_rate import highest_rate
 from report import Report, Table, add_options
 from serving import Running, draw_pictures, run_script, served
 
@@ -31,13 +33,8 @@ CONNECTIONS = (1, 8, 32, 128)
 SATURATING = 16
 LATENCY_FACTOR = 20.0
 OPEN_SHARE = 0.8
-LOWEST, HIGHEST = 0.7, 1.0
-"""Of the closed-loop maximum: where the rate is looked for."""
 LONG = 5
-"""Times as long as others is the trial that settles it: a rate that is slightly too high shows only
-when its queue had time to grow."""
-STEP_DOWN = 0.97
-"""What becomes of a rate that did not hold once more."""
+"""Times as long as the others is the trial that settles a rate."""
 
 
 def closed(server: Running, pictures: Path, clients: int, seconds: float) -> dict[str, Any]:
@@ -76,22 +73,6 @@ def closed_loop(
         found[clients] = ratios
     for clients, ratios in found.items():
         report.figure(f"HTTP over bare loop, {clients} connections", ratios, better="higher")
-
-
-def highest_rate(holds: Callable[[float, bool], bool], maximum: float, steps: int) -> float:
-    """The highest rate that holds; 0 where none does.
-
-    `holds` tells of a rate, in a long trial or a short one.
-    """
-    low, high = LOWEST * maximum, HIGHEST * maximum
-    for _ in range(steps):
-        middle = (low + high) / 2
-        low, high = (middle, high) if holds(middle, False) else (low, middle)
-    while not holds(low, True):
-        low *= STEP_DOWN
-        if low < LOWEST * maximum / 2:
-            return 0.0
-    return low
 
 
 class Trials:
@@ -133,18 +114,27 @@ def open_loop(
         f"percentile may be {bound_ms:.0f} ms",
     )
     trials = Trials(server, pictures, table, bound_ms)
-    shares: list[float] = []
+    searches: list[tuple[float, float, float, float]] = []
     for _ in range(rounds):
         before = closed(server, pictures, SATURATING, seconds)["good_per_second"]
         rate = highest_rate(
-            lambda rate, long: trials.run(rate, LONG * seconds if long else seconds), before, steps
+            partial(trials.run, seconds=seconds),
+            partial(trials.run, seconds=LONG * seconds),
+            maximum=before,
+            steps=steps,
         )
         after = closed(server, pictures, SATURATING, seconds)["good_per_second"]
-        shares.append(rate / max(before, after))
+        searches.append((before, after, rate, 2 * rate / (before + after)))
+    searched = report.table(
+        {"closed loop before, /s": ".2f", "after, /s": ".2f", "highest rate, /s": ".2f"}
+        | {"over their mean": ".3f"}
+    )
+    for search in searches:
+        searched.row(*search)
     report.figure(
         f"open-loop rate with p99 within {LATENCY_FACTOR:g} single pictures, over the closed-loop "
         f"maximum at {SATURATING} connections",
-        shares,
+        [share for *_, share in searches],
         better="higher",
         bound=OPEN_SHARE,
     )

@@ -36,6 +36,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 RESULTS = HERE / "results"
 DISTRIBUTIONS = ("numpy", "pillow", "uvicorn", "retinaserve")
+MOST_KEPT = 3
+"""Of so few values none is left out."""
 Cell = str | int | float | None
 Better = Literal["higher", "lower"]
 
@@ -167,6 +169,16 @@ class Report:
         """Save, and end the process with status 1 where a criterion does not hold."""
         self.save()
         raise SystemExit(bool(self.failed()))
+
+
+def trimmed(values: Sequence[float]) -> list[float]:
+    """Without the extreme tenth at either end, one value at least where there are more than three.
+
+    >>> trimmed([9.0, 1.0, 2.0, 3.0, -5.0])
+    [1.0, 2.0, 3.0]
+    """
+    out = max(len(values) // 10, int(len(values) > MOST_KEPT))
+    return sorted(values)[out : len(values) - out]
 
 
 def summary(

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from near_free_model import write_near_free_model
-from report import Report, Table, add_options
+from report import Report, Table, add_options, trimmed
 from serving import Running, draw_pictures, run_script, served
 
 from service.artifact import scan_repository
@@ -27,8 +27,6 @@ from service.settings import bundled_models
 CLIENTS = 16
 RATIO = 0.95
 EXTRA_MS = 0.8
-LEFT_OUT = 0.1
-"""Of the rounds, at either end."""
 
 
 class Round(NamedTuple):
@@ -94,16 +92,6 @@ def compare(
         measure(server, model, pictures, table, seconds, flip=bool(number % 2))
         for number in range(rounds)
     ]
-
-
-def trimmed(values: list[float]) -> list[float]:
-    """Without the extreme ones at either end.
-
-    >>> trimmed([9.0, 1.0, 2.0, 3.0, -5.0])
-    [1.0, 2.0, 3.0]
-    """
-    out = round(LEFT_OUT * len(values)) or (len(values) > 3)
-    return sorted(values)[out : len(values) - out]
 
 
 def table_of(report: Report, title: str) -> Table:

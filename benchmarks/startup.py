@@ -46,14 +46,16 @@ def main() -> None:
     starts = arguments.starts or (3 if arguments.quick else 9)
     requests = arguments.requests or (800 if arguments.quick else 10_000)
     report = Report("startup", "Start-up and memory", arguments)
-    seconds = report.table({"start": "d", "ready after, s": ".2f", "resident, MB": ".1f"})
+    seconds = report.table({"start": "d", "ready after, s": ".2f", "core-s": ".2f", "MB": ".1f"})
     ready: list[float] = []
+    cost: list[float] = []
     with served(arguments.models):
         pass
     for number in range(1, starts + 1):
         with served(arguments.models) as server:
             ready.append(server.ready_seconds)
-            seconds.row(number, server.ready_seconds, server.resident())
+            cost.append(server.cpu_seconds())
+            seconds.row(number, ready[-1], cost[-1], server.resident())
     levels = report.table({"requests": "d", "resident, MB": ".1f", "not 200": "d"})
     held: list[float] = []
     with tempfile.TemporaryDirectory() as scratch, served(arguments.models) as server:
@@ -65,6 +67,7 @@ def main() -> None:
     report.figure(
         "process start to ready", ready, better="lower", bound=READY_SECONDS, unit="s", ratio=False
     )
+    report.figure("CPU time until then", cost, better="lower", unit="core-s", ratio=False)
     report.figure(
         f"resident memory after {requests} requests over that after {WARM_REQUESTS}",
         [held[1] / held[0]],

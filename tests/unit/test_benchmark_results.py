@@ -1,4 +1,4 @@
-"""How benchmarks keep what they found, and how two runs are compared; no timing."""
+"""How benchmarks find figures, keep them, and compare those of two runs; no timing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from benchmarks import check
-from benchmarks.report import Better, Report, figure_line, summary
+from benchmarks.highest_rate import highest_rate
+from benchmarks.report import Better, Report, figure_line, summary, trimmed
 
 
 def figure(
@@ -145,3 +146,38 @@ def test_a_ratio_must_not_get_lost() -> None:
 def test_only_ratios_are_compared() -> None:
     slow = figure([1.0]) | {"ratio": False}
     assert check.compare(run(slow), run(figure([0.1]))) == []
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_of_few_values_none_is_left_out(count: int) -> None:
+    values = [float(number) for number in range(count)]
+    assert trimmed(values) == values
+
+
+def test_extremes_are_left_out_at_both_ends() -> None:
+    assert trimmed([9.0, 1.0, 2.0, 3.0, -5.0]) == [1.0, 2.0, 3.0]
+    assert trimmed([float(number) for number in range(20)])[::15] == [2.0, 17.0]
+
+
+@pytest.mark.parametrize("limit", [7.5, 8.31, 9.9])
+def test_the_highest_rate_is_found_from_below(limit: float) -> None:
+    found = highest_rate(
+        lambda rate: rate <= limit, lambda rate: rate <= limit, maximum=10, steps=6
+    )
+    assert limit - 3.0 / 2**6 <= found <= limit
+
+
+def test_the_long_trial_decides() -> None:
+    tried: list[float] = []
+
+    def long(rate: float) -> bool:
+        tried.append(rate)
+        return rate <= 8.0
+
+    found = highest_rate(lambda rate: rate <= 9.0, long, maximum=10, steps=6)
+    assert found == tried[-1] <= 8.0
+    assert found > 7.7, "it goes down in small steps"
+
+
+def test_a_service_that_holds_nothing_ends_the_search() -> None:
+    assert highest_rate(lambda _: False, lambda _: False, maximum=10, steps=6) == 0.0
