@@ -14,10 +14,12 @@ from typing import Final
 _TRIM_THRESHOLD: Final = -1
 _MMAP_THRESHOLD: Final = -3
 """Numbers of glibc's <malloc.h>."""
-_LARGEST_KEPT: Final = 16 << 20
-"""Larger blocks, rare ones, go back to the kernel at once: a picture of 4 megapixels is kept."""
-_KEPT: Final = 64 << 20
-"""Bytes that each of the allocator's arenas may keep free at its end."""
+_LARGEST_KEPT: Final = 4 << 20
+"""Larger blocks go back to the kernel at once: they are rare, JPEGs being scaled as they are read,
+and what they cost to fetch is little beside what they cost to fill."""
+_KEPT: Final = 16 << 20
+"""Bytes that each of the allocator's arenas may keep free at its end: all that a picture takes on
+its way to the canvas, several times over."""
 
 
 def keep_freed_memory() -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
 from service.routes.parameters import BatchQuery, DetectQuery, describe_query
@@ -78,6 +78,76 @@ class DetectAnswer(BaseModel):
     image: ImageSize
     detections: list[Detection]
     timing_ms: TimingMs
+
+
+class CocoDetection(BaseModel):
+    """One object, by `format=coco`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    image_id: int
+    category_id: int
+    bbox: tuple[float, float, float, float]
+    """x, y, width, height."""
+    score: float
+
+
+class RoboflowDetection(BaseModel):
+    """One object, by `format=roboflow`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    x: float
+    """Of the centre, as y."""
+    y: float
+    width: float
+    height: float
+    confidence: float
+    class_: str = Field(alias="class")
+    class_id: int
+
+
+class RoboflowSize(BaseModel):
+    """Size of the original picture."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    width: int
+    height: int
+
+
+class RoboflowAnswer(BaseModel):
+    """Objects of one picture, by `format=roboflow`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    image: RoboflowSize
+    predictions: list[RoboflowDetection]
+
+
+class HuggingFaceBox(BaseModel):
+    """Pixels of the original picture."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    xmin: float
+    ymin: float
+    xmax: float
+    ymax: float
+
+
+class HuggingFaceDetection(BaseModel):
+    """One object, by `format=hf`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    label: str
+    score: float
+    box: HuggingFaceBox
+
+
+AnyAnswer = DetectAnswer | RoboflowAnswer | list[CocoDetection] | list[HuggingFaceDetection]
+"""One picture's answer, whatever its format."""
 
 
 class Problem(BaseModel):
@@ -168,8 +238,9 @@ def detect() -> dict[str, Any]:
         "response_class": Response,
         "responses": {
             200: {
-                "model": DetectAnswer,
-                "description": "The objects; or, by Accept, the picture with boxes drawn.",
+                "model": AnyAnswer,
+                "description": "The objects, shaped as `format` says; or, by Accept, the picture "
+                "with boxes drawn.",
                 "content": {
                     "application/json": {"example": _PICTURE},
                     "image/jpeg": {"schema": _BINARY},

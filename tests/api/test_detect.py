@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import base64
 import io
+from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 from PIL import Image
+from pydantic import TypeAdapter
 
-from service.routes.openapi import DetectAnswer
+from service.routes.openapi import (
+    AnyAnswer,
+    CocoDetection,
+    DetectAnswer,
+    HuggingFaceDetection,
+    RoboflowAnswer,
+)
 from tests.api.conftest import Start
 from tests.pictures import BLUE, GREEN, RED, encoded, one_red, rotated, squares
 
@@ -111,6 +119,25 @@ async def test_boxes_are_original_pixels(client: httpx.AsyncClient) -> None:
     large = one_red().resize((512, 384), Image.Resampling.NEAREST)
     answer = await client.post("/v1/detect", content=encoded(large))
     assert only_box(answer) == {"x1": 128.0, "y1": 64.0, "x2": 256.0, "y2": 192.0}
+
+
+@pytest.mark.parametrize(
+    ("shape", "documented"),
+    [
+        ("native", DetectAnswer),
+        ("coco", list[CocoDetection]),
+        ("roboflow", RoboflowAnswer),
+        ("hf", list[HuggingFaceDetection]),
+    ],
+)
+async def test_every_format_is_documented(
+    shape: str, documented: Any, client: httpx.AsyncClient
+) -> None:
+    for content in (encoded(one_red()), encoded(Image.new("RGB", (64, 64)))):
+        answer = await client.post(f"/v1/detect?format={shape}", content=content)
+        # From JSON, where an array is what a tuple is written as.
+        assert TypeAdapter(documented).validate_json(answer.content, strict=True) is not None
+        TypeAdapter(AnyAnswer).validate_json(answer.content, strict=True)
 
 
 async def test_the_other_formats_say_the_same(client: httpx.AsyncClient) -> None:

@@ -14,7 +14,7 @@ from service.memory import keep_freed_memory
 
 print(keep_freed_memory())
 blocks = []
-for size in (1, 12):
+for size in (1, 3):
     bytearray(size << 20)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(50):
