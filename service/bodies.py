@@ -81,8 +81,11 @@ async def read_body(
     limit: int,
     timeout: float,
     uploads: Uploads | None = None,
+    whole: bool = False,
 ) -> Body:
     """Read a body of at most `limit` bytes within `timeout` seconds.
+
+    `whole` says that the server has all of it, so that there is nothing to wait for.
 
     Raises UnsupportedMedia for an encoded body, TooLarge (at once when the length is declared),
     BodyTimeout, ClientGone, or Unavailable where `uploads` has no room for it.
@@ -95,6 +98,8 @@ async def read_body(
     digits = declared.lstrip("0") if declared.isdecimal() else ""
     if len(digits) > len(str(limit)) or (digits and int(digits) > limit):
         raise _too_large(limit, f"{digits[:20]} bytes are declared")
+    if whole:
+        return await _collect(receive, limit, uploads or Uploads(limit))
     try:
         async with asyncio.timeout(timeout):
             return await _collect(receive, limit, uploads or Uploads(limit))

@@ -14,6 +14,7 @@ from typing import Any, Final, Protocol
 import orjson
 
 from service.crowd import Crowd
+from service.presence import Presence, announce
 from service.problems import MEDIA_TYPE, http_problem
 
 HEAD_SECONDS: Final = 10.0
@@ -77,6 +78,8 @@ class Bounded(asyncio.Protocol):
         super().__init__(*args, **kwargs)
         self._crowd = crowd
         self._idle_since = time.monotonic()
+        self._present: list[tuple[Cycle, Presence]] = []
+        """Requests in hand. They may be several: one can be sent before the last is answered."""
         self._one_request = False
         self._head_timer: asyncio.TimerHandle | None = None
         self._linger_timer: asyncio.TimerHandle | None = None
@@ -107,6 +110,8 @@ class Bounded(asyncio.Protocol):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(exc)
+        for _, presence in self._unanswered():
+            presence.leave()
 
     def data_received(self, data: bytes) -> None:
         """Bytes of a request, or of a body that nobody wants any more."""
@@ -128,6 +133,9 @@ class Bounded(asyncio.Protocol):
 
     def adopt(self, cycle: Cycle) -> None:
         """See to it that an answer ends the connection well where nothing may follow it."""
+        presence = Presence(cycle)
+        announce(cycle.scope, presence)
+        self._present.append((cycle, presence))
         send: Callable[[MutableMapping[str, Any]], Awaitable[None]] = cycle.send
         # Where two ends may disagree on the end of a body, nothing behind it is a request
         # (RFC 9112, 6.1).
@@ -172,6 +180,7 @@ class Bounded(asyncio.Protocol):
     def on_response_complete(self) -> None:
         """After an answer: there is no next request on a connection that only lingers."""
         self._idle_since = time.monotonic()
+        self._present = self._unanswered()
         if self._lingering:
             self.server_state.total_requests += 1
             return
@@ -188,6 +197,9 @@ class Bounded(asyncio.Protocol):
         if self._stall_timer is not None:
             self._stall_timer.cancel()
             self._stall_timer = None
+
+    def _unanswered(self) -> list[tuple[Cycle, Presence]]:
+        return [each for each in self._present if not each[0].response_complete]
 
     def _head_is_late(self) -> None:
         self._head_timer = None

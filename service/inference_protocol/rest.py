@@ -102,7 +102,7 @@ class RestRoutes:
             read=time.monotonic(),
             limit_ms=service.settings.request_timeout_ms,
         )
-        with service.pictures.slot(len(body)), WhileConnected(request.receive):
+        with service.pictures.slot(len(body)), WhileConnected(request):
             parsed = await take_apart(
                 service,
                 parse,

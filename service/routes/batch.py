@@ -80,7 +80,7 @@ class BatchRoute:
         run = _Run(service, model, selection, limit, query.tile, request.url.path)
         if NDJSON in request.headers.get("accept", "").lower():
             return StreamingResponse(run.lines(pictures, size), media_type=NDJSON)
-        with service.pictures.body(size), WhileConnected(request.receive):
+        with service.pictures.body(size), WhileConnected(request):
             answers = [answer async for answer in run.answers(pictures)]
             answers.sort(key=lambda answer: int(answer["index"]))
             content = await service.off_loop(

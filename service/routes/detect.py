@@ -15,7 +15,6 @@ from service.annotate import draw, encode
 from service.bodies import (
     Body,
     ClientGone,
-    Receive,
     decode_base64,
     parse_json,
     parse_multipart,
@@ -26,6 +25,7 @@ from service.detection import Answer, detect_one
 from service.detector import Detections
 from service.errors import MalformedRequest
 from service.imaging import held_picture
+from service.presence import presence_of
 from service.routes import openapi
 from service.routes.parameters import (
     DetectQuery,
@@ -69,7 +69,7 @@ class DetectRoute:
             read=read,
             limit_ms=service.settings.request_timeout_ms,
         )
-        with service.pictures.slot(len(body)), WhileConnected(request.receive):
+        with service.pictures.slot(len(body)), WhileConnected(request):
             picture = await self._picture(request.headers.get("content-type", ""), body)
             # Base64 has been copied out of it.
             del body
@@ -107,7 +107,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
 async def receive_body(service: Service, request: Request) -> Body:
     """Read a request's body within the service's limits."""
-    settings = service.settings
+    settings, presence = service.settings, presence_of(request.scope)
     asked = request.headers.get("x-deadline-ms")
     if asked is not None:
         deadline_ms(asked, settings.request_timeout_ms)
@@ -117,6 +117,7 @@ async def receive_body(service: Service, request: Request) -> Body:
         limit=settings.max_body_bytes,
         timeout=settings.body_timeout_ms / 1e3,
         uploads=service.uploads,
+        whole=presence is not None and presence.whole,
     )
 
 
@@ -136,18 +137,28 @@ async def take_apart(
 class WhileConnected:
     """Stops the work inside as soon as the client closes its connection. Raises ClientGone then."""
 
-    def __init__(self, receive: Receive) -> None:
-        self._receive = receive
+    def __init__(self, request: Request) -> None:
+        self._receive = request.receive
+        self._presence = presence_of(request.scope)
+        self._watcher: asyncio.Task[None] | None = None
         self._gone = False
 
     def __enter__(self) -> None:
         task = asyncio.current_task()
         assert task is not None, "runs inside a request"
         self._task = task
-        self._watcher = asyncio.create_task(self._watch())
+        if self._presence is None:
+            self._watcher = asyncio.create_task(self._watch())
+        elif self._presence.gone:
+            raise ClientGone
+        else:
+            self._presence.watch(self._leave)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._watcher.cancel()
+        if self._watcher is not None:
+            self._watcher.cancel()
+        if self._presence is not None:
+            self._presence.watch(None)
         if self._gone and kind is asyncio.CancelledError:
             self._task.uncancel()
             raise ClientGone from None
@@ -155,6 +166,9 @@ class WhileConnected:
     async def _watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
+        self._leave()
+
+    def _leave(self) -> None:
         self._gone = True
         self._task.cancel()
 

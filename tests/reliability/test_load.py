@@ -80,8 +80,9 @@ def test_clients_that_go_away_leave_the_queue(serve: Serve, slow_models: Path) -
     process = serve(slow_models, request_timeout_ms=600_000)
     head = f"POST /v1/detect HTTP/1.1\r\nHost: x\r\nContent-Length: {len(GOOD)}\r\n\r\n".encode()
     rude = [socket.create_connection(("127.0.0.1", process.port)) for _ in range(30)]
-    for connection in rude:
-        connection.sendall(head + GOOD)
+    for index, connection in enumerate(rude):
+        # Every other one has sent its next request already.
+        connection.sendall((head + GOOD) * (1 + index % 2))
     until(lambda: metric(process, "retinaserve_pictures_held") >= 25)
     for connection in rude:
         connection.close()
