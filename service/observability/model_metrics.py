@@ -24,6 +24,8 @@ SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 
 _SIZES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _SCORES: Final = tuple(round(step / 20, 2) for step in range(1, 21))
 _PER_PICTURE: Final = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500)
+_FEW: Final = 40
+"""Up to so many values one after the other is faster than numpy."""
 _STAGES: Final = (*Stages._fields, "total")
 
 Outcome = Literal["answered", "refused", "rejected", "late", "cancelled", "failed"]
@@ -57,6 +59,10 @@ class Bins:
 
     def add_all(self, values: NDArray[np.floating]) -> None:
         """Count many values at once."""
+        if len(values) <= _FEW:
+            for value in values.tolist():
+                self.add(value)
+            return
         found = np.bincount(np.searchsorted(self._array, values), minlength=len(self._counts))
         for index in found.nonzero()[0].tolist():
             self._counts[index] += int(found[index])
