@@ -58,8 +58,9 @@ class JpegReader(io.BytesIO):
     def __init__(self, data: bytes | memoryview) -> None:
         """Raises MalformedImage for too many scans."""
         super().__init__(data)
-        # In a scan itself the first of these bytes is always followed by a zero.
-        scans = self.getvalue().count(START_OF_SCAN)
+        # With the first byte of its length: whatever else the file holds, such as the film that
+        # phones append, has the marker's two bytes once in 64 KiB.
+        scans = self.getvalue().count(START_OF_SCAN + b"\x00")
         if scans > _MOST_SCANS:
             raise MalformedImage(
                 f"the JPEG has {scans} scans; at most {_MOST_SCANS} are accepted, and some ten are "

@@ -161,6 +161,9 @@ def test_only_three_kinds_by_their_first_bytes(name: str) -> None:
 def test_what_hangs_behind_or_beside_a_picture_does_not_matter() -> None:
     plain = prepare(encoded(one_red()), RULE).canvas
     assert (prepare(encoded(one_red()) + b"PK\x03\x04 a zip file", RULE).canvas == plain).all()
+    # What a camera's film holds is as good as random: the two bytes of a marker, hundreds of times.
+    film = encoded(one_red(), "JPEG") + b"ftyp\xff\xda\xab" * 1000
+    assert prepare(film, RULE).letterbox.original == Size(96, 128)
     several = encoded(one_red(), "MPO", save_all=True, append_images=[Image.new("RGB", (9, 9))])
     assert prepare(several, RULE).letterbox.original == Size(96, 128)
 
