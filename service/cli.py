@@ -149,7 +149,8 @@ def serve(
     # The imports below take a second or two, and as process 1 of a container a process without a
     # handler does not even see the signal. At once, since a model may be loading in native code,
     # and Python would not end well beside that.
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: os._exit(0))
     from service.commands import serve as command
 
     command.run(

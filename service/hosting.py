@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ssl
 from pathlib import Path
 
 from service.admin import AdminListener
 from service.api import create_app
 from service.context import Service
-from service.errors import DataError
 from service.inference_protocol.grpc_server import GrpcServer
 from service.listening import Doors
 from service.server import Companion, Server
@@ -36,10 +34,5 @@ def open_server(
     server = Server(
         app, root_path=root_path, certificate=certificate, key=key, companions=companions
     )
-    try:
-        server.config.load()
-    except ssl.SSLError as error:
-        raise DataError(
-            f"--ssl-certfile {certificate}: not a certificate with its key: {error}"
-        ) from error
+    server.config.load()
     return server, service

@@ -8,6 +8,7 @@ import ipaddress
 import logging
 import os
 import socket
+import ssl
 import sys
 import threading
 import warnings
@@ -42,6 +43,8 @@ def run(
     """Serve until a signal comes. Raises AddressError, DeviceError, ArtifactError or DataError."""
     if key is not None and certificate is None:
         raise DataError("--ssl-keyfile needs --ssl-certfile")
+    if certificate is not None:
+        _check_certificate(certificate, key)
     keep_freed_memory()
     settings = load_settings(**given)
     configure_logging(settings.log_format, settings.log_level)
@@ -57,6 +60,9 @@ def run(
         doors = Doors(_listen_for_admins(settings, ports), _listen_for_grpc(settings, ports))
         if settings.api_keys_file is None:
             _warn_of_strangers(listener)
+        else:
+            # Once models load, the end of a start that fails waits for them.
+            read_keys(settings.api_keys_file)
         models = open_models(settings)
         with _loading(models.registry):
             # To import the web framework takes about as long as to load a model.
@@ -88,6 +94,16 @@ def _loading(registry: Registry) -> Iterator[None]:
         # Python must not end while another thread is in native code.
         registry.close(_LONGEST_LOAD)
         raise
+
+
+def _check_certificate(certificate: Path, key: Path | None) -> None:
+    """Raises DataError for what cannot be served with."""
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
+    except OSError as error:
+        raise DataError(
+            f"--ssl-certfile {certificate}: not a certificate with its key: {error}"
+        ) from error
 
 
 def _listen_for_admins(settings: Settings, ports: contextlib.ExitStack) -> socket.socket | None:

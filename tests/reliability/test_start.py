@@ -92,7 +92,15 @@ def test_a_key_without_its_certificate(quick_models: Path) -> None:
 def test_a_certificate_that_is_none(quick_models: Path) -> None:
     code, text = refused("--models", quick_models, "--port", 0, "--ssl-certfile", __file__)
     assert code == 2
-    assert f"--ssl-certfile {__file__}" in text.splitlines()[-1]
+    assert f"--ssl-certfile {__file__}" in text
+    assert text.count("\n") == 0, "it is told before anything is loaded"
+
+
+def test_a_file_of_keys_that_is_none(quick_models: Path) -> None:
+    code, text = refused("--models", quick_models, "--port", 0, api_keys_file=__file__)
+    assert code == 2
+    assert __file__ in text
+    assert text.count("\n") == 0, "it is told before anything is loaded"
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])

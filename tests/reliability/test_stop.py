@@ -133,7 +133,8 @@ def test_idle_keep_alive_connections_do_not_hold_it_up(serve: Serve, quick_model
         assert time.monotonic() - signalled < 5.0
 
 
-def test_a_signal_before_anything_is_loaded(quick_models: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_anything_is_loaded(quick_models: Path, number: signal.Signals) -> None:
     process = subprocess.Popen(
         command("serve", "--models", quick_models, "--port", 0),
         env=environment(),
@@ -142,7 +143,7 @@ def test_a_signal_before_anything_is_loaded(quick_models: Path) -> None:
     )
     status = Path(f"/proc/{process.pid}/status")
     until(lambda: bool(caught_signals(status) & 1 << (signal.SIGTERM - 1)))
-    process.terminate()
+    process.send_signal(number)
     assert process.wait(30) == 0
 
 
