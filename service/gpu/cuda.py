@@ -8,6 +8,7 @@ declarations and numbers are those of the CUDA Runtime API's memory and device m
 from __future__ import annotations
 
 import ctypes
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -27,6 +28,9 @@ _LIBRARIES: Final = (
 _TO_DEVICE: Final = 1
 _TO_HOST: Final = 2
 _OUT_OF_MEMORY: Final = 2
+_NO_MEMORY: Final = re.compile(
+    r"failed to allocate memory|out of memory|smaller than requested bytes", re.IGNORECASE
+)
 
 
 class CaptureGate:
@@ -73,6 +77,11 @@ class CaptureGate:
 
 class OutOfMemory(DeviceError):
     """A device has too little memory."""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device had too little memory: by our own word, onnxruntime's or CUDA's."""
+    return _NO_MEMORY.search(str(error)) is not None
 
 
 class Free(NamedTuple):

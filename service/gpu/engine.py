@@ -29,7 +29,7 @@ from service.detector import (
     by_picture,
 )
 from service.gpu.buffers import Bound, Shape, Slot, run_options
-from service.gpu.cuda import CaptureGate, Memory
+from service.gpu.cuda import CaptureGate, Memory, is_out_of_memory
 from service.gpu.graph_split import Constant, Parts
 from service.gpu.submitter import Submitter
 
@@ -173,12 +173,24 @@ class Engine:
             slot.release(place.pop(shape))
             bound = None
         if bound is None:
-            bound = place[shape] = self._bind(slot, shape)
+            bound = place[shape] = self._bind_where_there_is_room(slot, shape)
         if not known:
             slot.recent.move_to_end(shape)
             if len(slot.recent) > RECENT_SHAPES:
                 slot.release(slot.recent.popitem(last=False)[1])
         return bound
+
+    def _bind_where_there_is_room(self, slot: Slot, shape: Shape) -> Bound:
+        try:
+            return self._bind(slot, shape)
+        except Exception as error:
+            # onnxruntime's errors share no base class that it documents.
+            if not (slot.recent and is_out_of_memory(error)):
+                raise
+        # What is remembered for shapes that may never come again has what this one needs.
+        while slot.recent:
+            slot.release(slot.recent.popitem()[1])
+        return self._bind(slot, shape)
 
     def _bind(self, slot: Slot, shape: Shape) -> Bound:
         slot.canvases(shape)

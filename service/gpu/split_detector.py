@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import weakref
 from collections.abc import Sequence
-from typing import Final
 
 import numpy as np
 import onnxruntime as ort
@@ -15,13 +13,9 @@ from service.artifact import MAX_DETECTIONS_CAP, Artifact
 from service.canvas import Size
 from service.detector import INPUTS, Canvases, Detections, Detector, signature, thresholds
 from service.errors import ArtifactError, DeviceError
-from service.gpu.cuda import CaptureGate, Memory, OutOfMemory
+from service.gpu.cuda import CaptureGate, Memory, OutOfMemory, is_out_of_memory
 from service.gpu.engine import Engine, OpenSession, first_line
 from service.gpu.graph_split import Parts
-
-_OUT_OF_MEMORY: Final = re.compile(
-    r"failed to allocate memory|out of memory|smaller than requested bytes", re.IGNORECASE
-)
 
 
 class SplitDetector(Detector):
@@ -81,7 +75,7 @@ class SplitDetector(Detector):
             self._engine.prepare(canvas, batch)
             super().warm(canvas, batch)
         except Exception as error:
-            if _OUT_OF_MEMORY.search(str(error)) is None:
+            if not is_out_of_memory(error):
                 raise
             raise too_little_memory(
                 error, self._engine.memory, canvas, batch, remedy=self._remedy
@@ -117,7 +111,7 @@ def open_split(
         )
     except Exception as error:
         # onnxruntime's errors share no base class that it documents.
-        if _OUT_OF_MEMORY.search(str(error)) is not None:
+        if is_out_of_memory(error):
             raise too_little_memory(error, memory, largest, buckets[-1], remedy=remedy) from error
         if isinstance(error, DeviceError):
             raise

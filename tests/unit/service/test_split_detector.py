@@ -170,6 +170,31 @@ def test_canvases_of_clients_come_and_go(
         assert memory.blocks <= most, "at most the newest shape beyond those that stay"
 
 
+class FullMemory(HostMemory):
+    """Where there is room for so many blocks at a time."""
+
+    most = 1 << 30
+
+    def allocate(self, size: int) -> int:
+        if len(self._blocks) >= self.most:
+            raise OutOfMemory("CUDA failure 2: out of memory in cudaMalloc on cuda:0")
+        return super().allocate(size)
+
+
+def test_shapes_of_the_past_make_way_where_memory_is_short(
+    artifact: Artifact, whole: Detector
+) -> None:
+    memory = FullMemory()
+    detector = open_on_host(artifact, memory=memory)
+    shapes = [Size(32, 32 * columns) for columns in range(1, 9)]
+    for canvas in shapes[:SLOTS]:
+        found(detector, noise(1, 1, canvas), sizes_of(1, canvas))
+    memory.most = len(memory._blocks)
+    for canvas in shapes * 2:
+        canvases, sizes = noise(2, 1, canvas), sizes_of(1, canvas)
+        assert same(found(detector, canvases, sizes), found(whole, canvases, sizes))
+
+
 def test_once_warm_nothing_is_allocated(artifact: Artifact) -> None:
     memory = CountingMemory()
     detector = open_on_host(artifact, memory=memory)
