@@ -26,7 +26,7 @@ from service.observability.logs import configure_logging
 from service.registry import Registry
 from service.security.keys import read_keys
 from service.settings import Settings, load_settings, unknown_variables
-from service.startup import open_models
+from service.startup import Models, open_models
 
 _log = logging.getLogger("retinaserve")
 _LONGEST_LOAD: Final = 60.0
@@ -73,14 +73,10 @@ def run(
             server, service = open_server(
                 settings, models, doors, root_path=root_path, certificate=certificate, key=key
             )
-        click.echo(
-            f"retinaserve serves {models.registry.default} on "
-            f"{models.hardware.name}: {url(listener, tls=certificate is not None)}"
-        )
-        sys.stdout.flush()
-        # What is there now stays: the collector need not walk through it again and again.
-        gc.freeze()
-        server.run([listener])
+            _announce(models, url(listener, tls=certificate is not None))
+            # What is there now stays: the collector need not walk through it again and again.
+            gc.freeze()
+            server.run([listener])
     _leave(0 if service.pipeline.fatal is None else 1)
 
 
@@ -104,6 +100,11 @@ def _check_certificate(certificate: Path, key: Path | None) -> None:
         raise DataError(
             f"--ssl-certfile {certificate}: not a certificate with its key: {error}"
         ) from error
+
+
+def _announce(models: Models, address: str) -> None:
+    click.echo(f"retinaserve serves {models.registry.default} on {models.hardware.name}: {address}")
+    sys.stdout.flush()
 
 
 def _listen_for_admins(settings: Settings, ports: contextlib.ExitStack) -> socket.socket | None:

@@ -78,8 +78,9 @@ def test_a_door_with_a_lock_is_not(run: Run, tmp_path: Path) -> None:
     assert run(host="0.0.0.0", api_keys_file=keys, admin_port=0) == []
 
 
+@pytest.mark.parametrize(("owner", "name"), [(hosting, "open_server"), (Server, "run")])
 def test_a_start_that_fails_leaves_no_thread_in_native_code(
-    run: Run, monkeypatch: pytest.MonkeyPatch
+    run: Run, monkeypatch: pytest.MonkeyPatch, owner: object, name: str
 ) -> None:
     before = set(threading.enumerate())
     loaders: list[threading.Thread] = []
@@ -89,7 +90,7 @@ def test_a_start_that_fails_leaves_no_thread_in_native_code(
         loaders.extend(each for each in begun if each.name == "model-loader")
         raise DataError("no certificate")
 
-    monkeypatch.setattr(hosting, "open_server", fail)
+    monkeypatch.setattr(owner, name, fail)
     with pytest.raises(DataError, match="no certificate"):
         run()
     (loader,) = loaders
