@@ -106,22 +106,11 @@ class Detector:
         )
         return by_picture(found, len(canvases))
 
-    def release_memory(self, canvas: Size) -> None:
-        """Run once more and give all memory back, on a CPU; later runs take what they need."""
-        blank = np.zeros((1, canvas.height, canvas.width, 3), dtype=np.uint8)
-        self._session.run(OUTPUTS, {"images": blank}, _release_after())
-
     def warm(self, canvas: Size, batch: int = 1) -> None:
         """Run once on empty canvases, so that the first request does not pay for set-up."""
         blank = np.zeros((batch, canvas.height, canvas.width, 3), dtype=np.uint8)
         sizes = np.tile(np.array([canvas], dtype=np.int64), (batch, 1))
         self(blank, sizes, score_threshold=0.5, iou_threshold=0.5)
-
-
-def _release_after() -> ort.RunOptions:
-    options = ort.RunOptions()
-    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-    return options
 
 
 def batch_buckets(largest: int) -> list[int]:

@@ -50,6 +50,8 @@ class Device:
     """Most bytes for weights and intermediate values, of each model."""
     tf32: bool = True
     """Whether float32 products may be computed in TF32."""
+    threads: int | None = None
+    """Threads of a CPU's session that share an inference; None: one for each core."""
     gate: CaptureGate = field(default_factory=CaptureGate, compare=False, repr=False)
     """Shared by all GPUs of a process."""
 
@@ -166,7 +168,7 @@ def session_options(device: Device) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     if device.kind == "cpu":
-        options.intra_op_num_threads = cpu_count()
+        options.intra_op_num_threads = device.threads or cpu_count()
         options.inter_op_num_threads = 1
         # Between two inferences the threads would spin for the next one, on cores that decoding
         # and the event loop need.
@@ -286,9 +288,7 @@ def _open_split(artifact: Artifact, parts: Parts, device: Device, batch: int) ->
 
 def _selection_options() -> ort.SessionOptions:
     """For what the CPU does beside a GPU: in the thread that calls, which has a core to itself."""
-    options = session_options(Device("cpu"))
-    options.intra_op_num_threads = 1
-    return options
+    return session_options(Device("cpu", threads=1))
 
 
 @contextlib.contextmanager

@@ -91,20 +91,17 @@ def open_servable(
     try:
         _warm(servable, batch_buckets(batch))
         canvas = _canvases(servable)[0]
-        callers = [
-            side_by_side.choose(
-                partial(detector.warm, canvas), release=partial(detector.release_memory, canvas)
-            )
+        shared = [
+            side_by_side.share(detector, partial(_open_on, artifact, device), canvas=canvas)
             if device.kind == "cpu"
-            else device.callers
+            else (detector, device.callers)
             for device, detector in zip(devices, detectors, strict=True)
         ]
     except Exception as error:
         # onnxruntime's errors share no base class that it documents.
         raise ArtifactError(f"{artifact.path}: its warm-up failed: {error}") from error
-    repeated = zip(detectors, callers, strict=True)
     return replace(
-        servable, detectors=tuple(detector for detector, count in repeated for _ in range(count))
+        servable, detectors=tuple(detector for detector, count in shared for _ in range(count))
     )
 
 
@@ -119,6 +116,10 @@ def return_free_memory() -> None:
     with contextlib.suppress(OSError, AttributeError):
         # musl has no such function, and no such habit.
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def _open_on(artifact: Artifact, device: Device, threads: int) -> Detector:
+    return open_detector(artifact, replace(device, threads=threads))
 
 
 def _after_release() -> None:

@@ -43,8 +43,8 @@ class Settings(BaseSettings):
     """auto, cpu, cuda, or a list such as cuda:0,cuda:1."""
 
     cpu_inferences: int | None = Field(default=None, ge=1, le=64)
-    """Inferences that run side by side on a CPU, all on the same threads. Default: as many as prove
-    best at the start, tried out on the first model that is loaded."""
+    """Inferences that run side by side on a CPU, one on all cores and the others on few each.
+    Default: as many as prove best at the start, tried out on the first model that is loaded."""
 
     gpu_memory_bytes: int | None = Field(default=None, ge=1_048_576)
     """Most memory of each GPU for a model's weights and intermediate values. Default: no limit."""

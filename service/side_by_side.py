@@ -1,9 +1,9 @@
 """How many inferences share a CPU: as told, or as measured on the first model that is loaded.
 
 A lone inference cannot keep all cores busy: between two parallel stretches, and inside
-non-maximum suppression, only one of its threads has work. A second one beside it, in the same
-session and on the same threads, fills these gaps; the weights are there once, and a picture that
-comes alone still has all threads.
+non-maximum suppression, only one of its threads has work. Others beside it, each on its share of
+the cores, fill these gaps and have fewer threads to wait for; a picture that comes alone still has
+all cores.
 """
 
 from __future__ import annotations
@@ -12,7 +12,12 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Final
+
+from service.canvas import Size
+from service.detector import Detector
+from service.shared_detector import SharedDetector
 
 _log = logging.getLogger("retinaserve.side_by_side")
 _MOST: Final = 8
@@ -23,6 +28,11 @@ _ROUNDS: Final = 3
 """The first that shows the gain is the last: something else may have kept the machine busy."""
 _LONG_SECONDS: Final = 1.0
 """No further round of a measurement that has taken so long."""
+
+Run = Callable[[], None]
+"""One inference."""
+OpenDetector = Callable[[int], Detector]
+"""A detector of one model on so many threads."""
 
 
 class SideBySide:
@@ -35,43 +45,60 @@ class SideBySide:
         if asked is not None or cores == 1:
             self.chosen.set_result(asked or 1)
 
-    def choose(self, run: Callable[[], None], *, release: Callable[[], None]) -> int:
-        """The number; `run`, which is one inference, is measured if it is not known yet.
+    def share(
+        self, alone: Detector, open_detector: OpenDetector, *, canvas: Size
+    ) -> tuple[Detector, int]:
+        """A detector for so many callers side by side, and how many.
 
-        `release` gives back the memory of more than are to run. Raises what the two raise.
+        `alone` has all cores and is warm. The number is measured on `canvas` if it is not known
+        yet. Raises what the detectors raise.
         """
+        shared = {1: alone}
+
+        def detector(count: int) -> Detector:
+            if count not in shared:
+                beside = open_detector(max(1, self._cores // count))
+                beside.warm(canvas)
+                shared[count] = SharedDetector(alone, beside)
+            return shared[count]
+
         if not self.chosen.done():
-            best, rates = measure(run, most=min(self._cores, _MOST))
-            _log.info(
-                "inferences side by side on %d CPU cores: %d (measured %s)",
-                self._cores,
-                best,
-                ", ".join(f"{count}: {rate:.1f}/s" for count, rate in rates.items()),
-            )
-            if best < max(rates):
-                release()
-            self.chosen.set_result(best)
-        return self.chosen.result()
+            self._measure(lambda count: partial(detector(count).warm, canvas))
+        count = self.chosen.result()
+        # On one core there is nothing that threads could share.
+        return (alone if self._cores == 1 else detector(count)), count
+
+    def _measure(self, runs: Callable[[int], Run]) -> None:
+        best, rates = measure(runs, most=min(self._cores, _MOST))
+        _log.info(
+            "inferences side by side on %d CPU cores: %d (measured %s)",
+            self._cores,
+            best,
+            ", ".join(f"{count}: {rate:.1f}/s" for count, rate in rates.items()),
+        )
+        self.chosen.set_result(best)
 
 
-def measure(run: Callable[[], None], *, most: int) -> tuple[int, dict[int, float]]:
+def measure(runs: Callable[[int], Run], *, most: int) -> tuple[int, dict[int, float]]:
     """How many runs side by side are best, and runs a second by how many were tried.
 
-    1, 2, 4 and so on are; the first step that does not gain enough is the last.
+    1, 2, 4 and so on are; the first step that does not gain enough is the last. `runs` gives what
+    to run so many times side by side.
     """
     best = 1
     rates: dict[int, float] = {}
-    while 2 * best <= most and _gains(run, best, rates):
+    while 2 * best <= most and _gains(runs, best, rates):
         best *= 2
     return best, rates
 
 
-def _gains(run: Callable[[], None], count: int, rates: dict[int, float]) -> bool:
+def _gains(runs: Callable[[int], Run], count: int, rates: dict[int, float]) -> bool:
     """Whether twice as many runs side by side gain enough over `count`; the best rates are kept."""
+    few, many = runs(count), runs(2 * count)
     began = time.monotonic()
     for _ in range(_ROUNDS):
         # In turns, so that what else the machine does counts for both.
-        for each in (count, 2 * count):
+        for run, each in ((few, count), (many, 2 * count)):
             rates[each] = max(rates.get(each, 0.0), each / _together(run, each))
         if rates[2 * count] >= _GAIN * rates[count]:
             return True
@@ -80,7 +107,7 @@ def _gains(run: Callable[[], None], count: int, rates: dict[int, float]) -> bool
     return False
 
 
-def _together(run: Callable[[], None], count: int) -> float:
+def _together(run: Run, count: int) -> float:
     """Seconds until so many runs, begun together, are all done."""
     with ThreadPoolExecutor(count, thread_name_prefix="measure") as pool:
         started = time.perf_counter()

@@ -274,7 +274,7 @@ async def test_no_request_leaves_the_old_version_behind(
     }
     async with both(tmp_path) as doors:
         registry = doors.main._transport.app.state.service.registry  # type: ignore[attr-defined]
-        session = weakref.ref(registry.get().detectors[0]._session)
+        detector = weakref.ref(registry.get().detectors[0])
         gc.disable()
         try:
             for query, content, headers in (
@@ -301,7 +301,7 @@ async def test_no_request_leaves_the_old_version_behind(
             assert (await doors.admin.post("/v1/models/tiny/unload?version=1")).status_code == 200
             async with asyncio.timeout(30):
                 # The loader's thread may hold it for another moment.
-                while session() is not None:  # noqa: ASYNC110
+                while detector() is not None:  # noqa: ASYNC110
                     await asyncio.sleep(0.01)
         finally:
             gc.enable()

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
 
 from service import side_by_side as module
 from service.artifact import read_artifact
+from service.detector import Detector
 from service.devices import Device, open_detector
 from service.registry import open_registry
+from service.shared_detector import SharedDetector
 from service.side_by_side import SideBySide, measure
 from tests import tiny_model
 
@@ -37,8 +39,30 @@ def machine(monkeypatch: pytest.MonkeyPatch, rates: dict[int, list[float]]) -> l
     return tried
 
 
-def unused() -> None:
-    pytest.fail("nothing is to be measured or released")
+class Sessions:
+    """A model on all cores, and what else is opened of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._artifact = read_artifact(tiny_model.save(folder))
+        self.threads: list[int] = []
+        """Of each session that was opened."""
+        self.opened: list[weakref.ref[Detector]] = []
+        self.alone = open_detector(self._artifact, Device("cpu"))
+
+    def share(self, number: SideBySide) -> tuple[Detector, int]:
+        canvas = self.alone.metadata.canvas.largest()
+        return number.share(self.alone, self._open, canvas=canvas)
+
+    def _open(self, threads: int) -> Detector:
+        detector = open_detector(self._artifact, Device("cpu", threads=threads))
+        self.threads.append(threads)
+        self.opened.append(weakref.ref(detector))
+        return detector
+
+
+@pytest.fixture
+def sessions(tmp_path: Path) -> Sessions:
+    return Sessions(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -58,63 +82,81 @@ def test_as_many_as_each_doubling_gains(
     rates: dict[int, list[float]], most: int, best: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine(monkeypatch, rates)
-    assert measure(lambda: None, most=most)[0] == best
+    assert measure(lambda _: lambda: None, most=most)[0] == best
 
 
-@pytest.mark.parametrize(("asked", "cores"), [(3, 2), (1, 64), (None, 1)])
-def test_nothing_is_measured_where_there_is_nothing_to_choose(
-    asked: int | None, cores: int
+@pytest.mark.parametrize(("asked", "cores"), [(3, 1), (1, 64), (None, 1)])
+def test_nothing_is_opened_where_there_is_nothing_to_choose(
+    asked: int | None, cores: int, sessions: Sessions
 ) -> None:
     number = SideBySide(asked, cores=cores)
-    assert number.choose(
-        lambda: pytest.fail("measured"), release=lambda: pytest.fail("released")
-    ) == (asked or 1)
+    assert sessions.share(number) == (sessions.alone, asked or 1)
+    assert sessions.threads == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "cores", "threads"), [(2, 2, 1), (2, 16, 8), (3, 16, 5), (8, 4, 1)]
+)
+def test_each_of_many_gets_its_share_of_the_cores(
+    asked: int, cores: int, threads: int, sessions: Sessions
+) -> None:
+    detector, count = sessions.share(SideBySide(asked, cores=cores))
+    assert isinstance(detector, SharedDetector)
+    assert count == asked
+    assert sessions.threads == [threads]
 
 
 def test_it_is_measured_once_and_said(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, sessions: Sessions
 ) -> None:
     tried = machine(monkeypatch, {1: [16.0], 2: [20.0]})
     number = SideBySide(None, cores=2)
     with caplog.at_level(logging.INFO):
-        assert [number.choose(lambda: None, release=unused) for _ in range(3)] == [2, 2, 2]
+        assert [sessions.share(number)[1] for _ in range(3)] == [2, 2, 2]
     assert tried == [1, 2]
+    assert sessions.threads == [1, 1, 1], "what was measured serves"
     (line,) = caplog.messages
     assert "2 CPU cores: 2 (measured 1: 16.0/s, 2: 20.0/s)" in line
 
 
-def test_memory_of_a_trial_that_did_not_win_is_given_back(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_of_several_that_were_tried_the_best_stays(
+    monkeypatch: pytest.MonkeyPatch, sessions: Sessions
+) -> None:
+    machine(monkeypatch, {1: [10.0], 2: [15.0], 4: [20.0], 8: [21.0]})
+    detector, count = sessions.share(SideBySide(None, cores=16))
+    assert count == 4
+    assert sessions.threads == [8, 4, 2]
+    assert [session() is not None for session in sessions.opened] == [False, True, False]
+    assert isinstance(detector, SharedDetector)
+
+
+def test_a_session_that_does_not_gain_is_dropped(
+    monkeypatch: pytest.MonkeyPatch, sessions: Sessions
 ) -> None:
     machine(monkeypatch, {1: [16.0], 2: [16.0]})
-    detector = open_detector(read_artifact(tiny_model.save(tmp_path)), Device("cpu"))
-    canvas = detector.metadata.canvas.largest()
-    released: list[int] = []
-
-    def release() -> None:
-        detector.release_memory(canvas)
-        released.append(1)
-
-    warm = partial(detector.warm, canvas)
     number = SideBySide(None, cores=2)
-    assert [number.choose(warm, release=release) for _ in range(2)] == [1, 1]
-    assert released == [1], "once"
-    warm()
+    assert [sessions.share(number) for _ in range(2)] == [(sessions.alone, 1)] * 2
+    assert sessions.threads == [1]
+    assert [session() for session in sessions.opened] == [None], "without the cycle collector"
 
 
 def test_runs_are_really_side_by_side() -> None:
     both = threading.Barrier(2)
-    assert module._together(lambda: both.wait(SECONDS) and None, 2) < SECONDS
+
+    def run() -> None:
+        both.wait(SECONDS)
+
+    assert module._together(run, 2) < SECONDS
 
 
-def test_a_run_that_fails_chooses_nothing() -> None:
+def test_a_run_that_fails_chooses_nothing(sessions: Sessions) -> None:
     number = SideBySide(None, cores=2)
 
-    def fail() -> None:
+    def fail(threads: int) -> Detector:
         raise RuntimeError("bad file")
 
     with pytest.raises(RuntimeError, match="bad file"):
-        number.choose(fail, release=unused)
+        number.share(sessions.alone, fail, canvas=sessions.alone.metadata.canvas.largest())
     assert not number.chosen.done()
 
 
@@ -126,7 +168,7 @@ def test_every_model_has_its_detector_as_often(tmp_path: Path) -> None:
         devices=(Device("cpu"),),
         default=None,
         batch=1,
-        side_by_side=SideBySide(2, cores=1),
+        side_by_side=SideBySide(2, cores=2),
     )
     registry.start()
     try:
@@ -134,6 +176,7 @@ def test_every_model_has_its_detector_as_often(tmp_path: Path) -> None:
             registry.load("tiny", version).result(SECONDS)
             detectors = registry.get("tiny", version).detectors
             assert len(detectors) == 2
-            assert len(set(detectors)) == 1, "the weights are there once"
+            (detector,) = set(detectors)
+            assert isinstance(detector, SharedDetector)
     finally:
         registry.close(SECONDS)

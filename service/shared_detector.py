@@ -1,0 +1,71 @@
+"""A CPU's detector for several callers at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.artifact import MAX_DETECTIONS_CAP
+from service.detector import Canvases, Detections, Detector
+
+
+class SharedDetector(Detector):
+    """Two sessions of one model file: all threads for one call, few for those beside it.
+
+    Threads that share the work of a call wait for each other, which costs time that other calls
+    could use. Which session answers makes no difference to the answer.
+    """
+
+    def __init__(self, alone: Detector, beside: Detector) -> None:
+        """`alone` takes one call at a time; `beside` takes what comes meanwhile."""
+        self.metadata = alone.metadata
+        self._alone = alone
+        self._beside = beside
+        self._taken = threading.Lock()
+        """Held while `alone` is at work."""
+
+    @property
+    def providers(self) -> list[str]:
+        """The execution providers that the sessions really use, first choice first."""
+        return self._alone.providers
+
+    def inputs(self) -> list[str]:
+        """Name, type and shape of every input, those with defaults marked, for people."""
+        return self._alone.inputs()
+
+    def outputs(self) -> list[str]:
+        """Name, type and shape of every output, for people."""
+        return self._alone.outputs()
+
+    def __call__(
+        self,
+        canvases: Canvases,
+        image_sizes: NDArray[np.int64],
+        *,
+        score_threshold: float,
+        iou_threshold: float,
+        max_detections: int = MAX_DETECTIONS_CAP,
+    ) -> list[Detections]:
+        """Detect on canvases of pictures of size (B, 2); boxes in canvas pixels."""
+        with self._choose() as detector:
+            return detector(
+                canvases,
+                image_sizes,
+                score_threshold=score_threshold,
+                iou_threshold=iou_threshold,
+                max_detections=max_detections,
+            )
+
+    @contextlib.contextmanager
+    def _choose(self) -> Iterator[Detector]:
+        if not self._taken.acquire(blocking=False):
+            yield self._beside
+            return
+        try:
+            yield self._alone
+        finally:
+            self._taken.release()
