@@ -58,6 +58,7 @@ class Cycle(Protocol):
     scope: Any
     body: bytearray
     more_body: bool
+    disconnected: bool
     response_started: bool
     response_complete: bool
     transport: Any
@@ -110,7 +111,9 @@ class Bounded(asyncio.Protocol):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(exc)
-        for _, presence in self._unanswered():
+        for cycle, presence in self._unanswered():
+            # uvicorn tells only the newest of several; the others would answer into the void.
+            cycle.disconnected = True
             presence.leave()
 
     def data_received(self, data: bytes) -> None:

@@ -108,9 +108,10 @@ class Pipeline:
             for number in range(len(self._devices), callers):
                 worker = self._device(number)
                 self._devices.append(worker)
-                self._watchdog.add(worker)
                 if self._started:
                     worker.start()
+                # Only now: a thread that has not begun looks like one that died.
+                self._watchdog.add(worker)
 
     def abort(self, reason: str, word: str) -> None:
         """Answer everyone who waits with Unavailable; `word` is its reason. On the event loop.

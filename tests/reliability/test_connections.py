@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -149,6 +150,17 @@ def test_a_few_requests_ahead_are_answered_in_order(port: int) -> None:
     ahead = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\nGET /nothing HTTP/1.1\r\nHost: x\r\n\r\n"
     last = b"GET /readyz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
     assert statuses(ask(port, ahead + last)) == [200, 404, 200]
+
+
+def test_who_leaves_with_requests_ahead_leaves_no_error_behind(
+    port: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    with connect(port) as client:
+        client.sendall(post(f"Content-Length: {len(GOOD)}", body=GOOD) * 4)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    for _ in range(3):
+        assert_serving(port)
+    assert [each.getMessage() for each in caplog.records if each.levelname == "ERROR"] == []
 
 
 @pytest.mark.parametrize("length", [100_000, 40_000_000])

@@ -26,7 +26,7 @@ from service.errors import DeadlineExceeded, InferenceFailed, MalformedImage, Un
 from service.imaging import Prepared
 from service.pipeline import Pipeline
 from service.work import Outcome, Servable, Work
-from service.workers import Worker
+from service.workers import Watchdog, Worker
 from tests import tiny_model
 from tests.pictures import BLUE, GREEN, RED, encoded, one_red, squares
 
@@ -430,3 +430,16 @@ async def test_what_is_told_of_a_lost_device_names_no_path_and_no_host(
     assert "CUDA failure 700: an illegal memory access was encountered" in str(refused.value)
     assert "/" not in str(refused.value)
     assert "inner" not in str(refused.value)
+
+
+async def test_a_thread_that_is_new_is_not_taken_for_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    add = Watchdog.add
+
+    def look_at_once(watchdog: Watchdog[Work], worker: Worker[Work]) -> None:
+        add(watchdog, worker)
+        watchdog.tick()
+
+    monkeypatch.setattr(Watchdog, "add", look_at_once)
+    async with started() as line:
+        line.widen(3)
+        assert len(line._devices) == 3
