@@ -29,6 +29,7 @@ from service.gpu.cuda import CaptureGate, CudaMemory, OutOfMemory, runtime_libra
 from service.gpu.engine import SLOTS, first_line
 from service.gpu.graph_split import Parts, split
 from service.gpu.split_detector import open_split
+from service.gpu.whole_detector import WholeDetector
 
 _log = logging.getLogger("retinaserve.devices")
 
@@ -231,7 +232,10 @@ def preload_libraries() -> None:
 
 
 def _open_whole(artifact: Artifact, device: Device) -> Detector:
-    return Detector(artifact, providers=providers(device), options=session_options(device))
+    given, options = providers(device), session_options(device)
+    if device.kind == "cpu":
+        return Detector(artifact, providers=given, options=options)
+    return WholeDetector(artifact, providers=given, options=options, gate=device.gate)
 
 
 def _open_on_gpu(artifact: Artifact, device: Device, batch: int) -> Detector:
@@ -244,21 +248,21 @@ def _open_on_gpu(artifact: Artifact, device: Device, batch: int) -> Detector:
         )
         return _open_whole(artifact, device)
     try:
-        detector = _open_split(artifact, parts, device, batch)
-        # Proved before it is believed, as the device was.
-        rule = artifact.metadata.canvas
-        detector.warm((tuple(rule.all_canvases()) or (rule.largest(),))[0])
+        return _proved(_open_split(artifact, parts, device, batch))
     except OutOfMemory:
         raise
     except Exception as error:
         # onnxruntime's errors share no base class that it documents.
-        _log.warning(
-            "%s runs whole on %s, without CUDA graphs: %s",
-            artifact.path,
-            device.name,
-            first_line(error),
-        )
-        return _open_whole(artifact, device)
+        reason = first_line(error)
+    # Only here nothing holds the failed one any more, nor its memory.
+    _log.warning("%s runs whole on %s, without CUDA graphs: %s", artifact.path, device.name, reason)
+    return _open_whole(artifact, device)
+
+
+def _proved(detector: Detector) -> Detector:
+    """The detector, once it has run: proved before it is believed, as the device was."""
+    rule = detector.metadata.canvas
+    detector.warm((tuple(rule.all_canvases()) or (rule.largest(),))[0])
     return detector
 
 

@@ -303,3 +303,30 @@ def test_a_gpu_where_the_parts_do_not_run_gets_the_whole_file(
     reason = "no such library" if broken == "library" else "no such kernel"
     (line,) = [record.getMessage() for record in caplog.records if "runs whole" in record.message]
     assert line.endswith(f"on cuda:0, without CUDA graphs: {reason}")
+
+
+def test_a_whole_file_on_a_gpu_waits_for_captures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever else the process does with CUDA would break them, and be broken by them."""
+    monkeypatch.setattr(devices, "providers", lambda _: [devices.CPU_PROVIDER])
+    monkeypatch.setattr(devices, "session_options", lambda _: session_options(Device("cpu")))
+    monkeypatch.setattr(devices, "CUDA_PROVIDER", devices.CPU_PROVIDER)
+    monkeypatch.setattr(devices, "split", lambda _: None)
+    device = Device("cuda", 0)
+    artifact = read_artifact(seam_model.save(tmp_path))
+    done: list[str] = []
+
+    def work() -> None:
+        detector = open_detector(artifact, device)
+        done.append("opened")
+        found(detector, noise(1, 1, Size(96, 128)), sizes_of(1, Size(96, 128), less=5))
+        done.append("ran")
+
+    thread = threading.Thread(target=work)
+    with device.gate.capture():
+        thread.start()
+        thread.join(0.2)
+        assert done == []
+    thread.join(30)
+    assert done == ["opened", "ran"]
