@@ -33,6 +33,7 @@ from service.gpu.cuda import CaptureGate, Free, HostMemory, OutOfMemory
 from service.gpu.engine import SLOTS
 from service.gpu.graph_split import Parts, split
 from service.gpu.split_detector import SplitDetector, open_split
+from service.gpu.whole_detector import WholeDetector
 from service.imaging import Prepared
 from service.pipeline import Pipeline
 from service.settings import bundled_models
@@ -392,7 +393,7 @@ def test_a_file_without_a_seam_runs_whole(
     monkeypatch.setattr(devices, "CUDA_PROVIDER", devices.CPU_PROVIDER)
     with caplog.at_level(logging.WARNING):
         detector = open_detector(artifact, Device("cuda", 0))
-    assert type(detector) is Detector
+    assert isinstance(detector, WholeDetector)
     assert "no seam" in caplog.text
 
 
