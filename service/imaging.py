@@ -25,6 +25,7 @@ from service.canvas import Buckets, Letterbox, ShortSide, Size
 from service.decode_memory import DecodeMemory
 from service.errors import MalformedImage, TooLarge, UnsupportedMedia
 from service.parts import PNG_HEAD, START_OF_SCAN, JpegReader, check_png
+from service.resizing import COPY_BYTES, LARGEST_COPIED, resize
 
 ACCEPTED: Final = "JPEG, PNG or WebP"
 DEFAULT_MAX_PIXELS: Final = 50_000_000
@@ -40,6 +41,11 @@ _TRANSPOSE: Final = {
     8: Image.Transpose.ROTATE_90,
 }
 _SWAPS_SIDES: Final = frozenset({5, 6, 7, 8})
+_AGAINST: Final = {
+    1: (1, 1), 2: (1, -1), 3: (-1, -1), 4: (-1, 1),
+    5: (1, 1), 6: (1, -1), 7: (-1, -1), 8: (-1, 1),
+}  # fmt: skip
+"""Which way rows and columns are read, once the sides are swapped where they are."""
 
 _WEBP_HEADER: Final = 30
 """Bytes that hold a WebP's size, whatever its kind."""
@@ -103,8 +109,7 @@ class Opened:
                 # The decoder scales by 1/2, 1/4 or 1/8 at a fraction of the cost of decoding in
                 # full; `draft` picks the smallest that is still at least the size asked for.
                 self._header.draft(None, wanted)
-            scaled = _to_rgb(self._header).resize(wanted, Image.Resampling.BILINEAR)
-            upright = _transposed(scaled, self._orientation)
+            upright = _upright(resize(_to_rgb(self._header), resized), self._orientation)
         except Exception as error:
             # Whatever a decoder throws on bytes from outside means that the bytes are bad: Pillow
             # raises OSError, SyntaxError, ValueError, struct.error, zlib.error and more.
@@ -186,9 +191,10 @@ def cut(picture: Image.Image, corner: tuple[int, int], placed: Letterbox) -> Pre
     (x, y), (height, width) = corner, placed.original
     part = (x, y, x + width, y + height)
     if placed.resized == placed.original:
-        return _place(picture.crop(part), placed)
+        return _place(np.asarray(picture.crop(part)), placed)
+    # Pillow's own: it looks beyond the part's borders.
     wanted = (placed.resized.width, placed.resized.height)
-    return _place(picture.resize(wanted, Image.Resampling.BILINEAR, box=part), placed)
+    return _place(np.asarray(picture.resize(wanted, Image.Resampling.BILINEAR, box=part)), placed)
 
 
 def decode(
@@ -286,6 +292,8 @@ def _decode_bytes(header: ImageFile.ImageFile, rule: Buckets | ShortSide | None)
         per_pixel += _BLEND_BYTES
     elif header.mode != "RGB":
         per_pixel += 4
+    if rule is not None:
+        total += COPY_BYTES * min(decoded, LARGEST_COPIED)
     return total + decoded * per_pixel
 
 
@@ -364,10 +372,18 @@ def _ends_plainly(image: PngImageFile) -> bool:
     return False
 
 
-def _place(resized: Image.Image, placed: Letterbox) -> Prepared:
+def _place(resized: NDArray[np.uint8], placed: Letterbox) -> Prepared:
     canvas = np.zeros((placed.canvas.height, placed.canvas.width, 3), dtype=np.uint8)
-    canvas[: placed.resized.height, : placed.resized.width] = np.asarray(resized)
+    canvas[: placed.resized.height, : placed.resized.width] = resized
     return Prepared(canvas=canvas, letterbox=placed)
+
+
+def _upright(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+    """(height, width, 3) as it is meant to be seen."""
+    if orientation in _SWAPS_SIDES:
+        pixels = pixels.transpose(1, 0, 2)
+    down, right = _AGAINST[orientation]
+    return pixels[::down, ::right]
 
 
 def _transposed(image: Image.Image, orientation: int) -> Image.Image:

@@ -16,6 +16,7 @@ from service.canvas import Buckets, Size
 from service.decode_memory import DecodeMemory
 from service.errors import MalformedImage, TooLarge
 from service.imaging import decode, held_picture, prepare
+from service.resizing import COPY_BYTES, LARGEST_COPIED
 from tests.pictures import encoded, huge_png, noise, one_red, sixteen_bit
 
 RULE = Buckets(sizes=(Size(96, 128),))
@@ -50,14 +51,14 @@ def test_what_does_not_fit_even_alone_is_refused(kind: str) -> None:
 
 def test_a_large_jpeg_takes_what_it_is_scaled_to() -> None:
     data = encoded(noise((1600, 1200)), "JPEG")
-    assert needed(data, RULE) == 200 * 150 * 4
+    assert needed(data, RULE) == 200 * 150 * (4 + COPY_BYTES)
     assert needed(data, None) == 1600 * 1200 * 8
     progressive = encoded(noise((1600, 1200)), "JPEG", progressive=True)
-    assert needed(progressive, RULE) == 200 * 150 * 4 + 1600 * 1200 * 6
+    assert needed(progressive, RULE) == 200 * 150 * (4 + COPY_BYTES) + 1600 * 1200 * 6
 
 
 def test_a_bomb_is_known_by_its_header() -> None:
-    assert needed(huge_png(8000), RULE) == 8000 * 8000 * 5
+    assert needed(huge_png(8000), RULE) == 8000 * 8000 * 5 + LARGEST_COPIED * COPY_BYTES
 
 
 def test_those_who_find_no_room_wait_in_order() -> None:
