@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Final
 
 from service.batching import Urgency
@@ -117,31 +116,21 @@ class Admission:
                 retry_after=self._pause(),
             )
 
-    @contextmanager
-    def slot(self, size: int = 0, urgency: Urgency = Urgency.INTERACTIVE) -> Iterator[None]:
-        """Hold the place of a picture of so many bytes. Raises Unavailable without room."""
+    def slot(self, size: int = 0, urgency: Urgency = Urgency.INTERACTIVE) -> Place:
+        """To hold the place of a picture of so many bytes. Raises Unavailable without room."""
         self.check(1, size, urgency)
-        bulk = int(urgency is Urgency.BULK)
-        self.bulk_held += bulk
-        try:
-            with self.hold(1, size):
-                yield
-        finally:
-            self.bulk_held -= bulk
+        return Place(self, 1, size, bulk=int(urgency is Urgency.BULK))
 
-    @contextmanager
-    def body(self, size: int) -> Iterator[None]:
-        """Hold the bytes of a request of many pictures, which then need only places.
+    def body(self, size: int) -> Place:
+        """To hold the bytes of a request of many pictures, which then need only places.
 
         Raises Unavailable without room.
         """
         self.check(0, size)
-        with self.hold(0, size):
-            yield
+        return self.hold(0, size)
 
-    @contextmanager
-    def more(self, places: int) -> Iterator[None]:
-        """Hold further places, for a picture's tiles: all, or Unavailable is raised."""
+    def more(self, places: int) -> Place:
+        """To hold further places, for a picture's tiles: all, or Unavailable is raised."""
         if self.held + places > self.limit:
             raise Unavailable(
                 f"the queue has room for {self.limit - self.held} more of the picture's "
@@ -149,19 +138,35 @@ class Admission:
                 reason="queue-full",
                 retry_after=self._pause(),
             )
-        with self.hold(places, 0):
-            yield
+        return self.hold(places, 0)
 
-    @contextmanager
-    def hold(self, places: int, size: int) -> Iterator[None]:
-        """Hold what has been checked already."""
-        self.held += places
-        self.bytes_held += size
-        try:
-            yield
-        finally:
-            self.held -= places
-            self.bytes_held -= size
+    def hold(self, places: int, size: int) -> Place:
+        """To hold what has been checked already."""
+        return Place(self, places, size)
+
+
+class Place:
+    """What is held while a `with` block runs."""
+
+    __slots__ = ("_admission", "_bulk", "_places", "_size")
+
+    def __init__(self, admission: Admission, places: int, size: int, *, bulk: int = 0) -> None:
+        self._admission = admission
+        self._places = places
+        self._size = size
+        self._bulk = bulk
+
+    def __enter__(self) -> None:
+        self._change(1)
+
+    def __exit__(self, *_: object) -> None:
+        self._change(-1)
+
+    def _change(self, sign: int) -> None:
+        held = self._admission
+        held.held += sign * self._places
+        held.bytes_held += sign * self._size
+        held.bulk_held += sign * self._bulk
 
 
 def _ms(seconds: float) -> str:

@@ -88,10 +88,17 @@ class _Ticket(Generic[Item]):
 class BatchQueue(Generic[Item]):
     """A thread-safe queue that is emptied in batches. It does not bound itself: see admission."""
 
-    def __init__(self, policy: Policy, sizing: Sizing | None = None) -> None:
-        """Batches are as large as the policy allows, or as `sizing` says."""
+    def __init__(
+        self, policy: Policy, sizing: Sizing | None = None, *, places: int | None = None
+    ) -> None:
+        """Batches are as large as the policy allows, or as `sizing` says.
+
+        With `places` so many batches are out at a time: whoever has one says when it is `done`.
+        """
         self._policy = policy
         self._sizing = sizing
+        self._places = places
+        """How many more batches may go out. None: whoever takes, gets."""
         self._condition = threading.Condition()
         # Ordered by arrival; an OrderedDict gives both ends and any middle in constant time.
         self._lanes: dict[_Kind, OrderedDict[int, _Ticket[Item]]] = {}
@@ -119,6 +126,18 @@ class BatchQueue(Generic[Item]):
             self._length += 1
             self._condition.notify()
 
+    def offer(self, item: Item) -> bool:
+        """Whether the caller may have the item's place at once, and works at it. Else: as `push`.
+
+        Only where there are `places`, nothing else waits, and batches do not wait to fill.
+        """
+        with self._condition:
+            if self._places and not (self._length or self._policy.max_delay or self._closed):
+                self._places -= 1
+                return True
+        self.push(item)
+        return False
+
     def remove(self, item: Item) -> bool:
         """Take an item out before its turn. False when it is not (or no longer) here."""
         with self._condition:
@@ -138,22 +157,59 @@ class BatchQueue(Generic[Item]):
         """
         with self._condition:
             while True:
-                now = time.monotonic()
-                head, pause = self._ripest(now)
-                if head is not None:
-                    if batch := self._pop(head, now):
+                pause = None
+                if self._places != 0:
+                    batch, pause = self._next()
+                    if batch:
+                        if self._places is not None:
+                            self._places -= 1
                         return batch
-                    # All of it was abandoned at this very moment; an empty list would mean the end.
-                    continue
                 if self._closed and not self._length:
                     return []
                 self._condition.wait(pause)
+
+    def done(self) -> None:
+        """A batch that was out is done."""
+        with self._condition:
+            self._give_back()
+
+    def done_for(self) -> list[Item]:
+        """As `done`, and the next batch in its place if one is ripe; without waiting for it."""
+        with self._condition:
+            batch, _ = self._next()
+            if not batch:
+                self._give_back()
+            return batch
+
+    def add_places(self, count: int) -> None:
+        """Let so many more batches be out at a time. Any thread."""
+        with self._condition:
+            assert self._places is not None, "its takers are not counted"
+            self._places += count
+            self._condition.notify_all()
 
     def close(self) -> None:
         """Take nothing more in; those who wait in `take` get what is left, then an empty list."""
         with self._condition:
             self._closed = True
             self._condition.notify_all()
+
+    def _give_back(self) -> None:
+        assert self._places is not None, "its takers are not counted"
+        self._places += 1
+        if self._length or self._closed:
+            self._condition.notify()
+
+    def _next(self) -> tuple[list[Item], float | None]:
+        """A batch that is ripe now; else none, and how long until there is one (None: unknown)."""
+        while True:
+            now = time.monotonic()
+            head, pause = self._ripest(now)
+            if head is None:
+                return [], pause
+            if batch := self._pop(head, now):
+                return batch, None
+            # All of it was abandoned at this very moment.
 
     def _ripest(self, now: float) -> tuple[Item | None, float | None]:
         """The head of the lane to serve now, or how long until there is one (None: unknown)."""

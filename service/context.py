@@ -53,6 +53,7 @@ class Service:
             devices=len(self.hardware.devices),
             callers=self.hardware.devices[0].callers,
             decode_threads=threads,
+            decoders_infer=self.hardware.devices[0].kind == "cpu",
             policy=Policy(batch, settings.max_queue_delay_ms / 1e3),
             on_batch=self.metrics.observe_batch,
             watchdog_seconds=settings.watchdog_seconds,

@@ -144,6 +144,8 @@ def thresholds(score: float, iou: float, most: int) -> dict[str, NDArray[Any]]:
 def by_picture(found: Sequence[NDArray[Any]], count: int) -> list[Detections]:
     """The file's outputs, picture by picture."""
     index, boxes, scores, labels = found
+    if count == 1:
+        return [Detections(boxes, scores, labels)]
     # Sorted by image, so each image is one slice.
     edges = np.searchsorted(index, np.arange(count + 1))
     return [Detections(boxes[a:b], scores[a:b], labels[a:b]) for a, b in pairwise(edges)]

@@ -1,6 +1,8 @@
 """From compressed picture to raw detections: decode threads, then one thread for each device.
 
-A picture passes from thread to thread without the event loop, which wakes only for the answer.
+A picture passes from thread to thread without the event loop, which wakes only for the answer. On
+a CPU the thread that decoded it goes on with it where an inference may begin at once: waking
+another one takes longer than much of what there is to do.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from service.decode_memory import DecodeMemory
 from service.detector import Detector
 from service.errors import DeadlineExceeded, InferenceFailed, RetinaserveError, Unavailable
 from service.imaging import Prepared, prepare
-from service.prediction import Prediction
+from service.prediction import Prediction, infers
 from service.record import Passage
 from service.work import BatchKey, Outcome, Servable, Timing, Work
 from service.workers import Watchdog, Worker
@@ -44,10 +46,13 @@ class Pipeline:
         policy: Policy,
         on_batch: Callable[[Servable, int], None],
         callers: int = 1,
+        decoders_infer: bool = False,
         watchdog_seconds: float = math.inf,
     ) -> None:
         """`callers` is how many threads use each device, side by side.
 
+        `decoders_infer`: they may be decode threads too. For one device, which must not mind from
+        which thread it is used.
         `on_batch` hears the model and size of every batch, in the device's thread.
         A batch that takes longer than `watchdog_seconds` is taken for the end of its device.
         """
@@ -60,7 +65,10 @@ class Pipeline:
         self._pending: set[Work] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._arrived: BatchQueue[Work] = BatchQueue(Policy())
-        self._ready: BatchQueue[Work] = BatchQueue(policy, self._batch_size)
+        self._ready: BatchQueue[Work] = BatchQueue(
+            policy, self._batch_size, places=callers if decoders_infer else None
+        )
+        self._decoders_infer = decoders_infer
         self._decoders = [
             Worker(f"decode-{i}", self._decode_forever) for i in range(decode_threads)
         ]
@@ -105,6 +113,8 @@ class Pipeline:
         """
         assert self._device_count == 1, "several devices have their threads from the start"
         with self._lock:
+            if self._decoders_infer:
+                self._ready.add_places(max(0, callers - len(self._devices)))
             for number in range(len(self._devices), callers):
                 worker = self._device(number)
                 self._devices.append(worker)
@@ -220,14 +230,14 @@ class Pipeline:
             self._ready.remove(work)
 
     def _device(self, number: int) -> Worker[Work]:
-        body = partial(self._infer_forever, number)
-        return Worker(f"device-{number}", body, limit=self._watchdog_seconds)
+        return Worker(f"device-{number}", partial(self._infer_forever, number))
 
     def _busy(self, number: int) -> int:
         """How many threads use the same device as this one just now, it among them."""
         callers = len(self._devices) // self._device_count
         first = number // callers * callers
-        return sum(bool(worker.held) for worker in self._devices[first : first + callers])
+        busy = sum(bool(worker.held) for worker in self._devices[first : first + callers])
+        return busy + sum(map(infers, self._decoders))
 
     def _batch_size(self, key: Hashable, waiting: int, left: float) -> int:
         assert isinstance(key, BatchKey), "only decoded pictures reach a device"
@@ -253,12 +263,24 @@ class Pipeline:
     def _decode_forever(self, worker: Worker[Work]) -> None:
         while batch := self._arrived.take():
             worker.hold(batch)
-            self._decode(batch[0])
+            if self._decode(batch[0]):
+                self._go_on(batch, worker)
             # Otherwise the last picture stays in memory until the next one comes.
             worker.hold(())
             del batch
 
-    def _decode(self, work: Work) -> None:
+    def _go_on(self, batch: list[Work], worker: Worker[Work]) -> None:
+        """Infer in a decode thread: what it has decoded, then what became ready meanwhile."""
+        while batch:
+            try:
+                self._infer_batch(batch, 0, worker)
+            except BaseException:
+                self._ready.done()
+                raise
+            batch = self._ready.done_for()
+
+    def _decode(self, work: Work) -> bool:
+        """Whether its place on the device is there at once, and it is for this thread to go on."""
         started = work.decoding = time.monotonic()
         try:
             prepared = work.make()
@@ -266,27 +288,35 @@ class Pipeline:
             # The frames of its traceback hold the picture.
             error.__traceback__ = error.__cause__ = error.__context__ = None
             _deliver([(work, error)])
-            return
+            return False
         except Exception:
             _log.exception(
                 "decoding failed in a way that nobody foresaw",
                 extra={"request_id": work.request_id},
             )
             _deliver([(work, InferenceFailed("the picture could not be processed"))])
-            return
+            return False
         work.decode_seconds = time.monotonic() - started
         self.prediction.observe_decoding(work.decode_seconds)
-        if not work.abandoned:
-            work.prepared = prepared
-            self._ready.push(work)
+        if work.abandoned:
+            return False
+        work.prepared = prepared
+        return self._ready.offer(work)
 
     def _infer_forever(self, number: int, worker: Worker[Work]) -> None:
         while batch := self._ready.take():
-            worker.hold(batch)
-            self._on_batch(batch[0].model, len(batch))
-            _deliver(self._infer(batch, number, worker))
+            try:
+                self._infer_batch(batch, number, worker)
+            finally:
+                if self._decoders_infer:
+                    self._ready.done()
             worker.hold(())
             del batch
+
+    def _infer_batch(self, batch: list[Work], number: int, worker: Worker[Work]) -> None:
+        worker.hold(batch, limit=self._watchdog_seconds)
+        self._on_batch(batch[0].model, len(batch))
+        _deliver(self._infer(batch, number, worker))
 
     def _infer(
         self, batch: list[Work], number: int, worker: Worker[Work]

@@ -55,15 +55,15 @@ class Prediction:
         now = time.monotonic()
         arrived, ready = self._arrived.lanes(), self._ready.lanes()
         seconds = self._rest(now)
-        seconds += sum(work.model.costs.of().seconds(1) for work in _held(self._decoders))
+        decoding = [each for each in self._decoders if not infers(each)]
+        seconds += sum(work.model.costs.of().seconds(1) for work in _held(decoding))
         bulk = [self._seconds(lane) for lane in (*arrived, *ready) if lane.urgency > urgency]
         before = [lane for lane in (*arrived, *ready) if lane.urgency <= urgency]
         urgent = sum(map(self._seconds, before))
         # Bulk has a turn now and then.
         seconds += urgent + min(sum(bulk), urgent / URGENT_TURNS)
         decodes = sum(lane.length for lane in arrived if lane.urgency <= urgency)
-        decoding = self._decode_seconds * decodes / len(self._decoders)
-        return max(seconds / self._count, decoding)
+        return max(seconds / self._count, self._decode_seconds * decodes / len(self._decoders))
 
     def check(self, seconds: float, urgency: Urgency) -> None:
         """Raise Unavailable when the queue alone takes longer than `seconds`."""
@@ -108,6 +108,7 @@ class Prediction:
         seconds = 0.0
         for first in range(0, self._count * callers, callers):
             busy = [each for each in self._devices[first : first + callers] if each.held]
+            busy += [each for each in self._decoders if infers(each)]
             seconds += sum(_rest(worker, now, len(busy)) for worker in busy)
         return seconds
 
@@ -119,6 +120,12 @@ class Prediction:
             assert isinstance(lane.key, Servable), "there are no other keys"
             cost = lane.key.costs.of()
         return cost.lasting(lane.length, most=self._max_batch_size)
+
+
+def infers(decoder: Worker[Work]) -> bool:
+    """Whether a decode thread goes on with what it decoded. Then there is only one device."""
+    held = decoder.held
+    return bool(held) and held[0].prepared is not None
 
 
 def _held(workers: Sequence[Worker[Work]]) -> list[Work]:

@@ -107,21 +107,27 @@ class Record:
         """The value of a Server-Timing header; None for an answer without pictures."""
         if not self.pictures:
             return None
-        now = time.monotonic()
-        entries = {"body": (self.body_finished or self.started) - self.started}
-        entries |= self.stages()._asdict()
-        entries["total"] = now - self.started
-        # Stages of several pictures overlap: their sums may be larger than the total.
+        total = time.monotonic() - self.started
+        body = (self.body_finished or self.started) - self.started
         count = len(self.pictures)
-        note = "" if count == 1 else f';desc="sum of {count} pictures"'
-        return ", ".join(
-            f"{name};dur={seconds * 1e3:.2f}{note if name in Stages._fields else ''}"
-            for name, seconds in entries.items()
-        )
+        if count == 1:
+            stages, shape = self.pictures[0].stages, _TIMING_OF_ONE
+        else:
+            stages, shape = self.stages(), _timing(f';desc="sum of {count} pictures"')
+        return shape % tuple(1e3 * seconds for seconds in (body, *stages, total))
 
 
 current: Final[ContextVar[Record | None]] = ContextVar("record", default=None)
 """The request that the current task works for."""
+
+
+def _timing(note: str) -> str:
+    """A format of the header. Stages of several pictures overlap: `note` says that they are sums."""
+    stages = [f"{name};dur=%.2f{note}" for name in Stages._fields]
+    return ", ".join(["body;dur=%.2f", *stages, "total;dur=%.2f"])
+
+
+_TIMING_OF_ONE: Final = _timing("")
 
 
 def _ms(seconds: float) -> float:

@@ -25,11 +25,8 @@ class Selection:
     max_detections: int
     max_when_tiled: int
     """The same for a picture that is cut into tiles: the model's default is made for one canvas."""
-
-    @property
-    def lowest_score(self) -> float:
-        """The threshold that the graph may apply without losing anything wanted."""
-        return float(self.scores.min(initial=1.0))
+    lowest_score: float
+    """The threshold that the graph may apply without losing anything wanted."""
 
 
 def resolve(
@@ -65,6 +62,7 @@ def resolve(
         iou=defaults.iou if iou_threshold is None else iou_threshold,
         max_detections=defaults.max_detections if max_detections is None else max_detections,
         max_when_tiled=MAX_DETECTIONS_CAP if max_detections is None else max_detections,
+        lowest_score=float(scores.min(initial=1.0)),
     )
 
 
@@ -74,11 +72,18 @@ def select(raw: Detections, letterbox: Letterbox, selection: Selection) -> Detec
     Filtering by score after NMS equals filtering before it: NMS goes by falling score, so a box
     is only ever suppressed by a better one, which passes the filter whenever it does.
     """
-    kept = raw.pick(raw.scores > selection.scores[raw.labels])
+    kept = _where(raw, raw.scores > selection.scores[raw.labels])
     boxes = letterbox.to_original(kept.boxes)
-    solid = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-    mapped = Detections(boxes, kept.scores, kept.labels).pick(solid)
+    solid = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
+    mapped = _where(Detections(boxes, kept.scores, kept.labels), solid)
+    if len(mapped) <= selection.max_detections:
+        return mapped
     return mapped.pick(slice(selection.max_detections))
+
+
+def _where(detections: Detections, mask: NDArray[np.bool_]) -> Detections:
+    """Mostly all of them are wanted: then nothing is copied."""
+    return detections if mask.all() else detections.pick(mask)
 
 
 def native(detections: Detections, classes: Sequence[str]) -> list[dict[str, Any]]:

@@ -21,15 +21,11 @@ Held = TypeVar("Held")
 class Worker(Generic[Held]):
     """A thread, and what it works at just now."""
 
-    def __init__(
-        self, name: str, body: Callable[[Worker[Held]], None], *, limit: float = math.inf
-    ) -> None:
-        """`body` runs until there is nothing more to do; it keeps `hold` up to date.
-
-        `limit` is how many seconds it may be at the same thing.
-        """
+    def __init__(self, name: str, body: Callable[[Worker[Held]], None]) -> None:
+        """`body` runs until there is nothing more to do; it keeps `hold` up to date."""
         self.name = name
-        self.limit = limit
+        self.limit = math.inf
+        """How many seconds it may be at what it has in hand."""
         self.held: Sequence[Held] = ()
         """What it has in hand."""
         self.since = 0.0
@@ -39,9 +35,11 @@ class Worker(Generic[Held]):
         self._body = body
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
 
-    def hold(self, held: Sequence[Held]) -> None:
-        """From now on it works at this; at nothing, when this is empty."""
+    def hold(self, held: Sequence[Held], *, limit: float = math.inf) -> None:
+        """From now on it works at this, for so many seconds at most; at nothing, when empty."""
+        # First: the watchdog takes none of the rest for what was before.
         self.since = time.monotonic()
+        self.limit = limit
         self.held = held
 
     def renew(self) -> None:

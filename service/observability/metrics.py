@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Final
 
@@ -90,6 +89,7 @@ class Metrics:
         ).set_function(lambda: self.in_progress)
         # `labels` of prometheus_client costs more than the counting itself.
         self._of_request: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
+        self._of_route: dict[str, Histogram] = {}
         self._models = ModelMetricsCollector()
         self.registry.register(self._models)
         ProcessCollector(registry=self.registry)
@@ -109,7 +109,10 @@ class Metrics:
         counter.inc()
         histogram.observe(seconds)
         if body_bytes:
-            self._bytes.labels(route).observe(body_bytes)
+            sizes = self._of_route.get(route)
+            if sizes is None:
+                sizes = self._of_route[route] = self._bytes.labels(route)
+            sizes.observe(body_bytes)
 
     def count_refusal(self, error: RetinaserveError) -> None:
         """Count one request or picture that got an error, and note why in its record."""
@@ -130,20 +133,9 @@ class Metrics:
         """Record one inference. Any thread."""
         self._of(model).observe_batch(size)
 
-    @contextmanager
-    def picture(self, model: Servable) -> Iterator[Watched]:
+    def picture(self, model: Servable) -> Watched:
         """Count how a picture ends that is handed to a model; an exception tells, or `answered`."""
-        numbers = self._of(model)
-        outcome: Outcome = "failed"
-        try:
-            watched = Watched(numbers, model)
-            yield watched
-            outcome = "answered" if watched.done else "failed"
-        except BaseException as error:
-            outcome = _outcome(error)
-            raise
-        finally:
-            numbers.count(outcome)
+        return Watched(self._of(model), model)
 
     def watch(
         self,
@@ -196,6 +188,15 @@ class Watched:
         self._numbers = numbers
         self._model = model
         self._started = time.monotonic()
+
+    def __enter__(self) -> Watched:
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if error is not None:
+            self._numbers.count(_outcome(error))
+        else:
+            self._numbers.count("answered" if self.done else "failed")
 
     def answered(
         self,

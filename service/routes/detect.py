@@ -31,6 +31,7 @@ from service.routes.parameters import (
     DetectQuery,
     Format,
     ImageType,
+    Selections,
     deadline,
     deadline_ms,
     parse_query,
@@ -54,13 +55,14 @@ class DetectRoute:
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._selections = Selections()
 
     async def answer(self, request: Request) -> Response:
         """One request."""
         service, arrived = self._service, time.monotonic()
         query = parse_query(request, DetectQuery)
         model = service.registry.get(query.model, query.version)
-        selection = query.selection(model.metadata)
+        selection = self._selections.of(request, query, model.metadata)
         body = await receive_body(service, request)
         read = time.monotonic()
         limit = deadline(

@@ -19,6 +19,8 @@ ImageType = Literal["image/jpeg", "image/png"]
 
 _SHORT_QUERY: Final = 256
 """Bytes of a query string that is worth remembering."""
+_REMEMBERED: Final = 64
+"""Query strings of which that is so. A client asks for the same again and again."""
 _JSON_RANGES: Final = ("application/json", "application/*", "*/*")
 _IMAGE_RANGES: Final[dict[str, ImageType]] = {
     "image/jpeg": "image/jpeg",
@@ -99,8 +101,27 @@ def _parse(written: bytes, kind: type[Query]) -> Query:
         raise InvalidParameter(describe_errors(error, kind)) from error
 
 
-# A client asks for the same again and again.
-_parsed = lru_cache(maxsize=64)(_parse)
+_parsed = lru_cache(maxsize=_REMEMBERED)(_parse)
+
+
+class Selections:
+    """`BatchQuery.selection`, remembered. One event loop's."""
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, tuple[Metadata, Selection]] = {}
+
+    def of(self, request: Request, query: BatchQuery, metadata: Metadata) -> Selection:
+        """What to keep of a picture's detections. Raises InvalidParameter."""
+        written: bytes = request.scope["query_string"]
+        known = self._known.get(written)
+        if known is not None and known[0] is metadata:
+            return known[1]
+        found = query.selection(metadata)
+        if len(written) <= _SHORT_QUERY:
+            if len(self._known) >= _REMEMBERED:
+                self._known.clear()
+            self._known[written] = metadata, found
+        return found
 
 
 def describe_errors(error: ValidationError, kind: type[BaseModel]) -> str:

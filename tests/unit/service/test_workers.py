@@ -134,10 +134,10 @@ def test_a_wedge_is_told_once_with_its_seconds(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def body(worker: Worker[str]) -> None:
-        worker.hold(["picture"])
+        worker.hold(["picture"], limit=0.05)
         stage.over.wait(LIMIT)
 
-    stage.watch(Worker("device-0", body, limit=0.05))
+    stage.watch(Worker("device-0", body))
     until(lambda: bool(stage.wedges))
     assert stage.dog is not None
     looks(stage.dog, monkeypatch)()
@@ -148,12 +148,12 @@ def test_a_wedge_is_told_once_with_its_seconds(
 
 def test_an_idle_worker_is_never_wedged(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     def body(worker: Worker[str]) -> None:
-        worker.hold(["picture"])
-        worker.hold(())
+        worker.hold(["picture"], limit=1e-6)
+        worker.hold((), limit=1e-6)
         stage.over.wait(LIMIT)
 
-    worker = Worker("device-0", body, limit=1e-6)
-    worker.hold(())
+    worker = Worker("device-0", body)
+    worker.hold((), limit=1e-6)
     stage.watch(worker)
     assert stage.dog is not None
     looks(stage.dog, monkeypatch)()
@@ -165,8 +165,8 @@ def test_a_worker_that_gets_on_is_not_wedged_however_long_it_takes(
 ) -> None:
     now = 0.0
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
-    worker: Worker[str] = Worker("device-0", lambda _: None, limit=10.0)
-    worker.hold(["one", "two", "three"])
+    worker: Worker[str] = Worker("device-0", lambda _: None)
+    worker.hold(["one", "two", "three"], limit=10.0)
     dog = Watchdog([worker], on_death=lambda _: None, on_wedge=stage.wedged)
     monkeypatch.setattr(worker.thread, "is_alive", lambda: True)
     for _ in range(3):
@@ -186,11 +186,11 @@ def test_time_that_the_whole_process_stood_still_is_nobodys(
 ) -> None:
     now = 0.0
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
-    worker: Worker[str] = Worker("device-0", lambda _: None, limit=10.0)
+    worker: Worker[str] = Worker("device-0", lambda _: None)
     monkeypatch.setattr(worker.thread, "is_alive", lambda: True)
     dog = Watchdog([worker], on_death=lambda _: None, on_wedge=stage.wedged)
     dog.tick()
-    worker.hold(["picture"])
+    worker.hold(["picture"], limit=10.0)
     # A stopped container, a paused machine: the watchdog does not get to look either.
     now += 3600.0
     dog.tick()
@@ -205,7 +205,7 @@ def test_the_watchdog_goes_on_after_a_failure_of_its_own(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def body(worker: Worker[str]) -> None:
-        worker.hold([worker.name])
+        worker.hold([worker.name], limit=0.02)
         stage.over.wait(LIMIT)
 
     def broken(worker: Worker[str], seconds: float) -> None:
@@ -213,7 +213,7 @@ def test_the_watchdog_goes_on_after_a_failure_of_its_own(
         raise RuntimeError("nobody listens")
 
     monkeypatch.setattr(stage, "wedged", broken)
-    stage.watch(*(Worker(f"device-{number}", body, limit=0.02) for number in range(2)))
+    stage.watch(*(Worker(f"device-{number}", body) for number in range(2)))
     until(lambda: {name for name, _ in stage.wedges} == {"device-0", "device-1"})
     assert len(stage.wedges) == 2
 
