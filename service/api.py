@@ -13,6 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
+from service.application import Application
 from service.context import Service
 from service.envelope import Envelope
 from service.errors import InvalidParameter, RetinaserveError
@@ -71,7 +72,7 @@ def create_app(settings: Settings, *, loading: Models | None = None) -> FastAPI:
                 seconds = min(_FLUSH_SECONDS, settings.drain_seconds)
                 await asyncio.to_thread(service.tracing.close, seconds)
 
-    app = FastAPI(
+    app = Application(
         title="retinaserve",
         version=package_version(),
         description=_DESCRIPTION,

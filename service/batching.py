@@ -112,6 +112,8 @@ class BatchQueue(Generic[Item]):
 
     def lanes(self) -> list[Lane]:
         """What waits."""
+        if not self._length:
+            return []
         with self._condition:
             return [Lane(*kind, len(lane)) for kind, lane in self._lanes.items()]
 

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import binascii
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any, Final, NamedTuple, cast
 
 import orjson
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
-from starlette.datastructures import Headers
 
 from service.errors import (
     BodyTimeout,
@@ -75,7 +74,7 @@ class Uploads:
 
 
 async def read_body(
-    headers: Headers,
+    headers: Mapping[str, str],
     receive: Receive,
     *,
     limit: int,

@@ -94,6 +94,7 @@ class Costs:
         self._lock = threading.Lock()
         self._costs: OrderedDict[Size, BatchCost] = OrderedDict()
         """The most recent one is the last."""
+        self._newest = BatchCost()
         self._fastest = math.inf
         self._learnt = -math.inf
 
@@ -103,6 +104,7 @@ class Costs:
             cost = self._costs.setdefault(canvas, BatchCost())
             cost.observe(pictures, seconds)
             self._costs.move_to_end(canvas)
+            self._newest = cost
             if len(self._costs) > _MOST_CANVASES:
                 self._costs.popitem(last=False)
             self._fastest = min(self._fastest, cost.fastest)
@@ -110,11 +112,9 @@ class Costs:
 
     def of(self, canvas: Size | None = None) -> BatchCost:
         """The cost of a canvas: of one never seen, and of none, that of the most recent one."""
-        with self._lock:
-            known = None if canvas is None else self._costs.get(canvas)
-            if known is None and self._costs:
-                known = self._costs[next(reversed(self._costs))]
-            return known or BatchCost()
+        # Without the lock: single look-ups, and asked for many times with each picture.
+        known = None if canvas is None else self._costs.get(canvas)
+        return known or self._newest
 
     @property
     def fastest(self) -> float:

@@ -208,10 +208,12 @@ class Pipeline:
         self._arrived.push(work)
         try:
             return await work.future
+        except BaseException:
+            self._withdraw(work)
+            raise
         finally:
             self._pending.discard(work)
             timer.cancel()
-            self._withdraw(work)
             # An exception's traceback holds this frame, and the future holds the exception:
             # with these names left in the frame the picture would wait for the cycle collector.
             del work, future

@@ -52,16 +52,16 @@ class Prediction:
 
         0 when it would not wait at all. Any thread.
         """
-        now = time.monotonic()
         arrived, ready = self._arrived.lanes(), self._ready.lanes()
-        seconds = self._rest(now)
-        decoding = [each for each in self._decoders if not infers(each)]
-        seconds += sum(work.model.costs.of().seconds(1) for work in _held(decoding))
-        bulk = [self._seconds(lane) for lane in (*arrived, *ready) if lane.urgency > urgency]
-        before = [lane for lane in (*arrived, *ready) if lane.urgency <= urgency]
-        urgent = sum(map(self._seconds, before))
+        seconds = self._in_hand(time.monotonic())
+        before = after = 0.0
+        for lane in (*arrived, *ready):
+            if lane.urgency <= urgency:
+                before += self._seconds(lane)
+            else:
+                after += self._seconds(lane)
         # Bulk has a turn now and then.
-        seconds += urgent + min(sum(bulk), urgent / URGENT_TURNS)
+        seconds += before + min(after, before / URGENT_TURNS)
         decodes = sum(lane.length for lane in arrived if lane.urgency <= urgency)
         return max(seconds / self._count, self._decode_seconds * decodes / len(self._decoders))
 
@@ -102,14 +102,22 @@ class Prediction:
         """Decoding a picture took so long. Any thread."""
         self._decode_seconds += _NEWS * (seconds - self._decode_seconds)
 
-    def _rest(self, now: float) -> float:
-        """How many seconds the devices, one after the other, will go on with what is in hand."""
+    def _in_hand(self, now: float) -> float:
+        """How many seconds the devices, one after the other, will go on with what threads have."""
+        seconds, inferring = 0.0, []
+        for decoder in self._decoders:
+            if infers(decoder):
+                inferring.append(decoder)
+            else:
+                # Looked at once: the thread goes on meanwhile.
+                for work in decoder.held:
+                    seconds += work.model.costs.of().seconds(1)
         callers = len(self._devices) // self._count
-        seconds = 0.0
         for first in range(0, self._count * callers, callers):
             busy = [each for each in self._devices[first : first + callers] if each.held]
-            busy += [each for each in self._decoders if infers(each)]
-            seconds += sum(_rest(worker, now, len(busy)) for worker in busy)
+            busy += inferring
+            for worker in busy:
+                seconds += _rest(worker, now, len(busy))
         return seconds
 
     def _seconds(self, lane: Lane) -> float:
@@ -126,10 +134,6 @@ def infers(decoder: Worker[Work]) -> bool:
     """Whether a decode thread goes on with what it decoded. Then there is only one device."""
     held = decoder.held
     return bool(held) and held[0].prepared is not None
-
-
-def _held(workers: Sequence[Worker[Work]]) -> list[Work]:
-    return [work for worker in workers for work in worker.held]
 
 
 def _rest(worker: Worker[Work], now: float, sharing: int) -> float:

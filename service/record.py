@@ -122,7 +122,7 @@ current: Final[ContextVar[Record | None]] = ContextVar("record", default=None)
 
 
 def _timing(note: str) -> str:
-    """A format of the header. Stages of several pictures overlap: `note` says that they are sums."""
+    """A format of the header. Stages of several pictures overlap; `note` says it: sums."""
     stages = [f"{name};dur=%.2f{note}" for name in Stages._fields]
     return ", ".join(["body;dur=%.2f", *stages, "total;dur=%.2f"])
 

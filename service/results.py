@@ -74,7 +74,7 @@ def select(raw: Detections, letterbox: Letterbox, selection: Selection) -> Detec
     """
     kept = _where(raw, raw.scores > selection.scores[raw.labels])
     boxes = letterbox.to_original(kept.boxes)
-    solid = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
+    solid = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
     mapped = _where(Detections(boxes, kept.scores, kept.labels), solid)
     if len(mapped) <= selection.max_detections:
         return mapped

@@ -22,6 +22,11 @@ from service.refusal import refusal
 _PATH: Final = "/v1/detect"
 
 
+def is_short(scope: Scope) -> bool:
+    """Whether a request is one with one picture."""
+    return scope["type"] == "http" and scope["method"] == "POST" and get_route_path(scope) == _PATH
+
+
 class ShortWay:
     """Plain ASGI: takes a request with one picture to its endpoint, any other to the router."""
 
@@ -35,8 +40,7 @@ class ShortWay:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
-        ours = scope["type"] == "http" and scope["method"] == "POST"
-        if not (ours and get_route_path(scope) == _PATH):
+        if not is_short(scope):
             await self._app(scope, receive, send)
             return
         scope["route"] = self._route

@@ -95,7 +95,7 @@ class RestRoutes:
 
     async def _infer(self, request: Request, model: Servable) -> Response:
         service, arrived = self._service, time.monotonic()
-        body = await receive_body(service, request)
+        body = await receive_body(service, request, request.headers)
         limit = deadline(
             request.headers,
             arrived=arrived,

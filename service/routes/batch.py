@@ -64,7 +64,7 @@ class BatchRoute:
         query = parse_query(request, BatchQuery)
         model = service.registry.get(query.model, query.version)
         selection = query.selection(model.metadata)
-        body = await receive_body(service, request)
+        body = await receive_body(service, request, request.headers)
         size = len(body)
         # All of the pictures are in memory from now on, not only those that have a place.
         service.pictures.check(0, size)

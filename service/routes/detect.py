@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 import orjson
@@ -63,20 +63,21 @@ class DetectRoute:
         query = parse_query(request, DetectQuery)
         model = service.registry.get(query.model, query.version)
         selection = self._selections.of(request, query, model.metadata)
-        body = await receive_body(service, request)
+        headers = _fields(request)
+        body = await receive_body(service, request, headers)
         read = time.monotonic()
         limit = deadline(
-            request.headers,
+            headers,
             arrived=arrived,
             read=read,
             limit_ms=service.settings.request_timeout_ms,
         )
         with service.pictures.slot(len(body)), WhileConnected(request):
-            picture = await self._picture(request.headers.get("content-type", ""), body)
+            picture = await self._picture(headers.get("content-type", ""), body)
             # Base64 has been copied out of it.
             del body
             answer = await detect_one(service, picture, model, selection, limit, query.tile)
-            image_type = wanted_image(request.headers.get("accept"))
+            image_type = wanted_image(headers.get("accept"))
             if image_type is not None:
                 content = await service.off_loop(
                     _annotated, picture, answer.found, model, image_type, service
@@ -107,14 +108,22 @@ def add_routes(app: FastAPI, service: Service) -> None:
     )
 
 
-async def receive_body(service: Service, request: Request) -> Body:
+def _fields(request: Request) -> Mapping[str, str]:
+    """The first header field of each name: starlette's own way goes through all for each look."""
+    return {
+        name.decode("latin-1"): value.decode("latin-1")
+        for name, value in reversed(request.scope["headers"])
+    }
+
+
+async def receive_body(service: Service, request: Request, headers: Mapping[str, str]) -> Body:
     """Read a request's body within the service's limits."""
     settings, presence = service.settings, presence_of(request.scope)
-    asked = request.headers.get("x-deadline-ms")
+    asked = headers.get("x-deadline-ms")
     if asked is not None:
         deadline_ms(asked, settings.request_timeout_ms)
     return await read_body(
-        request.headers,
+        headers,
         request.receive,
         limit=settings.max_body_bytes,
         timeout=settings.body_timeout_ms / 1e3,

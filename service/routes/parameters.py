@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from starlette.datastructures import Headers, QueryParams
+from starlette.datastructures import QueryParams
 from starlette.requests import Request
 
 from service.artifact import MAX_DETECTIONS_CAP, Metadata
@@ -150,7 +151,7 @@ def describe_query(kind: type[BatchQuery]) -> list[dict[str, Any]]:
     ]
 
 
-def deadline(headers: Headers, *, arrived: float, read: float, limit_ms: int) -> float:
+def deadline(headers: Mapping[str, str], *, arrived: float, read: float, limit_ms: int) -> float:
     """When an answer is too late, on the clock of `time.monotonic`.
 
     `arrived` is when the request came, which `X-Deadline-Ms` counts from; `read` is when its body

@@ -47,7 +47,9 @@ def test_drawn_cells_at_other_sizes(size: tuple[int, int]) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(SIDES, SIDES, SIDES, SIDES)
-def test_noise_between_any_two_sizes(width: int, height: int, to_width: int, to_height: int) -> None:
+def test_noise_between_any_two_sizes(
+    width: int, height: int, to_width: int, to_height: int
+) -> None:
     """The hardest picture there is: neighbours have nothing in common."""
     picture, size = noise(width, height), Size(to_height, to_width)
     difference = np.abs(resize(picture, size).astype(np.int64) - pillow(picture, size))
