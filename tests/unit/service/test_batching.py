@@ -290,3 +290,89 @@ def test_sizing_cannot_break_the_policy() -> None:
     for number in range(3):
         queue.push(Item(number))
     assert numbers(queue.take()) == [0, 1]
+
+
+def test_with_places_so_many_batches_are_out_at_a_time() -> None:
+    queue: BatchQueue[Item] = BatchQueue(Policy(), places=1)
+    for number in range(3):
+        queue.push(Item(number))
+    assert numbers(queue.take()) == [0]
+    taken: list[int] = []
+    taker = in_thread(lambda: taken.extend(numbers(queue.take())))
+    time.sleep(0.02)
+    assert taken == []
+    queue.done()
+    taker.join(60)
+    assert taken == [1]
+    queue.add_places(1)
+    assert numbers(queue.take()) == [2]
+
+
+def test_an_item_is_the_callers_own_while_a_place_is_free_and_nothing_waits() -> None:
+    queue: BatchQueue[Item] = BatchQueue(Policy(max_batch_size=2), places=1)
+    assert queue.offer(Item(0))
+    assert not queue.offer(Item(1))
+    assert not queue.offer(Item(2))
+    # In the place of the first, and together as they may be.
+    assert numbers(queue.done_for()) == [1, 2]
+    assert queue.done_for() == []
+    queue.push(Item(3))
+    # Whoever waits goes first, though a place is free.
+    assert not queue.offer(Item(4))
+    assert numbers(queue.take()) == [3, 4]
+
+
+def test_an_offer_is_no_way_around_the_delay_nor_past_the_end() -> None:
+    slow: BatchQueue[Item] = BatchQueue(Policy(max_batch_size=2, max_delay=60.0), places=1)
+    assert not slow.offer(Item(0))
+    assert not slow.offer(Item(1))
+    assert numbers(slow.take()) == [0, 1]
+    closed: BatchQueue[Item] = BatchQueue(Policy(), places=1)
+    closed.close()
+    assert not closed.offer(Item(0))
+    assert closed.take() == []
+
+
+def test_without_places_everything_is_taken_by_takers() -> None:
+    queue: BatchQueue[Item] = BatchQueue(Policy())
+    assert not queue.offer(Item(0))
+    assert numbers(queue.take()) == [0]
+
+
+def test_many_who_go_on_themselves_and_takers_lose_nothing_and_exceed_no_place() -> None:
+    queue: BatchQueue[Item] = BatchQueue(Policy(max_batch_size=3), places=2)
+    done: list[int] = []
+    out, most, lock = 0, 0, threading.Lock()
+
+    def work(batch: list[Item]) -> None:
+        nonlocal out, most
+        with lock:
+            out += 1
+            most = max(most, out)
+        time.sleep(0.0002)
+        with lock:
+            out -= 1
+            done.extend(numbers(batch))
+
+    def produce(first: int) -> None:
+        for number in range(first, first + 200):
+            item = Item(number)
+            batch = [item] if queue.offer(item) else []
+            while batch:
+                work(batch)
+                batch = queue.done_for()
+
+    def take() -> None:
+        while batch := queue.take():
+            work(batch)
+            queue.done()
+
+    takers = [in_thread(take) for _ in range(2)]
+    producers = [in_thread(lambda first=first: produce(first)) for first in (0, 200, 400)]
+    for producer in producers:
+        producer.join(60)
+    queue.close()
+    for taker in takers:
+        taker.join(60)
+    assert sorted(done) == list(range(600))
+    assert most == 2

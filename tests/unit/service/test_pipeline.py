@@ -31,6 +31,7 @@ from tests import tiny_model
 from tests.pictures import BLUE, GREEN, RED, encoded, one_red, squares
 
 MAGENTA = (255, 0, 255)
+OTHER = encoded(squares((32, 16, RED), (64, 48, GREEN)))
 POISON = encoded(Image.new("RGB", (128, 96), MAGENTA))
 
 
@@ -46,12 +47,17 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Servable]:
 
 @asynccontextmanager
 async def started(
-    policy: Policy | None = None, *, decode_threads: int = 2, sizes: list[int] | None = None
+    policy: Policy | None = None,
+    *,
+    decode_threads: int = 2,
+    sizes: list[int] | None = None,
+    **options: Any,
 ) -> AsyncIterator[Pipeline]:
     seen = [] if sizes is None else sizes
     line = Pipeline(
         devices=1,
         decode_threads=decode_threads,
+        **options,
         policy=policy or Policy(),
         on_batch=lambda _, size: seen.append(size),
     )
@@ -291,6 +297,94 @@ async def test_a_thread_that_came_later_is_watched_too(load: Callable[..., Serva
             await detect(line, model, encoded(one_red()))
         answers = [detect(line, alone_twice(alone), encoded(one_red())) for _ in range(8)]
         assert len(await asyncio.gather(*answers)) == 8
+
+
+class Where(Detector):
+    """A real session that notes in which threads it runs, and first does what `before` says."""
+
+    before: Callable[[], None] = staticmethod(lambda: None)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> list[Detections]:
+        self.threads.append(threading.current_thread().name)
+        self.before()
+        return super().__call__(*args, **kwargs)
+
+
+def where(model: Servable, before: Callable[[], None] | None = None) -> tuple[Servable, list[str]]:
+    device = Device("cpu")
+    detector = Where(model.artifact, providers=providers(device), options=session_options(device))
+    detector.threads = []
+    if before is not None:
+        detector.before = before
+    return replace(model, detectors=(detector, detector)), detector.threads
+
+
+async def test_on_a_cpu_the_thread_that_decoded_goes_on(load: Callable[..., Servable]) -> None:
+    plain = load()
+    model, threads = where(plain)
+    async with started() as line:
+        expected = [await detect(line, plain, data) for data in (encoded(one_red()), OTHER)]
+    async with started(decoders_infer=True) as line:
+        answers = await asyncio.gather(
+            *(detect(line, model, (encoded(one_red()), OTHER)[turn % 2]) for turn in range(40))
+        )
+    for turn, answer in enumerate(answers):
+        assert np.array_equal(answer.detections.boxes, expected[turn % 2].detections.boxes)
+    assert len(threads) == 40
+    assert "decode" in {name.partition("-")[0] for name in threads}
+
+
+async def test_no_more_inferences_at_a_time_than_callers(load: Callable[..., Servable]) -> None:
+    running, most, lock = 0, 0, threading.Lock()
+
+    def slow() -> None:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.002)
+        with lock:
+            running -= 1
+
+    model, _ = where(load(), slow)
+    for callers in (1, 2):
+        most = 0
+        async with started(decode_threads=4, decoders_infer=True) as line:
+            line.widen(callers)
+            await asyncio.gather(*(detect(line, model, encoded(one_red())) for _ in range(40)))
+        assert most == callers
+
+
+async def test_a_decode_thread_that_dies_inferring_gives_its_place_back(
+    load: Callable[..., Servable],
+) -> None:
+    dying = True
+
+    def die() -> None:
+        nonlocal dying
+        if dying:
+            dying = False
+            raise SystemExit
+
+    model, _ = where(load(), die)
+    async with started(decoders_infer=True) as line:
+        with pytest.raises(InferenceFailed, match="log says why"):
+            await detect(line, model, encoded(one_red()))
+        answers = [detect(line, model, encoded(one_red())) for _ in range(8)]
+        assert len(await asyncio.gather(*answers)) == 8
+
+
+async def test_an_inference_that_hangs_in_a_decode_thread_is_the_end_too(
+    load: Callable[..., Servable],
+) -> None:
+    over = threading.Event()
+    model, threads = where(load(), lambda: over.wait(60.0) and None)
+    async with started(decoders_infer=True, watchdog_seconds=0.2) as line:
+        with pytest.raises(Unavailable, match="has been on decode-"):
+            await detect(line, model, encoded(one_red()))
+        assert line.fatal is not None
+        over.set()
+    assert threads
 
 
 def alone_twice(model: Servable) -> Servable:

@@ -31,6 +31,8 @@ class Item:
     urgency: Urgency = Urgency.INTERACTIVE
     deadline: float = float("inf")
     abandoned: bool = False
+    prepared: Any = None
+    """What a decode thread made of it."""
 
 
 @pytest.fixture
@@ -54,10 +56,11 @@ class Line:
         self.arrived: BatchQueue[Work] = BatchQueue(Policy())
         self.ready: BatchQueue[Work] = BatchQueue(Policy())
         self.devices = [_idle(f"device-{i}") for i in range(devices * callers)]
+        self.decoders = [_idle(f"decode-{i}") for i in range(2)]
         self.prediction = Prediction(
             arrived=self.arrived,
             ready=self.ready,
-            decoders=[_idle(f"decode-{i}") for i in range(2)],
+            decoders=self.decoders,
             devices=self.devices,
             count=devices,
             max_batch_size=batch,
@@ -175,6 +178,18 @@ def test_batches_side_by_side_share_a_device(model: Servable) -> None:
     ready(line, model, 8)
     assert line.prediction.wait() == pytest.approx(2 * (0.110 - 0.025) + 0.110)
     assert Line(callers=2).prediction.admit(model, NOW + 9, pictures=3) == pytest.approx(0.060)
+
+
+def test_a_decode_thread_that_infers_counts_as_one_of_the_devices(model: Servable) -> None:
+    line = Line(callers=2)
+    item = Item(BatchKey(model, CANVAS, 0.5), model)
+    line.decoders[0].held = [cast(Any, item)]
+    line.decoders[0].since = NOW - 0.010
+    assert line.prediction.wait() == pytest.approx(0.040), "all of it is still to come"
+    item.prepared = object()
+    assert line.prediction.wait() == pytest.approx(0.040 - 0.010)
+    in_hand(line, 0, model, 1, since=NOW - 0.010)
+    assert line.prediction.wait() == pytest.approx(2 * (0.040 - 0.005)), "they share the device"
 
 
 def test_several_devices_may_have_several_threads_each(model: Servable) -> None:
