@@ -140,6 +140,11 @@ def test_kserve_accepts_its_pair(kserve: list[Manifest]) -> None:
     # KServe knows its container by this name and mounts what is stored at this path.
     assert container["name"] == "kserve-container"
     assert variables(container)["RETINASERVE_MODELS_DIR"] == "/mnt/models"
+    (port,) = container["ports"]
+    assert port["containerPort"] == Settings.model_fields["port"].default
+    for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+        assert container[probe]["httpGet"]["port"] == port["containerPort"]
+    assert runtime["spec"]["annotations"]["prometheus.io/port"] == str(port["containerPort"])
     misspelt = copy.deepcopy(service)
     misspelt["spec"]["predictor"]["model"]["storageURI"] = model["storageUri"]
     with pytest.raises(jsonschema.ValidationError):
