@@ -1,4 +1,5 @@
-# Build args: VARIANT=gpu|cpu, BASE_IMAGE (any image with Python 3.11 or newer and its venv module).
+# Build args: VARIANT=gpu|cpu, BASE_IMAGE (any image with Python 3.11 or newer and its venv module),
+# REVISION (the commit that is built, for the image's labels).
 ARG BASE_IMAGE=python:3.12-slim
 ARG VARIANT=gpu
 
@@ -20,10 +21,6 @@ RUN /opt/pip/bin/pip --python /opt/retinaserve/bin/python install --no-cache-dir
       --no-deps --prefix /opt/project /build
 
 FROM ${BASE_IMAGE} AS runtime
-LABEL org.opencontainers.image.title="retinaserve" \
-      org.opencontainers.image.description="RetinaNet object detection over HTTP" \
-      org.opencontainers.image.licenses="Apache-2.0" \
-      org.opencontainers.image.version="0.1.0"
 COPY --from=dependencies /opt/retinaserve /opt/retinaserve
 COPY --from=project /opt/project /opt/retinaserve
 ENV PATH=/opt/retinaserve/bin:$PATH \
@@ -49,3 +46,11 @@ ENV RETINASERVE_DEVICE=cuda \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 
 FROM runtime-${VARIANT}
+ARG BASE_IMAGE
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="retinaserve" \
+      org.opencontainers.image.description="RetinaNet object detection over HTTP" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="0.1.0" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.base.name="${BASE_IMAGE}"

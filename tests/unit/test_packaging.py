@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -197,11 +198,21 @@ def test_compose_waits_longer_than_a_drain_takes() -> None:
     fields = Settings.model_fields
     drain = fields["drain_delay_seconds"].default + fields["drain_seconds"].default
     for service in services.values():
-        assert service["read_only"] is True
+        assert service["read_only"] is True, "observers, too"
         assert float(service["stop_grace_period"].removesuffix("s")) > drain
     (device,) = services["gpu"]["deploy"]["resources"]["reservations"]["devices"]
     assert device["capabilities"] == ["gpu"]
     assert services["cpu"]["profiles"] == ["cpu"]
+
+
+def test_the_image_says_which_version_and_revision_it_is(project: dict[str, Any]) -> None:
+    text = (ROOT / "Dockerfile").read_text()
+    labels = dict(re.findall(r'org\.opencontainers\.image\.([a-z.]+)="([^"]*)"', text))
+    assert labels["version"] == project["version"]
+    assert labels["licenses"] == project["license"]
+    assert labels["revision"] == "${REVISION}"
+    assert labels["base.name"] == "${BASE_IMAGE}"
+    assert {"title", "description"} <= labels.keys()
 
 
 def test_the_top_level_is_the_agreed_one(tracked: list[Path]) -> None:
