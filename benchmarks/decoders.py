@@ -1,11 +1,12 @@
-"""JPEG to canvas with three decoders: their cost, and how far they are from a full decode.
+"""JPEG to canvas with three decoders, and with two ways to scale: cost, and how far they differ.
 
     pip install simplejpeg opencv-python-headless
     python benchmarks/decoders.py
 
-All end in Pillow's bilinear resize to 384 x 512, so only the decoder differs. Core-milliseconds are
-the median of CPU time; the difference is the mean absolute one in grey levels, against decoding in
-full with the same decoder. The JPEGs are those of `decode.py`.
+All end in the service's own bilinear resize to 384 x 512, so only the decoder differs; but for
+`pillow resizes`, which is the service's way with Pillow's resize in its place. Core-milliseconds
+are the median of CPU time; the difference is the mean absolute one in grey levels, against decoding
+in full with the same decoder. The JPEGs are those of `decode.py`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from report import Report, add_options
 
+from service import resizing
 from service.canvas import Buckets, Size
 from service.imaging import prepare
 
@@ -36,7 +38,7 @@ Pixels = NDArray[np.uint8]
 
 
 def resize(image: Image.Image) -> Pixels:
-    return np.asarray(image.convert("RGB").resize(CANVAS, Image.Resampling.BILINEAR))
+    return resizing.resize(image.convert("RGB"), Size(CANVAS[1], CANVAS[0]))
 
 
 def pillow_full(data: bytes) -> Pixels:
@@ -45,6 +47,14 @@ def pillow_full(data: bytes) -> Pixels:
 
 def service_imaging(data: bytes) -> Pixels:
     return prepare(data, RULE).canvas
+
+
+def pillow_resizes(data: bytes) -> Pixels:
+    vectorised, resizing.vectorised = resizing.vectorised, None
+    try:
+        return prepare(data, RULE).canvas
+    finally:
+        resizing.vectorised = vectorised
 
 
 def simplejpeg_full(data: bytes) -> Pixels:
@@ -74,6 +84,7 @@ def opencv_scaled(data: bytes) -> Pixels:
 PAIRS: tuple[tuple[Callable[[bytes], Pixels], Callable[[bytes], Pixels]], ...] = (
     (pillow_full, pillow_full),
     (service_imaging, pillow_full),
+    (pillow_resizes, pillow_full),
     (simplejpeg_full, simplejpeg_full),
     (simplejpeg_scaled, simplejpeg_full),
     (opencv_full, opencv_full),

@@ -72,7 +72,7 @@ class _Rule(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     interpolation: Literal["bilinear"] = "bilinear"
-    """Pillow's BILINEAR: a triangle filter, widened to the source's support when shrinking."""
+    """Pillow's BILINEAR, as `service.resizing` computes it."""
     place: Literal["top-left"] = "top-left"
 
 
