@@ -58,7 +58,7 @@ def test_healthz_answers_at_once_while_the_model_is_saturated(
 
 
 def test_a_full_queue_refuses_and_recovers(serve: Serve, slow_models: Path) -> None:
-    process = serve(slow_models, max_queue_size=3)
+    process = serve(slow_models, max_queue_size=3, request_timeout_ms=600_000)
 
     def post(_: int) -> httpx.Response:
         with process.client() as client:
@@ -190,7 +190,7 @@ def test_memory_is_flat(serve: Serve, quick_models: Path) -> None:
 
 
 def test_ndjson_lines_come_as_they_finish(serve: Serve, slow_models: Path) -> None:
-    process = serve(slow_models)
+    process = serve(slow_models, request_timeout_ms=600_000)
     arrivals: list[float] = []
     files = [("files", (f"{i}", GOOD)) for i in range(4)]
     with (

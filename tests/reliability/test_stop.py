@@ -75,7 +75,7 @@ def test_the_delay_keeps_serving_while_not_ready(serve: Serve, quick_models: Pat
 
 
 def test_the_drain_has_an_end(serve: Serve, slow_models: Path) -> None:
-    process = serve(slow_models, drain_seconds=1, request_timeout_ms=120_000)
+    process = serve(slow_models, drain_seconds=1, request_timeout_ms=600_000)
     answers: list[httpx.Response] = []
 
     def post() -> None:
