@@ -261,7 +261,7 @@ class Load:
 
     def _post(self, number: int) -> None:
         turn = number
-        with httpx.Client(timeout=PATIENCE, verify=False) as client:  # noqa: S501
+        with httpx.Client(timeout=PATIENCE, verify=False) as client:
             while not self._over.is_set():
                 picture = turn % len(self._pictures)
                 seen = _exchange(client, self._url, self._pictures[picture], picture)
@@ -317,5 +317,3 @@ def _tree(pid: int) -> Iterator[psutil.Process]:
         yield from [parent, *parent.children(recursive=True)]
     except psutil.NoSuchProcess:
         return
-
-

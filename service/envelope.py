@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import time
 from collections.abc import MutableMapping
 from http import HTTPStatus
@@ -19,7 +18,7 @@ from service.observability import Metrics
 from service.observability.tracing import Tracing
 from service.problems import http_problem, written
 from service.record import Record, current
-from service.request_id import ID, request_id
+from service.request_id import ID, new_id, request_id
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
@@ -231,5 +230,4 @@ def _request_id(scope: Scope) -> str:
             if ID.fullmatch(value):
                 return bytes(value).decode()
             break
-    # Not a secret, only one of its kind: the kernel need not be asked for each.
-    return f"{random.getrandbits(128):032x}"
+    return new_id()

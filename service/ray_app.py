@@ -98,9 +98,9 @@ def app(arguments: Mapping[str, Any]) -> Application:
     are set nowhere from the environment of each replica.
     Raises DataError for settings that are wrong, or have no meaning here.
     """
+    settings = _settings(arguments)
     from ray import serve
 
-    settings = _settings(arguments)
     given = settings.model_dump(mode="json", exclude_unset=True)
 
     def build() -> FastAPI:
@@ -133,28 +133,31 @@ def gpu_share(device: str) -> int:
 
 
 def build_on_replica(given: Mapping[str, Any]) -> FastAPI:
-    """The application of one replica, once its default model is warm.
-
-    It keeps to the share of CPUs and GPUs that Ray gave it. Raises what `create_app` raises, or
-    ArtifactError when the default model does not load.
-    """
+    """The application of this process, which is a replica, within the share that Ray gave it."""
     import ray
 
-    share: Mapping[str, float] = ray.get_runtime_context().get_assigned_resources()
     settings = load_settings(**given)
-    settings = settings.model_copy(update=fit(settings, share, cpus=cpu_count()))
     configure_logging(settings.log_format, settings.log_level)
     keep_freed_memory()
+    share: Mapping[str, float] = ray.get_runtime_context().get_assigned_resources()
+    return open_app(settings.model_copy(update=fit(settings, share, cpus=cpu_count())))
+
+
+def open_app(settings: Settings) -> FastAPI:
+    """The application, once its default model is warm.
+
+    Raises what `create_app` raises, or ArtifactError when the default model does not load.
+    """
     models = open_models(settings)
     models.registry.start()
     try:
-        built = create_app(settings, loading=models)
+        opened = create_app(settings, loading=models)
         _wait_for_default(models.registry)
     except BaseException:
         models.registry.close()
         raise
     _log.info("serves %s on %s", models.registry.default, models.hardware.name)
-    return built
+    return opened
 
 
 def fit(settings: Settings, share: Mapping[str, float], *, cpus: int) -> dict[str, object]:

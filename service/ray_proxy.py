@@ -1,20 +1,21 @@
 """What Ray Serve's proxies answer by themselves, said as the service says it.
 
-Ray's own refusals are plain text, and a request whose replica died gets a bare 500, or one of
-these without `Retry-After`. With RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=service.ray_proxy:layers
+Ray's own refusals are plain text, not all of them with `Retry-After`, and a request whose replica
+died gets a bare 500. With RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=service.ray_proxy:layers
 in the environment of `ray start`, clients read problem details and when to come back.
 """
 
 from __future__ import annotations
 
 from collections.abc import MutableMapping
+from http import HTTPStatus
 from typing import Any, Final
 
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.problems import http_problem, respond
-from service.request_id import ID
+from service.request_id import ID, new_id
 
 _RAYS_OWN: Final = "/-/"
 """Paths at which the proxies tell of themselves."""
@@ -45,7 +46,11 @@ class ProxyAnswers:
         if scope["type"] != "http" or scope["path"].startswith(_RAYS_OWN):
             await self._app(scope, receive, send)
             return
-        answer = _Answer(scope, receive, send)
+        identity = _request_id(scope)
+        # Ray would make one of another kind, or repeat whatever the client has sent.
+        others = [each for each in scope["headers"] if each[0] != _REQUEST_ID]
+        scope["headers"] = [*others, (_REQUEST_ID, identity.encode())]
+        answer = _Answer(scope, receive, send, identity)
         await self._app(scope, receive, answer.send)
         if not answer.begun:
             # Ray ends like this when the replica failed before it began to answer.
@@ -55,10 +60,11 @@ class ProxyAnswers:
 class _Answer:
     """What is sent to one client."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, identity: str) -> None:
         self._scope = scope
         self._receive = receive
         self._send = send
+        self._identity = identity
         self._replaced = False
         self.begun = False
 
@@ -81,11 +87,12 @@ class _Answer:
     async def replace(self, status: int, detail: str, *, retry_after: str = "1") -> None:
         """Answer in Ray's place."""
         self.begun = True
-        path, identity = self._scope["path"], _request_id(self._scope)
-        headers = {"X-Request-Id": identity, "X-Content-Type-Options": "nosniff"}
-        if status == 503:  # noqa: PLR2004
+        headers = {"X-Request-Id": self._identity, "X-Content-Type-Options": "nosniff"}
+        if status == HTTPStatus.SERVICE_UNAVAILABLE:
             headers["Retry-After"] = retry_after
-        document = http_problem(status, detail, instance=path, request_id=identity)
+        document = http_problem(
+            status, detail, instance=self._scope["path"], request_id=self._identity
+        )
         await respond(document, headers)(self._scope, self._receive, self._send)
 
 
@@ -110,6 +117,6 @@ def _without_second_id(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, 
 
 
 def _request_id(scope: Scope) -> str:
-    """The client's, or else the one that Ray has put among the request's headers."""
-    found = next((value for name, value in scope["headers"] if name == _REQUEST_ID), b"")
-    return bytes(found).decode() if ID.fullmatch(found) else "-"
+    """The client's, where it may be repeated."""
+    given = next((value for name, value in scope["headers"] if name == _REQUEST_ID), b"")
+    return bytes(given).decode() if ID.fullmatch(given) else new_id()
