@@ -61,17 +61,27 @@ class Cluster:
             "TMPDIR": str(self.folder),
             "RAY_TMPDIR": str(self.folder),
             "RAY_USAGE_STATS_ENABLED": "0",
+            # Whether somebody has made a token on this machine changes nothing.
+            "RAY_AUTH_MODE": "disabled",
             "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": LAYERS,
             "RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING": "0",
             # Otherwise 15: the load would go first, and not what it is put on.
             "RAY_worker_niceness": "0",
         }
         self._nodes: list[subprocess.Popen[bytes]] = []
+        # Without `verify` it would read every certificate authority first.
+        self._client = httpx.Client(timeout=30.0, verify=False)
         self._gcs, self._dashboard, self._http = free_ports(3)
+        self._address = f"127.0.0.2:{self._gcs}"
         self.url = f"http://127.0.0.1:{self._http}"
         try:
             for count in cpus:
                 self.add_node(count)
+            # Where `serve run` would choose a port of its own.
+            self._checked(
+                *("start", f"--address={self._address}", "--proxy-location=HeadOnly"),
+                *("--http-host=127.0.0.1", f"--http-port={self._http}"),
+            )
         except BaseException:
             self.close()
             raise
@@ -109,7 +119,7 @@ class Cluster:
                 "ray-client-server-port": client,
             }
         else:
-            options["address"] = f"127.0.0.2:{self._gcs}"
+            options["address"] = self._address
         words = [
             f"--{name}" if value is None else f"--{name}={value}" for name, value in options.items()
         ]
@@ -124,7 +134,12 @@ class Cluster:
                 start_new_session=True,
             )
         self._nodes.append(node)
-        wait_for(lambda: self.alive() == self._running(), f"node {number} ({self.log})")
+        try:
+            wait_for(lambda: node.poll() is not None or self.alive() == self._running(), "a node")
+        except TimeoutError as error:
+            raise TimeoutError(f"node {number} is not there: {self.log.read_text()}") from error
+        if node.poll() is not None:
+            raise RuntimeError(f"node {number} has ended: {self.log.read_text()}")
 
     def alive(self) -> int:
         """Nodes that the cluster knows of."""
@@ -145,15 +160,12 @@ class Cluster:
             changes(config)
         path = self.folder / "serve.yaml"
         path.write_text(yaml.safe_dump(config))
-        done = subprocess.run(
-            [self._bin / "serve", "deploy", path, "-a", f"http://127.0.0.1:{self._dashboard}"],
-            env=self._environment,
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode != 0:
-            raise RuntimeError(f"serve deploy: {done.stdout}{done.stderr}")
+        self._checked("deploy", path, "-a", f"http://127.0.0.1:{self._dashboard}")
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """`serve run` on this cluster, where Serve runs already; it does not stay."""
+        options = ("--non-blocking", "--name=retinaserve", f"--address={self._address}")
+        return self._serve("run", *options, *arguments)
 
     def application(self) -> dict[str, Any]:
         """What Ray tells of the application; empty while there is none."""
@@ -195,7 +207,22 @@ class Cluster:
             with contextlib.suppress(psutil.Error):
                 if process.environ().get("RAY_TMPDIR") == str(self.folder):
                     process.kill()
+        self._client.close()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _checked(self, *words: object) -> None:
+        done = self._serve(*words)
+        if done.returncode != 0:
+            raise RuntimeError(f"serve {words[0]}: {done.stdout}{done.stderr}")
+
+    def _serve(self, *words: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [str(self._bin / "serve"), *map(str, words)],
+            env=self._environment,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
 
     def _running(self) -> int:
         return sum(node.poll() is None for node in self._nodes)
@@ -203,7 +230,7 @@ class Cluster:
     def _ask(self, path: str) -> Any:
         """Ray's own JSON; None while nobody answers."""
         try:
-            answer = httpx.get(f"http://127.0.0.1:{self._dashboard}{path}", timeout=30.0)
+            answer = self._client.get(f"http://127.0.0.1:{self._dashboard}{path}")
         except httpx.TransportError:
             return None
         return answer.json() if answer.is_success else None
@@ -291,7 +318,7 @@ def wait_for(condition: Callable[[], T], what: str, *, seconds: float = PATIENCE
     while not (found := condition()):
         if time.monotonic() > limit:
             raise TimeoutError(f"{what}: not within {seconds:g} s")
-        time.sleep(0.1)
+        time.sleep(0.2)
     return found
 
 
