@@ -72,9 +72,11 @@ $(TEST_VENV)/installed: pyproject.toml
 	$(TEST_VENV)/bin/python -m pip install --quiet --editable '.[train,dev]'
 	@touch $@
 
+# tritonclient's protobuf is older than what the newest grpcio-reflection, which Ray brings, is made
+# for. Without this line pip tries one release after the other, for minutes.
 $(SCALE_VENV)/installed: pyproject.toml
 	$(call make_venv,$(SCALE_VENV))
-	$(SCALE_VENV)/bin/python -m pip install --quiet --editable '.[scale,dev]'
+	$(SCALE_VENV)/bin/python -m pip install --quiet --editable '.[scale,dev]' 'grpcio-reflection<1.82'
 	@touch $@
 
 define make_venv

@@ -19,8 +19,7 @@ from service.api import create_app
 from service.context import Service
 from service.devices import cpu_count
 from service.errors import ArtifactError, DataError
-from service.memory import keep_freed_memory
-from service.observability.logs import configure_logging
+from service.process import prepare_process
 from service.registry import Registry
 from service.settings import ENV_PREFIX, Settings, load_settings
 from service.startup import open_models
@@ -137,8 +136,7 @@ def build_on_replica(given: Mapping[str, Any]) -> FastAPI:
     import ray
 
     settings = load_settings(**given)
-    configure_logging(settings.log_format, settings.log_level)
-    keep_freed_memory()
+    prepare_process(settings)
     share: Mapping[str, float] = ray.get_runtime_context().get_assigned_resources()
     return open_app(settings.model_copy(update=fit(settings, share, cpus=cpu_count())))
 
