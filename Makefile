@@ -5,6 +5,7 @@ PORT ?= 8000
 
 VENV := .venv
 TEST_VENV := .venv-test
+SCALE_VENV := .venv-scale
 LOCK_VENV := .venv-lock
 
 # A worker for each core, one thread each: more than four would mostly repeat the fixtures. Which
@@ -15,14 +16,16 @@ PARALLEL := --numprocesses logical --maxprocesses 4 --no-loadscope-reorder
 DETECTION := model_export/retinanet/anchors.py,model_export/retinanet/box_coding.py,model_export/retinanet/matching.py,model_export/losses.py,service/detector.py,service/results.py
 IMAGING := service/imaging.py,service/canvas.py,service/parts.py
 BATCHING := service/batching.py,service/admission.py,service/cost.py,service/prediction.py,service/workers.py,service/overload.py
+SCALE_TESTS := tests/reliability/test_ray.py
 COVERED_90 = $(TEST_VENV)/bin/python -m coverage report --fail-under=90 --include=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint format proto lock clean
+.PHONY: help serve test test-scale lint format proto lock clean
 
 help:
 	@echo 'make serve   install the service and run the bundled model on http://localhost:$(PORT) (PORT=)'
 	@echo 'make test    install what the tests need and run them with coverage'
+	@echo 'make test-scale   install Ray and run the tests that need it, on a cluster of their own'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make format  let ruff rewrite the sources'
 	@echo 'make proto   compile the messages of the gRPC dialect'
@@ -37,6 +40,10 @@ test: $(TEST_VENV)/installed
 	$(COVERED_90)$(DETECTION)
 	$(COVERED_90)$(IMAGING)
 	$(COVERED_90)$(BATCHING)
+
+# No torch: what serves and what scales needs none.
+test-scale: $(SCALE_VENV)/installed
+	$(SCALE_VENV)/bin/python -m pytest $(SCALE_TESTS)
 
 lint: $(TEST_VENV)/installed
 	$(TEST_VENV)/bin/python -m ruff check .
@@ -63,6 +70,13 @@ $(TEST_VENV)/installed: pyproject.toml
 	$(call make_venv,$(TEST_VENV))
 	$(TEST_VENV)/bin/python -m pip install --quiet --no-compile torch==2.13.0
 	$(TEST_VENV)/bin/python -m pip install --quiet --editable '.[train,dev]'
+	@touch $@
+
+# tritonclient's protobuf is older than what the newest grpcio-reflection, which Ray brings, is made
+# for. Without this line pip tries one release after the other, for minutes.
+$(SCALE_VENV)/installed: pyproject.toml
+	$(call make_venv,$(SCALE_VENV))
+	$(SCALE_VENV)/bin/python -m pip install --quiet --editable '.[scale,dev]' 'grpcio-reflection<1.82'
 	@touch $@
 
 define make_venv
@@ -98,5 +112,5 @@ endef
 export CPU_REQUIREMENTS
 
 clean:
-	rm -rf $(VENV) $(TEST_VENV) $(LOCK_VENV) .coverage .coverage.* dist \
+	rm -rf $(VENV) $(TEST_VENV) $(SCALE_VENV) $(LOCK_VENV) .coverage .coverage.* dist \
 		.hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -12,7 +12,6 @@ from service.admission import Admission
 from service.batching import Policy, Urgency
 from service.bodies import Uploads
 from service.decode_memory import DecodeMemory
-from service.devices import cpu_count
 from service.errors import Unavailable
 from service.observability import Metrics
 from service.observability.tracing import Tracing
@@ -48,7 +47,7 @@ class Service:
         self.metrics = Metrics()
         self.tracing: Tracing | None = None
         """None: nobody asked for traces."""
-        threads = cpu_count()
+        threads = models.cpus
         self.pipeline = Pipeline(
             devices=len(self.hardware.devices),
             callers=self.hardware.devices[0].callers,

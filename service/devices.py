@@ -86,13 +86,20 @@ class Hardware:
         return ",".join(device.name for device in self.devices)
 
 
-def resolve(asked: str, *, memory_limit: int | None = None, tf32: bool = True) -> Hardware:
+def resolve(
+    asked: str,
+    *,
+    memory_limit: int | None = None,
+    tf32: bool = True,
+    threads: int | None = None,
+) -> Hardware:
     """Choose and prove the devices for `asked`: auto, cpu, cuda, or cuda:0,cuda:1.
 
-    `memory_limit` and `tf32` are for GPUs. Raises DeviceError that names what is missing.
+    `memory_limit` and `tf32` are for GPUs, `threads` for a CPU. Raises DeviceError that names what
+    is missing.
     """
     if asked == "cpu":
-        return Hardware((Device("cpu"),))
+        return Hardware((Device("cpu", threads=threads),))
     gate = CaptureGate()
     devices = tuple(
         replace(device, memory_limit=memory_limit, tf32=tf32, gate=gate)
@@ -101,7 +108,7 @@ def resolve(asked: str, *, memory_limit: int | None = None, tf32: bool = True) -
     driver = nvidia_driver()
     if driver is None:
         if asked == "auto":
-            return Hardware((Device("cpu"),), fallback=_NO_DRIVER)
+            return Hardware((Device("cpu", threads=threads),), fallback=_NO_DRIVER)
         raise DeviceError(
             f"{devices[0].name} cannot be used: {_NO_DRIVER}; use --device cpu or auto"
         )

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
-import re
 import time
 from collections.abc import MutableMapping
 from http import HTTPStatus
@@ -20,14 +18,13 @@ from service.observability import Metrics
 from service.observability.tracing import Tracing
 from service.problems import http_problem, written
 from service.record import Record, current
-from service.request_id import request_id
+from service.request_id import ID, new_id, request_id
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
 
 _log = logging.getLogger("retinaserve.access")
 _error_log = logging.getLogger("retinaserve.error")
-_REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _PROBES: Final = frozenset(
     {"/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready"}
 )
@@ -230,8 +227,7 @@ def _write_line(exchange: _Exchange, level: int, template: str, milliseconds: fl
 def _request_id(scope: Scope) -> str:
     for name, value in scope["headers"]:
         if name == b"x-request-id":
-            if _REQUEST_ID.fullmatch(value):
+            if ID.fullmatch(value):
                 return bytes(value).decode()
             break
-    # Not a secret, only one of its kind: the kernel need not be asked for each.
-    return f"{random.getrandbits(128):032x}"
+    return new_id()

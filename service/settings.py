@@ -42,6 +42,9 @@ class Settings(BaseSettings):
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda|cuda:\d+(,cuda:\d+)*)$")
     """auto, cpu, cuda, or a list such as cuda:0,cuda:1."""
 
+    cpus: int | None = Field(default=None, ge=1, le=1024)
+    """CPUs that decoding and inference may keep busy. Default: what affinity and quota allow."""
+
     cpu_inferences: int | None = Field(default=None, ge=1, le=64)
     """Inferences that run side by side on a CPU, one on all cores and the others on few each.
     Default: as many as prove best at the start, tried out on the first model that is loaded."""

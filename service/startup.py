@@ -20,6 +20,8 @@ class Models(NamedTuple):
     registry: Registry
     max_batch_size: int
     """Most canvases in one inference: MAX_BATCH_SIZE, or what suits the devices."""
+    cpus: int
+    """How many CPUs may be kept busy: CPUS, or all that this process has."""
     side_by_side: SideBySide
     """How many inferences share a CPU."""
 
@@ -29,12 +31,16 @@ def open_models(settings: Settings, hardware: Hardware | None = None) -> Models:
 
     Raises DeviceError, ArtifactError or DataError.
     """
+    cpus = settings.cpus or cpu_count()
     if hardware is None:
         hardware = resolve(
-            settings.device, memory_limit=settings.gpu_memory_bytes, tf32=settings.gpu_tf32
+            settings.device,
+            memory_limit=settings.gpu_memory_bytes,
+            tf32=settings.gpu_tf32,
+            threads=cpus,
         )
     batch = settings.max_batch_size or max(device.default_batch_size for device in hardware.devices)
-    side_by_side = SideBySide(settings.cpu_inferences, cores=cpu_count())
+    side_by_side = SideBySide(settings.cpu_inferences, cores=cpus)
     registry = open_registry(
         settings.models_dir,
         devices=hardware.devices,
@@ -42,4 +48,4 @@ def open_models(settings: Settings, hardware: Hardware | None = None) -> Models:
         batch=batch,
         side_by_side=side_by_side,
     )
-    return Models(hardware, registry, batch, side_by_side)
+    return Models(hardware, registry, batch, cpus, side_by_side)

@@ -11,7 +11,6 @@ import socket
 import ssl
 import sys
 import threading
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -21,11 +20,10 @@ import click
 from service.errors import DataError
 from service.inference_protocol.grpc_messages import check_installed
 from service.listening import Doors, listen, url
-from service.memory import keep_freed_memory
-from service.observability.logs import configure_logging
+from service.process import prepare_process
 from service.registry import Registry
 from service.security.keys import read_keys
-from service.settings import Settings, load_settings, unknown_variables
+from service.settings import Settings, load_settings
 from service.startup import Models, open_models
 
 _log = logging.getLogger("retinaserve")
@@ -45,15 +43,8 @@ def run(
         raise DataError("--ssl-keyfile needs --ssl-certfile")
     if certificate is not None:
         _check_certificate(certificate, key)
-    keep_freed_memory()
     settings = load_settings(**given)
-    configure_logging(settings.log_format, settings.log_level)
-    # Pillow words its warnings after each odd picture. Python would write every new wording past
-    # the log, and remember it for ever.
-    warnings.filterwarnings("ignore", module=r"PIL\.")
-    for name in unknown_variables(os.environ):
-        # Whoever sets, say, a rate limit must not believe that there is one.
-        _log.warning("%s is no setting of this version and does nothing", name)
+    prepare_process(settings)
     with contextlib.ExitStack() as ports:
         # Every port before anything is loaded.
         listener = ports.enter_context(listen(settings.host, settings.port))

@@ -138,6 +138,7 @@ async def test_no_key_is_ever_logged(
     assert refused["route"] == "/v1/detect", "although it was refused before it was routed"
 
 
+@pytest.mark.own_service(reason="counts from zero")
 @settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(plan=st.lists(st.sampled_from(sorted(BODIES)), min_size=1, max_size=25))
 def test_the_outcomes_add_up_to_the_requests(start: Start, plan: list[int]) -> None:
@@ -169,6 +170,7 @@ def test_the_outcomes_add_up_to_the_requests(start: Start, plan: list[int]) -> N
     assert counts["retinaserve_request_seconds_count"]["route=/v1/detect"] == len(plan)
 
 
+@pytest.mark.own_service(reason="counts from zero")
 async def test_every_picture_of_a_batch_has_one_outcome(client: httpx.AsyncClient) -> None:
     files = [("files", content) for content in (GOOD, b"", GOOD, b"GIF89a...", GOOD)]
     await client.post("/v1/detect/batch", files=files)
@@ -183,6 +185,7 @@ async def test_every_picture_of_a_batch_has_one_outcome(client: httpx.AsyncClien
     assert found["retinaserve_requests_in_progress", ()] == 1, "the scrape itself"
 
 
+@pytest.mark.own_service(reason="counts from zero")
 async def test_routes_are_templates(client: httpx.AsyncClient) -> None:
     paths = ("/static/sample.jpg", "/static/none", "/v1/models/tiny", "/v1/models/none", "/none")
     for path in paths:
@@ -195,6 +198,7 @@ async def test_routes_are_templates(client: httpx.AsyncClient) -> None:
     assert routes == {"/static": 2, "/v1/models/{name}": 2, "unmatched": 1}
 
 
+@pytest.mark.own_service(reason="counts from zero")
 async def test_detections_and_scores_show_what_answers_hold(client: httpx.AsyncClient) -> None:
     for _ in range(2):
         await client.post("/v1/detect", content=GOOD)

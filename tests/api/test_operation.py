@@ -80,6 +80,7 @@ async def test_the_fallback_to_the_cpu_is_named(
     assert "no NVIDIA driver" in warnings[0].getMessage()
 
 
+@pytest.mark.own_service(reason="counts from zero")
 async def test_metrics(client: httpx.AsyncClient) -> None:
     content = encoded(squares((0, 0, RED), (64, 0, RED)))
     for _ in range(3):
@@ -112,6 +113,7 @@ async def test_metrics(client: httpx.AsyncClient) -> None:
     assert ready[1] == 1
 
 
+@pytest.mark.own_service(reason="counts from zero")
 async def test_two_applications_share_nothing(start: Start) -> None:
     async with start() as one, start() as two:
         await one.post("/v1/detect", content=encoded(one_red()))

@@ -133,6 +133,7 @@ async def test_what_is_transparent_is_white_not_its_hidden_colour(
     assert {each["label"] for each in left_edge} == {"red", "green", "blue"}
 
 
+@pytest.mark.own_service(reason="watches how much the application reads")
 async def test_a_large_upload_that_says_so_is_not_read(client: httpx.AsyncClient) -> None:
     read = 0
 
@@ -150,6 +151,7 @@ async def test_a_large_upload_that_says_so_is_not_read(client: httpx.AsyncClient
     await assert_still_serving(client)
 
 
+@pytest.mark.own_service(reason="watches how much the application reads")
 @pytest.mark.parametrize("content_type", ["image/jpeg", "multipart/form-data; boundary=b"])
 async def test_a_large_upload_in_chunks_is_counted(
     client: httpx.AsyncClient, content_type: str

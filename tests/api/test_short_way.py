@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import httpx
+import pytest
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -44,6 +45,7 @@ async def test_other_methods_are_answered_by_the_router(client: httpx.AsyncClien
     assert answer.headers["allow"] == "POST"
 
 
+@pytest.mark.own_service(reason="counts from zero")
 async def test_it_is_counted_under_its_route(client: httpx.AsyncClient) -> None:
     await client.post("/v1/detect", content=encoded(one_red()))
     await client.post("/v1/detect", content=b"no picture")

@@ -6,6 +6,7 @@ python -m tests.unit.model_export.distributed_runs NAME DATA OUTPUT
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
 import sys
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from model_export.checkpoints import Checkpoint, Description
 from model_export.config import OptimiserConfig, TrainConfig
 from model_export.datasets import Dataset, load_voc
-from model_export.distributed import SharedBatchNorm
+from model_export.distributed import SharedBatchNorm, world
 from model_export.retinanet.anchors import AnchorConfig
 from model_export.retinanet.model import ModelConfig, RetinaNet
 from model_export.training import train
@@ -128,6 +129,11 @@ def main() -> None:
     if name == "killed":
         die_in_epoch(1)
         run(data, output / name)
+    if name == "machines":
+        place = world()
+        told = {"rank": place.rank, "size": place.size, "nodes": place.nodes}
+        (output / f"place-{place.rank}.json").write_text(json.dumps(told))
+        run(data, output / name, accumulate=2)
     if name == "two":
         run(data, output / name, accumulate=2)
         # Training has left the processes connected. Shares are uneven: two pictures and one.

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import csv
+import json
+import os
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +114,32 @@ def test_two_processes_equal_one_and_a_killed_one_ends_both(
     assert [row["epoch"] for row in curve(tmp_path / "two-killed")] == ["1"]
     runs.run(data, tmp_path / "two-killed", resume=True)
     check_same_run(tmp_path / "two-killed", one)
+
+
+def test_two_machines_equal_one(one: Path, data: Path, tmp_path: Path) -> None:
+    # As docs say to start it: an agent on each machine, which find each other at one address.
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    agent = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"),
+        *("--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1"),
+        *("--no-python", *SCRIPT, "machines", str(data), str(tmp_path)),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with ExitStack() as ends:
+        agents = []
+        for _ in range(2):
+            started = subprocess.Popen(
+                agent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+            ends.callback(started.kill)
+            agents.append(started)
+        told = [each.communicate(timeout=240)[0] for each in agents]
+    assert [each.returncode for each in agents] == [0, 0], "\n".join(told)
+    places = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("place-*.json"))]
+    assert places == [{"rank": rank, "size": 2, "nodes": 2} for rank in range(2)]
+    check_same_run(tmp_path / "machines", one)
 
 
 def test_a_run_after_kill_9_has_the_same_loss_curve(one: Path, data: Path, tmp_path: Path) -> None:

@@ -1,0 +1,162 @@
+"""What Ray Serve makes of replicas, and how long it takes to replace what dies.
+
+    python benchmarks/ray_serve.py                       # needs the extra `scale`
+    python benchmarks/ray_serve.py --pictures FOLDER     # your own JPEGs
+
+A cluster of two nodes on this machine, the bundled model, replicas of one CPU each. First closed
+loops of 16 clients on the service alone with one CPU, then through Ray's proxy on one replica and
+on two: all of it, the clients too, shares the machine. Then four clients while a replica is killed,
+and while a node is: the time until Ray has as many replicas again, the longest time without a good
+answer, and the requests that were lost, each of them a 503 with `Retry-After`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from ray_cluster import Cluster, Load, Replica
+from report import Report, Table, add_options
+from serving import draw_pictures, run_script, served
+
+from service.settings import bundled_models
+
+CLIENTS = 16
+CALM = 8
+"""Good answers before something is killed, and after it was replaced."""
+HEAD_CPUS, NODE_CPUS = 2, 1
+
+
+def deploy(cluster: Cluster, replicas: int) -> list[Replica]:
+    """So many replicas of the bundled model, of one CPU each."""
+
+    def change(config: dict[str, Any]) -> None:
+        (application,) = config["applications"]
+        application["args"] |= {"cpu_inferences": 1, "log_level": "warning"}
+        (deployment,) = application["deployments"]
+        del deployment["autoscaling_config"]
+        deployment["num_replicas"] = replicas
+
+    cluster.deploy(change)
+    return cluster.wait_for_replicas(replicas)
+
+
+def throughput(
+    report: Report, cluster: Cluster, pictures: Path, rounds: int, seconds: float
+) -> None:
+    """Closed loops, in turn."""
+    table = report.table(
+        {"round": "d", "served by": "s", "pictures/s": ".1f", "p50, ms": ".0f", "p99, ms": ".0f"}
+        | {"client core-ms": ".2f", "not 200": "d"},
+        f"{CLIENTS} closed-loop clients",
+    )
+    more, cost = [], []
+    for number in range(1, rounds + 1):
+        # Ray's own processes are there all the time.
+        with served(bundled_models(), cpus=1, cpu_inferences=1) as alone:
+            bare = one_load(table, number, "the service alone, 1 CPU", alone.url, pictures, seconds)
+        rates = []
+        for replicas in (1, 2):
+            deploy(cluster, replicas)
+            name = f"Ray, {replicas} x 1 CPU"
+            url = f"{cluster.url}/v1/detect"
+            rates.append(one_load(table, number, name, url, pictures, seconds))
+        more.append(rates[1] / rates[0])
+        cost.append(rates[0] / bare)
+    report.figure("two replicas over one", more, better="higher")
+    report.figure("one replica over the service alone", cost, better="higher")
+
+
+def one_load(
+    table: Table, number: int, name: str, url: str, pictures: Path, seconds: float
+) -> float:
+    """Good answers a second."""
+    found = run_script("load.py", url, pictures, "--clients", CLIENTS, "--seconds", seconds)
+    table.row(
+        *(number, name, found["good_per_second"], found["p50_ms"], found["p99_ms"]),
+        *(found["client_cpu_ms"], found["requests"] - found["statuses"].get("200", 0)),
+    )
+    return float(found["good_per_second"])
+
+
+def recovery(report: Report, cluster: Cluster, pictures: list[bytes], rounds: int) -> None:
+    """Kill a replica, then a node, and count."""
+    table = report.table(
+        {"killed": "s", "replaced after, s": ".1f", "longest without an answer, s": ".1f"}
+        | {"lost": "d", "answers": "d"},
+        "Two replicas under 4 clients",
+    )
+    found: dict[str, list[float]] = {"replica": [], "node": []}
+    node = 1
+    for _ in range(rounds):
+        replicas = deploy(cluster, 2)
+        on_node = [each for each in replicas if each.address == address(node)]
+        victim = next(each for each in replicas if each not in on_node)
+        kill = partial(os.kill, victim.pid, signal.SIGKILL)
+        found["replica"].append(one_death(table, cluster, pictures, "a replica", kill, [victim]))
+        kill = partial(cluster.kill_node, node)
+        gone = [each for each in cluster.replicas() if each.address == address(node)]
+        found["node"].append(one_death(table, cluster, pictures, "a node", kill, gone))
+        cluster.add_node(NODE_CPUS)
+        node += 1
+        # So that the next round has a replica on the new node.
+        deploy(cluster, 1)
+    for name, seconds in found.items():
+        report.figure(f"a {name} is replaced", seconds, better="lower", unit="s", ratio=False)
+
+
+def address(node: int) -> str:
+    """Of a node of the cluster, by its number."""
+    return f"127.0.0.{node + 2}"
+
+
+def one_death(
+    table: Table,
+    cluster: Cluster,
+    pictures: list[bytes],
+    name: str,
+    kill: Callable[[], None],
+    gone: list[Replica],
+) -> float:
+    """Seconds from the death until there are two replicas again, under load all the time."""
+    with Load(cluster.url, pictures) as load:
+        load.wait_for_answers(CALM)
+        killed = time.monotonic()
+        kill()
+        cluster.wait_for_replicas(2, other_than=gone)
+        seconds = time.monotonic() - killed
+        load.wait_for_answers(CALM)
+    good = sorted(each.at for each in load.seen if each.status == 200)
+    lost = [each for each in load.seen if each.status != 200]
+    if wrong := [each for each in lost if each.status != 503 or each.retry_after is None]:
+        raise SystemExit(f"answers that nobody documents: {wrong[:3]}")
+    pause = max(later - earlier for earlier, later in pairwise(good))
+    table.row(name, seconds, pause, len(lost), len(load.seen))
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--pictures", type=Path, help="folder of JPEGs; default: drawn ones")
+    add_options(parser)
+    arguments = parser.parse_args()
+    report = Report("ray_serve", "Ray Serve on two nodes of one machine", arguments)
+    rounds, seconds = (2, 8.0) if report.quick else (4, 15.0)
+    with tempfile.TemporaryDirectory() as folder, Cluster((HEAD_CPUS, NODE_CPUS)) as cluster:
+        pictures = arguments.pictures or draw_pictures(Path(folder) / "pictures")
+        throughput(report, cluster, pictures, rounds, seconds)
+        contents = [path.read_bytes() for path in sorted(pictures.glob("*.jpg"))]
+        recovery(report, cluster, contents, rounds)
+    report.close()
+
+
+if __name__ == "__main__":
+    main()
