@@ -81,6 +81,28 @@ def select(raw: Detections, letterbox: Letterbox, selection: Selection) -> Detec
     return mapped.pick(slice(selection.max_detections))
 
 
+def split_classes(asked: Sequence[str], known: Sequence[str]) -> list[str]:
+    """Class names that were given one by one or as comma lists.
+
+    >>> split_classes(["cat,dog", "salt, pepper"], ["cat", "dog", "salt, pepper"])
+    ['cat', 'dog', 'salt, pepper']
+    """
+    names: list[str] = []
+    for value in asked:
+        # A class may have a comma in its name.
+        names.extend([value] if value in known else [part.strip() for part in value.split(",")])
+    return names
+
+
+def rounded(detections: Detections) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Boxes (D, 4) and scores (D,) as every answer has them.
+
+    Boxes to 1/100 pixel, scores to 1e-4, well inside what is promised.
+    """
+    boxes = detections.boxes.astype(np.float64).round(2)
+    return boxes, detections.scores.astype(np.float64).round(4)
+
+
 def native(detections: Detections, classes: Sequence[str]) -> list[dict[str, Any]]:
     """The API's own shape."""
     return [
@@ -145,7 +167,6 @@ def hugging_face(detections: Detections, classes: Sequence[str]) -> list[dict[st
 
 
 def _rows(detections: Detections) -> list[tuple[int, float, list[float]]]:
-    """Plain numbers: boxes to 1/100 pixel, scores to 1e-4, well inside what is promised."""
-    boxes = detections.boxes.astype(np.float64).round(2).tolist()
-    scores = detections.scores.astype(np.float64).round(4).tolist()
-    return list(zip(detections.labels.tolist(), scores, boxes, strict=True))
+    """Plain numbers."""
+    boxes, scores = rounded(detections)
+    return list(zip(detections.labels.tolist(), scores.tolist(), boxes.tolist(), strict=True))

@@ -10,7 +10,6 @@ import os
 import socket
 import ssl
 import sys
-import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ import click
 
 from service.errors import DataError
 from service.inference_protocol.grpc_messages import check_installed
+from service.leaving import leave
 from service.listening import Doors, listen, url
 from service.memory import keep_freed_memory
 from service.observability.logs import configure_logging
@@ -77,7 +77,7 @@ def run(
             # What is there now stays: the collector need not walk through it again and again.
             gc.freeze()
             server.run([listener])
-    _leave(0 if service.pipeline.fatal is None else 1)
+    leave(0 if service.pipeline.fatal is None else 1)
 
 
 @contextlib.contextmanager
@@ -146,17 +146,3 @@ def _warn_of_strangers(listener: socket.socket) -> None:
             "RETINASERVE_API_KEYS_FILE (`retinaserve keys new NAME --file PATH`)",
             address,
         )
-
-
-def _leave(status: int) -> None:
-    """Exit now, even where a thread is stuck in native code that would not let Python end."""
-    stuck = [
-        thread.name
-        for thread in threading.enumerate()
-        if thread is not threading.main_thread() and thread.is_alive()
-    ]
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if stuck:
-        os._exit(status)
-    sys.exit(status)
