@@ -141,6 +141,12 @@ class InferenceFailed(RetinaserveError):
     title = "Inference failed"
 
 
+class BulkFailed(RetinaserveError):
+    """Detection over many pictures cannot go on; what is finished stays."""
+
+    title = "Bulk detection failed"
+
+
 class ArtifactError(RetinaserveError):
     """A model file is missing, broken, of an unknown schema, or fails its warm-up."""
 

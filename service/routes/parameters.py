@@ -173,4 +173,3 @@ def _weight(parameters: str) -> float:
             except ValueError:
                 return 0.0
     return 1.0
-
