@@ -11,25 +11,34 @@ import asyncio
 import json
 import logging
 import os
+import socket
+import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from typing import Any, Final, Literal, NamedTuple
 
+import click
+
 from service.artifact import Artifact
-from service.bulk.engine import Done, open_engine
+from service.bulk.engine import Done, Engine, open_engine
 from service.bulk.local import new_event_loop
-from service.bulk.parts import counts_of
+from service.bulk.parts import Counts, counts_of
 from service.bulk.progress import Progress
 from service.bulk.run import Run, Todo, open_run
+from service.bulk.stopping import stop_on_signals
 from service.devices import resolve
-from service.errors import BulkFailed, DeviceError
+from service.errors import BulkFailed, DeviceError, RetinaserveError
 from service.memory import keep_freed_memory
 from service.settings import Settings
 
 _CORES: Final = 2
 """CPUs of a detector where nobody says how many detectors there are to be: more of them wait for
 each other."""
+
+
+_CONNECT_SECONDS: Final = 5.0
 
 
 class Share(NamedTuple):
@@ -40,31 +49,46 @@ class Share(NamedTuple):
     cores: int
 
 
-class RayDetection:
-    """Made before the pictures are listed: a cluster that cannot be reached is told at once."""
+@contextmanager
+def connected(
+    artifact: Artifact, settings: Settings, *, address: str | None, concurrency: int | None
+) -> Iterator[RayDetection]:
+    """The cluster at `address`, or the one that is at hand, or one that lasts as long as this.
 
-    def __init__(
-        self,
-        artifact: Artifact,
-        settings: Settings,
-        *,
-        address: str | None,
-        concurrency: int | None,
-    ) -> None:
-        """Connect to a cluster, or start one on this machine. Raises DeviceError."""
-        # It reports how it is used over the network unless it is told not to.
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import ray
-            import ray.data
+    Raises DeviceError.
+    """
+    # It reports how it is used over the network unless it is told not to.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import ray
+        import ray.data
+    _check_address(address or os.environ.get("RAY_ADDRESS", ""))
+    # What it prints of nodes and actors would get between the lines of the summary.
+    with redirect_stdout(sys.stderr):
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:
             # Ray's errors of connecting have no common base class.
             raise DeviceError(f"no Ray cluster at {address or 'hand'}: {error}") from error
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        self._share = share(nodes, settings.device, concurrency)
+        try:
+            # Once more: Ray has handlers of its own.
+            with stop_on_signals():
+                nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+                chosen = share(nodes, settings.device, concurrency)
+                yield RayDetection(artifact, settings, chosen)
+        finally:
+            ray.shutdown()
+
+
+class RayDetection:
+    """Made before the pictures are listed: a cluster that cannot be reached is told at once."""
+
+    def __init__(self, artifact: Artifact, settings: Settings, chosen: Share) -> None:
+        """For a process that is connected."""
+        import ray
+
+        self._share = chosen
         # Held here: an actor that is started again asks for it once more.
         self._model = ray.put(artifact)
         self._settings = settings
@@ -73,8 +97,8 @@ class RayDetection:
     def where(self) -> str:
         """What it runs on, in words."""
         kind, detectors, cores = self._share
-        each = "a GPU" if kind == "cuda" else f"{cores} CPU cores"
-        return f"Ray, {detectors} detectors on {each} each"
+        gpus = ", a GPU" if kind == "cuda" else ""
+        return f"Ray (detectors: {detectors}; for each {cores} CPU{gpus})"
 
     def detect(
         self, run: Run, todo: Todo, progress: Progress, on_part: Callable[[Done], None]
@@ -88,24 +112,20 @@ class RayDetection:
             return
         try:
             for row in self._rows(run, jobs):
+                if row["failure"]:
+                    raise BulkFailed(row["failure"])
                 counts = counts_of(json.loads(row["counts"]))
                 on_part(Done(row["part"], counts))
                 progress.add(row["looked_at"], row["failed"])
         except ray.exceptions.RayError as error:
-            raise BulkFailed(_reason(error)) from error
-
-    def close(self) -> None:
-        """Leave the cluster, and end it where it was started for this."""
-        import ray
-
-        ray.shutdown()
+            raise BulkFailed(click.unstyle(str(error)).partition("\n")[0]) from error
 
     def _rows(self, run: Run, jobs: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
         import ray
 
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         kind, detectors, cores = self._share
         # A part for each task: what is lost with a node is one part of each of its actors.
         parts = ray.data.from_items(jobs, override_num_blocks=len(jobs))
@@ -146,13 +166,21 @@ class Detection:
         keep_freed_memory()
         warnings.filterwarnings("ignore", module=r"PIL\.")
         chosen = Settings(**{**settings, "device": kind})
-        hardware = resolve(kind, memory_limit=chosen.gpu_memory_bytes, tf32=chosen.gpu_tf32)
         self._runner = asyncio.Runner(loop_factory=new_event_loop)
-        self._engine = open_engine(open_run(output), ray.get(model), hardware, chosen, cores=cores)
-        self._engine.start()
+        self._engine: Engine | None = None
+        self._failure = ""
+        try:
+            hardware = resolve(kind, memory_limit=chosen.gpu_memory_bytes, tf32=chosen.gpu_tf32)
+            run = open_run(output)
+            self._engine = open_engine(run, ray.get(model), hardware, chosen, cores=cores)
+        except RetinaserveError as error:
+            # Told with the first part: of an exception Ray makes pages.
+            self._failure = _on_node(error)
+        else:
+            self._engine.start()
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
-        """Do one part; what came of it."""
+        """Do one part; what came of it, or why no part can be done."""
         number, again = int(batch["part"][0]), bool(batch["again"][0])
         done: list[Done] = []
         looked_at: Counter[bool] = Counter()
@@ -160,13 +188,19 @@ class Detection:
         def on_picture(failed: bool) -> None:
             looked_at[failed] += 1
 
-        self._runner.run(
-            self._engine.detect([number], again=again, on_picture=on_picture, on_part=done.append)
-        )
-        (part,) = done
+        if self._engine is not None:
+            job = self._engine.detect(
+                [number], again=again, on_picture=on_picture, on_part=done.append
+            )
+            try:
+                self._runner.run(job)
+            except BulkFailed as error:
+                self._failure = _on_node(error)
+        counts = done[0].counts if done else Counts()
         return {
             "part": [number],
-            "counts": [json.dumps(part.counts.to_json())],
+            "failure": [self._failure],
+            "counts": [json.dumps(counts.to_json())],
             "looked_at": [looked_at.total()],
             "failed": [looked_at[True]],
         }
@@ -209,10 +243,16 @@ def share(nodes: Iterable[Mapping[str, float]], device: str, concurrency: int | 
     return Share("cpu", min(concurrency, sum(cpus // each for cpus in cores)), each)
 
 
-def _reason(error: Exception) -> str:
-    """What an actor failed of, without Ray's account of where."""
-    cause: Any = getattr(error, "cause", None)
-    while isinstance(getattr(cause, "cause", None), Exception):
-        cause = cause.cause
-    lines = str(cause if cause is not None else error).strip().splitlines()
-    return lines[-1] if lines else type(error).__name__
+def _check_address(address: str) -> None:
+    """Raise DeviceError where nobody listens: Ray itself would try for minutes."""
+    host, separator, port = address.removeprefix("ray://").rpartition(":")
+    if not (separator and port.isdecimal()):
+        return
+    try:
+        socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
+    except OSError as error:
+        raise DeviceError(f"no Ray cluster at {address}: {error.strerror or error}") from error
+
+
+def _on_node(error: Exception) -> str:
+    return f"{error} (on {socket.gethostname()})"

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import click
 import orjson
@@ -88,15 +88,18 @@ def run(asked: Asked) -> tuple[int, int]:
     output = full_name(asked.output)
     try:
         with stop_on_signals(), ExitStack() as stack:
-            return _run(asked, output, stack), 0
+            summary = _run(asked, output, stack)
     except Stopped as stopped:
         click.echo(f"retinaserve: stopped by {stopped}. {_resume(output)}", err=True)
         return 0, stopped.status
     except BulkFailed as error:
         raise BulkFailed(f"{error}. {_resume(output)}") from error
+    click.echo(orjson.dumps(summary, option=orjson.OPT_INDENT_2).decode())
+    return summary["failed"], 0
 
 
-def _run(asked: Asked, output: str, stack: ExitStack) -> int:
+def _run(asked: Asked, output: str, stack: ExitStack) -> dict[str, Any]:
+    """The summary."""
     settings = load_settings(**asked.given)
     model = find_model(settings, asked.model)
     wanted = _manifest(asked, settings, model)
@@ -123,7 +126,7 @@ def _run(asked: Asked, output: str, stack: ExitStack) -> int:
         engine.detect(opened, todo, progress, on_part)
     progress.close()
     counts = sum(done.values(), Counts())
-    summary = {
+    summary: dict[str, Any] = {
         "output": output,
         "model": opened.manifest.model.model_dump(include={"name", "version"}),
         **counts.to_json(),
@@ -133,8 +136,7 @@ def _run(asked: Asked, output: str, stack: ExitStack) -> int:
         "pictures_per_second": round(progress.rate, 2),
     }
     write_summary(opened, summary)
-    click.echo(orjson.dumps(summary, option=orjson.OPT_INDENT_2).decode())
-    return counts.failed
+    return summary
 
 
 def _manifest(asked: Asked, settings: Settings, model: FoundModel) -> Manifest:
@@ -173,13 +175,13 @@ def _engine(asked: Asked, settings: Settings, model: FoundModel, stack: ExitStac
             if value is not None:
                 raise DataError(f"--{option} needs --engine ray")
         return LocalDetection(model.artifact, settings)
-    from service.bulk.ray_engine import RayDetection
+    from service.bulk.ray_engine import connected
 
-    ray = RayDetection(
-        model.artifact, settings, address=asked.ray_address, concurrency=asked.concurrency
+    return stack.enter_context(
+        connected(
+            model.artifact, settings, address=asked.ray_address, concurrency=asked.concurrency
+        )
     )
-    stack.callback(ray.close)
-    return ray
 
 
 def _open(asked: Asked, output: str, wanted: Manifest, stack: ExitStack) -> Run:
