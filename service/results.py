@@ -74,11 +74,16 @@ def select(raw: Detections, letterbox: Letterbox, selection: Selection) -> Detec
     Filtering by score after NMS equals filtering before it: NMS goes by falling score, so a box
     is only ever suppressed by a better one, which passes the filter whenever it does.
     """
-    kept = raw.pick(raw.scores > selection.scores[raw.labels])
+    kept = _only(raw, raw.scores > selection.scores[raw.labels])
     boxes = letterbox.to_original(kept.boxes)
     solid = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-    mapped = Detections(boxes, kept.scores, kept.labels).pick(solid)
+    mapped = _only(Detections(boxes, kept.scores, kept.labels), solid)
     return mapped.pick(slice(selection.max_detections))
+
+
+def _only(found: Detections, chosen: NDArray[np.bool_]) -> Detections:
+    """Mostly that is all of them, and nothing need be copied."""
+    return found if chosen.all() else found.pick(chosen)
 
 
 def split_classes(asked: Sequence[str], known: Sequence[str]) -> list[str]:

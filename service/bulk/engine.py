@@ -69,6 +69,7 @@ class Engine:
             max_detections=parameters.max_detections,
             classes=parameters.classes,
         )
+        self._lowest_score = self._selection.lowest_score
         self._tile = parse_tile(parameters.tile)
         self._memory = DecodeMemory(settings.decode_memory_bytes)
         devices = len(hardware.devices)
@@ -99,8 +100,10 @@ class Engine:
     def close(self) -> None:
         """Stop the threads; what they have in hand is dropped."""
         self._pipeline.close()
-        for pool in (self._reading, self._writing, self._laying_out):
+        for pool in (self._reading, self._laying_out):
             pool.shutdown(wait=False, cancel_futures=True)
+        # What has begun to be written is no more than moments from its end.
+        self._writing.shutdown(wait=True, cancel_futures=True)
 
     async def detect(
         self,
@@ -145,7 +148,10 @@ class Engine:
 
     async def _row(self, path: str, source: Source) -> Row:
         try:
-            image, found = await (self._whole if self._tile == "off" else self._tiled)(source)
+            if self._tile == "off":
+                image, found = await self._canvas(partial(self._prepare, source))
+            else:
+                image, found = await self._tiled(source)
         except Unavailable:
             # It is the device that failed, and not the picture.
             raise
@@ -153,14 +159,11 @@ class Engine:
             return Row(path, None, f"{error.slug}: {error}")
         return Row(path, Found(image, found), None)
 
-    async def _whole(self, source: Source) -> tuple[Size, Detections]:
-        return await self._canvas(partial(self._prepare, source))
-
     async def _canvas(self, make: Callable[[], Prepared]) -> tuple[Size, Detections]:
         outcome = await self._pipeline.detect_canvas(
             make,
             self._model,
-            score=self._selection.lowest_score,
+            score=self._lowest_score,
             iou=self._selection.iou,
             deadline=time.monotonic() + _FOREVER,
             urgency=Urgency.BULK,

@@ -18,6 +18,7 @@ from service.artifact import Thresholds, read_artifact
 from service.bulk import installed
 from service.bulk.parts import SCHEMA, read_counts
 from service.bulk.progress import Progress
+from service.detector import Detections, Detector
 from tests import tiny_model
 from tests.pictures import GREEN, RED, encoded, huge_png, one_red, squares
 
@@ -269,6 +270,30 @@ def test_an_output_that_cannot_be_written_ends_the_run(folder: Path, tmp_path: P
     assert "The same command goes on where it ended" in failed.stderr
     (output / "part-0000001.parquet").rmdir()
     assert summary(bulk(*command))["pictures"] == 10
+
+
+def test_a_device_that_fails_ends_the_run_and_not_the_pictures(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    command = (folder / "[0-9].png", "--output", output, "--part-size", 2)
+    works, calls = Detector.__call__, []
+
+    def breaks(*given: Any, **options: Any) -> list[Detections]:
+        calls.append(given)
+        if len(calls) > 8:
+            raise RuntimeError("CUDA failure 700: illegal access ;")
+        return works(*given, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Detector, "__call__", breaks)
+        failed = bulk(*command)
+    assert failed.exit_code == 1
+    assert "the device does not answer any more: CUDA failure 700: illegal access" in failed.stderr
+    assert "The same command goes on where it ended" in failed.stderr
+    assert all(row["error"] is None for part in output.glob("part*") for row in rows(part))
+    found = summary(bulk(*command))
+    assert (found["pictures"], found["failed"]) == (6, 0)
 
 
 @pytest.mark.parametrize(
