@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import click
 
+from service.bulk_cli import bulk
 from service.errors import (
     ArtifactError,
     DataError,
@@ -288,6 +289,9 @@ def revoke(name: str, file: Path | None) -> None:
     from service.commands import keys as command
 
     command.revoke(name, file)
+
+
+retinaserve.add_command(bulk)
 
 
 def _entries() -> dict[str, EntryPoint]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
@@ -13,11 +12,12 @@ from service.canvas import Buckets, ShortSide, Size
 from service.context import Service
 from service.detector import Detections
 from service.errors import DeadlineExceeded
-from service.imaging import Opened, Prepared, held_picture
+from service.imaging import Opened, held_picture
 from service.record import Passage
 from service.results import Selection, select
 from service.tiling import MAX_VIEWS, Canvases, Plan, Tile, lay_out, merge, plan
-from service.work import Outcome, Servable, Timing
+from service.views import detect_views
+from service.work import Servable, Timing
 
 
 class Answer(NamedTuple):
@@ -141,34 +141,19 @@ async def _views(
 ) -> tuple[Detections, Timing]:
     """Every view through the pipeline, and what they give together."""
     started = time.monotonic()
-    # No more at a time than of a batch's pictures: other requests come in between.
-    window = asyncio.Semaphore(service.batch_window)
-
-    async def one(make: Callable[[], Prepared]) -> Outcome:
-        async with window:
-            return await service.pipeline.detect_canvas(
-                make,
-                model,
-                score=selection.lowest_score,
-                iou=selection.iou,
-                deadline=limit,
-                urgency=urgency,
-            )
-
-    outcomes = await _all([one(make) for make in canvases.makers])
+    outcomes = await detect_views(
+        service.pipeline,
+        canvases,
+        model,
+        selection,
+        deadline=limit,
+        urgency=urgency,
+        # No more at a time than of a batch's pictures: other requests come in between.
+        window=service.batch_window,
+    )
     seconds = time.monotonic() - started
     raw = [outcome.detections for outcome in outcomes]
     found = await service.off_loop(merge, canvases.plan, raw, selection)
     # Views take turns, so only the first one's wait is a wait of the picture.
     first = min(seconds, *(each.timing.decode + each.timing.queue for each in outcomes))
     return found, Timing(0.0, first, seconds - first)
-
-
-async def _all(jobs: Sequence[Coroutine[None, None, Outcome]]) -> list[Outcome]:
-    """Every outcome in order; the first failure ends the other jobs and is raised."""
-    tasks = [asyncio.create_task(job) for job in jobs]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()

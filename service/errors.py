@@ -33,6 +33,12 @@ class MalformedImage(RetinaserveError):
     title = "Malformed image"
 
 
+class Unreadable(MalformedImage):
+    """A picture that is named cannot be read: it is not there, or may not be."""
+
+    title = "Unreadable"
+
+
 class Unauthorized(RetinaserveError):
     """No key came with the request, or one that is not known."""
 
@@ -133,6 +139,12 @@ class InferenceFailed(RetinaserveError):
     """The model could not be run on a picture."""
 
     title = "Inference failed"
+
+
+class BulkFailed(RetinaserveError):
+    """Detection over many pictures cannot go on; what is finished stays."""
+
+    title = "Bulk detection failed"
 
 
 class ArtifactError(RetinaserveError):

@@ -72,18 +72,40 @@ def select(raw: Detections, letterbox: Letterbox, selection: Selection) -> Detec
     Filtering by score after NMS equals filtering before it: NMS goes by falling score, so a box
     is only ever suppressed by a better one, which passes the filter whenever it does.
     """
-    kept = _where(raw, raw.scores > selection.scores[raw.labels])
+    kept = _only(raw, raw.scores > selection.scores[raw.labels])
     boxes = letterbox.to_original(kept.boxes)
     solid = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-    mapped = _where(Detections(boxes, kept.scores, kept.labels), solid)
+    mapped = _only(Detections(boxes, kept.scores, kept.labels), solid)
     if len(mapped) <= selection.max_detections:
         return mapped
     return mapped.pick(slice(selection.max_detections))
 
 
-def _where(detections: Detections, mask: NDArray[np.bool_]) -> Detections:
-    """Mostly all of them are wanted: then nothing is copied."""
-    return detections if mask.all() else detections.pick(mask)
+def _only(found: Detections, chosen: NDArray[np.bool_]) -> Detections:
+    """Mostly that is all of them, and nothing need be copied."""
+    return found if chosen.all() else found.pick(chosen)
+
+
+def split_classes(asked: Sequence[str], known: Sequence[str]) -> list[str]:
+    """Class names that were given one by one or as comma lists.
+
+    >>> split_classes(["cat,dog", "salt, pepper"], ["cat", "dog", "salt, pepper"])
+    ['cat', 'dog', 'salt, pepper']
+    """
+    names: list[str] = []
+    for value in asked:
+        # A class may have a comma in its name.
+        names.extend([value] if value in known else [part.strip() for part in value.split(",")])
+    return names
+
+
+def rounded(detections: Detections) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Boxes (D, 4) and scores (D,) as every answer has them.
+
+    Boxes to 1/100 pixel, scores to 1e-4, well inside what is promised.
+    """
+    boxes = detections.boxes.astype(np.float64).round(2)
+    return boxes, detections.scores.astype(np.float64).round(4)
 
 
 def native(detections: Detections, classes: Sequence[str]) -> list[dict[str, Any]]:
@@ -150,7 +172,6 @@ def hugging_face(detections: Detections, classes: Sequence[str]) -> list[dict[st
 
 
 def _rows(detections: Detections) -> list[tuple[int, float, list[float]]]:
-    """Plain numbers: boxes to 1/100 pixel, scores to 1e-4, well inside what is promised."""
-    boxes = detections.boxes.astype(np.float64).round(2).tolist()
-    scores = detections.scores.astype(np.float64).round(4).tolist()
-    return list(zip(detections.labels.tolist(), scores, boxes, strict=True))
+    """Plain numbers."""
+    boxes, scores = rounded(detections)
+    return list(zip(detections.labels.tolist(), scores.tolist(), boxes.tolist(), strict=True))

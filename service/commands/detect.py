@@ -18,24 +18,17 @@ from tqdm import tqdm
 
 from service import results
 from service.annotate import Encoding, draw, encode
-from service.artifact import Artifact, read_artifact, scan_repository
 from service.canvas import Size
+from service.commands.offline import PICTURE_SUFFIXES, find_model
 from service.detector import Detections, Detector
 from service.devices import cpu_count, open_detector, resolve
-from service.errors import (
-    DataError,
-    InferenceFailed,
-    MalformedImage,
-    RetinaserveError,
-    UnknownModel,
-)
+from service.errors import DataError, InferenceFailed, MalformedImage, RetinaserveError
 from service.imaging import decode, media_type, open_picture
 from service.problems import problem_of
 from service.results import Selection
 from service.settings import Settings, load_settings
 from service.tiling import Canvases, Tile, detect, lay_out, plan
 
-_SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 _ENCODINGS: Final[dict[str, Encoding]] = {
     "image/jpeg": "JPEG",
     "image/png": "PNG",
@@ -137,9 +130,9 @@ def find_pictures(paths: Sequence[Path]) -> list[Source]:
     taken: set[Path] = set()
     for path in paths:
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES)
+            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES)
             if not any(p.is_file() for p in found):
-                kinds = ", ".join(sorted(_SUFFIXES))
+                kinds = ", ".join(sorted(PICTURE_SUFFIXES))
                 raise DataError(f"{path}: no picture in this folder ({kinds})")
             pairs = [(p, p.relative_to(path)) for p in found if p.is_file()]
         else:
@@ -154,34 +147,10 @@ def find_pictures(paths: Sequence[Path]) -> list[Source]:
 def load_model(settings: Settings, model: str | None, score_threshold: float | None) -> LoadedModel:
     """A model file, or a model of the repository, on the first device that was asked for."""
     hardware = resolve(settings.device)
-    artifact, version = _find_model(settings, model)
-    detector = open_detector(artifact, hardware.devices[0])
-    selection = results.resolve(artifact.metadata, score_threshold=score_threshold)
-    # In a repository the folder names the model; a file by itself has only its own word.
-    name = artifact.metadata.name if version is None else artifact.path.parent.parent.name
-    return LoadedModel(name, version, detector, selection)
-
-
-def _find_model(settings: Settings, model: str | None) -> tuple[Artifact, int | None]:
-    if model is not None and (model.endswith(".onnx") or "/" in model):
-        path = Path(model).absolute()
-        version = path.parent.name
-        return read_artifact(path), int(version) if version.isdecimal() else None
-    name, _, wanted = (model or "").partition("@")
-    name = name or settings.default_model or ""
-    entries = scan_repository(settings.models_dir)
-    if not name and len({entry.name for entry in entries}) > 1:
-        names = ", ".join(sorted({entry.name for entry in entries}))
-        raise DataError(f"{settings.models_dir} holds several models ({names}); name one: --model")
-    fitting = [
-        entry
-        for entry in entries
-        if (not name or entry.name == name) and (not wanted or str(entry.version) == wanted)
-    ]
-    if not fitting:
-        known = ", ".join(f"{entry.name}@{entry.version}" for entry in entries)
-        raise UnknownModel(f"no model {model!r} in {settings.models_dir}; there is {known}")
-    return read_artifact(fitting[-1].path), fitting[-1].version
+    found = find_model(settings, model)
+    detector = open_detector(found.artifact, hardware.devices[0])
+    selection = results.resolve(found.artifact.metadata, score_threshold=score_threshold)
+    return LoadedModel(found.name, found.version, detector, selection)
 
 
 def _unique(relative: Path, taken: set[Path]) -> Path:

@@ -10,7 +10,6 @@ import os
 import socket
 import ssl
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -19,6 +18,7 @@ import click
 
 from service.errors import DataError
 from service.inference_protocol.grpc_messages import check_installed
+from service.leaving import leave
 from service.listening import Doors, listen, url
 from service.process import prepare_process
 from service.registry import Registry
@@ -68,7 +68,7 @@ def run(
             # What is there now stays: the collector need not walk through it again and again.
             gc.freeze()
             server.run([listener])
-    _leave(0 if service.pipeline.fatal is None else 1)
+    leave(0 if service.pipeline.fatal is None else 1)
 
 
 @contextlib.contextmanager
@@ -137,17 +137,3 @@ def _warn_of_strangers(listener: socket.socket) -> None:
             "RETINASERVE_API_KEYS_FILE (`retinaserve keys new NAME --file PATH`)",
             address,
         )
-
-
-def _leave(status: int) -> None:
-    """Exit now, even where a thread is stuck in native code that would not let Python end."""
-    stuck = [
-        thread.name
-        for thread in threading.enumerate()
-        if thread is not threading.main_thread() and thread.is_alive()
-    ]
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if stuck:
-        os._exit(status)
-    sys.exit(status)

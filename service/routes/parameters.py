@@ -12,7 +12,7 @@ from starlette.requests import Request
 
 from service.artifact import MAX_DETECTIONS_CAP, Metadata
 from service.errors import InvalidParameter
-from service.results import Selection, resolve
+from service.results import Selection, resolve, split_classes
 from service.tiling import MAX_TILE, MIN_TILE, parse_tile
 
 Format = Literal["native", "coco", "roboflow", "hf"]
@@ -64,7 +64,7 @@ class BatchQuery(BaseModel):
             score_threshold=self.score_threshold,
             iou_threshold=self.iou_threshold,
             max_detections=self.max_detections,
-            classes=None if self.classes is None else _split(self.classes, metadata.classes),
+            classes=None if self.classes is None else split_classes(self.classes, metadata.classes),
         )
 
 
@@ -195,11 +195,3 @@ def _weight(parameters: str) -> float:
             except ValueError:
                 return 0.0
     return 1.0
-
-
-def _split(asked: list[str], known: tuple[str, ...]) -> list[str]:
-    names: list[str] = []
-    for value in asked:
-        # A class may have a comma in its name.
-        names.extend([value] if value in known else [part.strip() for part in value.split(",")])
-    return names

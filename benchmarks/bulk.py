@@ -1,0 +1,163 @@
+"""`retinaserve bulk` over many pictures: killed half-way, resumed, its memory and its rate.
+
+    python benchmarks/bulk.py                    # 20,000 pictures near-free, 600 bundled
+    python benchmarks/bulk.py --only near-free   # or --only bundled, --count N
+
+The pictures are 20 drawn JPEGs of 640 x 480 under as many names as there are to be pictures. The
+command runs in a process of its own, is killed by SIGKILL once half of the parts are there, and
+started again. Its rate is that of the second half, beside two bare loops of decoding, letterbox and
+session that share one session (`bare_loop.py --loops 2`), before and after it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+from near_free_model import write_near_free_model
+from report import Report, Table, add_options
+from serving import draw_pictures, run_script
+
+from service.artifact import scan_repository
+from service.settings import bundled_models
+
+RATIO = 0.9
+GROWTH = 1.1
+COUNTS = {"near-free": 20_000, "bundled": 600}
+PARTS = 40
+LOOK_SECONDS = 0.05
+ROWS = 6
+"""Of memory in the table, for each half."""
+
+
+def name_pictures(drawn: Path, folder: Path, count: int) -> Path:
+    """`count` names for the drawn pictures, in folders of a thousand; the folder."""
+    sources = sorted(drawn.glob("*.jpg"))
+    for number in range(count):
+        target = folder / f"{number // 1000:03d}" / f"{number:06d}.jpg"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.link(sources[number % len(sources)], target)
+    return folder
+
+
+class Watched:
+    """The command in a process, and what it takes of memory over time."""
+
+    def __init__(self, arguments: list[str], output: Path) -> None:
+        command = [sys.executable, "-m", "service.cli", "bulk", *arguments]
+        self._output = output
+        self.started = time.monotonic()
+        self.popen = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self.process = psutil.Process(self.popen.pid)
+        self.looks: list[tuple[float, int, float]] = []
+        """Seconds, parts there, resident MB."""
+
+    def watch(self, until: Callable[[int], bool]) -> None:
+        """Look at it until so many parts are there, or it ends."""
+        while self.popen.poll() is None:
+            parts = len(list(self._output.glob("part-*")))
+            resident = self.process.memory_info().rss / 1e6
+            self.looks.append((time.monotonic() - self.started, parts, resident))
+            if until(parts):
+                return
+            time.sleep(LOOK_SECONDS)
+
+
+def measure(
+    report: Report,
+    memory: Table,
+    name: str,
+    models: Path,
+    pictures: Path,
+    drawn: Path,
+    output: Path,
+) -> None:
+    """One model."""
+    count = len(list(pictures.rglob("*.jpg")))
+    size = max(1, count // PARTS)
+    arguments = [str(pictures), "--output", str(output), "--part-size", str(size)]
+    arguments += ["--models", str(models), "--device", "cpu"]
+    model = scan_repository(models)[-1].path
+
+    def bare() -> float:
+        options = ("--seconds", 3 if report.quick else 8, "--loops", 2)
+        return float(run_script("bare_loop.py", model, drawn, *options)["per_second"])
+
+    before = bare()
+    first = Watched(arguments, output)
+    first.watch(lambda parts: parts >= PARTS // 2)
+    first.popen.kill()
+    first.popen.communicate()
+    second = Watched(arguments, output)
+    second.watch(lambda parts: False)
+    summary: dict[str, Any] = json.loads(second.popen.communicate()[0])
+    if second.popen.returncode:
+        raise SystemExit(f"{name}: the second half ended with status {second.popen.returncode}")
+    after = bare()
+    for half, watched in (("before the kill", first), ("resumed", second)):
+        step = max(1, len(watched.looks) // ROWS)
+        for seconds, parts, resident in watched.looks[step::step]:
+            memory.row(name, half, seconds, parts * size, resident)
+    # Whatever starts up takes its memory in the first fifth.
+    steady = [resident for _, _, resident in second.looks[len(second.looks) // 5 :]]
+    rows = Counter(pq.read_table(output, columns=["path"])["path"].to_pylist())
+    wanted = {str(path) for path in pictures.rglob("*.jpg")}
+    for title, figure in (
+        ("lost", len(wanted - rows.keys())),
+        ("doubled", rows.total() - len(rows)),
+    ):
+        report.figure(f"{name}: pictures {title}", [figure], better="lower", bound=0, ratio=False)
+    report.figure(
+        f"{name}: resident memory at the end over its first fifth",
+        [steady[-1] / steady[0]],
+        better="lower",
+        bound=GROWTH,
+    )
+    rate = summary["pictures_per_second"]
+    report.figure(f"{name}: pictures/s", [rate], better="higher", ratio=False)
+    report.figure(f"{name}: two bare loops, /s", [before, after], better="higher", ratio=False)
+    report.figure(
+        f"{name}: rate over two bare loops side by side",
+        [rate / ((before + after) / 2)],
+        better="higher",
+        bound=RATIO,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=list(COUNTS))
+    parser.add_argument(
+        "--count", type=int, help="pictures; default: 20,000 near-free, 600 bundled"
+    )
+    add_options(parser)
+    arguments = parser.parse_args()
+    report = Report("bulk", "Bulk detection, killed half-way and resumed", arguments)
+    memory = report.table(
+        {"model": "", "half": "", "s": ".1f", "pictures done": "d", "resident MB": ".0f"}
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch).resolve()
+        drawn = draw_pictures(folder / "drawn")
+        write_near_free_model(folder / "models")
+        for name in [arguments.only] if arguments.only else COUNTS:
+            count = arguments.count or COUNTS[name] // (10 if report.quick else 1)
+            pictures = name_pictures(drawn, folder / name / "in", count)
+            models = folder / "models" if name == "near-free" else bundled_models()
+            measure(report, memory, name, models, pictures, drawn, folder / name / "out")
+    report.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""Where pictures and results lie: this machine's files, or whatever fsspec reaches by a URL."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import uuid
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import lru_cache
+from pathlib import Path
+from stat import S_ISREG
+from typing import Any, BinaryIO, Final, Literal, NamedTuple, Protocol
+from urllib.request import url2pathname
+
+from service.bulk.installed import check_fsspec
+from service.errors import DataError, TooLarge, Unreadable
+
+UNFINISHED: Final = ".unfinished"
+"""Ends the name of a file that is being written."""
+
+
+_AT_ONCE: Final = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+"""Windows has the second and not the first."""
+
+
+class Entry(NamedTuple):
+    """What a folder holds."""
+
+    name: str
+    folder: bool
+
+
+class Files(Protocol):
+    """Files by their full names: absolute paths, or URLs."""
+
+    remote: bool
+
+    def kind(self, name: str) -> Literal["file", "folder"] | None:
+        """What a name means; None: nothing."""
+
+    def scan(self, folder: str) -> list[Entry]:
+        """What lies in a folder, by name. Raises DataError."""
+
+    def open(self, name: str) -> BinaryIO:
+        """Open to read. Raises OSError."""
+
+    def write(self, name: str) -> AbstractContextManager[BinaryIO]:
+        """Open to write. The file is there under its name once the block ends, whole; else not."""
+
+    def make(self, folder: str) -> None:
+        """Make a folder and those above it, where they are not there. Raises DataError."""
+
+    def remove(self, name: str) -> None:
+        """Remove a file; nothing happens where there is none."""
+
+
+def files_of(name: str) -> Files:
+    """Whatever reads a full name. Raises DataError where it cannot be had."""
+    protocol, separator, rest = name.partition("://")
+    return _remote(protocol, rest.partition("/")[0]) if separator else _LOCAL
+
+
+def full_name(given: str) -> str:
+    """An absolute path or a URL for what a user wrote.
+
+    >>> full_name("s3://pictures/2024/"), full_name("file:///data/a.jpg")
+    ('s3://pictures/2024', '/data/a.jpg')
+    """
+    if given.startswith("file://"):
+        given = url2pathname(given.removeprefix("file://"))
+    if "://" in given:
+        return given.rstrip("/")
+    # Links stay what they are called.
+    return os.path.normpath(Path(given).expanduser().absolute())
+
+
+def join(folder: str, name: str) -> str:
+    """A name below a folder; a full name stays what it is.
+
+    >>> join("s3://pictures", "a/b.jpg"), join("/data", "/other/b.jpg")
+    ('s3://pictures/a/b.jpg', '/other/b.jpg')
+    """
+    if "://" in name or Path(name).is_absolute():
+        return full_name(name)
+    return posixpath.join(folder, name) if "://" in folder else os.path.normpath(f"{folder}/{name}")
+
+
+def parent(name: str) -> str:
+    """The folder of a full name."""
+    return name.rpartition("/")[0] if "://" in name else str(Path(name).parent)
+
+
+def read_picture(name: str, most: int) -> bytes:
+    """A picture's bytes. Raises Unreadable, or TooLarge for more than `most`."""
+    try:
+        files = files_of(name)
+        with files.open(name) as file:
+            data = file.read(most + 1)
+    except OSError as error:
+        raise Unreadable(f"cannot be read: {error.strerror or error}") from error
+    except Exception as error:
+        # What the libraries behind URLs raise has no common base class.
+        raise Unreadable(f"cannot be read: {str(error) or type(error).__name__}") from error
+    return check_bytes(data, most)
+
+
+def check_bytes(data: bytes, most: int) -> bytes:
+    """The same bytes. Raises TooLarge for more than `most` of them."""
+    if len(data) > most:
+        raise TooLarge(
+            f"the file has more than {most} bytes; RETINASERVE_MAX_BODY_BYTES is the limit"
+        )
+    return data
+
+
+class LocalFiles:
+    """This machine's."""
+
+    remote = False
+
+    def kind(self, name: str) -> Literal["file", "folder"] | None:
+        """What a name means; None: nothing."""
+        path = Path(name)
+        return "folder" if path.is_dir() else "file" if path.exists() else None
+
+    def scan(self, folder: str) -> list[Entry]:
+        """What lies in a folder, by name. Links to folders are not followed."""
+        try:
+            with os.scandir(folder) as found:
+                entries = [
+                    Entry(each.name, each.is_dir(follow_symlinks=False))
+                    for each in found
+                    if each.is_dir(follow_symlinks=False) or each.is_file()
+                ]
+        except OSError as error:
+            raise DataError(f"{folder}: cannot be listed: {error.strerror or error}") from error
+        return sorted(entries)
+
+    def open(self, name: str) -> BinaryIO:
+        """Open to read. Raises OSError, for what is no plain file too: a pipe would never end."""
+        # For every picture: Path would take longer than the system does. A pipe must not block.
+        number = os.open(name, os.O_RDONLY | _AT_ONCE)
+        try:
+            if not S_ISREG(os.fstat(number).st_mode):
+                raise OSError("it is no plain file")
+            return os.fdopen(number, "rb")
+        except BaseException:
+            os.close(number)
+            raise
+
+    @contextmanager
+    def write(self, name: str) -> Iterator[BinaryIO]:
+        """Beside the target first, on the disk before it gets its name."""
+        path = Path(name)
+        unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{UNFINISHED}")
+        try:
+            with unfinished.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(path)
+        except BaseException:
+            unfinished.unlink(missing_ok=True)
+            raise
+
+    def make(self, folder: str) -> None:
+        """Make a folder and those above it."""
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"{folder}: cannot be made: {error.strerror or error}") from error
+
+    def remove(self, name: str) -> None:
+        """Remove a file."""
+        Path(name).unlink(missing_ok=True)
+
+
+class RemoteFiles:
+    """What one of fsspec's file systems reaches. From any thread."""
+
+    remote = True
+
+    def __init__(self, system: Any) -> None:
+        self._system = system
+
+    def kind(self, name: str) -> Literal["file", "folder"] | None:
+        """What a name means; None: nothing."""
+        # Object stores have no empty folders; a name that nothing begins with is none.
+        if self._system.isdir(name):
+            return "folder"
+        return "file" if self._system.exists(name) else None
+
+    def scan(self, folder: str) -> list[Entry]:
+        """What lies in a folder, by name."""
+        try:
+            found = self._system.ls(folder, detail=True, refresh=True)
+        except Exception as error:
+            # What the libraries behind URLs raise has no common base class.
+            raise DataError(f"{folder}: cannot be listed: {error}") from error
+        own = self._system._strip_protocol(folder).rstrip("/")
+        names = ((each["name"].rstrip("/"), each["type"] == "directory") for each in found)
+        # Some stores have an object for the folder itself.
+        return sorted(
+            Entry(name.rpartition("/")[2], is_folder) for name, is_folder in names if name != own
+        )
+
+    def open(self, name: str) -> BinaryIO:
+        """Open to read."""
+        file: BinaryIO = self._system.open(name, "rb")
+        return file
+
+    @contextmanager
+    def write(self, name: str) -> Iterator[BinaryIO]:
+        """Under another name first: not every file system shows only whole files."""
+        folder, _, last = name.rpartition("/")
+        unfinished = f"{folder}/.{last}.{uuid.uuid4().hex[:8]}{UNFINISHED}"
+        try:
+            with self._system.open(unfinished, "wb") as file:
+                yield file
+            self._system.mv(unfinished, name)
+        except BaseException:
+            with suppress(Exception):
+                self._system.rm_file(unfinished)
+            raise
+
+    def make(self, folder: str) -> None:
+        """Make a folder, where the file system has such a thing."""
+        try:
+            self._system.makedirs(folder, exist_ok=True)
+        except Exception as error:
+            raise DataError(f"{folder}: cannot be made: {error}") from error
+
+    def remove(self, name: str) -> None:
+        """Remove a file."""
+        with suppress(FileNotFoundError):
+            self._system.rm_file(name)
+
+
+_LOCAL: Final = LocalFiles()
+
+
+@lru_cache(maxsize=64)
+def _remote(protocol: str, authority: str) -> Files:
+    url = f"{protocol}://{authority}"
+    check_fsspec(url)
+    from fsspec.core import url_to_fs
+
+    try:
+        return RemoteFiles(url_to_fs(url)[0])
+    except (ImportError, ValueError) as error:
+        raise DataError(f"{url}: cannot be reached: {error}") from error

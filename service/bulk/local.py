@@ -1,0 +1,65 @@
+"""The run in this process, on the devices that were asked for."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from service.artifact import Artifact
+from service.bulk.engine import Done, Engine, open_engine
+from service.bulk.progress import Progress
+from service.bulk.run import Run, Todo
+from service.bulk.stopping import until_signalled
+from service.devices import cpu_count, resolve
+from service.memory import keep_freed_memory
+from service.settings import Settings
+
+
+class LocalDetection:
+    """Made before the pictures are listed: a device that cannot be used is told at once."""
+
+    def __init__(self, artifact: Artifact, settings: Settings) -> None:
+        """Raises DeviceError."""
+        self._artifact = artifact
+        self._settings = settings
+        self._hardware = resolve(
+            settings.device, memory_limit=settings.gpu_memory_bytes, tf32=settings.gpu_tf32
+        )
+
+    @property
+    def where(self) -> str:
+        """What it runs on, in words."""
+        return self._hardware.name
+
+    def detect(
+        self, run: Run, todo: Todo, progress: Progress, on_part: Callable[[Done], None]
+    ) -> None:
+        """Do what is left. Raises BulkFailed, ArtifactError, DeviceError or Stopped."""
+        keep_freed_memory()
+        engine = open_engine(run, self._artifact, self._hardware, self._settings, cores=cpu_count())
+        engine.start()
+        progress.start()
+        try:
+            with asyncio.Runner(loop_factory=new_event_loop) as runner:
+                runner.run(until_signalled(_detect(engine, todo, progress, on_part)))
+        finally:
+            engine.close()
+
+
+async def _detect(
+    engine: Engine, todo: Todo, progress: Progress, on_part: Callable[[Done], None]
+) -> None:
+    def on_picture(failed: bool) -> None:
+        progress.add(failed=failed)
+
+    await engine.detect(todo.again, again=True, on_picture=on_picture, on_part=on_part)
+    await engine.detect(todo.parts, on_picture=on_picture, on_part=on_part)
+
+
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    """The quickest that there is."""
+    try:
+        import uvloop
+    except ImportError:  # pragma: no cover: there is none for Windows
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()

@@ -1,0 +1,55 @@
+"""What detection without a server shares: which files are pictures, which model file is meant."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from service.artifact import Artifact, read_artifact, scan_repository
+from service.errors import DataError, UnknownModel
+from service.settings import Settings
+
+PICTURE_SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".png", ".webp"})
+"""Of what is taken for a picture in a folder, in small letters."""
+
+
+class FoundModel(NamedTuple):
+    """A model file, and how answers name it."""
+
+    name: str
+    version: int | None
+    """None for a file outside of a repository."""
+    artifact: Artifact
+
+
+def find_model(settings: Settings, model: str | None) -> FoundModel:
+    """A model file, or NAME[@VERSION] of the repository; None: the default model.
+
+    Raises ArtifactError, DataError or UnknownModel.
+    """
+    artifact, version = _find(settings, model)
+    # In a repository the folder names the model; a file by itself has only its own word.
+    name = artifact.metadata.name if version is None else artifact.path.parent.parent.name
+    return FoundModel(name, version, artifact)
+
+
+def _find(settings: Settings, model: str | None) -> tuple[Artifact, int | None]:
+    if model is not None and (model.endswith(".onnx") or "/" in model):
+        path = Path(model).absolute()
+        version = path.parent.name
+        return read_artifact(path), int(version) if version.isdecimal() else None
+    name, _, wanted = (model or "").partition("@")
+    name = name or settings.default_model or ""
+    entries = scan_repository(settings.models_dir)
+    if not name and len({entry.name for entry in entries}) > 1:
+        names = ", ".join(sorted({entry.name for entry in entries}))
+        raise DataError(f"{settings.models_dir} holds several models ({names}); name one: --model")
+    fitting = [
+        entry
+        for entry in entries
+        if (not name or entry.name == name) and (not wanted or str(entry.version) == wanted)
+    ]
+    if not fitting:
+        known = ", ".join(f"{entry.name}@{entry.version}" for entry in entries)
+        raise UnknownModel(f"no model {model!r} in {settings.models_dir}; there is {known}")
+    return read_artifact(fitting[-1].path), fitting[-1].version

@@ -1,0 +1,54 @@
+"""The views of a picture that is cut into tiles, through the pipeline a few at a time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+
+from service.batching import Urgency
+from service.imaging import Prepared
+from service.pipeline import Pipeline
+from service.results import Selection
+from service.tiling import Canvases
+from service.work import Outcome, Servable
+
+
+async def detect_views(
+    pipeline: Pipeline,
+    canvases: Canvases,
+    model: Servable,
+    selection: Selection,
+    *,
+    deadline: float,
+    urgency: Urgency,
+    window: int,
+) -> list[Outcome]:
+    """What each view gives, in their order; at most `window` are in the pipeline at a time.
+
+    Whoever calls this has called `Pipeline.admit`, where somebody waits. Raises what
+    `Pipeline.detect_canvas` raises.
+    """
+    room = asyncio.Semaphore(window)
+
+    async def one(make: Callable[[], Prepared]) -> Outcome:
+        async with room:
+            return await pipeline.detect_canvas(
+                make,
+                model,
+                score=selection.lowest_score,
+                iou=selection.iou,
+                deadline=deadline,
+                urgency=urgency,
+            )
+
+    return await _all([one(make) for make in canvases.makers])
+
+
+async def _all(jobs: Sequence[Coroutine[None, None, Outcome]]) -> list[Outcome]:
+    """Every outcome in order; the first failure ends the other jobs and is raised."""
+    tasks = [asyncio.create_task(job) for job in jobs]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
