@@ -20,7 +20,7 @@ SCALE_TESTS := tests/reliability/test_ray.py
 COVERED_90 = $(TEST_VENV)/bin/python -m coverage report --fail-under=90 --include=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-scale lint format proto lock clean
+.PHONY: help serve test test-scale lint format proto lock notices clean
 
 help:
 	@echo 'make serve   install the service and run the bundled model on http://localhost:$(PORT) (PORT=)'
@@ -30,6 +30,7 @@ help:
 	@echo 'make format  let ruff rewrite the sources'
 	@echo 'make proto   compile the messages of the gRPC dialect'
 	@echo 'make lock    renew the lock files of the container images'
+	@echo 'make notices renew the licences in docs/third-party.md'
 	@echo 'make clean   remove environments and caches'
 
 serve: $(VENV)/installed
@@ -97,6 +98,14 @@ lock:
 PIP_COMPILE = CUSTOM_COMPILE_COMMAND='make lock' $(LOCK_VENV)/bin/pip-compile --quiet --upgrade \
 	--generate-hashes --strip-extras --no-annotate --no-emit-index-url --no-emit-find-links \
 	--no-emit-trusted-host
+
+# What the images install, by hash: some 1.6 GB, most of it CUDA's libraries.
+notices:
+	$(call make_venv,$(LOCK_VENV))
+	$(LOCK_VENV)/bin/python -m pip install --quiet 'packaging>=26,<27'
+	$(foreach variant,cpu gpu,$(LOCK_VENV)/bin/python -m pip download --quiet --no-deps --require-hashes \
+		--only-binary :all: --dest $(LOCK_VENV)/wheels --requirement requirements-$(variant).lock &&) \
+	$(LOCK_VENV)/bin/python docs/third_party.py $(LOCK_VENV)/wheels
 
 # The base dependencies and those of gRPC, with the plain onnxruntime in place of onnxruntime-gpu.
 define CPU_REQUIREMENTS

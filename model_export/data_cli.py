@@ -15,6 +15,10 @@ Example:
   retinaserve data check cells
   retinaserve data check cells --canvas 384x512 --json cells.json
 """
+_SAMPLE_EXAMPLE = """\b
+Example:
+  retinaserve data sample cells --pictures 60
+"""
 
 
 @click.group(context_settings=_CONTEXT)
@@ -75,3 +79,41 @@ def check(
         config_file=config_file,
         json_file=json_file,
     )
+
+
+def _width_and_height(_context: Any, _parameter: Any, value: str) -> tuple[int, int]:
+    width, separator, height = value.partition("x")
+    if not (separator and width.isdecimal() and height.isdecimal()):
+        raise click.BadParameter(f"{value!r}: expected WIDTHxHEIGHT in pixels, such as 640x480")
+    if not all(64 <= int(side) <= 4096 for side in (width, height)):
+        raise click.BadParameter(f"{value!r}: both sides must be within 64 and 4096 pixels")
+    return int(width), int(height)
+
+
+@data.command(context_settings=_CONTEXT, epilog=_SAMPLE_EXAMPLE)
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path), metavar="DIR")
+@click.option(
+    "--pictures", type=click.IntRange(1, 1_000_000), default=40, show_default=True, metavar="N"
+)
+@click.option(
+    "--size",
+    default="640x480",
+    show_default=True,
+    callback=_width_and_height,
+    metavar="WIDTHxHEIGHT",
+    help="In pixels; larger pictures show the same number of cells, larger.",
+)
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Draws others."
+)
+def sample(folder: Path, pictures: int, size: tuple[int, int], seed: int) -> None:
+    """Draw labelled pictures, to try everything without data of your own.
+
+    They look like the stained blood smears that the bundled model knows, with Pascal VOC labels of
+    RBC, WBC and Platelets beside them. They are drawings: what is measured on them says nothing
+    about photographs.
+    """
+    from model_export.commands import sample as command
+
+    width, height = size
+    command.run(folder, pictures=pictures, width=width, height=height, seed=seed)

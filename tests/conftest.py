@@ -24,6 +24,7 @@ ONE_EXPORT = tuple(
 
 LONGEST_FIRST = (
     "tests/e2e/test_whole_path.py",
+    "tests/e2e/test_tutorials.py",
     f"{_UNIT}/test_cli.py",
     *ONE_EXPORT,
     "tests/e2e/test_page.py",

@@ -1,4 +1,7 @@
-"""From labelled pictures to an endpoint by the commands, and one answer on every way."""
+"""From labelled pictures to an endpoint by the commands, and one answer on every way.
+
+The commands are those of docs/tutorials/own-data.md; the tests go on with what they leave.
+"""
 
 from __future__ import annotations
 
@@ -43,6 +46,7 @@ from service.detector import Detections
 from service.errors import DataError
 from service.samples import draw_smear
 from service.settings import bundled_models
+from tests.e2e import tutorial
 from tests.e2e.browser import ROOT, server
 from tests.unit.model_export.voc_folder import annotation
 
@@ -109,30 +113,27 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("whole-path")
+    """Where the page's commands have run."""
+    path = tmp_path_factory.mktemp("whole-path")
+    tutorial.run(ROOT / "docs" / "tutorials" / "own-data.md", path)
+    return path
 
 
 @pytest.fixture(scope="module")
 def data(folder: Path) -> Path:
-    return draw(folder / "cells", {"train": range(24), "val": range(24, 30)})
+    return folder / "cells"
 
 
 @pytest.fixture(scope="module")
-def trained(folder: Path, data: Path) -> Path:
+def trained(folder: Path) -> Path:
     """A run's folder."""
-    (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
-    run = folder / "run"
-    call("train", "--data", data, "--config", folder / "config.yaml", "--output", run,
-         "--seed", 1, "--device", "cpu")  # fmt: skip
-    return run
+    return folder / "runs" / "cells"
 
 
 @pytest.fixture(scope="module")
-def cells(folder: Path, data: Path, trained: Path, untraced_exporter: None) -> Model:
+def cells(folder: Path, trained: Path) -> Model:
     """The run's best checkpoint as a model file, in a repository beside the bundled model."""
-    path = folder / "models" / "cells" / "1" / MODEL_FILE
-    call("export", trained / "best.ckpt", "--data", data, "--output", path)
-    return Model("cells", path, trained / "best.ckpt")
+    return Model("cells", folder / "models" / "cells" / "1" / MODEL_FILE, trained / "best.ckpt")
 
 
 @pytest.fixture(scope="module")
@@ -180,12 +181,11 @@ def drawn(folder: Path) -> list[Sample]:
 def test_a_run_leaves_everything(trained: Path) -> None:
     names = ("last.ckpt", "best.ckpt", "metrics.csv", "config.yaml", "curves.png")
     assert sorted(path.name for path in trained.iterdir()) == sorted(names)
-    assert yaml.safe_load((trained / "config.yaml").read_text())["seed"] == 1
+    assert yaml.safe_load((trained / "config.yaml").read_text())["epochs"] == 3
     with (trained / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["epoch"] for row in rows] == ["1", "2", "3", "4"]
-    assert float(rows[-1]["classification_loss"]) < float(rows[0]["classification_loss"])
-    assert rows[-1]["ap"] != ""
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert float(rows[-1]["ap"]) > 0.3
 
 
 def test_the_file_is_measured_as_it_says(cells: Model, data: Path, tmp_path: Path) -> None:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import ast
+import json
+import os
 import re
 import subprocess
 import sys
+import sysconfig
+import tarfile
 import tomllib
+import venv
 import zipfile
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import yaml
 from packaging.markers import Marker
@@ -22,13 +28,15 @@ from service.settings import Settings
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("service", "model_export")
 
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
 # What only the train extra brings; nothing of it may be loaded by the service.
 TRAINING_ONLY = ("torch", "lightning", "onnxscript", "pycocotools", "matplotlib", "safetensors")
 
 TOP_LEVEL = {
     "Dockerfile", "pyproject.toml", "service", "model_export", "tests", "docker-compose.yml",
     "README.md", "Makefile", "LICENSE", ".ci", "requirements-cpu.lock", "requirements-gpu.lock",
-    "docs", "benchmarks", ".gitignore", ".dockerignore",
+    "docs", "benchmarks", ".gitignore", ".dockerignore", ".github",
 }  # fmt: skip
 OPTIONAL_TOP_LEVEL = {"deploy"}
 
@@ -46,20 +54,48 @@ def tracked() -> list[Path]:
 
 @pytest.fixture(scope="module")
 def project() -> dict[str, Any]:
-    """The [project] table of pyproject.toml."""
-    table: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return table
+    return PROJECT
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    folder = tmp_path_factory.mktemp("wheel")
-    subprocess.run(
-        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)],
-        cwd=ROOT, check=True, capture_output=True,
-    )  # fmt: skip
+def wheel_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from the sdist, as an installer without our wheel would."""
+    folder = tmp_path_factory.mktemp("distributions")
+    _build("sdist", source=ROOT, output=folder)
+    (archive,) = folder.glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        file.extractall(folder, filter="data")
+    _build("wheel", source=folder / archive.name.removesuffix(".tar.gz"), output=folder)
     (path,) = folder.glob("*.whl")
-    return zipfile.ZipFile(path)
+    return path
+
+
+def _build(kind: str, *, source: Path, output: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", kind, "-d", str(output)],
+        cwd=source, check=True, capture_output=True,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def wheel(wheel_file: Path) -> zipfile.ZipFile:
+    return zipfile.ZipFile(wheel_file)
+
+
+@pytest.fixture(scope="module")
+def installed(wheel_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The command of a new environment that has the wheel, and what it needs from this one."""
+    environment = tmp_path_factory.mktemp("clean") / "venv"
+    venv.create(environment, with_pip=False, symlinks=True)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "--python", str(environment / "bin" / "python"), "install",
+         "--quiet", "--no-deps", "--no-index", str(wheel_file)],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    (packages,) = environment.glob("lib/python*/site-packages")
+    # A folder that a .pth names has no .pth files of its own: this checkout stays out of sight.
+    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return environment / "bin" / "retinaserve"
 
 
 def test_the_wheel_holds_every_tracked_file_of_both_packages(
@@ -83,6 +119,48 @@ def test_the_wheel_holds_the_page_the_bundled_model_and_the_type_markers(
 def test_the_wheel_holds_nothing_but_the_packages(wheel: zipfile.ZipFile) -> None:
     tops = {name.partition("/")[0] for name in wheel.namelist()}
     assert {top for top in tops if not top.endswith(".dist-info")} == set(PACKAGES)
+
+
+def test_what_is_installed_runs_anywhere(installed: Path, tmp_path: Path) -> None:
+    """Version, inspect, doctor, detect and one request to the server, in an empty folder."""
+    outside = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHONPATH", "COV"))}
+
+    def call(*arguments: str) -> str:
+        run = subprocess.run(
+            [installed, *arguments], cwd=tmp_path, env=outside, capture_output=True, text=True
+        )
+        assert run.returncode == 0, run.stderr
+        return run.stdout
+
+    assert call("--version").strip().endswith(f"version {PROJECT['version']}")
+    python = [installed.with_name("python"), "-c", "import service; print(service.__file__)"]
+    source = subprocess.run(python, cwd=tmp_path, env=outside, capture_output=True, text=True)
+    package = Path(source.stdout.strip()).parent
+    assert package.is_relative_to(installed.parents[1]), source.stderr
+    (model,) = package.glob("models/*/*/model.onnx")
+    assert "blood-cells" in call("inspect", str(model))
+    assert "blood-cells" in call("doctor", "--device", "cpu")
+    picture = package / "static" / "sample.jpg"
+    found = json.loads(call("detect", "--device", "cpu", str(picture)))["detections"]
+    assert len(found) > 10
+    assert "train" in call("--help")
+    process = subprocess.Popen(
+        [installed, "serve", "--device", "cpu", "--port", "0"],
+        cwd=tmp_path, env=outside, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        address = process.stdout.readline().split()[-1]
+        url = f"{address.rstrip('/')}/v1/detect"
+        answer = httpx.post(url, content=picture.read_bytes(), timeout=60)
+        while answer.status_code == 503:
+            answer = httpx.post(url, content=picture.read_bytes(), timeout=60)
+        labels = [each["label"] for each in answer.json()["detections"]]
+        assert labels == [each["label"] for each in found]
+    finally:
+        process.terminate()
+        assert process.wait(30) == 0
+        process.stdout.close()
 
 
 def test_no_module_of_the_service_names_torch_or_model_export() -> None:
@@ -213,6 +291,28 @@ def test_the_image_says_which_version_and_revision_it_is(project: dict[str, Any]
     assert labels["revision"] == "${REVISION}"
     assert labels["base.name"] == "${BASE_IMAGE}"
     assert {"title", "description"} <= labels.keys()
+
+
+def test_the_version_is_the_same_everywhere(tracked: list[Path]) -> None:
+    """pyproject.toml has it; labels, tags and the changelog repeat it."""
+    version = PROJECT["version"]
+    label = re.search(r'image\.version="([^"]+)"', (ROOT / "Dockerfile").read_text())
+    assert label is not None
+    assert label[1] == version
+    tagged = [Path("docker-compose.yml"), *(p for p in tracked if p.parts[0] in ("deploy", "docs"))]
+    tags: list[str] = []
+    for path in tagged:
+        if path.suffix in (".yml", ".yaml", ".md"):
+            text = (ROOT / path).read_text()
+            tags += re.findall(r"\bretinaserve:v?(\d+\.\d+\.\d+\w*)", text)
+    assert len(tags) >= 2
+    assert set(tags) == {version}
+    changes = (ROOT / "docs" / "CHANGELOG.md").read_text()
+    headings = re.findall(r"^## \[(.+?)\](?: - (\S+))?$", changes, flags=re.MULTILINE)
+    assert headings[0] == ("Unreleased", "")
+    assert headings[1][0] == version
+    dates = [date for _, date in headings[1:]]
+    assert all(date == "unpublished" or re.fullmatch(r"\d{4}-\d\d-\d\d", date) for date in dates)
 
 
 def test_the_top_level_is_the_agreed_one(tracked: list[Path]) -> None:

@@ -1,0 +1,60 @@
+"""`retinaserve data sample`: a labelled folder to try everything with, drawn from a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from xml.etree import ElementTree
+
+import click
+import numpy as np
+from tqdm import tqdm
+
+from model_export.voc import EDGES
+from service.errors import DataError
+from service.samples import Box, draw_smear
+
+
+def run(folder: Path, *, pictures: int, width: int, height: int, seed: int) -> None:
+    """Write `pictures` of `width` x `height` pixels, and labels beside them. Raises DataError."""
+    if folder.is_dir() and any(folder.iterdir()):
+        raise DataError(f"{folder} is not empty; name a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    digits = max(3, len(str(pictures)))
+    objects = 0
+    for number in tqdm(range(1, pictures + 1), desc="drawing", unit="picture", disable=None):
+        # Of its own for each picture: asking for more of them leaves the first ones as they are.
+        rng = np.random.default_rng([seed, number])
+        image, cells = draw_smear(
+            int(rng.integers(2**32)),
+            width=width,
+            height=height,
+            red=int(rng.integers(8, 16)),
+            white=int(rng.integers(0, 3)),
+            platelets=int(rng.integers(0, 4)),
+        )
+        path = folder / f"smear-{number:0{digits}}.jpg"
+        image.save(path, quality=90)
+        path.with_suffix(".xml").write_bytes(_annotation(path.name, image.size, cells))
+        objects += len(cells)
+    click.echo(
+        f"{pictures} pictures with {objects} objects in {folder}; next:\n"
+        f"  retinaserve data check {folder}"
+    )
+
+
+def _annotation(name: str, size: tuple[int, int], cells: Sequence[tuple[str, Box]]) -> bytes:
+    """Pascal VOC's XML; `size` is (width, height)."""
+    root = ElementTree.Element("annotation")
+    ElementTree.SubElement(root, "filename").text = name
+    of_picture = ElementTree.SubElement(root, "size")
+    for tag, value in zip(("width", "height", "depth"), (*size, 3), strict=True):
+        ElementTree.SubElement(of_picture, tag).text = str(value)
+    for label, box in cells:
+        cell = ElementTree.SubElement(root, "object")
+        ElementTree.SubElement(cell, "name").text = label
+        around = ElementTree.SubElement(cell, "bndbox")
+        for edge, pixels in zip(EDGES, box, strict=True):
+            ElementTree.SubElement(around, edge).text = f"{pixels:g}"
+    ElementTree.indent(root)
+    return ElementTree.tostring(root) + b"\n"
