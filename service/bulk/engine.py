@@ -80,6 +80,7 @@ class Engine:
             devices=devices,
             callers=len(model.detectors) // devices,
             decode_threads=threads,
+            decoders_infer=hardware.devices[0].kind == "cpu",
             policy=Policy(batch, settings.max_queue_delay_ms / 1e3),
             on_batch=lambda model, size: None,
             watchdog_seconds=settings.watchdog_seconds,
