@@ -45,6 +45,9 @@ _OLD_NAMES: Final[Mapping[str, str]] = {
 }
 """What distributions without an SPDX expression write."""
 
+_READ: Final[Mapping[str, str]] = {"cykooz-resizer": "MIT OR Apache-2.0"}
+"""Licences of distributions that state theirs by classifiers and texts alone, as these were read."""
+
 _TEXT: Final = re.compile(r"(^|/)(licen[cs]e|copying|notice|thirdpartynotices)[^/]*$", re.IGNORECASE)
 
 
@@ -59,6 +62,7 @@ def locked(variant: str) -> dict[str, str]:
 def licence(metadata: Message) -> str:
     """SPDX expression of a distribution. Raises ValueError for what nobody has looked at."""
     stated = metadata["License-Expression"] or (metadata["License"] or "").strip()
+    stated = stated or _READ.get(canonicalize_name(metadata["Name"]), "")
     expression = _OLD_NAMES.get(stated, stated)
     unknown = [name for name in names(expression) if name not in JUDGED]
     if not expression or unknown:

@@ -1,0 +1,130 @@
+"""The simulation of `fleet_simulation.py` beside two real replicas. Called by its `--check`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import statistics
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import client
+from fleet_simulation import Fleet, Scaling, Seen, measured
+from load import load
+from poisson import Seen as RealSeen
+from poisson import poisson
+from report import Report
+from serving import Running, draw_pictures, served
+
+from service.settings import bundled_models
+
+REPLICAS = 2
+LOADS = (0.8, 1.5)
+BOUND = 0.2
+LONGER = 20
+"""Times as long as the real run is the simulated one: its own chance counts for less."""
+
+
+@contextlib.contextmanager
+def replica(core: int) -> Iterator[Running]:
+    """A service that has one core for itself, but for the generator of the load."""
+    before = os.sched_getaffinity(0)
+    with contextlib.ExitStack() as stack:
+        os.sched_setaffinity(0, {core})
+        try:
+            server = stack.enter_context(served(bundled_models()))
+        finally:
+            os.sched_setaffinity(0, before)
+        yield server
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Measure, simulate, compare."""
+    report = Report("fleet-check", "The simulation beside two real replicas", arguments)
+    seconds = 15.0 if report.quick else 60.0
+    deadline = arguments.deadline
+    columns = {"load": ".1f", "": "", "sent": "d", "p50, ms": ".0f", "p99, ms": ".0f"}
+    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
+        pictures = draw_pictures(Path(scratch) / "pictures")
+        cores = sorted(os.sched_getaffinity(0))[:REPLICAS]
+        if len(cores) < REPLICAS:
+            raise SystemExit(f"{REPLICAS} cores are needed, there is {len(cores)}")
+        urls = [stack.enter_context(replica(core)).url for core in cores]
+        alone = client.run(_alone(urls, pictures, seconds / 2))
+        mean = statistics.fmean(alone)
+        table = report.table(
+            columns | {"refused, %": ".1f", "late, %": ".2f"},
+            f"a picture takes {1e3 * mean:.1f} ms; the deadline is {1e3 * deadline:g} ms",
+        )
+        for number, factor in enumerate(LOADS):
+            rate = factor * REPLICAS / mean
+            real = client.run(_real(urls, pictures, rate, seconds, deadline, number))
+            p99 = client.milliseconds(real.accepted, 99) or 0.0
+            refused = real.statuses["503"] / len(real.lag)
+            late = real.statuses["504"] / len(real.lag)
+            p50 = client.milliseconds(real.accepted, 50)
+            table.row(factor, "measured", len(real.lag), p50, p99, 100 * refused, 100 * late)
+            fleet = Fleet(
+                measured(alone), deadline=deadline, scaling=Scaling(REPLICAS, REPLICAS, 0.0)
+            )
+            seen = fleet.run(lambda _, rate=rate: rate, highest=rate, seconds=LONGER * seconds)
+            _row(table.row, factor, seen)
+            _figure(report, f"p99 at {factor}x", p99, seen.percentile(99))
+            if refused > 0.01 or seen.refusal_rate > 0.01:
+                _figure(report, f"refusals at {factor}x", refused, seen.refusal_rate)
+    report.close()
+
+
+def _row(row: object, factor: float, seen: Seen) -> None:
+    assert callable(row)
+    row(
+        *(factor, "simulated", seen.sent, seen.percentile(50), seen.percentile(99)),
+        *(100 * seen.refusal_rate, 100 * seen.late / seen.sent),
+    )
+
+
+def _figure(report: Report, name: str, real: float, simulated: float) -> None:
+    off = abs(simulated - real) / real if real else float(simulated > 0)
+    report.figure(
+        f"{name}: how far the simulation is off", [off], better="lower", bound=BOUND, ratio=False
+    )
+
+
+async def _alone(urls: list[str], pictures: Path, seconds: float) -> list[float]:
+    """How long a picture takes where none waits, on every replica at the same time."""
+    found = await asyncio.gather(
+        *(
+            load(url, client.requests(url, pictures), clients=1, seconds=seconds, limit=None)
+            for url in urls
+        )
+    )
+    return [each for seen in found for each in seen.latencies]
+
+
+async def _real(
+    urls: list[str], pictures: Path, rate: float, seconds: float, deadline: float, number: int
+) -> RealSeen:
+    """Random arrivals that are shared out at random: random arrivals at each."""
+    header = f"X-Deadline-Ms: {round(1e3 * deadline)}"
+    parts = await asyncio.gather(
+        *(
+            poisson(
+                url,
+                client.requests(url, pictures, header),
+                rate=rate / len(urls),
+                seconds=seconds,
+                seed=1 + number * len(urls) + index,
+            )
+            for index, url in enumerate(urls)
+        )
+    )
+    whole = RealSeen()
+    for part in parts:
+        whole.accepted += part.accepted
+        whole.refused += part.refused
+        whole.lag += part.lag
+        whole.statuses += part.statuses
+    return whole
