@@ -373,8 +373,15 @@ def _ends_plainly(image: PngImageFile) -> bool:
 
 
 def _place(resized: NDArray[np.uint8], placed: Letterbox) -> Prepared:
-    canvas = np.zeros((placed.canvas.height, placed.canvas.width, 3), dtype=np.uint8)
-    canvas[: placed.resized.height, : placed.resized.width] = resized
+    height, width = placed.resized
+    if placed.resized == placed.canvas:
+        canvas = np.ascontiguousarray(resized)
+    else:
+        # Only what the picture leaves is made zero: memory is what several threads wait for.
+        canvas = np.empty((*placed.canvas, 3), dtype=np.uint8)
+        canvas[:height, :width] = resized
+        canvas[height:] = 0
+        canvas[:height, width:] = 0
     return Prepared(canvas=canvas, letterbox=placed)
 
 
