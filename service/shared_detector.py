@@ -14,19 +14,21 @@ from service.detector import Canvases, Detections, Detector
 
 
 class SharedDetector(Detector):
-    """Two sessions of one model file: all threads for one call, few for those beside it.
+    """Two sessions of one model file: all threads for a call that comes alone, few for others.
 
     Threads that share the work of a call wait for each other, which costs time that other calls
-    could use. Which session answers makes no difference to the answer.
+    could use: so under load, when there is always another call, all of them have few. Which session
+    answers makes no difference to the answer.
     """
 
     def __init__(self, alone: Detector, beside: Detector) -> None:
-        """`alone` takes one call at a time; `beside` takes what comes meanwhile."""
+        """`alone` takes a call that finds none at work; `beside` takes what comes meanwhile."""
         self.metadata = alone.metadata
         self._alone = alone
         self._beside = beside
-        self._taken = threading.Lock()
-        """Held while `alone` is at work."""
+        self._running = 0
+        self._lock = threading.Lock()
+        """Held while `_running` changes."""
 
     @property
     def providers(self) -> list[str]:
@@ -62,10 +64,11 @@ class SharedDetector(Detector):
 
     @contextlib.contextmanager
     def _choose(self) -> Iterator[Detector]:
-        if not self._taken.acquire(blocking=False):
-            yield self._beside
-            return
+        with self._lock:
+            detector = self._beside if self._running else self._alone
+            self._running += 1
         try:
-            yield self._alone
+            yield detector
         finally:
-            self._taken.release()
+            with self._lock:
+                self._running -= 1

@@ -80,12 +80,15 @@ def test_calls_one_after_the_other_have_all_threads(shared: SharedDetector) -> N
 def test_calls_beside_it_have_few(shared: SharedDetector) -> None:
     calls = [Call(shared) for _ in range(3)]
     assert [call.took for call in calls] == ["alone", "beside", "beside"]
-    # Others still run; what has all threads is free again.
+    # As long as there are others, nobody has all threads.
     calls[0].end()
     calls += [Call(shared), Call(shared)]
-    assert [call.took for call in calls[3:]] == ["alone", "beside"]
+    assert [call.took for call in calls[3:]] == ["beside", "beside"]
     for call in calls[1:]:
         call.end()
+    last = Call(shared)
+    last.end()
+    assert last.took == "alone"
 
 
 def test_a_call_that_fails_has_ended(shared: SharedDetector) -> None:
