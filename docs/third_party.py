@@ -36,7 +36,7 @@ JUDGED: Final[Mapping[str, str]] = {
     "PSF-2.0": "permissive",
     "Zlib": "permissive",
 }
-"""Licences that somebody has looked at, with the section of the page that says what they ask for."""
+"""Licences that somebody has looked at, with the paragraph of the page on what they ask for."""
 
 _OLD_NAMES: Final[Mapping[str, str]] = {
     "3-Clause BSD License": "BSD-3-Clause",
@@ -46,9 +46,11 @@ _OLD_NAMES: Final[Mapping[str, str]] = {
 """What distributions without an SPDX expression write."""
 
 _READ: Final[Mapping[str, str]] = {"cykooz-resizer": "MIT OR Apache-2.0"}
-"""Licences of distributions that state theirs by classifiers and texts alone, as these were read."""
+"""Of distributions that state theirs by classifiers and texts alone, as these were read."""
 
-_TEXT: Final = re.compile(r"(^|/)(licen[cs]e|copying|notice|thirdpartynotices)[^/]*$", re.IGNORECASE)
+_TEXT: Final = re.compile(
+    r"(^|/)(licen[cs]e|copying|notice|thirdpartynotices)[^/]*$", re.IGNORECASE
+)
 
 
 def locked(variant: str) -> dict[str, str]:
@@ -67,8 +69,8 @@ def licence(metadata: Message) -> str:
     unknown = [name for name in names(expression) if name not in JUDGED]
     if not expression or unknown:
         raise ValueError(
-            f"{metadata['Name']} {metadata['Version']}: licence {stated[:80]!r}; look at it, then add "
-            "it to JUDGED in docs/third_party.py and to the page"
+            f"{metadata['Name']} {metadata['Version']}: licence {stated[:80]!r}; look at it, "
+            "then add it to JUDGED in docs/third_party.py and to the page"
         )
     return str(expression)
 
@@ -79,11 +81,12 @@ def names(expression: str) -> list[str]:
     >>> names("MPL-2.0 AND (Apache-2.0 OR MIT)")
     ['MPL-2.0', 'Apache-2.0', 'MIT']
     """
-    return [word for word in re.findall(r"[\w.-]+", expression) if word not in ("AND", "OR", "WITH")]
+    words = re.findall(r"[\w.-]+", expression)
+    return [word for word in words if word not in ("AND", "OR", "WITH")]
 
 
 def table(wheels: Iterable[Path]) -> str:
-    """The rows of everything that is locked. Raises ValueError, also for a wheel that is missing."""
+    """The rows of all that is locked. Raises ValueError, also for a wheel that is missing."""
     by_pin = {}
     for path in wheels:
         name, version, _, _ = parse_wheel_filename(path.name)
@@ -111,7 +114,8 @@ def _read(wheel: Path) -> tuple[Message, int]:
 def main(folder: Path) -> None:
     """Put the table of the wheels in `folder` into the page."""
     before, _, rest = PAGE.read_text().partition(BEGIN)
-    PAGE.write_text(before + BEGIN + "\n" + table(folder.glob("*.whl")) + "\n" + END + rest.partition(END)[2])
+    rows = table(folder.glob("*.whl"))
+    PAGE.write_text(f"{before}{BEGIN}\n{rows}\n{END}{rest.partition(END)[2]}")
 
 
 if __name__ == "__main__":

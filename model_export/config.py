@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from model_export.formats import FormatName
 from model_export.losses import BoxLoss, ClassificationLoss, Focal, SmoothL1
@@ -177,8 +178,15 @@ def dump_config(config: TrainConfig, path: Path) -> None:
 def describe(error: ValidationError) -> str:
     """A pydantic error as one line: "optimiser.lr: Input should be greater than 0; …"."""
     return "; ".join(
-        f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in error.errors()
+        f"{'.'.join(str(part) for part in item['loc'])}: {_message(item)}"
+        for item in error.errors()
     )
+
+
+def _message(item: ErrorDetails) -> str:
+    if item["type"] != "union_tag_not_found":
+        return item["msg"]
+    return f"{item['ctx']['discriminator']} must be given with it, to say what kind it is"
 
 
 def _set(values: dict[str, Any], keys: Sequence[str], value: Any) -> None:

@@ -116,7 +116,7 @@ def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Pat
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("$ true\n$ echo said; false\n$ true", r"page.md:5: echo said; false\n1\nsaid"),
+        ("$ true\n$ echo said; false\n$ true", r"page.md:5: echo said; false\n1\n\['said"),
         ("$ echo one\ntwo", r"page.md:4: echo one\nthe page says:\ntwo\nit printed:\none"),
         ("$ sleep 60", "no end within 2"),
         ("# not tested: why not\n$ true", "nothing to run"),

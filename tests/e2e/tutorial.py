@@ -1,13 +1,14 @@
 """Runs the commands of a page of docs/ as a reader would: in order, in one shell, in one folder.
 
-A page shows commands in blocks of the language `console`. `$ ` begins a command, `> ` goes on with it,
-and so does the line behind a backslash. Every other line is what the command prints on stdout, where
-`…` stands for anything and white space does not count; a command that shows nothing is not compared. A
-block whose first line is `# not tested: REASON` is left alone.
+A page shows commands in blocks of the language `console`. `$ ` begins a command, `> ` goes on with
+it, and so does the line behind a backslash. Every other line is what the command prints on stdout,
+where `…` stands for anything and white space does not count; a command that shows nothing is not
+compared. A block whose first line is `# not tested: REASON` is left alone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -101,7 +102,7 @@ def agrees(shown: str, printed: str) -> bool:
 
 
 def run(page: Path, folder: Path, *, seconds: float = PATIENCE) -> None:
-    """Run what a page has to run in `folder`; raises AssertionError with the page's line.
+    """Run what a page has to run in `folder`; raises AssertionError with the page's lines.
 
     The page's ports become free ones; servers that it leaves behind are stopped.
     """
@@ -109,12 +110,25 @@ def run(page: Path, folder: Path, *, seconds: float = PATIENCE) -> None:
     assert commands, f"{page}: nothing to run"
     ports = {port: str(free_port()) for each in commands for port in _PORT.findall(each.text)}
     ports.setdefault("8000", str(free_port()))
+    status, outputs, complaints = _execute(commands, folder, ports=ports, seconds=seconds)
+    name = page.relative_to(ROOT)
+    last = commands[max(0, len(outputs) - 1)]
+    assert status == 0, f"{name}:{last.line}: {last.text}\n{status}\n{outputs[-1:]}\n{complaints}"
+    wrong = [
+        f"{name}:{each.line}: {each.text}\nthe page says:\n{shown}\nit printed:\n{output}"
+        for each, output in zip(commands, outputs, strict=True)
+        if (shown := "\n".join(each.shown).strip()) and not agrees(shown, output)
+    ]
+    assert not wrong, "\n\n".join(wrong)
+
+
+def _execute(
+    commands: list[Command], folder: Path, *, ports: Mapping[str, str], seconds: float
+) -> tuple[int | str, list[str], str]:
+    """Exit status (or what became of it), stdout of every command that began, all of stderr."""
     script = [_ON_EXIT, "set -e"]
-    for index, each in enumerate(commands):
-        script += [
-            f"printf '{_MARK}%d{_MARK}' {index}",
-            _PORT.sub(lambda m: ports[m[0]], each.text),
-        ]
+    for each in commands:
+        script += [f"printf '{_MARK}'", _PORT.sub(lambda match: ports[match[0]], each.text)]
     printed, complaints = folder / ".printed", folder / ".complaints"
     with printed.open("w") as out, complaints.open("w") as err:
         shell = subprocess.Popen(
@@ -127,22 +141,13 @@ def run(page: Path, folder: Path, *, seconds: float = PATIENCE) -> None:
         except subprocess.TimeoutExpired:
             status = f"no end within {seconds} s"
         finally:
-            _kill_group(shell)
-    ends = printed.read_text().split(_MARK)[1:]
-    reached, outputs = len(ends) // 2, ends[1::2]
-    where = f"{page.relative_to(ROOT)}:{commands[reached - 1].line}: {commands[reached - 1].text}"
-    assert status == 0, f"{where}\n{status}\n{outputs[-1]}\n{complaints.read_text()[-4000:]}"
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(shell.pid, signal.SIGKILL)
+            shell.wait()
     back = {mine: theirs for theirs, mine in ports.items()}
-    wrong = []
-    for each, output in zip(commands, outputs, strict=True):
-        output = re.sub(rf"(?<!\d)({'|'.join(back)})(?!\d)", lambda m: back[m[0]], output)
-        shown = "\n".join(each.shown)
-        if shown.strip() and not agrees(shown, output):
-            wrong.append(
-                f"{page.relative_to(ROOT)}:{each.line}: {each.text}\nthe page says:\n{shown}\n"
-                f"it printed:\n{output}"
-            )
-    assert not wrong, "\n\n".join(wrong)
+    mine = re.compile(rf"(?<!\d)({'|'.join(back)})(?!\d)")
+    text = mine.sub(lambda match: back[match[0]], printed.read_text())
+    return status, text.split(_MARK)[1:], complaints.read_text()[-4000:]
 
 
 def _environment(port: str) -> Mapping[str, str]:
@@ -158,11 +163,3 @@ def _environment(port: str) -> Mapping[str, str]:
         "RETINASERVE_DEVICE": "cpu",
         "RETINASERVE_PORT": port,
     }
-
-
-def _kill_group(shell: subprocess.Popen[bytes]) -> None:
-    try:
-        os.killpg(shell.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    shell.wait()

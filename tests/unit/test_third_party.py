@@ -80,7 +80,7 @@ def test_the_table_of_given_wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ]
     with pytest.raises(ValueError, match="b-c 1: no wheel"):
         third_party.table([one])
-    with pytest.raises(ValueError, match="a 1: licence 'GPL-3.0-only'; look at it"):
+    with pytest.raises(ValueError, match=r"a 1: licence 'GPL-3.0-only'; look at it"):
         third_party.table([wheel(tmp_path, "a", "License-Expression: GPL-3.0-only"), two])
     with pytest.raises(ValueError, match="a 1: licence ''"):
         third_party.table([wheel(tmp_path, "a", "Summary: none"), two])

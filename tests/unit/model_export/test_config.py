@@ -172,3 +172,8 @@ def test_the_file_is_left_alone(tmp_path: Path) -> None:
 def test_a_config_does_not_change() -> None:
     with pytest.raises(ValueError, match="frozen"):
         MatchingConfig().foreground = 0.7  # type: ignore[misc]
+
+
+def test_half_a_canvas_names_what_is_missing() -> None:
+    with pytest.raises(DataError, match=r"^config: canvas: 'rule' must be given with it"):
+        load_config(None, {"canvas.sizes": [[256, 352]]})

@@ -94,7 +94,7 @@ def test_it_needs_no_training_packages(tmp_path: Path) -> None:
         "import sys\n"
         "for name in ('torch', 'lightning', 'yaml', 'matplotlib', 'pycocotools', 'safetensors'):\n"
         "    sys.modules[name] = None\n"
-        f"sys.argv = ['retinaserve', 'data', 'sample', {str(tmp_path / 'cells')!r}, '--pictures', '1']\n"
+        f"sys.argv = ['retinaserve', 'data', 'sample', {str(tmp_path)!r}, '--pictures', '1']\n"
         "from service.cli import main\n"
         "main()\n"
     )
