@@ -46,7 +46,7 @@ class Settings(BaseSettings):
     """CPUs that decoding and inference may keep busy. Default: what affinity and quota allow."""
 
     cpu_inferences: int | None = Field(default=None, ge=1, le=64)
-    """Inferences that run side by side on a CPU, one on all cores and the others on few each.
+    """Inferences that run side by side on a CPU: one that comes alone on all cores, else few each.
     Default: as many as prove best at the start, tried out on the first model that is loaded."""
 
     gpu_memory_bytes: int | None = Field(default=None, ge=1_048_576)
