@@ -239,7 +239,8 @@ def compare(report: Report, plan: Plan, task: Task, peers: Mapping[str, Setup]) 
 
 def main() -> None:
     arguments = _parser().parse_args()
-    report = Report("peers", "The service beside its peers", arguments)
+    name = "peers" if len(arguments.model) == len(JUDGES) else f"peers-{arguments.model[0]}"
+    report = Report(name, "The service beside its peers", arguments)
     rounds = arguments.rounds or (1 if report.quick else 5)
     seconds = arguments.seconds or (3.0 if report.quick else 15.0)
     plan = Plan(arguments.python.absolute(), rounds, seconds, tuple(arguments.connections))

@@ -86,6 +86,10 @@ class Detector:
         """Name, type and shape of every output, for people."""
         return [signature(value) for value in self._session.get_outputs()]
 
+    def suited(self, *, lone: bool) -> Detector:
+        """What to use for a call; `lone`: nothing else is to be done just now. Here: itself."""
+        return self
+
     def __call__(
         self,
         canvases: Canvases,

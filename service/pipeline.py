@@ -241,6 +241,11 @@ class Pipeline:
         busy = sum(bool(worker.held) for worker in self._devices[first : first + callers])
         return busy + sum(map(infers, self._decoders))
 
+    def _is_lone(self, worker: Worker[Work]) -> bool:
+        """Whether nothing is to be done but what this worker has in hand."""
+        waiting = len(self._arrived) + len(self._ready)
+        return not waiting and all(each is worker or not each.held for each in self._workers)
+
     def _batch_size(self, key: Hashable, waiting: int, left: float) -> int:
         assert isinstance(key, BatchKey), "only decoded pictures reach a device"
         cost = key.model.costs.of(key.canvas)
@@ -323,7 +328,7 @@ class Pipeline:
     def _infer(
         self, batch: list[Work], number: int, worker: Worker[Work]
     ) -> list[tuple[Work, Outcome | Exception]]:
-        detector = batch[0].model.detectors[number]
+        detector = batch[0].model.detectors[number].suited(lone=self._is_lone(worker))
         # Each attempt has its own time: many that fail one by one are not one that hangs.
         worker.renew()
         try:

@@ -62,6 +62,13 @@ class SharedDetector(Detector):
                 max_detections=max_detections,
             )
 
+    def suited(self, *, lone: bool) -> Detector:
+        """The session for a call of whoever knows whether there is other work.
+
+        Better than to look for other calls: between two of them, under load, there may be none.
+        """
+        return self._alone if lone else self._beside
+
     @contextlib.contextmanager
     def _choose(self) -> Iterator[Detector]:
         with self._lock:

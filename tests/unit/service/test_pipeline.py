@@ -374,6 +374,33 @@ async def test_a_decode_thread_that_dies_inferring_gives_its_place_back(
         assert len(await asyncio.gather(*answers)) == 8
 
 
+async def test_a_picture_is_lone_only_where_nothing_else_is_to_be_done(
+    load: Callable[..., Servable],
+) -> None:
+    plain = load()
+    told: list[bool] = []
+
+    class Listening(Detector):
+        def suited(self, *, lone: bool) -> Detector:
+            told.append(lone)
+            return plain.detectors[0]
+
+    device = Device("cpu")
+    detector = Listening(
+        plain.artifact, providers=providers(device), options=session_options(device)
+    )
+    model = replace(plain, detectors=(detector, detector))
+    for infer in (False, True):
+        async with started(decoders_infer=infer) as line:
+            for _ in range(3):
+                await detect(line, model, encoded(one_red()))
+            assert told == [True] * 3
+            await asyncio.gather(*(detect(line, model, encoded(one_red())) for _ in range(20)))
+            # All but the last one, which may find that the others are done.
+            assert told[3:].count(True) <= 2
+            told.clear()
+
+
 async def test_an_inference_that_hangs_in_a_decode_thread_is_the_end_too(
     load: Callable[..., Servable],
 ) -> None:

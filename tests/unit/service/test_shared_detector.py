@@ -91,6 +91,15 @@ def test_calls_beside_it_have_few(shared: SharedDetector) -> None:
     assert last.took == "alone"
 
 
+def test_who_knows_of_other_work_may_choose(shared: SharedDetector) -> None:
+    for lone, name in ((True, "alone"), (False, "beside")):
+        call = Call(shared.suited(lone=lone))
+        call.end()
+        assert call.took == name
+    plain = Fake("plain")
+    assert plain.suited(lone=True) is plain.suited(lone=False) is plain
+
+
 def test_a_call_that_fails_has_ended(shared: SharedDetector) -> None:
     calls = [Call(shared, fails=True) for _ in range(2)]
     for call in calls:
