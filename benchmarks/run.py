@@ -31,6 +31,7 @@ SCRIPTS = {
     "ceiling": "service_efficiency.py",
     "decode": "decode.py",
     "startup": "startup.py",
+    "bulk": "bulk.py",
     "peers": "peers.py",
 }
 

@@ -74,7 +74,7 @@ class Engine:
         self._memory = DecodeMemory(settings.decode_memory_bytes)
         devices = len(hardware.devices)
         batch = _batch(settings, hardware)
-        remote = any("://" in each for each in run.manifest.input)
+        remote = any("://" in item.file for item in run.listing.part(0))
         threads = max(cores, _REMOTE_READERS) if remote else cores
         self._pipeline = Pipeline(
             devices=devices,

@@ -45,6 +45,9 @@ class Files(Protocol):
     def open(self, name: str) -> BinaryIO:
         """Open to read. Raises OSError."""
 
+    def read(self, name: str, most: int) -> bytes:
+        """The content, or its first `most` bytes. Raises OSError."""
+
     def write(self, name: str) -> AbstractContextManager[BinaryIO]:
         """Open to write. The file is there under its name once the block ends, whole; else not."""
 
@@ -94,9 +97,7 @@ def parent(name: str) -> str:
 def read_picture(name: str, most: int) -> bytes:
     """A picture's bytes. Raises Unreadable, or TooLarge for more than `most`."""
     try:
-        files = files_of(name)
-        with files.open(name) as file:
-            data = file.read(most + 1)
+        data = files_of(name).read(name, most + 1)
     except OSError as error:
         raise Unreadable(f"cannot be read: {error.strerror or error}") from error
     except Exception as error:
@@ -138,16 +139,21 @@ class LocalFiles:
         return sorted(entries)
 
     def open(self, name: str) -> BinaryIO:
-        """Open to read. Raises OSError, for what is no plain file too: a pipe would never end."""
-        # For every picture: Path would take longer than the system does. A pipe must not block.
-        number = os.open(name, os.O_RDONLY | _AT_ONCE)
+        """Open to read. Raises OSError."""
+        return os.fdopen(_open_plain(name), "rb")
+
+    def read(self, name: str, most: int) -> bytes:
+        """The content, or its first `most` bytes."""
+        # For every picture: Path and buffers would take longer than the system does.
+        number = _open_plain(name)
         try:
-            if not S_ISREG(os.fstat(number).st_mode):
-                raise OSError("it is no plain file")
-            return os.fdopen(number, "rb")
-        except BaseException:
+            wanted = min(os.fstat(number).st_size + 1, most)
+            data = os.read(number, wanted)
+            while len(data) < wanted and (more := os.read(number, wanted - len(data))):
+                data += more
+            return data
+        finally:
             os.close(number)
-            raise
 
     @contextmanager
     def write(self, name: str) -> Iterator[BinaryIO]:
@@ -210,6 +216,11 @@ class RemoteFiles:
         file: BinaryIO = self._system.open(name, "rb")
         return file
 
+    def read(self, name: str, most: int) -> bytes:
+        """The content, or its first `most` bytes."""
+        with self.open(name) as file:
+            return file.read(most)
+
     @contextmanager
     def write(self, name: str) -> Iterator[BinaryIO]:
         """Under another name first: not every file system shows only whole files."""
@@ -238,6 +249,15 @@ class RemoteFiles:
 
 
 _LOCAL: Final = LocalFiles()
+
+
+def _open_plain(name: str) -> int:
+    """A file descriptor. Raises OSError for what is no plain file: a pipe would never end."""
+    number = os.open(name, os.O_RDONLY | _AT_ONCE)
+    if S_ISREG(os.fstat(number).st_mode):
+        return number
+    os.close(number)
+    raise OSError("it is no plain file")
 
 
 @lru_cache(maxsize=64)

@@ -92,7 +92,7 @@ def run(asked: Asked) -> tuple[int, int]:
     except Stopped as stopped:
         click.echo(f"retinaserve: stopped by {stopped}. {_resume(output)}", err=True)
         return 0, stopped.status
-    except BulkFailed as error:
+    except (BulkFailed, OSError) as error:
         raise BulkFailed(f"{error}. {_resume(output)}") from error
     click.echo(orjson.dumps(summary, option=orjson.OPT_INDENT_2).decode())
     return summary["failed"], 0
@@ -201,6 +201,8 @@ def _open(asked: Asked, output: str, wanted: Manifest, stack: ExitStack) -> Run:
 def _announce(opened: Run, done: dict[int, Counts], engine: Engine) -> None:
     manifest = opened.manifest
     there = f"; {len(done)} of {opened.parts} parts are there already" if done else ""
+    if manifest.retinaserve != package_version():
+        there += f"; version {manifest.retinaserve} began it, this is {package_version()}"
     click.echo(
         f"retinaserve: {manifest.pictures} pictures in {opened.parts} parts, "
         f"{manifest.model.name} on {engine.where}{there}",
