@@ -2,7 +2,7 @@
 
     python benchmarks/fleet_simulation.py                    # 1 to 1,000 replicas, flash crowds
     python benchmarks/fleet_simulation.py --seconds 0.05     # another cost of a picture
-    python benchmarks/fleet_simulation.py --check            # beside two real replicas, one core each
+    python benchmarks/fleet_simulation.py --check            # beside two real replicas
 
 A discrete-event simulation. Pictures arrive at random and are shared out at random, as a balancer
 of connections does. A replica works at one picture at a time, the others wait in line, and it lets

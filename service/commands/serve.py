@@ -6,7 +6,6 @@ import contextlib
 import gc
 import ipaddress
 import logging
-import os
 import socket
 import ssl
 import sys

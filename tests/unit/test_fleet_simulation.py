@@ -31,9 +31,7 @@ def mean_wait(seen: object) -> float:
 
 @pytest.mark.parametrize("load", [0.3, 0.7])
 @pytest.mark.parametrize("replicas", [1, 4])
-def test_waits_are_those_of_queueing_theory(
-    fleet: ModuleType, load: float, replicas: int
-) -> None:
+def test_waits_are_those_of_queueing_theory(fleet: ModuleType, load: float, replicas: int) -> None:
     """Random arrivals, equal costs, nobody refused: Pollaczek and Khinchine's formula for M/D/1.
 
     Replicas to which a balancer sends at random are as many queues of their own.
