@@ -196,7 +196,10 @@ class Cluster:
             done = application.get("status") == "RUNNING"
             return found if done and names and len(found) == count else None
 
-        return wait_for(there, f"{count} replicas", seconds=seconds)
+        try:
+            return wait_for(there, f"{count} replicas", seconds=seconds)
+        except TimeoutError as error:
+            raise TimeoutError(f"{error}: {self.application()}") from error
 
     def close(self) -> None:
         """End everything, and leave nothing behind."""
