@@ -20,11 +20,13 @@ from tests.reliability.conftest import command, environment
 
 PICTURES = 60
 
-pytestmark = pytest.mark.skipif(
-    not (find_spec("ray") and find_spec("pandas")),
-    reason="needs ray[data], which takes longer to install than the other tests of bulk to run: "
-    "pip install '.[scale]'",
-)
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.skipif(
+        not (find_spec("ray") and find_spec("pandas")),
+        reason="Ray is not installed; `make test-scale` installs it and runs this",
+    ),
+]
 
 
 @pytest.fixture
