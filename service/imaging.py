@@ -374,14 +374,11 @@ def _ends_plainly(image: PngImageFile) -> bool:
 
 def _place(resized: NDArray[np.uint8], placed: Letterbox) -> Prepared:
     height, width = placed.resized
-    if placed.resized == placed.canvas:
-        canvas = np.ascontiguousarray(resized)
-    else:
-        # Only what the picture leaves is made zero: memory is what several threads wait for.
-        canvas = np.empty((*placed.canvas, 3), dtype=np.uint8)
-        canvas[:height, :width] = resized
-        canvas[height:] = 0
-        canvas[:height, width:] = 0
+    # Only what the picture leaves is made zero: memory is what several threads wait for.
+    canvas = np.empty((*placed.canvas, 3), dtype=np.uint8)
+    canvas[:height, :width] = resized
+    canvas[height:] = 0
+    canvas[:height, width:] = 0
     return Prepared(canvas=canvas, letterbox=placed)
 
 

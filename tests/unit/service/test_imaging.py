@@ -377,6 +377,13 @@ def test_a_picture_is_prepared_as_pillow_resizes_it() -> None:
     assert np.abs(prepared.canvas[:93, :140] - expected).max() <= 2
 
 
+@pytest.mark.parametrize("size", [(128, 96), (256, 192), (100, 96)])
+def test_a_canvas_may_be_written(size: tuple[int, int]) -> None:
+    """torch takes no other; also where the picture fills it, scaled or not."""
+    rule = Buckets(sizes=(Size(96, 128),))
+    assert prepare(encoded(quarters(*size), "JPEG"), rule).canvas.flags.writeable
+
+
 @pytest.mark.parametrize("wrap", [bytes, memoryview, lambda data: memoryview(bytearray(data))])
 def test_bytes_and_views_of_bytes(wrap: Callable[[bytes], bytes | memoryview]) -> None:
     data = encoded(quarters(), "JPEG", quality=95)
