@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from service import hosting
+from service import hosting, process
 from service.commands import serve
 from service.errors import DataError
 from service.listening import AddressError
@@ -24,8 +24,8 @@ Run = Callable[..., list[str]]
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Run:
     """Run the command, which serves nobody; its warnings."""
-    monkeypatch.setattr(serve, "configure_logging", lambda *_: None)
-    monkeypatch.setattr(serve, "_leave", lambda _: None)
+    monkeypatch.setattr(process, "configure_logging", lambda *_: None)
+    monkeypatch.setattr(serve, "leave", lambda _: None)
     monkeypatch.setattr(Server, "run", lambda self, sockets: None)
     # Where the data sets of other tests lie, and no setting.
     monkeypatch.delenv("RETINASERVE_TEST_DATA", raising=False)
