@@ -270,21 +270,23 @@ class Pipeline:
     def _decode_forever(self, worker: Worker[Work]) -> None:
         while batch := self._arrived.take():
             worker.hold(batch)
-            if self._decode(batch[0]):
-                self._go_on(batch, worker)
+            # Then what became ready meanwhile. No frame but this one has a batch, so that nothing
+            # stays in memory while others are inferred.
+            goes_on = self._decode(batch[0])
+            while goes_on and batch:
+                self._infer_in_its_place(batch, worker)
+                batch = self._ready.done_for()
             # Otherwise the last picture stays in memory until the next one comes.
             worker.hold(())
             del batch
 
-    def _go_on(self, batch: list[Work], worker: Worker[Work]) -> None:
-        """Infer in a decode thread: what it has decoded, then what became ready meanwhile."""
-        while batch:
-            try:
-                self._infer_batch(batch, 0, worker)
-            except BaseException:
-                self._ready.done()
-                raise
-            batch = self._ready.done_for()
+    def _infer_in_its_place(self, batch: list[Work], worker: Worker[Work]) -> None:
+        """Infer in a decode thread; the place on the device outlives it, unless the thread dies."""
+        try:
+            self._infer_batch(batch, 0, worker)
+        except BaseException:
+            self._ready.done()
+            raise
 
     def _decode(self, work: Work) -> bool:
         """Whether its place on the device is there at once, and it is for this thread to go on."""

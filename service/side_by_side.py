@@ -21,7 +21,7 @@ from service.shared_detector import SharedDetector
 
 _log = logging.getLogger("retinaserve.side_by_side")
 _MOST: Final = 8
-_GAIN: Final = 1.1
+_GAIN: Final = 1.05
 """Twice as many side by side must bring so many times as many pictures: each keeps intermediate
 values of its own in memory."""
 _ROUNDS: Final = 3
@@ -63,7 +63,9 @@ class SideBySide:
             return shared[count]
 
         if not self.chosen.done():
-            self._measure(lambda count: partial(detector(count).warm, canvas))
+            self._measure(
+                lambda count: partial(detector(count).suited(lone=count == 1).warm, canvas)
+            )
         count = self.chosen.result()
         # On one core there is nothing that threads could share.
         return (alone if self._cores == 1 else detector(count)), count

@@ -433,9 +433,10 @@ async def test_first_come_first_served(load: Callable[..., Servable]) -> None:
     assert finished == sorted(finished)
 
 
+@pytest.mark.parametrize("infer", [False, True])
 @pytest.mark.parametrize("content", [encoded(one_red()), b"\xff\xd8\xff broken"])
 async def test_nothing_keeps_a_picture_alive(
-    load: Callable[..., Servable], content: bytes, monkeypatch: pytest.MonkeyPatch
+    load: Callable[..., Servable], content: bytes, infer: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alive: weakref.WeakSet[Work] = weakref.WeakSet()
 
@@ -449,7 +450,7 @@ async def test_nothing_keeps_a_picture_alive(
 
     monkeypatch.setattr(module, "Work", Watched)
     model = load()
-    async with started() as line:
+    async with started(decoders_infer=infer) as line:
         gc.disable()
         try:
             for _ in range(10):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -27,6 +30,10 @@ def pillow(picture: Image.Image, size: Size) -> NDArray[np.int64]:
     return np.asarray(picture.resize(wanted, Image.Resampling.BILINEAR)).astype(np.int64)
 
 
+@pytest.mark.skipif(
+    sys.platform == "linux" and platform.machine() != "x86_64",
+    reason="nobody builds the vectorised way for Linux on this processor",
+)
 def test_this_machine_has_the_vectorised_build() -> None:
     """Or nothing here is compared. Where there is none the other tests hold as well."""
     assert resizing.vectorised is not None

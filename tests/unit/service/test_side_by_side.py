@@ -68,10 +68,10 @@ def sessions(tmp_path: Path) -> Sessions:
 @pytest.mark.parametrize(
     ("rates", "most", "best"),
     [
-        ({1: [10.0], 2: [10.9]}, 2, 1),
-        ({1: [10.0], 2: [11.1]}, 2, 2),
-        ({1: [10.0], 2: [11.1]}, 3, 2),
-        ({1: [10.0], 2: [15.0], 4: [16.0]}, 8, 2),
+        ({1: [10.0], 2: [10.4]}, 2, 1),
+        ({1: [10.0], 2: [10.6]}, 2, 2),
+        ({1: [10.0], 2: [10.6]}, 3, 2),
+        ({1: [10.0], 2: [15.0], 4: [15.6]}, 8, 2),
         ({1: [10.0], 2: [15.0], 4: [20.0], 8: [40.0]}, 8, 8),
         # Something else had the machine at first.
         ({1: [10.0], 2: [5.0, 5.0, 13.0]}, 2, 2),
@@ -119,10 +119,25 @@ def test_it_is_measured_once_and_said(
     assert "2 CPU cores: 2 (measured 1: 16.0/s, 2: 20.0/s)" in line
 
 
+def test_none_of_many_has_all_cores_while_it_is_measured(
+    monkeypatch: pytest.MonkeyPatch, sessions: Sessions
+) -> None:
+    machine(monkeypatch, {1: [16.0], 2: [20.0]})
+    used: list[Detector] = []
+    warm = Detector.warm
+    monkeypatch.setattr(
+        Detector, "warm", lambda self, *args: (used.append(self), warm(self, *args))[1]
+    )
+    sessions.share(SideBySide(None, cores=2))
+    assert used[0] is not sessions.alone, "the session of few threads, for the first time"
+    assert used[1] is sessions.alone
+    assert used[2] is used[0]
+
+
 def test_of_several_that_were_tried_the_best_stays(
     monkeypatch: pytest.MonkeyPatch, sessions: Sessions
 ) -> None:
-    machine(monkeypatch, {1: [10.0], 2: [15.0], 4: [20.0], 8: [21.0]})
+    machine(monkeypatch, {1: [10.0], 2: [15.0], 4: [20.0], 8: [20.8]})
     detector, count = sessions.share(SideBySide(None, cores=16))
     assert count == 4
     assert sessions.threads == [8, 4, 2]
