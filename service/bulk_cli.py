@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from service.options import devices_option, models_option
+
 
 @click.command()
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT…")
@@ -29,14 +31,8 @@ import click
     metavar="NAME[@VERSION]|FILE.onnx",
     help="Model of the repository, or a model file; default: the default model.",
 )
-@click.option(
-    "--models",
-    "models_dir",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Model repository; default: the bundled one.",
-)
-@click.option("--device", help="auto, cpu, cuda, or a list such as cuda:0,cuda:1.")
+@models_option
+@devices_option
 @click.option(
     "--column",
     metavar="NAME",

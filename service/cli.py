@@ -22,6 +22,7 @@ from service.errors import (
     UnknownModel,
     UnsupportedMedia,
 )
+from service.options import devices_option, models_option
 
 COMMAND_GROUP: Final = "retinaserve.commands"
 _BAD_INPUT: Final = (
@@ -116,14 +117,8 @@ def retinaserve() -> None:
 
 
 @retinaserve.command()
-@click.option(
-    "--models",
-    "models_dir",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Model repository; default: the bundled one.",
-)
-@click.option("--device", help="auto, cpu, cuda, or a list such as cuda:0,cuda:1.")
+@models_option
+@devices_option
 @click.option("--host", help="Address to listen on; default 127.0.0.1.")
 @click.option("--port", type=int, help="Port to listen on; default 8000; 0: any free one.")
 @click.option("--root-path", default="", help="Path prefix that a proxy in front takes off.")
@@ -222,7 +217,7 @@ def detect(
 
 
 @retinaserve.command()
-@click.option("--device", help="auto, cpu, cuda, or a list such as cuda:0,cuda:1.")
+@devices_option
 def doctor(device: str | None) -> None:
     """Which hardware, providers and models are really usable."""
     from service.commands import doctor as command

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import check
+from benchmarks import check, docs
 from benchmarks.highest_rate import highest_rate
 from benchmarks.report import Better, Report, figure_line, summary, trimmed
 
@@ -181,3 +181,23 @@ def test_the_long_trial_decides() -> None:
 
 def test_a_service_that_holds_nothing_ends_the_search() -> None:
     assert highest_rate(lambda _: False, lambda _: False, maximum=10, steps=6) == 0.0
+
+
+def test_the_page_shows_what_the_results_say() -> None:
+    page = docs.PAGE.read_text()
+    assert docs.shown(page), "nothing is shown, so nothing was tested"
+    assert docs.filled(page) == page, "python benchmarks/docs.py"
+    assert docs.unshown(page) == []
+
+
+def test_a_page_is_filled_between_its_marks(report: Report, tmp_path: Path) -> None:
+    report.figure("ratio", [0.97], better="higher")
+    report.save()
+    (tmp_path / "other.json").write_text("{}")
+    page = "before\n<!-- results/ceiling.json -->\nold\n<!-- end -->\nafter <!-- end -->\n"
+    filled = docs.filled(page, tmp_path)
+    assert filled.startswith("before\n<!-- results/ceiling.json -->\n`")
+    assert "- ratio: **0.97**\n<!-- end -->\nafter <!-- end -->\n" in filled
+    assert "old" not in filled
+    assert docs.filled(filled, tmp_path) == filled
+    assert docs.unshown(page, tmp_path) == ["other"]
