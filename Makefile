@@ -14,8 +14,8 @@ PARALLEL := --numprocesses logical --maxprocesses 4 --no-loadscope-reorder
 
 # What must be covered to 90 %: the detection maths, the imaging path, the batching.
 DETECTION := model_export/retinanet/anchors.py,model_export/retinanet/box_coding.py,model_export/retinanet/matching.py,model_export/losses.py,service/detector.py,service/results.py
-IMAGING := service/imaging.py,service/canvas.py,service/parts.py
-BATCHING := service/batching.py,service/admission.py,service/cost.py,service/prediction.py,service/workers.py,service/overload.py
+IMAGING := service/imaging.py,service/orientation.py,service/canvas.py,service/parts.py
+BATCHING := service/batching.py,service/inference.py,service/admission.py,service/cost.py,service/prediction.py,service/workers.py,service/overload.py
 SCALE_TESTS := tests/reliability/test_ray.py tests/reliability/test_bulk_ray.py
 COVERED_90 = $(TEST_VENV)/bin/python -m coverage report --fail-under=90 --include=
 

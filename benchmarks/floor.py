@@ -21,7 +21,8 @@ import onnx
 import onnx.parser
 import onnxruntime as ort
 
-from service.devices import Device, cpu_count, session_options
+from service.cpus import cpu_count
+from service.devices import Device, session_options
 
 SIDE = 2048
 """Of the matrices."""

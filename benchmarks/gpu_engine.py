@@ -38,6 +38,7 @@ from model_export.retinanet.model import ModelConfig, RetinaNet
 from service import devices
 from service.artifact import MODEL_FILE, Artifact, Thresholds, read_artifact, write_metadata
 from service.canvas import Buckets, Size
+from service.cpus import cpu_count
 from service.detector import Detector, batch_buckets
 from service.errors import DeviceError
 from service.gpu.cuda import CaptureGate, HostMemory
@@ -267,9 +268,7 @@ def measure_engine(
 def decoding(pictures: list[bytes], rule: Buckets, seconds: float) -> float:
     """Pictures a second that all cores together decode and place."""
     turn = itertools.cycle(pictures)
-    return per_second(
-        lambda _: len(prepare(next(turn), rule).canvas), 1, devices.cpu_count(), seconds
-    )
+    return per_second(lambda _: len(prepare(next(turn), rule).canvas), 1, cpu_count(), seconds)
 
 
 def measure_http(
@@ -285,7 +284,7 @@ def measure_http(
     decoded = decoding(pictures, Buckets(sizes=(setup.canvas,)), setup.seconds)
     table = report.table(
         {"connections": "d", "pictures/s": ".1f", "p50 ms": ".1f", "p99 ms": ".1f"},
-        f"HTTP; decoding alone does {decoded:.0f} pictures/s on {devices.cpu_count()} cores",
+        f"HTTP; decoding alone does {decoded:.0f} pictures/s on {cpu_count()} cores",
     )
     shares, tails = [], []
     with serving.served(

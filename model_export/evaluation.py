@@ -26,6 +26,7 @@ from model_export.pycoco import evaluator, silence
 from service import devices, imaging, results
 from service.artifact import read_artifact
 from service.canvas import Buckets, ShortSide, Size
+from service.cpus import cpu_count
 from service.detector import Detections, Detector
 from service.errors import DataError, MalformedImage
 
@@ -280,7 +281,7 @@ def _prepare_all(
 ) -> Iterator[imaging.Prepared]:
     """Decode ahead of the session, but only a few pictures: they are large."""
     ahead: deque[Future[imaging.Prepared]] = deque()
-    threads = min(_DECODE_THREADS, devices.cpu_count())
+    threads = min(_DECODE_THREADS, cpu_count())
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
         for sample in samples:
             ahead.append(pool.submit(_prepare, sample, rule))

@@ -10,8 +10,6 @@ import contextlib
 import ctypes
 import io
 import logging
-import math
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -23,6 +21,7 @@ import onnx.parser
 import onnxruntime as ort
 
 from service.artifact import Artifact
+from service.cpus import cpu_count
 from service.detector import Detector, batch_buckets
 from service.errors import DeviceError
 from service.gpu.cuda import CaptureGate, CudaMemory, OutOfMemory, runtime_library
@@ -326,17 +325,6 @@ def nvidia_driver(root: Path = Path("/")) -> str | None:
     return "an NVIDIA driver (libcuda.so.1)"
 
 
-def cpu_count(root: Path = Path("/")) -> int:
-    """Whole CPUs that this process may keep busy: affinity and the container's quota."""
-    affinity = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    quota = min(_quotas(root), default=math.inf)
-    # Rounded down: a thread beyond the quota makes the kernel stop all of them for the rest of
-    # each period.
-    return max(1, int(min(affinity, quota)))
-
-
 def _parse(asked: str) -> Iterator[Device]:
     names = ["cuda:0"] if asked == "cuda" else asked.split(",")
     for name in dict.fromkeys(names):
@@ -344,44 +332,6 @@ def _parse(asked: str) -> Iterator[Device]:
         if kind != "cuda" or not index.isdecimal():
             raise DeviceError(f"device {asked!r} is unknown; use auto, cpu, cuda or cuda:0,cuda:1")
         yield Device("cuda", int(index))
-
-
-def _quotas(root: Path) -> Iterator[float]:
-    """CPU quotas in CPUs, of this process's control groups and all above them, v1 and v2."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return
-    mount = root / "sys/fs/cgroup"
-    for line in lines:
-        _, controllers, group = line.split(":", 2)
-        if controllers == "":
-            for folder in _upwards(mount, group):
-                yield from _quota(folder / "cpu.max")
-        elif "cpu" in controllers.split(","):
-            for folder in _upwards(mount / controllers, group):
-                yield from _quota(folder / "cpu.cfs_quota_us", folder / "cpu.cfs_period_us")
-            if controllers != "cpu":
-                for folder in _upwards(mount / "cpu", group):
-                    yield from _quota(folder / "cpu.cfs_quota_us", folder / "cpu.cfs_period_us")
-
-
-def _upwards(mount: Path, group: str) -> Iterator[Path]:
-    """The group's folder and all above it. Inside a container the mount itself is the group."""
-    parts = [part for part in group.split("/") if part not in ("", "..")]
-    for length in range(len(parts), -1, -1):
-        yield mount.joinpath(*parts[:length])
-
-
-def _quota(*paths: Path) -> Iterator[float]:
-    try:
-        words = " ".join(path.read_text() for path in paths).split()
-        quota, period = int(words[0]), int(words[1])
-    except (OSError, ValueError, IndexError):
-        # No such group, no limit ("max"), or not readable: no quota that we know of.
-        return
-    if quota > 0 and period > 0:
-        yield quota / period
 
 
 def _probe_model() -> bytes:

@@ -8,7 +8,6 @@ decoded and resized moves the detector's accuracy, so nothing else in this proje
 from __future__ import annotations
 
 import io
-import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,33 +23,15 @@ from PIL.WebPImagePlugin import WebPImageFile
 from service.canvas import Buckets, Letterbox, ShortSide, Size
 from service.decode_memory import DecodeMemory
 from service.errors import MalformedImage, TooLarge, UnsupportedMedia
-from service.parts import PNG_HEAD, START_OF_SCAN, JpegReader, check_png
+from service.orientation import SWAPS_SIDES, made_upright, orientation_of, transposed
+from service.parts import START_OF_SCAN, JpegReader, check_png
 from service.resizing import COPY_BYTES, LARGEST_COPIED, resize
 
 ACCEPTED: Final = "JPEG, PNG or WebP"
 DEFAULT_MAX_PIXELS: Final = 50_000_000
 
-_EXIF_ORIENTATION: Final = 0x0112
-_TRANSPOSE: Final = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_SWAPS_SIDES: Final = frozenset({5, 6, 7, 8})
-_AGAINST: Final = {
-    1: (1, 1), 2: (1, -1), 3: (-1, -1), 4: (-1, 1),
-    5: (1, 1), 6: (1, -1), 7: (-1, -1), 8: (-1, 1),
-}  # fmt: skip
-"""Which way rows and columns are read, once the sides are swapped where they are."""
-
 _WEBP_HEADER: Final = 30
 """Bytes that hold a WebP's size, whatever its kind."""
-_PNG_TEXT: Final = frozenset({b"eXIf", b"tEXt", b"zTXt", b"iTXt"})
-"""Chunks in which EXIF or XMP may stand."""
 _STORED_BYTES: Final = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2}
 """Of a pixel in Pillow's memory; 4 in every other mode, RGB too."""
 _BLEND_BYTES: Final = 16
@@ -62,17 +43,6 @@ _WEBP_BYTES: Final = 12
 _COEFFICIENT_BYTES: Final = 2
 """Of a JPEG's pixel and colour, where the decoder collects several scans."""
 _DRAFT_SCALES: Final = (8, 4, 2, 1)
-_EXIF_ERRORS: Final = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    OSError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-    struct.error,
-)
-"""What Pillow raises on EXIF blocks that are rubbish."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +60,7 @@ class Opened:
     def __init__(self, header: ImageFile.ImageFile) -> None:
         self._header = header
         try:
-            self._orientation = _orientation(header)
+            self._orientation = orientation_of(header)
         except Exception as error:
             raise _malformed(error) from error
         self.size = self._turned(Size(height=header.height, width=header.width))
@@ -109,7 +79,7 @@ class Opened:
                 # The decoder scales by 1/2, 1/4 or 1/8 at a fraction of the cost of decoding in
                 # full; `draft` picks the smallest that is still at least the size asked for.
                 self._header.draft(None, wanted)
-            upright = _upright(resize(_to_rgb(self._header), resized), self._orientation)
+            upright = made_upright(resize(_to_rgb(self._header), resized), self._orientation)
         except Exception as error:
             # Whatever a decoder throws on bytes from outside means that the bytes are bad: Pillow
             # raises OSError, SyntaxError, ValueError, struct.error, zlib.error and more.
@@ -122,13 +92,13 @@ class Opened:
         # A picture that has to be turned would otherwise stay in memory twice.
         del self._header
         try:
-            return _transposed(_to_rgb(header), self._orientation)
+            return transposed(_to_rgb(header), self._orientation)
         except Exception as error:
             raise _malformed(error) from error
 
     def _turned(self, size: Size) -> Size:
         """From upright to stored, and back."""
-        if self._orientation in _SWAPS_SIDES:
+        if self._orientation in SWAPS_SIDES:
             return Size(height=size.width, width=size.height)
         return size
 
@@ -340,38 +310,6 @@ def _malformed(error: Exception) -> MalformedImage:
     return MalformedImage(f"the image does not decode, is it truncated? ({error})")
 
 
-def _orientation(image: ImageFile.ImageFile) -> int:
-    if isinstance(image, PngImageFile) and "exif" not in image.info and not _ends_plainly(image):
-        # A PNG's EXIF may come after its pixels; a PNG that breaks off there must be refused.
-        image.load()
-    try:
-        # Not the PNG class's own: it would decode the picture, and swallow that it is broken.
-        value = Image.Image.getexif(image).get(_EXIF_ORIENTATION, 1)
-    except _EXIF_ERRORS:
-        # Viewers show such pictures, as they are: broken EXIF says nothing of the pixels.
-        return 1
-    return value if value in _TRANSPOSE else 1
-
-
-def _ends_plainly(image: PngImageFile) -> bool:
-    """Whether a PNG is complete and has nothing after its pixels that could be EXIF or XMP.
-
-    From the headers of its chunks: `load` would decode every pixel to find out.
-    """
-    if not isinstance(image.fp, io.BytesIO):
-        return False
-    data, position, pixels = image.fp.getbuffer(), PNG_HEAD, False
-    while position + 12 <= len(data):
-        kind = bytes(data[position + 4 : position + 8])
-        if kind == b"IEND":
-            return True
-        if pixels and kind in _PNG_TEXT:
-            return False
-        pixels = pixels or kind == b"IDAT"
-        position += 12 + int.from_bytes(data[position : position + 4], "big")
-    return False
-
-
 def _place(resized: NDArray[np.uint8], placed: Letterbox) -> Prepared:
     height, width = placed.resized
     # Only what the picture leaves is made zero: memory is what several threads wait for.
@@ -380,20 +318,6 @@ def _place(resized: NDArray[np.uint8], placed: Letterbox) -> Prepared:
     canvas[height:] = 0
     canvas[:height, width:] = 0
     return Prepared(canvas=canvas, letterbox=placed)
-
-
-def _upright(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
-    """(height, width, 3) as it is meant to be seen."""
-    if orientation in _SWAPS_SIDES:
-        pixels = pixels.transpose(1, 0, 2)
-    down, right = _AGAINST[orientation]
-    return pixels[::down, ::right]
-
-
-def _transposed(image: Image.Image, orientation: int) -> Image.Image:
-    if orientation == 1:
-        return image
-    return image.transpose(_TRANSPOSE[orientation])
 
 
 def _to_rgb(image: ImageFile.ImageFile) -> Image.Image:

@@ -11,27 +11,23 @@ import asyncio
 import contextlib
 import logging
 import math
-import re
 import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Final
-
-import numpy as np
 
 from service.batching import BatchQueue, Policy, Urgency
 from service.decode_memory import DecodeMemory
 from service.detector import Detector
 from service.errors import DeadlineExceeded, InferenceFailed, RetinaserveError, Unavailable
 from service.imaging import Prepared, prepare
+from service.inference import brief, deliver, run_batch
 from service.prediction import Prediction, infers
-from service.record import Passage
-from service.work import BatchKey, Outcome, Servable, Timing, Work
+from service.work import BatchKey, Outcome, Servable, Work
 from service.workers import Watchdog, Worker
 
 _log = logging.getLogger("retinaserve.pipeline")
-_DEVICE_ERROR: Final = re.compile(r"(CUDA|CUDNN|CUBLAS)\w* (failure|error) \d+: [^;\n/]{1,200}")
 _JOIN_SECONDS: Final = 0.5
 
 
@@ -254,7 +250,7 @@ class Pipeline:
     def _died(self, worker: Worker[Work]) -> None:
         if worker.held:
             error = InferenceFailed("the server failed on this picture; its log says why")
-            _deliver([(work, error) for work in worker.held])
+            deliver([(work, error) for work in worker.held])
 
     def _wedged(self, worker: Worker[Work], seconds: float) -> None:
         self._lose(f"a batch of {len(worker.held)} has been on {worker.name} for {seconds:.0f} s")
@@ -296,14 +292,14 @@ class Pipeline:
         except RetinaserveError as error:
             # The frames of its traceback hold the picture.
             error.__traceback__ = error.__cause__ = error.__context__ = None
-            _deliver([(work, error)])
+            deliver([(work, error)])
             return False
         except Exception:
             _log.exception(
                 "decoding failed in a way that nobody foresaw",
                 extra={"request_id": work.request_id},
             )
-            _deliver([(work, InferenceFailed("the picture could not be processed"))])
+            deliver([(work, InferenceFailed("the picture could not be processed"))])
             return False
         work.decode_seconds = time.monotonic() - started
         self.prediction.observe_decoding(work.decode_seconds)
@@ -325,7 +321,7 @@ class Pipeline:
     def _infer_batch(self, batch: list[Work], number: int, worker: Worker[Work]) -> None:
         worker.hold(batch, limit=self._watchdog_seconds)
         self._on_batch(batch[0].model, len(batch))
-        _deliver(self._infer(batch, number, worker))
+        deliver(self._infer(batch, number, worker))
 
     def _infer(
         self, batch: list[Work], number: int, worker: Worker[Work]
@@ -334,7 +330,9 @@ class Pipeline:
         # Each attempt has its own time: many that fail one by one are not one that hangs.
         worker.renew()
         try:
-            return list(zip(batch, _run(detector, batch, partial(self._busy, number)), strict=True))
+            return list(
+                zip(batch, run_batch(detector, batch, partial(self._busy, number)), strict=True)
+            )
         except Exception as error:
             # onnxruntime's errors share no base class that it documents.
             if len(batch) == 1:
@@ -358,66 +356,5 @@ class Pipeline:
             detector.warm(min(canvases, key=lambda canvas: canvas.area))
         except Exception as second:
             _log.critical("the device fails on an empty picture too: %s", second)
-            self._lose(f"the device does not answer any more: {_brief(second)}")
+            self._lose(f"the device does not answer any more: {brief(second)}")
         return InferenceFailed("the model failed on this picture")
-
-
-def _run(detector: Detector, batch: Sequence[Work], busy: Callable[[], int]) -> list[Outcome]:
-    """`busy` tells how many batches the device works at."""
-    prepared = [work.prepared for work in batch if work.prepared is not None]
-    assert len(prepared) == len(batch), "only decoded pictures reach a device"
-    canvases = [each.canvas for each in prepared]
-    sizes = np.array([each.letterbox.resized for each in prepared], dtype=np.int64)
-    before = busy()
-    started = time.monotonic()
-    found = detector(
-        canvases,
-        sizes,
-        score_threshold=min(work.score for work in batch),
-        iou_threshold=batch[0].iou,
-    )
-    seconds = time.monotonic() - started
-    # Side by side each batch takes longer; what it costs is its share of the device.
-    share = seconds * 2 / (before + busy())
-    batch[0].model.costs.observe(prepared[0].letterbox.canvas, len(batch), share)
-    return [
-        Outcome(
-            detections,
-            each.letterbox,
-            Timing(work.decode_seconds, started - work.arrived - work.decode_seconds, seconds),
-            Passage(work.arrived, work.decoding, started, len(batch)),
-        )
-        for work, each, detections in zip(batch, prepared, found, strict=True)
-    ]
-
-
-def _brief(error: Exception) -> str:
-    """What is wrong with a device, for everybody to read.
-
-    onnxruntime's own text also tells paths and the name of the host.
-
-    >>> _brief(RuntimeError("/src/cuda_call.cc:129 CUDA failure 700: illegal access ; GPU=0 ; ..."))
-    'CUDA failure 700: illegal access'
-    """
-    found = _DEVICE_ERROR.search(str(error))
-    return type(error).__name__ if found is None else found[0].strip()
-
-
-def _deliver(answers: Sequence[tuple[Work, Outcome | Exception]]) -> None:
-    """Hand answers over to their event loop, all in one wake-up."""
-    loop = answers[0][0].future.get_loop()
-    try:
-        loop.call_soon_threadsafe(_settle, answers)
-    except RuntimeError:
-        # The loop is closed: the server stopped and nobody waits any more.
-        _log.debug("%d answers came after the server had stopped", len(answers))
-
-
-def _settle(answers: Sequence[tuple[Work, Outcome | Exception]]) -> None:
-    for work, answer in answers:
-        if work.future.done():
-            continue
-        if isinstance(answer, Exception):
-            work.future.set_exception(answer)
-        else:
-            work.future.set_result(answer)

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from service.api import create_app
 from service.context import Service
-from service.devices import cpu_count
+from service.cpus import cpu_count
 from service.errors import ArtifactError, DataError
 from service.process import prepare_process
 from service.registry import Registry

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from service.devices import Hardware, cpu_count, resolve
+from service.cpus import cpu_count
+from service.devices import Hardware, resolve
 from service.registry import Registry, open_registry
 from service.settings import Settings
 from service.side_by_side import SideBySide

@@ -10,7 +10,8 @@ from service.bulk.engine import Done, Engine, open_engine
 from service.bulk.progress import Progress
 from service.bulk.run import Run, Todo
 from service.bulk.stopping import until_signalled
-from service.devices import cpu_count, resolve
+from service.cpus import cpu_count
+from service.devices import resolve
 from service.memory import keep_freed_memory
 from service.settings import Settings
 

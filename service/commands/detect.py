@@ -20,8 +20,9 @@ from service import results
 from service.annotate import Encoding, draw, encode
 from service.canvas import Size
 from service.commands.offline import PICTURE_SUFFIXES, find_model
+from service.cpus import cpu_count
 from service.detector import Detections, Detector
-from service.devices import cpu_count, open_detector, resolve
+from service.devices import open_detector, resolve
 from service.errors import DataError, InferenceFailed, MalformedImage, RetinaserveError
 from service.imaging import decode, media_type, open_picture
 from service.problems import problem_of

@@ -13,11 +13,11 @@ import click
 import onnxruntime as ort
 
 from service.artifact import Entry, read_artifact, scan_repository
+from service.cpus import cpu_count
 from service.devices import (
     CUDA_PROVIDER,
     Device,
     Hardware,
-    cpu_count,
     nvidia_driver,
     open_detector,
     preload_libraries,

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from service.context import Service
-from service.devices import cpu_count
+from service.cpus import cpu_count
 from service.errors import ArtifactError, DataError, LoadFailed, UnknownModel
 from service.ray_app import Replica, app, fit, open_app
 from service.settings import Settings

@@ -1,0 +1,57 @@
+"""How many CPUs this process may keep busy: by affinity, and by the quota of its container."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def cpu_count(root: Path = Path("/")) -> int:
+    """Whole CPUs that this process may keep busy: affinity and the container's quota."""
+    affinity = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    quota = min(_quotas(root), default=math.inf)
+    # Rounded down: a thread beyond the quota makes the kernel stop all of them for the rest of
+    # each period.
+    return max(1, int(min(affinity, quota)))
+
+
+def _quotas(root: Path) -> Iterator[float]:
+    """CPU quotas in CPUs, of this process's control groups and all above them, v1 and v2."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    mount = root / "sys/fs/cgroup"
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        if controllers == "":
+            for folder in _upwards(mount, group):
+                yield from _quota(folder / "cpu.max")
+        elif "cpu" in controllers.split(","):
+            for folder in _upwards(mount / controllers, group):
+                yield from _quota(folder / "cpu.cfs_quota_us", folder / "cpu.cfs_period_us")
+            if controllers != "cpu":
+                for folder in _upwards(mount / "cpu", group):
+                    yield from _quota(folder / "cpu.cfs_quota_us", folder / "cpu.cfs_period_us")
+
+
+def _upwards(mount: Path, group: str) -> Iterator[Path]:
+    """The group's folder and all above it. Inside a container the mount itself is the group."""
+    parts = [part for part in group.split("/") if part not in ("", "..")]
+    for length in range(len(parts), -1, -1):
+        yield mount.joinpath(*parts[:length])
+
+
+def _quota(*paths: Path) -> Iterator[float]:
+    try:
+        words = " ".join(path.read_text() for path in paths).split()
+        quota, period = int(words[0]), int(words[1])
+    except (OSError, ValueError, IndexError):
+        # No such group, no limit ("max"), or not readable: no quota that we know of.
+        return
+    if quota > 0 and period > 0:
+        yield quota / period
