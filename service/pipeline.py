@@ -253,7 +253,10 @@ class Pipeline:
             deliver([(work, error) for work in worker.held])
 
     def _wedged(self, worker: Worker[Work], seconds: float) -> None:
-        self._lose(f"a batch of {len(worker.held)} has been on {worker.name} for {seconds:.0f} s")
+        self._lose(
+            f"a batch of {len(worker.held)} has been on the device for {seconds:.3g} s "
+            f"(in {worker.name})"
+        )
 
     def _lose(self, reason: str) -> None:
         """The device is lost for good: nobody waits any longer. Any thread."""

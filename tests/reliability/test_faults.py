@@ -45,7 +45,7 @@ def post_many(process: Process, bodies: list[bytes]) -> list[httpx.Response]:
 
 @pytest.mark.parametrize(
     ("colour", "reason"),
-    [(faulty_server.WEDGE, "has been on decode-"), (faulty_server.LOSE, "CUDA error 700")],
+    [(faulty_server.WEDGE, "has been on the device for"), (faulty_server.LOSE, "CUDA error 700")],
     ids=["wedged", "lost"],
 )
 def test_the_end_of_a_device_is_told_to_all_and_ends_the_process(
