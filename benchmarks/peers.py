@@ -10,9 +10,11 @@ recipe (`peers/recipe.py`): our decoding, our session options, our JSON. Each pe
 of its set-ups (`peer_servers.py`) that proves fastest at 16 connections just before; ours runs as
 it comes. Before anything is measured, every server has to find in a picture what ours finds.
 
-In each round each server is started alone, warmed up, loaded at each number of connections, and
-stopped: nobody idles beside another, for some cost CPU even then. The order turns by one from round
-to round. Ratios are those of one round. CPU time is that of the server's whole process tree.
+In each round every server is started, warmed up and frozen (SIGSTOP, its whole process tree). Then
+for each number of connections they are loaded one after the other, each thawed for its turn: nobody
+idles beside another, for some cost CPU even then, and little time lies between those that are
+compared. The order turns by one from turn to turn. Ratios are those of one round. CPU time is that
+of the server's whole process tree.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from near_free_model import write_near_free_model
 from peer_rounds import Detections, Measured, allowed, must_agree, ratios
@@ -38,6 +41,8 @@ from service.settings import bundled_models
 CONNECTIONS = (1, 8, 16, 32)
 DECIDING = 16
 WARM_SECONDS = 3.0
+THAW_SECONDS = 1.0
+"""Of one client, before a turn is measured."""
 P99_BOUND = 0.9
 NEAR_FREE_BOUNDS = {"litserve": 1.6, "fastapi": 1.1}
 DISTRIBUTIONS = ("fastapi", "litserve", "bentoml", "ray", "uvicorn", "onnxruntime", "pillow")
@@ -97,11 +102,19 @@ def measure(plan: Plan, task: Task, servers: Mapping[str, Setup]) -> dict[str, M
     with started(plan, task, AS_IT_COMES) as ours:
         expected = detections(ours, task)
     for turn in range(plan.rounds):
-        first = turn % len(names) if turn else 0
-        for name in names[first:] + names[:first]:
-            with started(plan, task, servers[name]) as server:
+        with contextlib.ExitStack() as stack:
+            trees = {}
+            for name, setup in servers.items():
+                trees[name] = server = stack.enter_context(started(plan, task, setup))
                 must_agree(name, detections(server, task), expected)
-                loads_of(plan, task, server, found[name])
+                load(task, server, DECIDING, WARM_SECONDS)
+                server.freeze()
+            for step, connections in enumerate(plan.connections, turn):
+                first = step % len(names)
+                for name in names[first:] + names[:first]:
+                    trees[name].thaw()
+                    one_turn(plan, task, trees[name], connections, found[name])
+                    trees[name].freeze()
     return found
 
 
@@ -122,20 +135,24 @@ def started(plan: Plan, task: Task, setup: Setup) -> Iterator[Tree]:
         yield server
 
 
-def loads_of(plan: Plan, task: Task, server: Tree, found: Measured) -> None:
-    """One turn of one server."""
-    load = ["load.py", server.url, task.pictures, "--clients"]
-    run_script(*load, DECIDING, "--seconds", WARM_SECONDS)
-    for connections in plan.connections:
-        before = server.cpu_seconds()
-        answered = run_script(*load, connections, "--seconds", plan.seconds)
-        if set(answered["statuses"]) != {"200"}:
-            raise SystemExit(f"{found.name}: not every answer was 200: {answered['statuses']}")
-        cpu = 1e3 * (server.cpu_seconds() - before) / answered["requests"]
-        busy = cpu * answered["per_second"] / 1e3
-        found.loads[connections].append(
-            answered | {"cpu_ms": cpu, "busy": busy, "resident": server.resident()}
-        )
+def load(task: Task, server: Tree, connections: int, seconds: float) -> dict[str, Any]:
+    return run_script(
+        *("load.py", server.url, task.pictures, "--clients", connections, "--seconds", seconds)
+    )
+
+
+def one_turn(plan: Plan, task: Task, server: Tree, connections: int, found: Measured) -> None:
+    """One server at one number of connections."""
+    load(task, server, 1, THAW_SECONDS)
+    before = server.cpu_seconds()
+    answered = load(task, server, connections, plan.seconds)
+    if set(answered["statuses"]) != {"200"}:
+        raise SystemExit(f"{found.name}: not every answer was 200: {answered['statuses']}")
+    cpu = 1e3 * (server.cpu_seconds() - before) / answered["requests"]
+    busy = cpu * answered["per_second"] / 1e3
+    found.loads[connections].append(
+        answered | {"cpu_ms": cpu, "busy": busy, "resident": server.resident()}
+    )
 
 
 def detections(server: Tree, task: Task) -> Detections:
