@@ -77,6 +77,9 @@ class Watched:
         while self.popen.poll() is None:
             parts = len(list(self._output.glob("part-*")))
             resident, times = self.process.memory_info().rss / 1e6, self.process.cpu_times()
+            if not resident:
+                # It has ended, and nobody has been told yet.
+                continue
             seconds = time.monotonic() - self.started
             self.looks.append(Look(seconds, parts, resident, times.user + times.system))
             if until(parts):
@@ -126,7 +129,8 @@ def measure(
         for look in watched.looks[step::step]:
             memory.row(name, half, look.seconds, look.parts * size, look.resident)
     # Whatever starts up takes its memory in the first fifth.
-    steady = [look.resident for look in second.looks[len(second.looks) // 5 :]]
+    fifth = len(second.looks) // 5
+    steady = [look.resident for look in second.looks]
     rows = Counter(pq.read_table(output, columns=["path"])["path"].to_pylist())
     wanted = {str(path) for path in pictures.rglob("*.jpg")}
     for title, figure in (
@@ -135,8 +139,8 @@ def measure(
     ):
         report.figure(f"{name}: pictures {title}", [figure], better="lower", bound=0, ratio=False)
     report.figure(
-        f"{name}: resident memory at the end over its first fifth",
-        [steady[-1] / steady[0]],
+        f"{name}: resident memory, the most in the last fifth over the most in the second",
+        [max(steady[-fifth:]) / max(steady[fifth : 2 * fifth])],
         better="lower",
         bound=GROWTH,
     )
