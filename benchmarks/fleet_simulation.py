@@ -11,9 +11,9 @@ of a picture, stretched by its caution, has to fit the deadline. The autoscaler 
 with the numbers of `deploy/kubernetes/base/autoscaling.yaml`; a new replica serves after
 `--start-up` seconds.
 
-`--check` measures how long a picture takes on two real services that share this machine's cores,
-sends both random arrivals, and simulates the same: the 99th percentile of accepted requests and
-the share of refusals have to agree within 20 %.
+`--check` sends random arrivals to two real services that share this machine's cores, measures
+between slices of them how long a picture takes just then, and simulates the same: the 99th
+percentile of accepted requests and the share of refusals have to agree within 20 %.
 """
 
 from __future__ import annotations
