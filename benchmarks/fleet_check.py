@@ -6,13 +6,15 @@ import argparse
 import asyncio
 import contextlib
 import os
+import random
 import statistics
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import client
-from fleet_simulation import Fleet, Scaling, Seen, measured
+from fleet_simulation import Fleet, Scaling, Seen
 from load import load
 from poisson import Seen as RealSeen
 from poisson import poisson
@@ -28,7 +30,7 @@ SLICES = 6
 """Of each load, with a look at what a picture takes between them: a machine that shares its cores
 is not the same for long."""
 OFTEN = 20
-"""Each slice is simulated so many times: the simulation's own chance counts for less."""
+"""So many fleets are simulated: the simulation's own chance counts for less."""
 
 
 @contextlib.contextmanager
@@ -57,6 +59,7 @@ def check(arguments: argparse.Namespace) -> None:
             raise SystemExit(f"{REPLICAS} cores are needed, there is {len(cores)}")
         urls = [stack.enter_context(replica(core)).url for core in cores]
         before = client.run(_alone(urls, pictures, seconds / 2))
+        fleets = Fleets(deadline)
         table = report.table(
             columns | {"refused, %": ".1f", "late, %": ".2f", "a picture, ms": ".1f"},
             f"The deadline is {1e3 * deadline:g} ms",
@@ -65,11 +68,10 @@ def check(arguments: argparse.Namespace) -> None:
             rate = factor * REPLICAS / statistics.fmean(before)
             real, simulated, costs = RealSeen(), Seen(), []
             for turn in range(slices):
-                seed = 2 * (number * slices + turn)
-                seen = client.run(_real(urls, pictures, rate, seconds, deadline, seed))
+                seed = REPLICAS * (number * slices + turn)
+                _add(real, client.run(_real(urls, pictures, rate, seconds, deadline, seed)))
                 after = client.run(_alone(urls, pictures, seconds / 2))
-                _add(real, seen)
-                _simulate(simulated, before + after, rate, seconds, deadline, seed)
+                fleets.run(simulated, before + after, rate, seconds)
                 costs += before + after
                 before = after
             p99 = client.milliseconds(real.accepted, 99) or 0.0
@@ -89,22 +91,29 @@ def check(arguments: argparse.Namespace) -> None:
     report.close()
 
 
-def _simulate(
-    whole: Seen, costs: list[float], rate: float, seconds: float, deadline: float, seed: int
-) -> None:
-    """One slice, many times, with what a picture took just before it and just after."""
-    for chance in range(OFTEN):
-        fleet = Fleet(
-            measured(costs),
-            deadline=deadline,
-            scaling=Scaling(REPLICAS, REPLICAS, 0.0),
-            seed=OFTEN * seed + chance,
-        )
-        seen = fleet.run(lambda _: rate, highest=rate, seconds=seconds)
-        whole.sent += seen.sent
-        whole.refused += seen.refused
-        whole.late += seen.late
-        whole.latencies += seen.latencies
+class Fleets:
+    """Simulated fleets that go on from slice to slice, with what they have learnt."""
+
+    def __init__(self, deadline: float) -> None:
+        self._costs: list[float] = []
+        scaling = Scaling(REPLICAS, REPLICAS, 0.0)
+        self._make = partial(Fleet, self._draw, deadline=deadline, scaling=scaling)
+        self._fleets: list[Fleet] = []
+
+    def run(self, whole: Seen, costs: list[float], rate: float, seconds: float) -> None:
+        """One slice; `costs` is what pictures took just before it and just after."""
+        self._costs = costs
+        self._fleets = self._fleets or [self._make(seed=seed) for seed in range(OFTEN)]
+        for fleet in self._fleets:
+            fleet.seen = Seen()
+            seen = fleet.run(lambda _: rate, highest=rate, seconds=seconds)
+            whole.sent += seen.sent
+            whole.refused += seen.refused
+            whole.late += seen.late
+            whole.latencies += seen.latencies
+
+    def _draw(self, dice: random.Random) -> float:
+        return self._costs[dice.randrange(len(self._costs))]
 
 
 def _figure(report: Report, name: str, real: float, simulated: float) -> None:

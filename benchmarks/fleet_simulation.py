@@ -229,11 +229,6 @@ def spread_around(seconds: float, spread: float = 0.1) -> Draw:
     return lambda dice: dice.lognormvariate(middle, sigma)
 
 
-def measured(latencies: Sequence[float]) -> Draw:
-    """Any of those that were seen, each as likely."""
-    return lambda dice: latencies[dice.randrange(len(latencies))]
-
-
 def sizes(table: Table, draw: Draw, mean: float, deadline: float, quick: bool) -> None:
     """Fleets that do not grow, at loads around what they can do."""
     for count in FLEETS[: 3 if quick else None]:
