@@ -3,6 +3,10 @@
     python benchmarks/container.py --engine docker --build
     sudo python benchmarks/container.py --engine buildah --build
 
+`--api-suite` also runs tests/api against the container, with the interpreter of this script, which
+needs what the tests need. `--variant gpu` on a machine without a GPU: with `--env
+RETINASERVE_DEVICE=cpu`, which is then all that can be checked of it.
+
 Every check that fails is printed and makes the exit status 1.
 """
 
@@ -13,6 +17,9 @@ import io
 import json
 import os
 import secrets
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -25,6 +32,7 @@ from container_engines import Engine, engine_named
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 DRAIN_SECONDS = 8.0
 """RETINASERVE_DRAIN_SECONDS as shipped."""
 
@@ -154,6 +162,31 @@ def check_stop(engine: Engine, base: str, report: Report) -> None:
     report.check("SIGTERM: request under way", statuses == [200], statuses)
 
 
+def check_suite(engine: Engine, image: str, uid: int, env: dict[str, str], report: Report) -> None:
+    """Run the API suite against a container that serves the model that it asks for."""
+    from tests import tiny_model
+
+    with tempfile.TemporaryDirectory() as folder:
+        models = Path(folder)
+        models.chmod(0o755)
+        tiny_model.save(models)
+        base = engine.start(image, uid=uid, models=models, environment=env)
+        wait_until_ready(base, 60)
+        command = [sys.executable, "-m", "pytest", "tests/api", "-q", "-p", "no:cacheprovider"]
+        done = subprocess.run(
+            [*command, "-n", "0"],
+            env=os.environ | {"RETINASERVE_TEST_URL": base},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        told = done.stdout.strip().splitlines()[-1:]
+        report.check("the API suite", done.returncode == 0, *told)
+        if done.returncode:
+            print(done.stdout[-3000:])
+        engine.remove()
+
+
 def start_up(engine: Engine, start: Callable[[], str], report: Report) -> str:
     """Start the container and time it to readiness; returns the base URL."""
     began = time.monotonic()
@@ -178,7 +211,10 @@ def main() -> int:
     parser.add_argument("--base-image", help="BASE_IMAGE of the build")
     parser.add_argument("--models", type=Path, help="model repository; default: the bundled one")
     parser.add_argument("--uid", type=int, default=23456, help="any but root's")
+    parser.add_argument("--api-suite", action="store_true", help="run tests/api against it")
+    parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE")
     options = parser.parse_args()
+    environment = dict(each.split("=", 1) for each in options.env)
     engine = engine_named(options.engine)
     report = Report()
     if options.build:
@@ -192,13 +228,18 @@ def main() -> int:
         probe = inspect_image(engine, options.image, report)
         base = start_up(
             engine,
-            lambda: engine.start(options.image, uid=options.uid, models=options.models),
+            lambda: engine.start(
+                options.image, uid=options.uid, models=options.models, environment=environment
+            ),
             report,
         )
         check_running(engine, base, probe, options.uid, report)
         check_stop(engine, base, report)
         if report.failed:
             print(engine.logs())
+        if options.api_suite:
+            engine.remove()
+            check_suite(engine, options.image, options.uid, environment, report)
     finally:
         engine.remove()
     report.figure("on", f"{os.cpu_count()} cores, {options.engine}")

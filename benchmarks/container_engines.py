@@ -8,8 +8,10 @@ import shlex
 import signal
 import socket
 import subprocess
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 INNER_PORT = 8000
 
@@ -34,7 +36,9 @@ class Engine(Protocol):
     def size(self, image: str) -> int:
         """Bytes of the image, unpacked."""
 
-    def start(self, image: str, *, uid: int, models: Path | None) -> str:
+    def start(
+        self, image: str, *, uid: int, models: Path | None, environment: Mapping[str, str]
+    ) -> str:
         """Run with nothing that could be written to, /tmp included; returns the base URL."""
 
     def execute(self, *command: str) -> subprocess.CompletedProcess[str]:
@@ -79,7 +83,9 @@ class Docker:
     def size(self, image: str) -> int:
         return int(json.loads(capture(self._program, "image", "inspect", image))[0]["Size"])
 
-    def start(self, image: str, *, uid: int, models: Path | None) -> str:
+    def start(
+        self, image: str, *, uid: int, models: Path | None, environment: Mapping[str, str]
+    ) -> str:
         options = [
             "--detach", "--read-only", "--user", f"{uid}:{uid}",
             "--cap-drop", "ALL", "--security-opt", "no-new-privileges",
@@ -90,6 +96,8 @@ class Docker:
         if models:
             options += ["--volume", f"{models}:/models:ro"]
             options += ["--env", "RETINASERVE_MODELS_DIR=/models"]
+        for name, value in environment.items():
+            options += ["--env", f"{name}={value}"]
         self._container = capture(self._program, "run", *options, image)
         published = capture(self._program, "port", self._container, str(INNER_PORT))
         return f"http://{published.splitlines()[0]}"
@@ -132,8 +140,8 @@ class Buildah:
         self._root = ""
         self._uid = 0
         self._environment: list[str] = []
-        self._process: subprocess.Popen[str] | None = None
-        self._output = ""
+        self._process: subprocess.Popen[bytes] | None = None
+        self._output: IO[bytes] | None = None
 
     def build(self, image: str, arguments: dict[str, str], context: Path) -> None:
         options = ["--format", "docker", "--isolation", "chroot"]
@@ -155,7 +163,9 @@ class Buildah:
                 seen[status.st_ino] = status.st_size
         return sum(seen.values())
 
-    def start(self, image: str, *, uid: int, models: Path | None) -> str:
+    def start(
+        self, image: str, *, uid: int, models: Path | None, environment: Mapping[str, str]
+    ) -> str:
         self._mount(image)
         self._uid = uid
         config = self.config(image)
@@ -173,12 +183,16 @@ class Buildah:
         if models:
             steps.append(f"mount --bind {shlex.quote(str(models))} {root}/mnt")
             self._environment.append("RETINASERVE_MODELS_DIR=/mnt")
+        # `env` takes the last of those that name the same.
+        self._environment += [f"{name}={value}" for name, value in environment.items()]
         steps.append(f"mount -o remount,bind,ro {root}")
         command = self._inside(*config["Entrypoint"], *config["Cmd"])
         steps.append(f"exec {shlex.join(command)}")
+        # Into a file: a pipe that nobody reads would stop the service once it is full.
+        self._output = tempfile.NamedTemporaryFile(prefix="container-")  # noqa: SIM115
         self._process = subprocess.Popen(
             ["unshare", "--mount", "sh", "-ec", "\n".join(steps)],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            stdout=self._output, stderr=subprocess.STDOUT,
         )  # fmt: skip
         return f"http://127.0.0.1:{port}"
 
@@ -195,16 +209,15 @@ class Buildah:
 
     def wait(self, seconds: float) -> int:
         assert self._process
-        self._output = self._process.communicate(timeout=seconds)[0]
-        return self._process.returncode
+        return self._process.wait(timeout=seconds)
 
     def logs(self) -> str:
-        return self._output
+        return "" if self._output is None else Path(self._output.name).read_text()
 
     def remove(self) -> None:
         if self._process and self._process.poll() is None:
             self._process.kill()
-            self._output = self._process.communicate()[0]
+            self._process.wait()
         if self._container:
             capture("buildah", "rm", self._container)
             self._container = ""
