@@ -6,14 +6,15 @@
 The pictures are 20 drawn JPEGs of 640 x 480 under as many names as there are to be pictures. The
 command runs in a process of its own, is killed by SIGKILL once half of the parts are there, and
 started again. Its rate is that of the second half, beside two bare loops of decoding, letterbox and
-session that share one session (`bare_loop.py --loops 2`), before and after it.
+session that share one session (`bare_loop.py --loops 2`): every few seconds the command is frozen
+(SIGSTOP) while they run, so that what else the machine does counts for both.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -21,7 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import psutil
 import pyarrow.parquet as pq
@@ -37,6 +38,8 @@ GROWTH = 1.1
 COUNTS = {"near-free": 20_000, "bundled": 600}
 PARTS = 40
 LOOK_SECONDS = 0.05
+SLICE_SECONDS = 4.0
+"""Of the command, and of the bare loops while it is frozen."""
 ROWS = 6
 """Of memory in the table, for each half."""
 
@@ -67,7 +70,7 @@ class Watched:
     def __init__(self, arguments: list[str], output: Path) -> None:
         command = [sys.executable, "-m", "service.cli", "bulk", *arguments]
         self._output = output
-        self.started = time.monotonic()
+        self._started = time.monotonic()
         self.popen = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         self.process = psutil.Process(self.popen.pid)
         self.looks: list[Look] = []
@@ -80,17 +83,31 @@ class Watched:
             if not resident:
                 # It has ended, and nobody has been told yet.
                 continue
-            seconds = time.monotonic() - self.started
+            seconds = time.monotonic() - self._started
             self.looks.append(Look(seconds, parts, resident, times.user + times.system))
             if until(parts):
                 return
             time.sleep(LOOK_SECONDS)
 
-    def cpu_ms(self, size: int) -> float:
-        """Core-milliseconds for each picture, from the first new part of so many to the last."""
-        last = self.looks[-1]
-        first = next(look for look in self.looks if look.parts > self.looks[0].parts)
-        return 1e3 * (last.cpu - first.cpu) / (size * (last.parts - first.parts))
+    def interrupted(self, doing: Callable[[], None]) -> None:
+        """Do something while the command is frozen; its clock stands still meanwhile."""
+        frozen = time.monotonic()
+        self.process.suspend()
+        try:
+            doing()
+        finally:
+            self.process.resume()
+        self._started += time.monotonic() - frozen
+
+    def each(self, size: int) -> tuple[float, float]:
+        """Pictures a second, and core-milliseconds for each, from the first new part to the last.
+
+        `size` is how many pictures a part has.
+        """
+        begun = next(look for look in self.looks if look.parts > self.looks[0].parts)
+        done = next(look for look in self.looks if look.parts == self.looks[-1].parts)
+        count = size * (done.parts - begun.parts)
+        return count / (done.seconds - begun.seconds), 1e3 * (done.cpu - begun.cpu) / count
 
 
 def measure(
@@ -109,21 +126,25 @@ def measure(
     arguments += ["--models", str(models), "--device", "cpu"]
     model = scan_repository(models)[-1].path
 
-    def bare() -> dict[str, float]:
-        options = ("--seconds", 3 if report.quick else 8, "--loops", 2)
-        return run_script("bare_loop.py", model, drawn, *options)
+    loops: list[dict[str, float]] = []
 
-    before = bare()
+    def bare() -> None:
+        options = ("--seconds", SLICE_SECONDS, "--loops", 2)
+        loops.append(run_script("bare_loop.py", model, drawn, *options))
+
     first = Watched(arguments, output)
     first.watch(lambda parts: parts >= PARTS // 2)
     first.popen.kill()
     first.popen.communicate()
     second = Watched(arguments, output)
-    second.watch(lambda parts: False)
-    summary: dict[str, Any] = json.loads(second.popen.communicate()[0])
+    while second.popen.poll() is None:
+        limit = time.monotonic() + SLICE_SECONDS
+        second.watch(lambda _, limit=limit: time.monotonic() >= limit)
+        if second.popen.poll() is None:
+            second.interrupted(bare)
+    second.popen.communicate()
     if second.popen.returncode:
         raise SystemExit(f"{name}: the second half ended with status {second.popen.returncode}")
-    after = bare()
     for half, watched in (("before the kill", first), ("resumed", second)):
         step = max(1, len(watched.looks) // ROWS)
         for look in watched.looks[step::step]:
@@ -144,21 +165,21 @@ def measure(
         better="lower",
         bound=GROWTH,
     )
-    rate = summary["pictures_per_second"]
-    rates = [each["per_second"] for each in (before, after)]
+    rate, cpu_ms = second.each(size)
+    rates = [each["per_second"] for each in loops]
     report.figure(f"{name}: pictures/s", [rate], better="higher", ratio=False)
     report.figure(f"{name}: two bare loops, /s", rates, better="higher", ratio=False)
     report.figure(
         f"{name}: rate over two bare loops side by side",
-        [rate / (sum(rates) / 2)],
+        [rate / statistics.fmean(rates)],
         better="higher",
         bound=RATIO,
     )
     # Says more than the rate where the machine has other work.
-    bare_ms = (before["cpu_ms"] + after["cpu_ms"]) / 2
+    bare_ms = statistics.fmean(each["cpu_ms"] for each in loops)
     report.figure(
         f"{name}: CPU time of the bare loops over the command's, each picture",
-        [bare_ms / second.cpu_ms(size)],
+        [bare_ms / cpu_ms],
         better="higher",
     )
 
