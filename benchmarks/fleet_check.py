@@ -26,7 +26,7 @@ from service.settings import bundled_models
 REPLICAS = 2
 LOADS = (0.8, 1.5)
 BOUND = 0.2
-SLICES = 6
+SLICES = 12
 """Of each load, with a look at what a picture takes between them: a machine that shares its cores
 is not the same for long."""
 OFTEN = 20
@@ -49,7 +49,7 @@ def replica(core: int) -> Iterator[Running]:
 def check(arguments: argparse.Namespace) -> None:
     """Measure, simulate, compare."""
     report = Report("fleet-check", "The simulation beside two real replicas", arguments)
-    slices, seconds = (2, 8.0) if report.quick else (SLICES, 12.0)
+    slices, seconds = (3, 6.0) if report.quick else (SLICES, 6.0)
     deadline = arguments.deadline
     columns = {"load": ".1f", "": "", "sent": "d", "p50, ms": ".0f", "p99, ms": ".0f"}
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
