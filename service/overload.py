@@ -42,7 +42,8 @@ class OverloadGuard:
         longest = self._service.settings.request_timeout_ms
         for name, value in scope["headers"]:
             if name == b"x-deadline-ms" and value.isdigit() and len(value) <= _LONGEST_NUMBER:
-                return min(longest, int(value)) / 1e3
+                asked = int(value)
+                return (asked if 1 <= asked <= longest else longest) / 1e3
         return longest / 1e3
 
 

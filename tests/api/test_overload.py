@@ -72,6 +72,16 @@ async def test_a_wrong_deadline_is_for_the_route_to_refuse(start: Start, wrong: 
         assert (await client.post("/v1/detect", content=GOOD, headers=headers)).status_code == 422
 
 
+@pytest.mark.parametrize("wrong", ["0", "99999999"])
+async def test_a_wrong_deadline_is_wrong_on_a_busy_service_too(
+    start: Start, monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    monkeypatch.setattr(Prediction, "wait", lambda self, urgency=Urgency.INTERACTIVE: 3.0)
+    async with start() as client:
+        headers = {"X-Deadline-Ms": wrong}
+        assert (await client.post("/v1/detect", content=GOOD, headers=headers)).status_code == 422
+
+
 async def test_a_full_queue_refuses_before_the_body(start: Start) -> None:
     async with start(max_queue_size=1) as client:
         with service_of(client).pictures.slot():
