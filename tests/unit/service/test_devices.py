@@ -15,16 +15,10 @@ from service.errors import ArtifactError, DeviceError
 from tests import tiny_model
 
 
-def write(root: Path, files: dict[str, str]) -> Path:
-    for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return root
-
-
 def test_a_driver_shows_in_proc(tmp_path: Path) -> None:
-    write(tmp_path, {"proc/driver/nvidia/version": "NVRM version: ...\n"})
+    version = tmp_path / "proc/driver/nvidia/version"
+    version.parent.mkdir(parents=True)
+    version.write_text("NVRM version: ...\n")
     assert "NVIDIA driver" in (devices.nvidia_driver(tmp_path) or "")
 
 
