@@ -1,9 +1,10 @@
 """`retinaserve bulk` over many pictures: killed half-way, resumed, its memory and its rate.
 
-    python benchmarks/bulk.py                    # 20,000 pictures near-free, 600 bundled
+    python benchmarks/bulk.py --pictures ../shared/data/bccd/JPEGImages
     python benchmarks/bulk.py --only near-free   # or --only bundled, --count N
 
-The pictures are 20 drawn JPEGs of 640 x 480 under as many names as there are to be pictures. The
+The JPEGs of a folder (without one, 20 drawn ones of 640 x 480) get as many names as there are to be
+pictures: 20,000, or N. The
 command runs in a process of its own, is killed by SIGKILL once half of the parts are there, and
 started again. Its rate is that of the second half, beside two bare loops of decoding, letterbox and
 session that share one session (`bare_loop.py --loops 2`): every few seconds the command is frozen
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -35,7 +37,9 @@ from service.settings import bundled_models
 
 RATIO = 0.9
 GROWTH = 1.1
-COUNTS = {"near-free": 20_000, "bundled": 600}
+MODELS = ("near-free", "bundled")
+COUNT = 20_000
+QUICK_COUNT = 400
 PARTS = 40
 LOOK_SECONDS = 0.05
 SLICE_SECONDS = 4.0
@@ -44,13 +48,13 @@ ROWS = 6
 """Of memory in the table, for each half."""
 
 
-def name_pictures(drawn: Path, folder: Path, count: int) -> Path:
-    """`count` names for the drawn pictures, in folders of a thousand; the folder."""
-    sources = sorted(drawn.glob("*.jpg"))
+def name_pictures(sources: Path, folder: Path, count: int) -> Path:
+    """`count` names for the pictures of a folder, in folders of a thousand; the folder."""
+    found = sorted(sources.glob("*.jpg"))
     for number in range(count):
         target = folder / f"{number // 1000:03d}" / f"{number:06d}.jpg"
         target.parent.mkdir(parents=True, exist_ok=True)
-        os.link(sources[number % len(sources)], target)
+        os.link(found[number % len(found)], target)
     return folder
 
 
@@ -116,7 +120,7 @@ def measure(
     name: str,
     models: Path,
     pictures: Path,
-    drawn: Path,
+    sources: Path,
     output: Path,
 ) -> None:
     """One model."""
@@ -130,7 +134,7 @@ def measure(
 
     def bare() -> None:
         options = ("--seconds", SLICE_SECONDS, "--loops", 2)
-        loops.append(run_script("bare_loop.py", model, drawn, *options))
+        loops.append(run_script("bare_loop.py", model, sources, *options))
 
     first = Watched(arguments, output)
     first.watch(lambda parts: parts >= PARTS // 2)
@@ -186,10 +190,9 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=list(COUNTS))
-    parser.add_argument(
-        "--count", type=int, help="pictures; default: 20,000 near-free, 600 bundled"
-    )
+    parser.add_argument("--only", choices=MODELS)
+    parser.add_argument("--count", type=int, help="names of pictures; default: 20,000")
+    parser.add_argument("--pictures", type=Path, help="folder of JPEGs; default: drawn ones")
     add_options(parser)
     arguments = parser.parse_args()
     report = Report("bulk", "Bulk detection, killed half-way and resumed", arguments)
@@ -198,13 +201,20 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch).resolve()
-        drawn = draw_pictures(folder / "drawn")
+        sources = folder / "sources"
+        if arguments.pictures:
+            # Names are hard links, which stay within a file system.
+            sources.mkdir()
+            for path in arguments.pictures.glob("*.jpg"):
+                shutil.copy(path, sources)
+        else:
+            draw_pictures(sources)
         write_near_free_model(folder / "models")
-        for name in [arguments.only] if arguments.only else COUNTS:
-            count = arguments.count or COUNTS[name] // (10 if report.quick else 1)
-            pictures = name_pictures(drawn, folder / name / "in", count)
+        count = arguments.count or (QUICK_COUNT if report.quick else COUNT)
+        for name in [arguments.only] if arguments.only else MODELS:
+            pictures = name_pictures(sources, folder / name / "in", count)
             models = folder / "models" if name == "near-free" else bundled_models()
-            measure(report, memory, name, models, pictures, drawn, folder / name / "out")
+            measure(report, memory, name, models, pictures, sources, folder / name / "out")
     report.close()
 
 

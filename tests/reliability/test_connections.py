@@ -142,7 +142,7 @@ def test_what_httptools_itself_does_not_bound(port: int) -> None:
     assert b"application/problem+json" in received
     assert statuses(ask(port, head + b"X: " + b"x" * 70_000 + b"\r\n\r\n")) == [431]
     with connect(port) as client:
-        assert cut_off(client, (head + b"\r\n") * 100, times=50, pause=0.02)
+        assert cut_off(client, (head + b"\r\n") * 100, times=1000, pause=0.02)
     assert_serving(port)
 
 
@@ -219,7 +219,8 @@ def test_chunked_bodies(port: int) -> None:
 def test_framing_without_end(port: int, endless: bytes) -> None:
     with connect(port) as client:
         client.sendall(post("Transfer-Encoding: chunked"))
-        assert cut_off(client, endless * 100, times=3000)
+        # More than the sockets' buffers hold, less than a body may have.
+        assert cut_off(client, endless * 100, times=30_000)
     assert_serving(port)
 
 
