@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -36,6 +35,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def for_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What processes of their own find; no measuring of coverage, for they mostly import torch."""
+    monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +94,8 @@ def test_parts_of_a_batch_make_the_step_of_the_whole(one: Path, data: Path, tmp_
 
 
 def test_two_processes_equal_one_and_a_killed_one_ends_both(
-    one: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    one: Path, data: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     with pytest.raises(ProcessLost, match="process 1 of 2 was ended by SIGKILL"):
         launch(2, [*SCRIPT, "two", str(data), str(tmp_path)])
 
@@ -126,12 +131,11 @@ def test_two_machines_equal_one(one: Path, data: Path, tmp_path: Path) -> None:
         *("--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1"),
         *("--no-python", *SCRIPT, "machines", str(data), str(tmp_path)),
     ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with ExitStack() as ends:
         agents = []
         for _ in range(2):
             started = subprocess.Popen(
-                agent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+                agent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
             )
             ends.callback(started.kill)
             agents.append(started)
