@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import hypothesis
-import onnx
 import pytest
 from xdist.remote import Producer
 from xdist.scheduler.loadfile import LoadFileScheduling
@@ -84,32 +81,22 @@ def _cuda_device_present() -> bool:
 
 
 @pytest.fixture(scope="session")
-def exporter() -> Iterator[None]:
-    """torch's exporter, which takes most of a minute, exports one and the same network once.
+def untraced_exporter() -> Iterator[None]:
+    """torch's exporter runs without the trace function of coverage, which doubles its time.
 
-    It runs without the trace function of coverage, which doubles its time. Of this project's code
-    it runs a network's forward pass, which other tests run, too.
+    Of this project's code it runs a network's forward pass, which other tests run, too.
     """
     import torch.onnx
 
-    exporting = torch.onnx.export
-    made: dict[str, onnx.ModelProto] = {}
+    traced = torch.onnx.export
 
-    def export(module: Any, *args: Any, **options: Any) -> SimpleNamespace:
-        parts = hashlib.sha256(f"{module} {module.network.config} {options}".encode())
-        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-            parts.update(f"{name} {tensor.shape}".encode() + tensor.detach().numpy().tobytes())
-        key = parts.hexdigest()
-        if key not in made:
-            tracer = sys.gettrace()
-            sys.settrace(None)
-            try:
-                made[key] = exporting(module, *args, **options).model_proto
-            finally:
-                sys.settrace(tracer)
-        model = onnx.ModelProto()
-        model.CopyFrom(made[key])
-        return SimpleNamespace(model_proto=model)
+    def export(*args: Any, **options: Any) -> Any:
+        tracer = sys.gettrace()
+        sys.settrace(None)
+        try:
+            return traced(*args, **options)
+        finally:
+            sys.settrace(tracer)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.onnx, "export", export)

@@ -23,6 +23,6 @@ def rectangles_data(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def exported(exporter: None, tmp_path_factory: pytest.TempPathFactory) -> RandomModel:
+def exported(untraced_exporter: None, tmp_path_factory: pytest.TempPathFactory) -> RandomModel:
     """One exported network for all tests: an export takes long."""
     return random_model.make(tmp_path_factory.mktemp("exported") / "model.onnx")

@@ -200,7 +200,7 @@ def trained(data, tmp_path_factory) -> tuple[Path, Result]:
 
 
 @pytest.fixture(scope="module")
-def exported(data, trained, exporter, tmp_path_factory) -> tuple[Path, Result]:
+def exported(data, trained, untraced_exporter, tmp_path_factory) -> tuple[Path, Result]:
     """That run's last checkpoint as a model file, measured."""
     output = tmp_path_factory.mktemp("models") / "cells" / "2" / "model.onnx"
     result = call(

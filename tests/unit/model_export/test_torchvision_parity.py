@@ -179,7 +179,7 @@ def test_p6_from_c5_needs_other_weights() -> None:
 
 
 @pytest.fixture(scope="module")
-def detector(exporter: None, tmp_path_factory: pytest.TempPathFactory) -> Detector:
+def detector(untraced_exporter: None, tmp_path_factory: pytest.TempPathFactory) -> Detector:
     path = tmp_path_factory.mktemp("small") / "model.onnx"
     checkpoint = Checkpoint(
         path=Path("small.safetensors"),
