@@ -4,11 +4,11 @@
     python benchmarks/bulk.py --only near-free   # or --only bundled, --count N
 
 The JPEGs of a folder (without one, 20 drawn ones of 640 x 480) get as many names as there are to be
-pictures: 20,000, or N. The
-command runs in a process of its own, is killed by SIGKILL once half of the parts are there, and
-started again. Its rate is that of the second half, beside two bare loops of decoding, letterbox and
-session that share one session (`bare_loop.py --loops 2`): every few seconds the command is frozen
-(SIGSTOP) while they run, so that what else the machine does counts for both.
+pictures: 20,000, or N. The command runs in a process of its own, is killed by SIGKILL once half of
+the parts are there, and started again. Its rate is that of the second half, beside two bare loops
+of decoding, letterbox and session that share one session (`bare_loop.py --loops 2`): every few
+seconds the command is frozen (SIGSTOP) while they run, so that what else the machine does counts
+for both.
 """
 
 from __future__ import annotations
@@ -37,9 +37,8 @@ from service.settings import bundled_models
 
 RATIO = 0.9
 GROWTH = 1.1
-MODELS = ("near-free", "bundled")
 COUNT = 20_000
-QUICK_COUNT = 400
+QUICK_COUNTS = {"near-free": 2_000, "bundled": 60}
 PARTS = 40
 LOOK_SECONDS = 0.05
 SLICE_SECONDS = 4.0
@@ -147,6 +146,9 @@ def measure(
         if second.popen.poll() is None:
             second.interrupted(bare)
     second.popen.communicate()
+    if not loops:
+        # Few pictures are done before its first slice is over.
+        bare()
     if second.popen.returncode:
         raise SystemExit(f"{name}: the second half ended with status {second.popen.returncode}")
     for half, watched in (("before the kill", first), ("resumed", second)):
@@ -190,11 +192,13 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=MODELS)
+    parser.add_argument("--only", choices=list(QUICK_COUNTS))
     parser.add_argument("--count", type=int, help="names of pictures; default: 20,000")
-    parser.add_argument("--pictures", type=Path, help="folder of JPEGs; default: drawn ones")
+    parser.add_argument("--pictures", type=Path, help="folder of .jpg files; default: drawn ones")
     add_options(parser)
     arguments = parser.parse_args()
+    if arguments.pictures and not any(arguments.pictures.glob("*.jpg")):
+        parser.error(f"--pictures {arguments.pictures}: no .jpg file lies in it")
     report = Report("bulk", "Bulk detection, killed half-way and resumed", arguments)
     memory = report.table(
         {"model": "", "half": "", "s": ".1f", "pictures done": "d", "resident MB": ".0f"}
@@ -210,8 +214,8 @@ def main() -> None:
         else:
             draw_pictures(sources)
         write_near_free_model(folder / "models")
-        count = arguments.count or (QUICK_COUNT if report.quick else COUNT)
-        for name in [arguments.only] if arguments.only else MODELS:
+        for name in [arguments.only] if arguments.only else QUICK_COUNTS:
+            count = arguments.count or (QUICK_COUNTS[name] if report.quick else COUNT)
             pictures = name_pictures(sources, folder / name / "in", count)
             models = folder / "models" if name == "near-free" else bundled_models()
             measure(report, memory, name, models, pictures, sources, folder / name / "out")

@@ -1,6 +1,6 @@
 """All benchmarks of speed, one after the other, and one summary of them.
 
-    python benchmarks/run.py             # about 25 minutes on an idle machine
+    python benchmarks/run.py             # an hour and a half, two thirds of it `bulk`
     python benchmarks/run.py --quick     # below 5; kept apart, in runs/benchmarks
     python benchmarks/run.py --only engine,decode
 
