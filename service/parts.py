@@ -9,6 +9,8 @@ from __future__ import annotations
 import io
 from typing import Final
 
+import numpy as np
+
 from service.errors import MalformedImage
 
 PNG_HEAD: Final = 8
@@ -29,7 +31,10 @@ _MOST_EXIF: Final = 16
 """Segments of EXIF, which Pillow puts together one by one: the time grows with their square."""
 
 START_OF_SCAN: Final = b"\xff\xda"
-_MOST_SCANS: Final = 64
+_SCAN_WORD: Final = int.from_bytes(START_OF_SCAN, "little")
+_WORDS: Final = 65_536
+"""Pairs of bytes that are compared at a time."""
+MOST_SCANS: Final = 64
 """The decoder goes through the whole picture for each: a hundred bytes that cost 30 ms with 50
 million pixels."""
 
@@ -58,12 +63,10 @@ class JpegReader(io.BytesIO):
     def __init__(self, data: bytes | memoryview) -> None:
         """Raises MalformedImage for too many scans."""
         super().__init__(data)
-        # With the first byte of its length: whatever else the file holds, such as the film that
-        # phones append, has the marker's two bytes once in 64 KiB.
-        scans = self.getvalue().count(START_OF_SCAN + b"\x00")
-        if scans > _MOST_SCANS:
+        scans = _scans(self.getvalue())
+        if scans > MOST_SCANS:
             raise MalformedImage(
-                f"the JPEG has {scans} scans; at most {_MOST_SCANS} are accepted, and some ten are "
+                f"the JPEG has {scans} scans; at most {MOST_SCANS} are accepted, and some ten are "
                 "usual"
             )
         self._reads = _READS + len(data) // _BLOCK_BYTES
@@ -80,3 +83,22 @@ class JpegReader(io.BytesIO):
                 "EXIF; save it again without them"
             )
         return piece
+
+
+def _scans(data: bytes) -> int:
+    """How many scans a JPEG has; exactly where they are too many, otherwise at most so many.
+
+    `bytes.count` costs a twentieth of decoding the picture; comparing pairs of bytes by vector
+    instructions, a fifth of that.
+    """
+    pairs = 0
+    for offset in (0, 1):
+        words = np.frombuffer(data, "<u2", count=(len(data) - offset) // 2, offset=offset)
+        for begin in range(0, len(words), _WORDS):
+            block = words[begin : begin + _WORDS]
+            pairs += int(np.count_nonzero(block == _SCAN_WORD))
+    if pairs <= MOST_SCANS:
+        return pairs
+    # With the first byte of its length: whatever else the file holds, such as the film that
+    # phones append, has the marker's two bytes once in 64 KiB.
+    return data.count(START_OF_SCAN + b"\x00")

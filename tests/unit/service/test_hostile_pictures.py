@@ -15,6 +15,7 @@ from PIL import Image
 from service.canvas import Buckets, Size
 from service.errors import MalformedImage, TooLarge, UnsupportedMedia
 from service.imaging import prepare
+from service.parts import MOST_SCANS, START_OF_SCAN, JpegReader
 from tests.pictures import encoded, one_red
 
 RULE = Buckets(sizes=(Size(96, 128),))
@@ -138,6 +139,15 @@ def test_more_parts_than_anybody_needs(name: str) -> None:
     prepare(COUNTLESS[name](20), RULE)
     with pytest.raises(MalformedImage, match=r"more than|at most"):
         prepare(COUNTLESS[name](64), RULE)
+
+
+@pytest.mark.parametrize("between", [b"", b"\x00", b"\xff" * 131_068, b"\xda" * 131_069])
+@pytest.mark.parametrize("before", [b"", b"\xff"])
+def test_scans_are_counted_wherever_they_stand(before: bytes, between: bytes) -> None:
+    scan = START_OF_SCAN + b"\x00" + between
+    JpegReader(before + scan * MOST_SCANS)
+    with pytest.raises(MalformedImage, match=f"{MOST_SCANS + 1} scans"):
+        JpegReader(before + scan * (MOST_SCANS + 1))
 
 
 POLYGLOTS: dict[str, bytes] = {
