@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -147,6 +148,8 @@ def serve(
     # and Python would not end well beside that.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: os._exit(0))
+    # What is imported stays: to look through it for garbage, again and again, only takes time.
+    gc.disable()
     from service.commands import serve as command
 
     command.run(

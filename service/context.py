@@ -13,7 +13,7 @@ from service.batching import Policy, Urgency
 from service.bodies import Uploads
 from service.decode_memory import DecodeMemory
 from service.errors import Unavailable
-from service.observability import Metrics
+from service.observability.metrics import Metrics
 from service.observability.tracing import Tracing
 from service.pipeline import Pipeline
 from service.security.gate import Gate

@@ -18,7 +18,7 @@ from starlette._utils import get_route_path
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.errors import Unavailable
-from service.observability import Metrics
+from service.observability.metrics import Metrics
 from service.refusal import refusal
 
 _log = logging.getLogger("retinaserve.server")

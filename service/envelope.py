@@ -14,7 +14,7 @@ from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.bodies import ClientGone
-from service.observability import Metrics
+from service.observability.metrics import Metrics
 from service.observability.tracing import Tracing
 from service.problems import http_problem, written
 from service.record import Record, current

@@ -7,7 +7,6 @@ from pathlib import Path
 from service.admin import AdminListener
 from service.api import create_app
 from service.context import Service
-from service.inference_protocol.grpc_server import GrpcServer
 from service.listening import Doors
 from service.server import Companion, Server
 from service.settings import Settings
@@ -30,6 +29,8 @@ def open_server(
     if doors.admin is not None:
         companions.append(AdminListener(service, doors.admin, certificate=certificate, key=key))
     if doors.grpc is not None:
+        from service.inference_protocol.grpc_server import GrpcServer
+
         companions.append(GrpcServer(service, doors.grpc, certificate=certificate, key=key))
     server = Server(
         app, root_path=root_path, certificate=certificate, key=key, companions=companions

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import logging
 import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from operator import attrgetter
 from queue import SimpleQueue
 from typing import Final
 
@@ -20,7 +23,7 @@ from service.canvas import Size
 from service.detector import Detector, batch_buckets
 from service.devices import Device, open_detector
 from service.errors import ArtifactError
-from service.side_by_side import SideBySide
+from service.side_by_side import OpenDetector, SideBySide
 from service.work import Servable
 
 _log = logging.getLogger("retinaserve.loading")
@@ -84,18 +87,26 @@ def open_servable(
 
     Raises ArtifactError or DeviceError.
     """
-    detectors = tuple(open_detector(artifact, device, batch=batch) for device in devices)
+    # To open a session takes one core; there are several where a second one will be needed.
+    with ThreadPoolExecutor(1, thread_name_prefix="model-loader-beside") as beside:
+        openers = [
+            _ahead(partial(_open_on, artifact, device), side_by_side.surely, beside)
+            if device.kind == "cpu"
+            else None
+            for device in devices
+        ]
+        detectors = tuple(open_detector(artifact, device, batch=batch) for device in devices)
     # The sessions have copies of their own.
     slim = replace(artifact, content=b"")
     servable = Servable(entry.name, entry.version, slim, detectors)
     try:
-        _warm(servable, batch_buckets(batch))
+        _warm(servable, batch_buckets(batch), alike=all(each.kind == "cpu" for each in devices))
         canvas = _canvases(servable)[0]
         shared = [
-            side_by_side.share(detector, partial(_open_on, artifact, device), canvas=canvas)
-            if device.kind == "cpu"
-            else (detector, device.callers)
-            for device, detector in zip(devices, detectors, strict=True)
+            (detector, device.callers)
+            if opener is None
+            else side_by_side.share(detector, opener, canvas=canvas)
+            for device, detector, opener in zip(devices, detectors, openers, strict=True)
         ]
     except Exception as error:
         # onnxruntime's errors share no base class that it documents.
@@ -122,25 +133,37 @@ def _open_on(artifact: Artifact, device: Device, threads: int) -> Detector:
     return open_detector(artifact, replace(device, threads=threads))
 
 
+def _ahead(opener: OpenDetector, threads: int | None, pool: ThreadPoolExecutor) -> OpenDetector:
+    """The same opener, which has begun with what it will be asked for: a session on `threads`."""
+    if threads is None:
+        return opener
+    begun = pool.submit(opener, threads)
+    return lambda asked: begun.result() if asked == threads else opener(asked)
+
+
 def _after_release() -> None:
     time.sleep(_SETTLE_SECONDS)
     return_free_memory()
 
 
 def _canvases(servable: Servable) -> Sequence[Size]:
+    """Every canvas that is known beforehand, the largest first."""
     rule = servable.metadata.canvas
-    return tuple(rule.all_canvases()) or (rule.largest(),)
+    known = tuple(rule.all_canvases()) or (rule.largest(),)
+    return sorted(known, key=attrgetter("area"), reverse=True)
 
 
-def _warm(servable: Servable, sizes: Sequence[int]) -> None:
+def _warm(servable: Servable, sizes: Sequence[int], *, alike: bool) -> None:
     """Run every canvas and batch size on every device, and learn what each costs.
 
-    So that not even the first requests are let in blindly.
+    So that not even the first requests are let in blindly. Where all canvases are `alike`, one
+    needs no more set-up than the next: only the largest runs, and the others cost their share.
     """
     pace = 0.0
     """Seconds that a pixel takes, as far as is known."""
     first, *others = servable.detectors
-    for canvas in _canvases(servable):
+    largest, *smaller = _canvases(servable)
+    for canvas in (largest,) if alike else (largest, *smaller):
         for size in sizes:
             for detector in others:
                 detector.warm(canvas, size)
@@ -151,6 +174,11 @@ def _warm(servable: Servable, sizes: Sequence[int]) -> None:
                 seconds = _timed(first, canvas, size)
             pace = seconds / pixels
             servable.costs.observe(canvas, size, seconds)
+    if alike:
+        for canvas, size in itertools.product(smaller, sizes):
+            servable.costs.observe(
+                canvas, size, servable.costs.of(largest).seconds(size) * canvas.area / largest.area
+            )
 
 
 def _timed(detector: Detector, canvas: Size, batch: int) -> float:

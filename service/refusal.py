@@ -5,7 +5,7 @@ from __future__ import annotations
 from starlette.responses import Response
 
 from service.errors import RetinaserveError
-from service.observability import Metrics
+from service.observability.metrics import Metrics
 from service.problems import headers_of, problem_of, respond
 from service.request_id import request_id
 

@@ -24,7 +24,7 @@ from uvicorn.server import HANDLED_SIGNALS
 from service.connection import HEAD_SECONDS
 from service.context import Service
 from service.crowd import Crowd
-from service.observability import Metrics
+from service.observability.metrics import Metrics
 from service.protocol import http_protocol
 
 _log = logging.getLogger("retinaserve.server")

@@ -16,7 +16,7 @@ from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.errors import RetinaserveError
-from service.observability import Metrics
+from service.observability.metrics import Metrics
 from service.refusal import refusal
 
 _PATH: Final = "/v1/detect"

@@ -26,7 +26,7 @@ _GAIN: Final = 1.05
 values of its own in memory."""
 _ROUNDS: Final = 3
 """The first that shows the gain is the last: something else may have kept the machine busy."""
-_LONG_SECONDS: Final = 1.0
+_LONG_SECONDS: Final = 0.4
 """No further round of a measurement that has taken so long."""
 
 Run = Callable[[], None]
@@ -45,6 +45,12 @@ class SideBySide:
         if asked is not None or cores == 1:
             self.chosen.set_result(asked or 1)
 
+    @property
+    def surely(self) -> int | None:
+        """Threads of a session that `share` will ask for, whatever is measured; None: of none."""
+        count = self.chosen.result() if self.chosen.done() else 2
+        return self._threads(count) if self._cores > 1 and count > 1 else None
+
     def share(
         self, alone: Detector, open_detector: OpenDetector, *, canvas: Size
     ) -> tuple[Detector, int]:
@@ -57,7 +63,7 @@ class SideBySide:
 
         def detector(count: int) -> Detector:
             if count not in shared:
-                beside = open_detector(max(1, self._cores // count))
+                beside = open_detector(self._threads(count))
                 beside.warm(canvas)
                 shared[count] = SharedDetector(alone, beside)
             return shared[count]
@@ -69,6 +75,9 @@ class SideBySide:
         count = self.chosen.result()
         # On one core there is nothing that threads could share.
         return (alone if self._cores == 1 else detector(count)), count
+
+    def _threads(self, count: int) -> int:
+        return max(1, self._cores // count)
 
     def _measure(self, runs: Callable[[int], Run]) -> None:
         best, rates = measure(runs, most=min(self._cores, _MOST))

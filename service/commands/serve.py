@@ -16,7 +16,6 @@ from typing import Final
 import click
 
 from service.errors import DataError
-from service.inference_protocol.grpc_messages import check_installed
 from service.leaving import leave
 from service.listening import Doors, listen, url
 from service.process import prepare_process
@@ -66,6 +65,7 @@ def run(
             _announce(models, url(listener, tls=certificate is not None))
             # What is there now stays: the collector need not walk through it again and again.
             gc.freeze()
+            gc.enable()
             server.run([listener])
     leave(0 if service.pipeline.fatal is None else 1)
 
@@ -123,6 +123,9 @@ def _listen_for_grpc(settings: Settings, ports: contextlib.ExitStack) -> socket.
     """Bind the gRPC server's address, if there is to be one."""
     if settings.grpc_port is None:
         return None
+    # protobuf is imported by those who need it only.
+    from service.inference_protocol.grpc_messages import check_installed
+
     check_installed()
     remedy = "choose another with RETINASERVE_GRPC_PORT"
     return ports.enter_context(listen(settings.host, settings.grpc_port, remedy=remedy))

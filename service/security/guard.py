@@ -9,7 +9,7 @@ from starlette._utils import get_route_path
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.errors import RetinaserveError
-from service.observability import Metrics
+from service.observability.metrics import Metrics
 from service.refusal import refusal
 from service.security.gate import Gate
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.observability import JsonFormatter
+from service.observability.logs import JsonFormatter
 from service.security.keys import new_key
 from tests.api.conftest import Start
 from tests.pictures import encoded, one_red

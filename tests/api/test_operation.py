@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from service.api import create_app
 from service.errors import ArtifactError, DataError, DeviceError
-from service.observability import JsonFormatter, TextFormatter
+from service.observability.logs import JsonFormatter, TextFormatter
 from service.settings import Settings
 from tests import tiny_model
 from tests.api.conftest import Start, running

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import logging
 import threading
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from service.detector import batch_buckets
-from service.loading import Loader
+from service import loading as module
+from service.artifact import Entry, read_artifact
+from service.canvas import Size
+from service.detector import Detector, batch_buckets
+from service.devices import Device, open_detector
+from service.errors import ArtifactError
+from service.loading import Loader, open_servable
+from service.side_by_side import SideBySide
+from service.work import Servable
+from tests import tiny_model
 
 SECONDS = 60.0
+CPU = Device("cpu")
 
 
 def test_a_job_that_fails_keeps_no_other_from_its_turn(caplog: pytest.LogCaptureFixture) -> None:
@@ -48,3 +59,74 @@ def assert_waited(go: threading.Event) -> None:
 )
 def test_batches_to_warm(largest: int, sizes: list[int]) -> None:
     assert batch_buckets(largest) == sizes
+
+
+def test_where_canvases_are_not_alike_all_run_on_every_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = read_artifact(tiny_model.save(tmp_path))
+    detectors = tuple(open_detector(artifact, CPU) for _ in range(2))
+    warmed: set[tuple[Detector, Size, int]] = set()
+    monkeypatch.setattr(Detector, "warm", lambda self, *given: warmed.add((self, *given)))
+    servable = Servable("tiny", 1, artifact, detectors)
+    module._warm(servable, (1, 2), alike=False)
+    assert warmed == {
+        (detector, canvas, batch)
+        for detector in detectors
+        for canvas in tiny_model.SIZES
+        for batch in (1, 2)
+    }
+    assert all(servable.costs.of(canvas).fastest > 0 for canvas in tiny_model.SIZES)
+
+
+def opened(path: Path, side_by_side: SideBySide) -> Servable:
+    artifact, entry = read_artifact(path), Entry("tiny", 1, path)
+    return open_servable(entry, artifact, devices=(CPU,), batch=1, side_by_side=side_by_side)
+
+
+def test_the_second_session_is_opened_beside_the_first_and_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny_model.save(tmp_path)
+    both = threading.Barrier(2)
+    threads: list[int | None] = []
+
+    def together(artifact: Any, device: Device, **given: Any) -> Detector:
+        both.wait(SECONDS)
+        threads.append(device.threads)
+        return open_detector(artifact, device, **given)
+
+    monkeypatch.setattr(module, "open_detector", together)
+    servable = opened(path, SideBySide(2, cores=4))
+    assert sorted(threads, key=str) == [2, None]
+    assert len(servable.detectors) == 2
+
+
+@pytest.mark.parametrize(
+    ("asked", "cores", "threads"),
+    [(None, 1, None), (3, 1, None), (1, 8, None), (None, 2, 1), (None, 8, 4), (4, 8, 2), (8, 4, 1)],
+)
+def test_what_surely_will_be_needed(asked: int | None, cores: int, threads: int | None) -> None:
+    assert SideBySide(asked, cores=cores).surely == threads
+
+
+def test_a_file_that_does_not_load_ends_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny_model.save(tmp_path)
+    begun = threading.Event()
+    ended = threading.Event()
+
+    def fail(artifact: Any, device: Device, **given: Any) -> Detector:
+        if device.threads is None:
+            assert begun.wait(SECONDS)
+            raise ArtifactError("bad file")
+        begun.set()
+        detector = open_detector(artifact, device, **given)
+        ended.set()
+        return detector
+
+    monkeypatch.setattr(module, "open_detector", fail)
+    with pytest.raises(ArtifactError, match="bad file"):
+        opened(path, SideBySide(2, cores=2))
+    assert ended.is_set(), "nothing is left in native code"

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from service.observability import JsonFormatter, TextFormatter
+from service.observability.logs import JsonFormatter, TextFormatter
 from service.record import Record, current
 
 KEY = "rs_" + "aB3-_" * 9

@@ -248,7 +248,7 @@ def test_a_version_whose_file_is_gone_serves_on(opened: Open, tmp_path: Path) ->
     assert states(registry) == {2: "ready"}, "forgotten once nothing holds it"
 
 
-def test_every_batch_of_every_canvas_is_warm(
+def test_every_batch_of_the_largest_canvas_is_warm_and_what_the_others_cost_is_known(
     opened: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     warmed: set[tuple[Size, int]] = set()
@@ -258,9 +258,16 @@ def test_every_batch_of_every_canvas_is_warm(
     )
     tiny_model.save(tmp_path)
     registry = opened(batch=6)
-    assert warmed == {(canvas, batch) for canvas in tiny_model.SIZES for batch in (1, 2, 4, 6)}
+    largest = Size(96, 128)
+    assert warmed == {(largest, batch) for batch in (1, 2, 4, 6)}
     costs = registry.get().costs
-    assert all(costs.of(canvas).fastest > 0 for canvas in tiny_model.SIZES)
+    for canvas in tiny_model.SIZES:
+        share = canvas.area / largest.area
+        assert costs.of(canvas).fastest == pytest.approx(share * costs.of(largest).fastest)
+        for batch in (1, 2, 4, 6):
+            expected = share * costs.of(largest).seconds(batch)
+            assert costs.of(canvas).seconds(batch) == pytest.approx(expected)
+    assert costs.of(largest).fastest > 0
 
 
 def test_an_old_version_goes_with_its_last_request(opened: Open, tmp_path: Path) -> None:
