@@ -144,17 +144,22 @@ class Bounded(asyncio.Protocol):
         # (RFC 9112, 6.1).
         names = {name for name, _ in cycle.scope["headers"]}
         last = self._one_request or {b"content-length", b"transfer-encoding"} <= names
+        has_body = cycle.scope["method"] != "HEAD"
+        outlet = _Outlet(self, cycle)
 
         async def send_and_close(message: MutableMapping[str, Any]) -> None:
-            if (last or cycle.more_body) and not cycle.response_started:
-                message["headers"] = [
-                    *(each for each in message.get("headers", ()) if each[0] != b"connection"),
-                    (b"connection", b"close"),
-                ]
+            if not cycle.response_started:
+                headers = message.get("headers", ())
+                outlet.hold = has_body and any(name == b"content-length" for name, _ in headers)
+                if last or cycle.more_body:
+                    message["headers"] = [
+                        *(each for each in headers if each[0] != b"connection"),
+                        (b"connection", b"close"),
+                    ]
             await send(message)
 
         cycle.send = send_and_close
-        cycle.transport = _Closer(self, cycle)
+        cycle.transport = outlet
 
     def refuse(self, status: int, detail: str) -> None:
         """Answer what is no request, unless that would come in the middle of another answer."""
@@ -240,20 +245,33 @@ class Bounded(asyncio.Protocol):
             self._watch_stall()
 
 
-class _Closer:
-    """A request's view of the transport: closing it early becomes lingering."""
+class _Outlet:
+    """A request's view of the transport: the head of an answer leaves with the first of its body.
+
+    And closing early becomes lingering.
+    """
 
     def __init__(self, connection: Bounded, cycle: Cycle) -> None:
         self._connection = connection
         self._cycle = cycle
+        self._held = b""
+        self.hold = False
+        """Whether what is written next waits for what follows at once."""
 
     def write(self, data: bytes) -> None:
-        self._connection.transport.write(data)
+        if self.hold:
+            # Twice through the kernel, and twice waking the client, costs more than a copy.
+            self._held, self.hold = data, False
+            return
+        held, self._held = self._held, b""
+        self._connection.transport.write(held + data)
 
     def is_closing(self) -> bool:
         return self._connection.transport.is_closing()
 
     def close(self) -> None:
+        if self._held:
+            self.write(b"")
         if self._cycle.more_body and self._cycle.response_complete:
             self._connection.linger()
         else:

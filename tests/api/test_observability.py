@@ -16,7 +16,7 @@ import tritonclient.grpc as triton
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from service.observability import JsonFormatter, TextFormatter
+from service.observability.logs import JsonFormatter, TextFormatter
 from service.security.keys import new_key
 from tests import tiny_model
 from tests.api.conftest import Start
