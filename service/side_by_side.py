@@ -24,7 +24,7 @@ _MOST: Final = 8
 _GAIN: Final = 1.05
 """Twice as many side by side must bring so many times as many pictures: each keeps intermediate
 values of its own in memory."""
-_ROUNDS: Final = 3
+_ROUNDS: Final = 12
 """The first that shows the gain is the last: something else may have kept the machine busy."""
 _LONG_SECONDS: Final = 0.4
 """No further round of a measurement that has taken so long."""
