@@ -66,11 +66,11 @@ $(VENV)/installed: pyproject.toml
 	@touch $@
 
 # torch first and alone: its pin, not a dependant's open range, decides which build is taken. Most
-# of its modules are never imported; those that are, are compiled then.
+# modules are never imported; those that are, are compiled then.
 $(TEST_VENV)/installed: pyproject.toml
 	$(call make_venv,$(TEST_VENV))
 	$(TEST_VENV)/bin/python -m pip install --quiet --no-compile torch==2.13.0
-	$(TEST_VENV)/bin/python -m pip install --quiet --editable '.[train,dev]'
+	$(TEST_VENV)/bin/python -m pip install --quiet --no-compile --editable '.[train,dev]'
 	@touch $@
 
 # tritonclient's protobuf is older than what the newest grpcio-reflection, which Ray brings, is made
