@@ -29,6 +29,9 @@ from service.work import Servable
 _log = logging.getLogger("retinaserve.loading")
 _SETTLED: Final = 1.25
 """A first run that takes at most so many times as long as expected set nothing up."""
+_OPENED_TOGETHER: Final = 64 << 20
+"""Bytes of a file. To open a session takes several times that, and two at once might take more than
+a container has."""
 _SETTLE_SECONDS: Final = 0.05
 """After an object is known to go, until it is gone."""
 
@@ -88,9 +91,10 @@ def open_servable(
     Raises ArtifactError or DeviceError.
     """
     # To open a session takes one core; there are several where a second one will be needed.
+    needed = side_by_side.surely if len(artifact.content) <= _OPENED_TOGETHER else None
     with ThreadPoolExecutor(1, thread_name_prefix="model-loader-beside") as beside:
         openers = [
-            _ahead(partial(_open_on, artifact, device), side_by_side.surely, beside)
+            _ahead(partial(_open_on, artifact, device), needed, beside)
             if device.kind == "cpu"
             else None
             for device in devices

@@ -102,6 +102,22 @@ def test_the_second_session_is_opened_beside_the_first_and_once(
     assert len(servable.detectors) == 2
 
 
+def test_a_large_file_is_opened_once_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny_model.save(tmp_path)
+    opening: list[threading.Thread] = []
+
+    def noted(artifact: Any, device: Device, **given: Any) -> Detector:
+        opening.append(threading.current_thread())
+        return open_detector(artifact, device, **given)
+
+    monkeypatch.setattr(module, "open_detector", noted)
+    monkeypatch.setattr(module, "_OPENED_TOGETHER", path.stat().st_size - 1)
+    assert len(opened(path, SideBySide(2, cores=4)).detectors) == 2
+    assert opening == [threading.current_thread()] * 2
+
+
 @pytest.mark.parametrize(
     ("asked", "cores", "threads"),
     [(None, 1, None), (3, 1, None), (1, 8, None), (None, 2, 1), (None, 8, 4), (4, 8, 2), (8, 4, 1)],
