@@ -179,7 +179,8 @@ def _warm(servable: Servable, sizes: Sequence[int], *, alike: bool) -> None:
             pace = seconds / pixels
             servable.costs.observe(canvas, size, seconds)
     if alike:
-        for canvas, size in itertools.product(smaller, sizes):
+        # Where a canvas is not known yet, the last one counts: better too much.
+        for canvas, size in itertools.product(reversed(smaller), sizes):
             servable.costs.observe(
                 canvas, size, servable.costs.of(largest).seconds(size) * canvas.area / largest.area
             )
