@@ -26,7 +26,7 @@ _GAIN: Final = 1.05
 values of its own in memory."""
 _ROUNDS: Final = 12
 """The first that shows the gain is the last: something else may have kept the machine busy."""
-_LONG_SECONDS: Final = 0.4
+_LONG_SECONDS: Final = 1.0
 """No further round of a measurement that has taken so long."""
 
 Run = Callable[[], None]
