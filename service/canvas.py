@@ -96,17 +96,14 @@ class Buckets(_Rule):
 
     def fit(self, original: Size) -> Letterbox:
         """Place a picture of size `original`."""
-        best: Letterbox | None = None
+        best, least = Letterbox(original, self.sizes[0], self.sizes[0]), math.inf
         for canvas in self.sizes:
             scale = min(canvas.width / original.width, canvas.height / original.height)
-            resized = Size(
-                height=min(canvas.height, max(1, round(original.height * scale))),
-                width=min(canvas.width, max(1, round(original.width * scale))),
-            )
-            placed = Letterbox(original=original, resized=resized, canvas=canvas)
-            if best is None or _padding(placed) < _padding(best):
-                best = placed
-        assert best is not None, "sizes is never empty"
+            height = min(canvas.height, max(1, round(original.height * scale)))
+            width = min(canvas.width, max(1, round(original.width * scale)))
+            padding = canvas.height * canvas.width - height * width
+            if padding < least:
+                best, least = Letterbox(original, Size(height, width), canvas), padding
         return best
 
     def all_canvases(self) -> tuple[Size, ...]:
@@ -160,7 +157,3 @@ class ShortSide(_Rule):
 
 
 CanvasRule = Annotated[Buckets | ShortSide, Field(discriminator="rule")]
-
-
-def _padding(placed: Letterbox) -> int:
-    return placed.canvas.area - placed.resized.area

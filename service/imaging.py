@@ -24,7 +24,7 @@ from service.canvas import Buckets, Letterbox, ShortSide, Size
 from service.decode_memory import DecodeMemory
 from service.errors import MalformedImage, TooLarge, UnsupportedMedia
 from service.orientation import SWAPS_SIDES, made_upright, orientation_of, transposed
-from service.parts import START_OF_SCAN, JpegReader, check_png
+from service.parts import START_OF_SCAN, check_png, jpeg_file
 from service.resizing import COPY_BYTES, LARGEST_COPIED, resize
 
 ACCEPTED: Final = "JPEG, PNG or WebP"
@@ -43,6 +43,12 @@ _WEBP_BYTES: Final = 12
 _COEFFICIENT_BYTES: Final = 2
 """Of a JPEG's pixel and colour, where the decoder collects several scans."""
 _DRAFT_SCALES: Final = (8, 4, 2, 1)
+_SMALL: Final = 1 << 20
+"""Pixels of a JPEG whose memory is taken for what it is without scaling."""
+
+# Files are read, and pixels handed out, in pieces of so many bytes. With Pillow's own 64 KiB a
+# small picture is a dozen pieces, each a call, and all of them one more copy.
+ImageFile.MAXBLOCK = max(ImageFile.MAXBLOCK, 1 << 20)
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +226,7 @@ def _open(data: bytes | memoryview, *, max_pixels: int) -> ImageFile.ImageFile:
     if kind == "image/png":
         check_png(data)
     try:
-        file = JpegReader(data) if kind == "image/jpeg" else io.BytesIO(data)
+        file = jpeg_file(data) if kind == "image/jpeg" else io.BytesIO(data)
         # The plugin's class, not Image.open: only these three decoders can ever run, and the
         # limit is ours rather than Pillow's process-wide Image.MAX_IMAGE_PIXELS.
         image = factory(file)
@@ -252,7 +258,7 @@ def _decode_bytes(header: ImageFile.ImageFile, rule: Buckets | ShortSide | None)
     if isinstance(header, JpegImageFile):
         if _has_several_scans(header):
             total += pixels * _COEFFICIENT_BYTES * header.layers
-        if rule is not None:
+        if rule is not None and pixels > _SMALL:
             decoded = pixels // _draft_scale(header, rule) ** 2
     # Decoded in full, a picture may have to be turned.
     per_pixel = _STORED_BYTES.get(header.mode, 4) + (4 if rule is None else 0)

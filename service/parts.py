@@ -30,6 +30,16 @@ _EXIF: Final = b"Exif\x00\x00"
 _MOST_EXIF: Final = 16
 """Segments of EXIF, which Pillow puts together one by one: the time grows with their square."""
 
+_MOST_ORDINARY: Final = 64
+"""Segments of a JPEG with nothing out of the ordinary."""
+_MARKER: Final = 0xFF
+_FRAMES: Final = frozenset({0xC0, 0xC1})
+"""The kinds of picture whose colours may all be in one scan: baseline and extended."""
+_APP1: Final = 0xE1
+"""EXIF, or XMP."""
+_PLAIN_SEGMENTS: Final = frozenset({0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)})
+"""Tables of codes and factors, the interval of restarts, comments, and what applications add."""
+
 START_OF_SCAN: Final = b"\xff\xda"
 _SCAN_WORD: Final = int.from_bytes(START_OF_SCAN, "little")
 _WORDS: Final = 65_536
@@ -55,6 +65,38 @@ def check_png(data: bytes | memoryview) -> None:
                 "text or a colour profile; save it again without them"
             )
         position += 12 + int.from_bytes(data[position : position + 4], "big")
+
+
+def jpeg_file(data: bytes | memoryview) -> io.BytesIO:
+    """A JPEG's bytes for Pillow to read.
+
+    Raises MalformedImage for too many scans; reading raises it where they fall into too many parts.
+    """
+    return io.BytesIO(data) if _is_ordinary(data) else JpegReader(data)
+
+
+def _is_ordinary(data: bytes | memoryview) -> bool:
+    """Whether a JPEG is a few well-formed segments, then one scan: the decoder expects no other.
+
+    Most are, and nothing need be counted while they are read.
+    """
+    colours, exif, position = 0, 0, 2
+    for _ in range(_MOST_ORDINARY):
+        head = bytes(data[position : position + 10])
+        if len(head) < 10 or head[0] != _MARKER:
+            return False
+        kind, length = head[1], int.from_bytes(head[2:4], "big")
+        if kind == START_OF_SCAN[1]:
+            return head[4] == colours
+        if kind in _FRAMES and not colours:
+            colours = head[9]
+        elif kind not in _PLAIN_SEGMENTS:
+            return False
+        exif += kind == _APP1
+        if length < 2 or exif > _MOST_EXIF:
+            return False
+        position += 2 + length
+    return False
 
 
 class JpegReader(io.BytesIO):

@@ -20,6 +20,10 @@ try:
 except ImportError:
     # Nobody builds it for this machine: Linux on ARM, above all.
     vectorised = None
+else:
+    _TRIANGLE: Final = vectorised.ResizeOptions(
+        vectorised.ResizeAlg.convolution(vectorised.FilterType.bilinear), use_alpha=False
+    )
 
 LARGEST_COPIED: Final = 8 << 20
 """Pixels. The vectorised way needs copies of the picture, which this bounds; what is larger once
@@ -42,6 +46,5 @@ def resize(picture: Image.Image, size: Size) -> NDArray[np.uint8]:
     # there: where bytes from outside are decoded, copies are the better price.
     source = vectorised.ImageData(*picture.size, vectorised.PixelType.U8x3, picture.tobytes())
     scaled = vectorised.ImageData(*wanted, vectorised.PixelType.U8x3)
-    triangle = vectorised.ResizeAlg.convolution(vectorised.FilterType.bilinear)
-    vectorised.Resizer().resize(source, scaled, vectorised.ResizeOptions(triangle, use_alpha=False))
+    vectorised.Resizer().resize(source, scaled, _TRIANGLE)
     return np.frombuffer(scaled.get_buffer(), dtype=np.uint8).reshape(*size, 3)

@@ -72,18 +72,17 @@ def select(raw: Detections, letterbox: Letterbox, selection: Selection) -> Detec
     Filtering by score after NMS equals filtering before it: NMS goes by falling score, so a box
     is only ever suppressed by a better one, which passes the filter whenever it does.
     """
-    kept = _only(raw, raw.scores > selection.scores[raw.labels])
-    boxes = letterbox.to_original(kept.boxes)
-    solid = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-    mapped = _only(Detections(boxes, kept.scores, kept.labels), solid)
+    boxes = letterbox.to_original(raw.boxes)
+    chosen = raw.scores > selection.scores[raw.labels]
+    chosen &= boxes[:, 2] > boxes[:, 0]
+    chosen &= boxes[:, 3] > boxes[:, 1]
+    mapped = Detections(boxes, raw.scores, raw.labels)
+    # Mostly that is all of them, and nothing need be copied.
+    if not chosen.all():
+        mapped = mapped.pick(chosen)
     if len(mapped) <= selection.max_detections:
         return mapped
     return mapped.pick(slice(selection.max_detections))
-
-
-def _only(found: Detections, chosen: NDArray[np.bool_]) -> Detections:
-    """Mostly that is all of them, and nothing need be copied."""
-    return found if chosen.all() else found.pick(chosen)
 
 
 def split_classes(asked: Sequence[str], known: Sequence[str]) -> list[str]:
