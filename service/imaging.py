@@ -46,10 +46,6 @@ _DRAFT_SCALES: Final = (8, 4, 2, 1)
 _SMALL: Final = 1 << 20
 """Pixels of a JPEG whose memory is taken for what it is without scaling."""
 
-# Files are read, and pixels handed out, in pieces of so many bytes. With Pillow's own 64 KiB a
-# small picture is a dozen pieces, each a call, and all of them one more copy.
-ImageFile.MAXBLOCK = max(ImageFile.MAXBLOCK, 1 << 20)
-
 
 @dataclass(frozen=True, slots=True)
 class Prepared:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import struct
 import tracemalloc
 import zlib
@@ -15,7 +16,7 @@ from PIL import Image
 from service.canvas import Buckets, Size
 from service.errors import MalformedImage, TooLarge, UnsupportedMedia
 from service.imaging import prepare
-from service.parts import MOST_SCANS, START_OF_SCAN, JpegReader
+from service.parts import MOST_SCANS, START_OF_SCAN, JpegReader, jpeg_file
 from tests.pictures import encoded, one_red
 
 RULE = Buckets(sizes=(Size(96, 128),))
@@ -148,6 +149,53 @@ def test_scans_are_counted_wherever_they_stand(before: bytes, between: bytes) ->
     JpegReader(before + scan * MOST_SCANS)
     with pytest.raises(MalformedImage, match=f"{MOST_SCANS + 1} scans"):
         JpegReader(before + scan * (MOST_SCANS + 1))
+
+
+GREY = encoded(Image.new("L", (64, 64)), "JPEG")
+COLOURED = encoded(one_red(), "JPEG")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        GREY,
+        COLOURED,
+        encoded(one_red(), "JPEG", subsampling=0, restart_marker_rows=1, comment=b"by hand"),
+        encoded(one_red(), "JPEG", exif=b"Exif\x00\x00II", icc_profile=bytes(100_000)),
+        encoded(one_red().convert("CMYK"), "JPEG"),
+    ],
+)
+def test_an_ordinary_jpeg_is_read_unwatched(data: bytes) -> None:
+    assert type(jpeg_file(data)) is io.BytesIO
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        encoded(one_red(), "JPEG", progressive=True),
+        in_front(b"\xff", 1),
+        in_front(b"\xff\x00", 1),
+        in_front(b"\xff\xd0", 1),
+        # Lengths that lead back into the segment itself.
+        in_front(b"\xff\xe0\x00\x00", 1),
+        in_front(b"\xff\xe0\x00\x01", 1),
+        in_front(b"\xff\xfe\x00\x02", 64),
+        # A second header, for a picture whose colours come one by one.
+        in_front(GREY[(begin := GREY.index(b"\xff\xc0")) : begin + 13], 1),
+        COLOURED.replace(b"\xff\xda\x00\x0c\x03", b"\xff\xda\x00\x0c\x01"),
+        COLOURED[: COLOURED.index(START_OF_SCAN)],
+        COLOURED[:2],
+    ],
+)
+def test_any_other_is_watched(data: bytes) -> None:
+    assert isinstance(jpeg_file(data), JpegReader)
+
+
+def test_scans_behind_the_one_that_holds_all_colours_are_never_decoded() -> None:
+    """The decoder says that it expected the end, however many there are."""
+    scan = GREY[GREY.index(START_OF_SCAN) : -2]
+    with pytest.raises(MalformedImage, match="does not decode"):
+        prepare(GREY[:-2] + scan * 1000 + GREY[-2:], RULE)
 
 
 POLYGLOTS: dict[str, bytes] = {
