@@ -249,14 +249,19 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit that was measured, marked where tracked files differ from it."""
-    told = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=HERE,
-        capture_output=True,
-        text=True,
-    )
-    return told.stdout.strip() if told.returncode == 0 else "unknown"
+    """The commit that was measured, marked where tracked files differ from it.
+
+    Results do not count: a benchmark before this one has written them.
+    """
+    told = _git("describe", "--always", "--abbrev=12")
+    if told.returncode != 0:
+        return "unknown"
+    changed = _git("diff", "--quiet", "HEAD", "--", ":/", ":(top,exclude)benchmarks/results")
+    return told.stdout.strip() + ("-dirty" if changed.returncode else "")
+
+
+def _git(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True)
 
 
 def command() -> str:

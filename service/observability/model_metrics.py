@@ -88,7 +88,7 @@ class ModelMetrics:
         self._batch_size = Bins(_SIZES)
         self._scores = Bins(_SCORES)
         self._per_picture = Bins(_PER_PICTURE)
-        self._detections = np.zeros(len(classes), dtype=np.int64)
+        self._detections = [0] * len(classes)
 
     def count(self, outcome: Outcome) -> None:
         """Count a picture that ended in some way."""
@@ -108,9 +108,9 @@ class ModelMetrics:
             for name, seconds in zip(_STAGES, (*stages, stages.total), strict=True):
                 self._stages[name].add(seconds)
             self._per_picture.add(len(labels))
-            if len(labels):
-                self._scores.add_all(scores)
-                self._detections += np.bincount(labels, minlength=len(self.classes))
+            self._scores.add_all(scores)
+            for label in labels.tolist():
+                self._detections[label] += 1
 
     def read(self, key: ModelKey, counters: Counters, histograms: Histograms) -> None:
         """Add the samples of this moment."""
@@ -118,7 +118,7 @@ class ModelMetrics:
         with self._lock:
             for outcome, count in self._outcomes.items():
                 counters["pictures"].add_metric([*model, outcome], count)
-            for label, count in zip(self.classes, self._detections.tolist(), strict=True):
+            for label, count in zip(self.classes, self._detections, strict=True):
                 counters["detections"].add_metric([*model, label], count)
             for stage, bins in self._stages.items():
                 histograms["stages"].add_metric([*model, stage], *bins.read())
