@@ -15,32 +15,31 @@ import torch
 from torch import Tensor, nn
 
 from model_export.checkpoints import Checkpoint
+from model_export.decoding import PIXELS, map_names, surround
 from model_export.retinanet.model import RetinaNet
-from model_export.retinanet.postprocess import candidates
 from model_export.selection import append_selection, declare_inputs
 from service.artifact import Metadata, Thresholds, set_metadata, write_checksum
 from service.canvas import MULTIPLE, Buckets, ShortSide
-from service.detector import INPUTS, SEAM
 
 OPSET: Final = 18
 PRODUCER: Final = "retinaserve"
 
 _NETWORK: Final = "network"
-"""What `CandidateNetwork` calls the network; the exporter keeps the names of its weights."""
+"""What `MapNetwork` calls the network; the exporter keeps the names of its weights."""
+_EXAMPLE: Final = (11 * MULTIPLE, 6 * MULTIPLE)
+"""Height and width of the canvas that is shown to the exporter."""
 
 
-class CandidateNetwork(nn.Module):
-    """The part of the file that torch exports: canvases in, candidate boxes out."""
+class MapNetwork(nn.Module):
+    """The part of the file that torch exports."""
 
     def __init__(self, network: RetinaNet) -> None:
         super().__init__()
         self.network = network
 
-    def forward(self, images: Tensor, image_sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """See `candidates`; an image size of 0 stands for the whole canvas."""
-        canvas = torch.cat([torch.full((1,), side) for side in images.shape[1:3]])
-        sizes = torch.where(image_sizes > 0, image_sizes, canvas)
-        return candidates(self.network(images, sizes), sizes)
+    def forward(self, pixels: Tensor) -> list[Tensor]:
+        """Normalised pixels in, the heads' maps out."""
+        return self.network.maps(pixels)
 
 
 def export(
@@ -90,12 +89,10 @@ def replace_weights(path: Path, weights: Mapping[str, Tensor], metadata: Metadat
 
 def build(network: RetinaNet, *, classes: int) -> onnx.ModelProto:
     """The model file's graph, without metadata."""
-    model = _export_candidates(CandidateNetwork(network.eval()))
+    model = _export_network(network.eval())
+    surround(model, network, classes=classes)
     append_selection(model, classes=classes)
     declare_inputs(model)
-    # Shapes noted while tracing assume that `image_sizes` has the batch's length, but its default
-    # has length 1 and is broadcast; onnxruntime infers what it needs by itself.
-    del model.graph.value_info[:]
     # Stack traces of the machine that exported.
     for node in model.graph.node:
         del node.metadata_props[:]
@@ -107,35 +104,34 @@ def build(network: RetinaNet, *, classes: int) -> onnx.ModelProto:
     return model
 
 
-def _export_candidates(network: CandidateNetwork) -> onnx.ModelProto:
-    # Sides unlike each other and, on every pyramid level, unlike 1: the exporter would take such
-    # coincidences for constants.
-    batch, rows, columns = 2, 11, 6
-    images = torch.zeros((batch, rows * MULTIPLE, columns * MULTIPLE, 3), dtype=torch.uint8)
-    sizes = torch.tensor([[rows * MULTIPLE, columns * MULTIPLE]] * batch)
-    dim = torch.export.Dim
-    shapes = {
-        "images": {
-            0: dim("batch", min=1),
-            1: MULTIPLE * dim("rows", min=1),
-            2: MULTIPLE * dim("columns", min=1),
-        },
-        "image_sizes": {0: dim("batch", min=1)},
-    }
+def _export_network(network: RetinaNet) -> onnx.ModelProto:
+    """From pixels to maps, for canvases of any size.
+
+    Convolutions do not care for the size, and following an open one through them takes the exporter
+    most of a minute: it gets a fixed one, and what it noted of shapes is taken away before its
+    optimiser, which would make constants of them.
+    """
+    pixels = torch.zeros((2, 3, *_EXAMPLE))
     quiet = contextlib.redirect_stdout(io.StringIO())
     with torch.no_grad(), warnings.catch_warnings(), quiet:
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.onnx.export(
-            network,
-            (images, sizes),
+            MapNetwork(network),
+            (pixels,),
             dynamo=True,
             external_data=False,
             opset_version=OPSET,
-            input_names=list(INPUTS[:2]),
-            output_names=list(SEAM),
-            dynamic_shapes=shapes,
+            input_names=[PIXELS],
+            output_names=map_names(),
+            optimize=False,
             verbose=False,
         )
-    assert program is not None
-    return program.model_proto
+        assert program is not None
+        graph = program.model.graph
+        for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
+            value.shape = None
+        program.optimize()
+    model = program.model_proto
+    del model.graph.value_info[:]
+    return model

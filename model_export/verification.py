@@ -10,10 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from model_export.export import CandidateNetwork
 from model_export.retinanet.matching import box_iou
 from model_export.retinanet.model import RetinaNet
-from model_export.retinanet.postprocess import suppress
+from model_export.retinanet.postprocess import CandidateNetwork, suppress
 from service.canvas import Buckets, ShortSide, Size
 from service.detector import Detections, Detector
 from service.errors import RetinaserveError

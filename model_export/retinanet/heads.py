@@ -54,9 +54,14 @@ class Head(nn.Module):
         assert self.out.bias is not None
         nn.init.constant_(self.out.bias, bias)
 
+    def maps(self, feature: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, anchors * outputs, H, W)."""
+        maps: Tensor = self.out(self.conv(feature))
+        return maps
+
     def forward(self, feature: Tensor) -> Tensor:
         """(B, C, H, W) to (B, H * W * anchors, outputs), row by row, cell by cell."""
-        maps: Tensor = self.out(self.conv(feature))
+        maps = self.maps(feature)
         # To channels-last, then the channels split into (anchors, outputs).
         return maps.permute(0, 2, 3, 1).reshape(maps.shape[0], -1, self.outputs)
 

@@ -145,6 +145,17 @@ class RetinaNet(nn.Module):
             for level, feature in zip(LEVELS, features, strict=True)
         ]
 
+    def maps(self, pixels: Tensor) -> list[Tensor]:
+        """What the heads' convolutions make of normalised pixels (B, 3, H, W).
+
+        For P3 to P7 (B, anchors * K, H, W) and (B, anchors * 4, H, W).
+        """
+        return [
+            head.maps(feature)
+            for feature in self.fpn(self.backbone(pixels))
+            for head in (self.classification_head, self.regression_head)
+        ]
+
     def _normalise(self, images: Tensor, image_sizes: Tensor) -> Tensor:
         """(B, 3, H, W): (pixels - mean) / std, and 0 outside the picture."""
         pixels = images.permute(0, 3, 1, 2).to(self.mean.dtype)

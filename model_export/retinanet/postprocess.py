@@ -1,7 +1,7 @@
 """From predictions to candidate boxes, and the reference non-maximum suppression.
 
-`candidates` is part of the exported graph; `suppress` is what the file's NonMaxSuppression has to
-agree with, and serves validation during training.
+What the model file does behind the network has to agree with `candidates` and `suppress`, which
+serve validation during training.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from typing import Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model_export.retinanet.box_coding import decode
 from model_export.retinanet.matching import box_iou
-from model_export.retinanet.model import Level
+from model_export.retinanet.model import Level, RetinaNet
 
 TOP_K: Final = 1000
 """(anchor, class) pairs kept per level (Focal Loss, section 4)."""
@@ -23,6 +23,19 @@ MANY_CLASSES: Final = 8
 """From so many on, the best pairs are found in two steps. onnxruntime's TopK on CUDA reads a row
 about seven times with one of the GPU's many blocks: 8 million pairs would take it longer than the
 network."""
+
+
+class CandidateNetwork(nn.Module):
+    """The model file up to its candidate boxes, in torch: canvases in, candidates out."""
+
+    def __init__(self, network: RetinaNet) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor, image_sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See `candidates`; an image size of 0 stands for the whole canvas."""
+        sizes = torch.where(image_sizes > 0, image_sizes, torch.tensor(images.shape[1:3]))
+        return candidates(self.network(images, sizes), sizes)
 
 
 def candidates(levels: Sequence[Level], image_sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,7 +61,7 @@ def best_pairs(logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     if logits.shape[2] < MANY_CLASSES:
         return _best_of_all(logits, count)
-    kept = logits.amax(dim=2).topk(_smaller(count, logits.shape[1]), dim=1).indices
+    kept = logits.amax(dim=2).topk(min(count, logits.shape[1]), dim=1).indices
     pairs = logits.gather(1, kept[..., None].expand(-1, -1, logits.shape[2]))
     best, row, label = _best_of_all(pairs, count)
     return best, kept.gather(1, row), label
@@ -56,7 +69,7 @@ def best_pairs(logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _best_of_all(logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     flat = logits.flatten(1)
-    best, index = flat.topk(_smaller(count, flat.shape[1]), dim=1)
+    best, index = flat.topk(min(count, flat.shape[1]), dim=1)
     return best, index // logits.shape[2], index % logits.shape[2]
 
 
@@ -95,9 +108,3 @@ def _clip(boxes: Tensor, image_sizes: Tensor) -> Tensor:
     low = torch.minimum(torch.maximum(boxes[..., :2], zero), limit)
     high = torch.minimum(torch.maximum(boxes[..., 2:], zero), limit)
     return torch.cat([low, high], dim=-1)
-
-
-def _smaller(limit: int, count: int) -> int:
-    """The minimum; `sym_min` because the built-in would bake a traced size into the file."""
-    smaller: int = torch.sym_min(limit, count)  # type: ignore[no-untyped-call]
-    return smaller

@@ -14,9 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model_export.export import CandidateNetwork
 from model_export.retinanet.model import RetinaNet
-from model_export.retinanet.postprocess import suppress
+from model_export.retinanet.postprocess import CandidateNetwork, suppress
 from service.canvas import MULTIPLE
 from service.detector import Detections
 from tests.unit.model_export.golden import recipe
