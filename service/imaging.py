@@ -43,8 +43,14 @@ _WEBP_BYTES: Final = 12
 _COEFFICIENT_BYTES: Final = 2
 """Of a JPEG's pixel and colour, where the decoder collects several scans."""
 _DRAFT_SCALES: Final = (8, 4, 2, 1)
-_SMALL: Final = 1 << 20
-"""Pixels of a JPEG whose memory is taken for what it is without scaling."""
+_MOST_PIECES: Final = 16
+"""Into so many a JPEG is cut at most: what the decoder leaves of a piece, it goes through again
+together with the next."""
+_FILLING: Final = b"\xff" * 4096
+"""A JPEG may have any number of such bytes before a marker, and the decoder leaves them until they
+end."""
+_LITTLE: Final = 1 << 20
+"""Bytes of a JPEG that are not worth looking through for filling."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +236,8 @@ def _open(data: bytes | memoryview, *, max_pixels: int) -> ImageFile.ImageFile:
         raise TooLarge(f"the image is too large to decode: {error}") from error
     except Exception as error:
         raise _malformed(error) from error
+    if kind == "image/jpeg":
+        image.decodermaxblock = max(image.decodermaxblock, len(data) // _MOST_PIECES)
     _check_pixels(image.size, max_pixels)
     if min(image.size) < 1:
         width, height = image.size
@@ -252,9 +260,13 @@ def _decode_bytes(header: ImageFile.ImageFile, rule: Buckets | ShortSide | None)
     # Texts and colour profiles, which were inflated.
     total = sum(len(each) for each in header.info.values() if isinstance(each, bytes | str))
     if isinstance(header, JpegImageFile):
+        content = _content(header)
+        if len(content) > _LITTLE and _FILLING in content:
+            # What the decoder left, alone and with the next piece.
+            total += 2 * len(content)
         if _has_several_scans(header):
             total += pixels * _COEFFICIENT_BYTES * header.layers
-        if rule is not None and pixels > _SMALL:
+        if rule is not None:
             decoded = pixels // _draft_scale(header, rule) ** 2
     # Decoded in full, a picture may have to be turned.
     per_pixel = _STORED_BYTES.get(header.mode, 4) + (4 if rule is None else 0)
@@ -278,14 +290,21 @@ def _draft_scale(header: JpegImageFile, rule: Buckets | ShortSide) -> int:
     return next((scale for scale in _DRAFT_SCALES if scale <= min(sides)), 1)
 
 
+def _content(header: ImageFile.ImageFile) -> bytes:
+    """The file. Not copied, as `getbuffer` does where the memory is shared."""
+    assert isinstance(header.fp, io.BytesIO), "pictures are opened from memory"
+    return header.fp.getvalue()
+
+
 def _has_several_scans(header: JpegImageFile) -> bool:
     """Whether the decoder must collect the whole picture's coefficients first."""
-    if "progressive" in header.info or not isinstance(header.fp, io.BytesIO):
+    if "progressive" in header.info:
         return True
+    assert header.fp is not None, "nothing has been decoded"
     # Pillow stops behind the first scan's header: marker, length (2), number of colours (1), two
     # bytes for each, 3 more. One that holds all the colours is the only one.
     begin = header.fp.tell() - 2 * header.layers - 8
-    scan = bytes(header.fp.getbuffer()[max(0, begin) : max(0, begin + 5)])
+    scan = _content(header)[max(0, begin) : max(0, begin + 5)]
     return scan[:2] != START_OF_SCAN or scan[-1] != header.layers
 
 

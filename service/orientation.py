@@ -68,7 +68,7 @@ def _ends_plainly(image: PngImageFile) -> bool:
     """
     if not isinstance(image.fp, io.BytesIO):
         return False
-    data, position, pixels = image.fp.getbuffer(), PNG_HEAD, False
+    data, position, pixels = image.fp.getvalue(), PNG_HEAD, False
     while position + 12 <= len(data):
         kind = bytes(data[position + 4 : position + 8])
         if kind == b"IEND":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,18 +88,20 @@ def untraced_exporter() -> Iterator[None]:
     """
     import torch.onnx
 
-    traced = torch.onnx.export
+    def untraced(traced: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            tracer = sys.gettrace()
+            sys.settrace(None)
+            try:
+                return traced(*args, **options)
+            finally:
+                sys.settrace(tracer)
 
-    def export(*args: Any, **options: Any) -> Any:
-        tracer = sys.gettrace()
-        sys.settrace(None)
-        try:
-            return traced(*args, **options)
-        finally:
-            sys.settrace(tracer)
+        return call
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.onnx, "export", export)
+        patch.setattr(torch.onnx, "export", untraced(torch.onnx.export))
+        patch.setattr(torch.onnx.ONNXProgram, "optimize", untraced(torch.onnx.ONNXProgram.optimize))
         yield
 
 

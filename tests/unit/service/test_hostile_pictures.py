@@ -9,11 +9,13 @@ import struct
 import tracemalloc
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from service.canvas import Buckets, Size
+from service.decode_memory import DecodeMemory
 from service.errors import MalformedImage, TooLarge, UnsupportedMedia
 from service.imaging import prepare
 from service.parts import MOST_SCANS, START_OF_SCAN, JpegReader, jpeg_file
@@ -196,6 +198,41 @@ def test_scans_behind_the_one_that_holds_all_colours_are_never_decoded() -> None
     scan = GREY[GREY.index(START_OF_SCAN) : -2]
     with pytest.raises(MalformedImage, match="does not decode"):
         prepare(GREY[:-2] + scan * 1000 + GREY[-2:], RULE)
+
+
+class CountedDecoder:
+    """A decoder of Pillow's that counts the bytes it is given."""
+
+    def __init__(self, decoder: Any) -> None:
+        self._decoder = decoder
+        self.given = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._decoder, name)
+
+    def decode(self, data: bytes) -> Any:
+        self.given += len(data)
+        return self._decoder.decode(data)
+
+
+def test_filling_is_not_gone_through_over_and_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decoder leaves filling until it ends, and so gets it again with whatever comes next."""
+    decoders: list[CountedDecoder] = []
+    make = Image._getdecoder
+
+    def counted(*arguments: Any) -> CountedDecoder:
+        decoders.append(CountedDecoder(make(*arguments)))
+        return decoders[-1]
+
+    monkeypatch.setattr(Image, "_getdecoder", counted)
+    begin = GREY.index(START_OF_SCAN)
+    pixels = begin + 2 + int.from_bytes(GREY[begin + 2 : begin + 4], "big")
+    data = GREY[:pixels] + b"\xff" * (8 << 20) + b"\x00" + GREY[pixels:]
+    memory = DecodeMemory(64 << 20)
+    prepare(data, RULE, memory=memory)
+    assert len(data) <= decoders[0].given < 20 * len(data)
+    with pytest.raises(TooLarge, match=r"takes .* bytes of memory"):
+        prepare(data, RULE, memory=DecodeMemory(2 * len(data)))
 
 
 POLYGLOTS: dict[str, bytes] = {
