@@ -108,7 +108,7 @@ def _export_network(network: RetinaNet) -> onnx.ModelProto:
     """From pixels to maps, for canvases of any size.
 
     Convolutions do not care for the size, and following an open one through them takes the exporter
-    most of a minute: it gets a fixed one, and what it noted of shapes is taken away before its
+    most of a minute: it gets a fixed one, and the lengths that it noted are taken away before its
     optimiser, which would make constants of them.
     """
     pixels = torch.zeros((2, 3, *_EXAMPLE))
@@ -130,7 +130,9 @@ def _export_network(network: RetinaNet) -> onnx.ModelProto:
         assert program is not None
         graph = program.model.graph
         for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
-            value.shape = None
+            if value.shape is not None:
+                # The number of dimensions stays: without it no padding is put into a convolution.
+                value.shape = type(value.shape)([None] * len(value.shape))
         program.optimize()
     model = program.model_proto
     del model.graph.value_info[:]

@@ -62,6 +62,13 @@ class Prepared:
     letterbox: Letterbox
 
 
+class Jpeg(JpegImageFile):
+    """A JPEG whose EXIF nobody reads but `orientation_of`."""
+
+    def _read_dpi_from_exif(self) -> None:
+        """Pillow would parse all of it, for dots per inch."""
+
+
 class Opened:
     """A compressed picture whose header was read. For one thread at a time."""
 
@@ -211,7 +218,7 @@ def _sniff(
     if not head:
         raise MalformedImage(f"the image is empty (0 bytes); send a {ACCEPTED} file")
     if head.startswith(b"\xff\xd8\xff"):
-        return "image/jpeg", JpegImageFile
+        return "image/jpeg", Jpeg
     if head.startswith(b"\x89PNG\r\n\x1a\n"):
         return "image/png", PngImageFile
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
-import struct
-from typing import Final
+import re
+from collections.abc import Mapping
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,34 +32,69 @@ _AGAINST: Final = {
 """Which way rows and columns are read, once the sides are swapped where they are."""
 _PNG_TEXT: Final = frozenset({b"eXIf", b"tEXt", b"zTXt", b"iTXt"})
 """Chunks in which EXIF or XMP may stand."""
-_EXIF_ERRORS: Final = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    OSError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-    struct.error,
-)
-"""What Pillow raises on EXIF blocks that are rubbish."""
+_EXIF_PREFIX: Final = b"Exif\x00\x00"
+_ORDERS: Final[Mapping[bytes, Literal["little", "big"]]] = {b"II": "little", b"MM": "big"}
+_SIZES: Final = {3: 2, 4: 4}
+"""Bytes of a whole number, by the number that TIFF gives its type: SHORT and LONG."""
+_ENTRY_BYTES: Final = 12
+_MOST_ENTRIES: Final = 1024
+"""Fields of EXIF that are looked at; cameras write some dozens."""
+_XMP: Final = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 
 
 def orientation_of(image: ImageFile.ImageFile) -> int:
-    """The EXIF orientation of a picture whose header was read; 1, upright, where there is none.
+    """The orientation of a picture whose header was read, by its EXIF, or else by its XMP.
 
-    Raises what decoders raise, where a picture has to be decoded to find out.
+    1, upright, where neither tells one: viewers show such pictures as they are. Raises what
+    decoders raise, where a picture has to be decoded to find out.
     """
     if isinstance(image, PngImageFile) and "exif" not in image.info and not _ends_plainly(image):
         # A PNG's EXIF may come after its pixels; a PNG that breaks off there must be refused.
         image.load()
-    try:
-        # Not the PNG class's own: it would decode the picture, and swallow that it is broken.
-        value = Image.Image.getexif(image).get(_EXIF_ORIENTATION, 1)
-    except _EXIF_ERRORS:
-        # Viewers show such pictures, as they are: broken EXIF says nothing of the pixels.
-        return 1
+    value = _in_exif(_exif(image.info))
+    if value is None:
+        xmp = image.info.get("XML:com.adobe.xmp") or image.info.get("xmp") or b""
+        found = _XMP.search(xmp.encode() if isinstance(xmp, str) else xmp)
+        value = 1 if found is None else int(found[1])
     return value if value in _TRANSPOSE else 1
+
+
+def _exif(info: Mapping[str | tuple[int, int], Any]) -> bytes:
+    """A picture's EXIF block; empty where there is none."""
+    block = info.get("exif")
+    if isinstance(block, bytes):
+        return block
+    # As some programs write it into a PNG: a name, a length and a line before it, then digits.
+    text = info.get("Raw profile type exif")
+    if not isinstance(text, str):
+        return b""
+    try:
+        return bytes.fromhex("".join(text.split("\n")[3:]))
+    except ValueError:
+        return b""
+
+
+def _in_exif(block: bytes) -> int | None:
+    """The orientation that EXIF tells.
+
+    Pillow would read every field, and make an object of every value that one says it has: a file of
+    some megabytes keeps it busy for seconds.
+    """
+    tiff = block.removeprefix(_EXIF_PREFIX).removeprefix(_EXIF_PREFIX)
+    order = _ORDERS.get(tiff[:2])
+    if order is None:
+        return None
+
+    def number(position: int, size: int) -> int:
+        return int.from_bytes(tiff[position : position + size], order)
+
+    first = number(4, 4)
+    begin, count = first + 2, min(number(first, 2), _MOST_ENTRIES)
+    for entry in range(begin, begin + count * _ENTRY_BYTES, _ENTRY_BYTES):
+        if number(entry, 2) == _EXIF_ORIENTATION:
+            size, values = _SIZES.get(number(entry + 2, 2)), number(entry + 4, 4)
+            return None if size is None or values != 1 else number(entry + 8, size)
+    return None
 
 
 def _ends_plainly(image: PngImageFile) -> bool:

@@ -14,8 +14,12 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+import torch
 from numpy.typing import NDArray
 
+from model_export.decoding import PIXELS, map_names
+from model_export.export import build
+from model_export.retinanet.model import ModelConfig, RetinaNet
 from service.artifact import MODEL_FILE, read_artifact
 from service.errors import ArtifactError
 from service.settings import bundled_models
@@ -275,6 +279,29 @@ def test_canvases_it_was_not_exported_with(run: Run, height: int, width: int) ->
     assert (boxes[:, 2:] >= boxes[:, :2]).all()
     alone = run(images[1:], score_threshold=[0.05], max_detections=[100])
     assert_same(of_image(found, 1), of_image(alone, 0))
+
+
+def test_the_network_knows_no_size(untraced_exporter: None) -> None:
+    torch.manual_seed(0)
+    config = ModelConfig(
+        backbone="mobilenet_v2_tf", fpn_channels=16, head_width=16, head_depth=1, head_norm="group",
+        head_groups=4,
+    )  # fmt: skip
+    network = RetinaNet(config, classes=2).eval()
+    model = build(network, classes=2)
+    # Both become part of the convolutions; left beside them, int8 files are slower.
+    assert not {node.op_type for node in model.graph.node} & {"Pad", "BatchNormalization"}
+    names = [PIXELS, *map_names()]
+    for name in names:
+        kind = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+        model.graph.output.append(kind)
+    session = open_session(model.SerializeToString())
+    for batch, height, width in ((1, 32, 32), (3, 64, 416), (2, 352, 192)):
+        pixels, *maps = session.run(names, {"images": noise(batch, height, width)})
+        with torch.no_grad():
+            expected = network.maps(torch.from_numpy(pixels))
+        for mine, theirs in zip(maps, expected, strict=True):
+            np.testing.assert_allclose(mine, theirs.numpy(), atol=1e-4)
 
 
 def test_suppression_knows_classes(run: Run) -> None:

@@ -288,6 +288,66 @@ def test_an_orientation_that_does_not_exist_is_ignored(value: int) -> None:
     assert_quarters(prepare(data, RULE).canvas, Size(96, 128), tolerance=4)
 
 
+def exif(*fields: tuple[int, int, int, int], order: str = "<") -> bytes:
+    """EXIF with fields of (tag, type, number of values, value)."""
+    mark = {"<": b"II*\0", ">": b"MM\0*"}[order]
+    listed = b"".join(
+        struct.pack(f"{order}HHI", *field[:3])
+        + struct.pack(f"{order}{ {3: 'H', 4: 'I'}[field[1]] }", field[3]).ljust(4, b"\0")
+        for field in fields
+    )
+    return b"Exif\0\0" + mark + struct.pack(f"{order}IH", 8, len(fields)) + listed + bytes(4)
+
+
+FIELD = (0x010F, 3, 1, 5)
+
+
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("kind", [3, 4])
+@pytest.mark.parametrize("image", ["JPEG", "PNG", "WEBP"])
+def test_orientation_however_it_is_written(image: str, kind: int, order: str) -> None:
+    block = exif(FIELD, FIELD, (EXIF_ORIENTATION, kind, 1, 6), FIELD, order=order)
+    assert probe(encoded(quarters(), image, exif=block)) == Size(256, 192)
+    read = Image.Exif()
+    read.load(block)
+    assert read[EXIF_ORIENTATION] == 6
+
+
+def test_orientation_in_a_png_s_text() -> None:
+    block = exif((EXIF_ORIENTATION, 3, 1, 6))
+    digits = block.hex()
+    text = f"\nexif\n{len(block):8}\n{digits[:72]}\n{digits[72:]}\n"
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Raw profile type exif", text, zip=True)
+    assert probe(encoded(quarters(), "PNG", pnginfo=info)) == Size(256, 192)
+    for broken in ("\nexif\n", text + "no digits", ""):
+        info = PngImagePlugin.PngInfo()
+        info.add_text("Raw profile type exif", broken)
+        assert probe(encoded(quarters(), "PNG", pnginfo=info)) == Size(192, 256)
+
+
+@pytest.mark.parametrize("image", ["JPEG", "PNG", "WEBP"])
+def test_exif_is_never_read_by_pillow(image: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It makes an object of each of as many values as a field says it has."""
+    data = encoded(quarters(), image, exif=exif((EXIF_ORIENTATION, 3, 1, 6)))
+
+    def load(self: Image.Exif, data: bytes) -> None:
+        pytest.fail("EXIF is parsed as a whole")
+
+    monkeypatch.setattr(Image.Exif, "load", load)
+    assert prepare(data, RULE).letterbox.original == Size(256, 192)
+    assert decode(data).size == (192, 256)
+
+
+def test_no_more_than_some_fields_are_looked_at() -> None:
+    last = (EXIF_ORIENTATION, 3, 1, 6)
+    assert probe(encoded(quarters(), "JPEG", exif=exif(*[FIELD] * 1023, last))) == Size(256, 192)
+    assert probe(encoded(quarters(), "JPEG", exif=exif(*[FIELD] * 1024, last))) == Size(192, 256)
+    # Nor are several values one orientation.
+    several = exif((EXIF_ORIENTATION, 3, 1_000_000, 6))
+    assert probe(encoded(quarters(), "JPEG", exif=several)) == Size(192, 256)
+
+
 RUBBISH_EXIF = (
     b"Exif\0\0rubbish",
     b"Exif\0\0",
