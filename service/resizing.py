@@ -28,8 +28,9 @@ else:
 LARGEST_COPIED: Final = 8 << 20
 """Pixels. The vectorised way needs copies of the picture, which this bounds; what is larger once
 it is decoded costs far more to decode than to scale."""
-COPY_BYTES: Final = 6
-"""Of a pixel: both copies, the one that Pillow hands out and the other library's own."""
+COPY_BYTES: Final = 9
+"""Of a pixel: the pieces in which Pillow hands it out, which the allocator may keep, the whole that
+is made of them, and the other library's own copy."""
 
 
 def resize(picture: Image.Image, size: Size) -> NDArray[np.uint8]:
