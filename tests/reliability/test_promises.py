@@ -31,18 +31,23 @@ def seconds_alone(process: Process) -> float:
 
 
 def test_what_is_let_in_is_in_time_and_the_rest_is_refused(serve: Serve, tmp_path: Path) -> None:
-    # Some twenty pictures are let in: quicker than the other tests' model.
+    # Twenty pictures are let in within seconds: quicker than the other tests' model.
     tiny_model.save(tmp_path, work=30, sizes=(Size(96, 128),))
     process = serve(tmp_path)
     # Room for a handful of pictures, under twenty clients that do not wait to be asked again.
     deadline = max(1_000, min(9_000, round(6e3 * seconds_alone(process))))
     statuses: collections.Counter[int] = collections.Counter()
     refusals: list[httpx.Response] = []
-    end = time.monotonic() + 4.0
+    begun = time.monotonic()
+
+    def goes_on() -> bool:
+        """For some seconds, and on a busy machine until there is enough to judge by."""
+        seconds = time.monotonic() - begun
+        return seconds < 4.0 or (statuses[200] + statuses[504] < 20 and seconds < 40.0)
 
     def hammer(_: int) -> None:
         with process.client() as client:
-            while time.monotonic() < end:
+            while goes_on():
                 answer = client.post(
                     "/v1/detect", content=GOOD, headers={"X-Deadline-Ms": str(deadline)}
                 )
