@@ -26,8 +26,9 @@ PIXELS: Final = "pixels"
 """What the network is given."""
 
 _PICTURE: Final = """
-picture (uint8[batch, height, width, 3] images, int64[sizes, 2] image_sizes)
-    => (float[batch, 3, height, width] pixels, int64[sizes, 2] picture_sizes)
+picture (uint8[batch, height, width, 3] images, int64[sizes, 2] image_sizes) => (
+    float[batch, 3, height, width] pixels, int64[2] picture_canvas, int64[sizes, 2] picture_sizes
+)
 <
     int64 picture_none = {0},
     int64 picture_one = {1},
@@ -87,7 +88,7 @@ _ANCHOR_OF_ROW: Final = {
 # from the canvas is taken from its shape alone, and none of it from the maps': see
 # `service.gpu.graph_split`.
 _LEVEL: Final = """
-    LEVEL_reach = Add (decode_canvas, LEVEL_rest)
+    LEVEL_reach = Add (picture_canvas, LEVEL_rest)
     LEVEL_grid = Div (LEVEL_reach, LEVEL_pixels)
     LEVEL_grid_rows = Gather (LEVEL_grid, decode_first)
     LEVEL_grid_columns = Gather (LEVEL_grid, decode_second)
@@ -147,13 +148,13 @@ STRIDE
 _STRIDES: Final = {
     "level": "    LEVEL_stride = Identity (LEVEL_pixels)",
     "canvas": """
-    LEVEL_stride_y_x = Div (decode_canvas, LEVEL_grid)
+    LEVEL_stride_y_x = Div (picture_canvas, LEVEL_grid)
     LEVEL_stride = Gather (LEVEL_stride_y_x, decode_x_y)
 """,
 }
 
 _CANDIDATES: Final = """
-candidates (uint8[batch, height, width, 3] images, int64[sizes, 2] picture_sizes, MAPS) => (
+candidates (int64[2] picture_canvas, int64[sizes, 2] picture_sizes, MAPS) => (
     float[batch, candidates, 4] candidate_boxes,
     float[batch, candidates] candidate_scores,
     int64[batch, candidates] candidate_labels
@@ -177,7 +178,6 @@ candidates (uint8[batch, height, width, 3] images, int64[sizes, 2] picture_sizes
     float decode_two = {2.0}
 >
 {
-    decode_canvas = Shape <start = 1, end = 3> (images)
 LEVELS
     decode_boxes = Concat <axis = 1> (ALL_boxes)
     candidate_scores = Concat <axis = 1> (ALL_scores)

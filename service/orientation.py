@@ -106,7 +106,7 @@ def _ends_plainly(image: PngImageFile) -> bool:
         return False
     data, position, pixels = image.fp.getvalue(), PNG_HEAD, False
     while position + 12 <= len(data):
-        kind = bytes(data[position + 4 : position + 8])
+        kind = data[position + 4 : position + 8]
         if kind == b"IEND":
             return True
         if pixels and kind in _PNG_TEXT:
