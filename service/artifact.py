@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -99,6 +99,8 @@ class Artifact:
     content: bytes
     metadata: Metadata
     sha256: str
+    weights: Mapping[str, NDArray[np.float32]] | None = None
+    """Inputs of `content` that belong to it: where it was rewritten for a device, else None."""
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -67,6 +67,7 @@ class Detector:
             # onnxruntime's errors share no base class that it documents.
             raise ArtifactError(f"{artifact.path}: onnxruntime cannot load it: {error}") from error
         self.metadata: Metadata = artifact.metadata
+        self._weights = artifact.weights or {}
         found = tuple(output.name for output in self._session.get_outputs())
         if found != OUTPUTS:
             raise ArtifactError(f"{artifact.path}: outputs are {found}, expected {OUTPUTS}")
@@ -78,7 +79,11 @@ class Detector:
 
     def inputs(self) -> list[str]:
         """Name, type and shape of every input, those with defaults marked, for people."""
-        required = [signature(value) for value in self._session.get_inputs()]
+        required = [
+            signature(value)
+            for value in self._session.get_inputs()
+            if value.name not in self._weights
+        ]
         defaults = self._session.get_overridable_initializers()
         return required + [f"{signature(value)} (has a default)" for value in defaults]
 
@@ -106,6 +111,7 @@ class Detector:
                 "images": as_batch(canvases),
                 "image_sizes": image_sizes,
                 **thresholds(score_threshold, iou_threshold, max_detections),
+                **self._weights,
             },
         )
         return by_picture(found, len(canvases))

@@ -21,7 +21,7 @@ from typing import Final
 from service.artifact import Artifact, Entry
 from service.canvas import Size
 from service.detector import Detector, batch_buckets
-from service.devices import Device, open_detector
+from service.devices import Device, fitted, open_detector
 from service.errors import ArtifactError
 from service.side_by_side import OpenDetector, SideBySide
 from service.work import Servable
@@ -90,6 +90,7 @@ def open_servable(
 
     Raises ArtifactError or DeviceError.
     """
+    artifact = fitted(artifact, devices[0])
     # To open a session takes one core; there are several where a second one will be needed.
     needed = side_by_side.surely if len(artifact.content) <= _OPENED_TOGETHER else None
     with ThreadPoolExecutor(1, thread_name_prefix="model-loader-beside") as beside:

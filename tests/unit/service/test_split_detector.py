@@ -12,7 +12,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,9 @@ def test_the_bundled_model_too(canvas: Size) -> None:
     count = 3 if canvas.area < 10_000 else 2
     canvases = noise(5, count, canvas)
     sizes = sizes_of(count, canvas, less=10)
-    expected = found(open_detector(bundled, CPU), canvases, sizes, score=0.01)
+    # With the file's own convolutions, to which the host's parts keep.
+    plain = open_detector(replace(bundled, weights={}), CPU)
+    expected = found(plain, canvases, sizes, score=0.01)
     assert same(found(detector, canvases, sizes, score=0.01), expected)
     assert any(map(len, expected))
 

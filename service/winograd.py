@@ -1,0 +1,484 @@
+"""3 x 3 convolutions on a CPU with a quarter of the multiplications.
+
+onnxruntime's CPU convolutions do nine multiplications for each output, input channel and filter,
+near the peak of the cores: only fewer of them are faster. Winograd's minimal filtering takes a tile
+of 6 x 6 pixels, transforms it, multiplies position by position and transforms back to a tile of
+4 x 4: 36 multiplications for 16 outputs. The transforms are products with small constant matrices
+and cost the more, the fewer the channels; only where the whole is cheaper is a convolution
+rewritten, into standard operators. Sums are rounded in another order, so that answers differ in the
+sixth digit or so. (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2015.)
+
+A value is either a *map*, (N, C, H, W) as ONNX has it, or *rows*, (pixels, C), in which a gather
+finds whole pixels. The rows of a rewritten convolution are in the order of its tiles and stay so
+until something else wants the map.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final
+
+import numpy as np
+import onnx
+from numpy.typing import ArrayLike, NDArray
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto
+
+from service.canvas import Size
+
+_INPUT_TRANSFORM: Final = np.array(
+    [
+        [4, 0, -5, 0, 1, 0],
+        [0, -4, -4, 1, 1, 0],
+        [0, 4, -4, -1, 1, 0],
+        [0, -2, -1, 2, 1, 0],
+        [0, 2, -1, -2, 1, 0],
+        [0, 4, 0, -5, 0, 1],
+    ]
+)
+_FILTER_TRANSFORM: Final = np.array(
+    [
+        [1 / 4, 0, 0],
+        [-1 / 6, -1 / 6, -1 / 6],
+        [-1 / 6, 1 / 6, -1 / 6],
+        [1 / 24, 1 / 12, 1 / 6],
+        [1 / 24, -1 / 12, 1 / 6],
+        [0, 0, 1],
+    ]
+)
+_OUTPUT_TRANSFORM: Final = np.array(
+    [
+        [1, 1, 1, 1, 1, 0],
+        [0, 1, -1, 2, -2, 0],
+        [0, 1, 1, 4, 4, 0],
+        [0, 1, -1, 8, -8, 1],
+    ]
+)
+"""For the points 0, 1, -1, 2, -2 and infinity, in one dimension; squared they serve two."""
+
+_OUT: Final = 4
+"""Pixels of a tile's side that come out."""
+_IN: Final = 6
+"""Pixels of a tile's side that go in: one more on each side."""
+_PREFIX: Final = "winograd/"
+_OPSET: Final = 13
+"""From here on the axes of Squeeze and the padding of int64 are as they are used below."""
+_ACTIVATIONS: Final = frozenset({"Relu", "Clip"})
+"""What does the same to rows as to a map."""
+
+# What a step costs for each pixel and channel, in multiplications of a direct convolution, measured
+# with AVX2. Wider vectors make products cheaper and leave the transforms, which wait for memory.
+_DIRECT: Final = 9.0
+_PRODUCT: Final = 2.75
+_INTO_TILES: Final = 181.0
+_OUT_OF_TILES: Final = 126.0
+_FROM_MAP: Final = 33.0
+_TO_MAP: Final = 44.0
+_WEIGHTS: Final = 400.0
+"""For each channel and filter: four times the weights come from memory."""
+_NODES: Final = 2e6
+"""For the convolution as a whole: a dozen small operators in place of one."""
+_LEAST_GAIN: Final = 0.05
+"""Of the direct convolution, or it is not worth the memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rewritten:
+    """A model file that needs fewer multiplications, and what it takes as inputs for that."""
+
+    content: bytes
+    weights: Mapping[str, NDArray[np.float32]]
+    """Transformed filters: inputs of the file, so that all its sessions share them."""
+
+
+def rewrite(content: bytes, canvas: Size, price: Callable[[], float]) -> Rewritten | None:
+    """The same detector with fewer multiplications; None where nothing would be gained.
+
+    On canvases of other sizes than `canvas` it answers as well; the gain is reckoned for this one.
+    `price` tells what the transforms cost on this machine; 1 is what they are reckoned with.
+    """
+    model = onnx.load_model_from_string(content)
+    if not _is_understood(model):
+        return None
+    chosen = _choose(model.graph, canvas, price)
+    if not chosen:
+        return None
+    weights = _Rewriter(model.graph, chosen).rewrite()
+    return Rewritten(model.SerializeToString(), weights)
+
+
+@dataclass(frozen=True, slots=True)
+class _Convolution:
+    """One that is rewritten, and the activation behind it where nothing else sees its output."""
+
+    source: str
+    weight: TensorProto
+    bias: str | None
+    activation: NodeProto | None
+    output: str
+    """Of the activation, if there is one."""
+
+
+def _is_understood(model: ModelProto) -> bool:
+    names = (name for node in model.graph.node for name in node.output)
+    opset = next((each.version for each in model.opset_import if not each.domain), 0)
+    return (
+        opset >= _OPSET
+        and not model.functions
+        and not any(name.startswith(_PREFIX) for name in names)
+    )
+
+
+def _choose(graph: GraphProto, canvas: Size, price: Callable[[], float]) -> dict[int, _Convolution]:
+    """The convolutions that gain, by their place among the nodes."""
+    # A caller may give an input with a default another value.
+    inputs = {value.name for value in graph.input}
+    constants = {each.name: each for each in graph.initializer if each.name not in inputs}
+    consumers = _consumers(graph)
+    steps = _steps(graph)
+    eligible = {
+        place: _convolution(node, constants, consumers)
+        for place, node in enumerate(graph.node)
+        if _is_eligible(node, constants)
+    }
+    sources = {each.source for each in eligible.values()}
+    chosen: dict[int, _Convolution] = {}
+    rows: set[str] = set()
+    for place, each in eligible.items():
+        step = steps.get(each.source)
+        if step is None:
+            continue
+        pixels = canvas.area / step**2
+        if _gains(
+            each, pixels, price(), from_rows=each.source in rows, to_rows=each.output in sources
+        ):
+            chosen[place] = each
+            rows.add(each.output)
+    return chosen
+
+
+def _is_eligible(node: NodeProto, constants: Mapping[str, TensorProto]) -> bool:
+    """Whether it is a 3 x 3 convolution that keeps the size, of all channels, in float32."""
+    if node.op_type != "Conv" or node.domain:
+        return False
+    weight = constants.get(node.input[1])
+    if weight is None or weight.data_type != TensorProto.FLOAT or list(weight.dims[2:]) != [3, 3]:
+        return False
+    given = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
+    return (
+        given.get("auto_pad", b"NOTSET") == b"NOTSET"
+        and given.get("group", 1) == 1
+        and given.get("pads") == [1, 1, 1, 1]
+        and given.get("strides", [1, 1]) == [1, 1]
+        and given.get("dilations", [1, 1]) == [1, 1]
+    )
+
+
+def _convolution(
+    node: NodeProto,
+    constants: Mapping[str, TensorProto],
+    consumers: Mapping[str, list[NodeProto | None]],
+) -> _Convolution:
+    output, activation = node.output[0], None
+    match consumers[output]:
+        case [NodeProto() as only] if only.op_type in _ACTIVATIONS and only.input[0] == output:
+            output, activation = only.output[0], only
+    return _Convolution(
+        source=node.input[0],
+        weight=constants[node.input[1]],
+        bias=node.input[2] if len(node.input) > 2 and node.input[2] else None,
+        activation=activation,
+        output=output,
+    )
+
+
+def _gains(
+    convolution: _Convolution, pixels: float, price: float, *, from_rows: bool, to_rows: bool
+) -> bool:
+    filters, channels = convolution.weight.dims[:2]
+    cost = cost_of(channels, filters, pixels)
+    rows = 0.0
+    if not to_rows:
+        rows += _TO_MAP * filters
+    # Had it stayed as it was, the rows would have to be made a map for it.
+    rows += -_TO_MAP * channels if from_rows else _FROM_MAP * channels
+    transforms = cost.transforms + pixels * rows
+    return bool(cost.products + price * transforms <= (1 - _LEAST_GAIN) * cost.direct)
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Of a convolution, in multiplications of a direct one."""
+
+    direct: float
+    """As it is."""
+    products: float
+    """Position by position, when it is rewritten."""
+    transforms: float
+    """Into tiles and back, then, at a price of 1."""
+
+
+def cost_of(channels: int, filters: int, pixels: float) -> Cost:
+    """What a convolution costs for so many pixels of its map, among others that are rewritten."""
+    # onnxruntime computes filters in blocks of eight.
+    blocks = -(-filters // 8) * 8
+    return Cost(
+        direct=_DIRECT * channels * blocks * pixels,
+        products=_PRODUCT * channels * filters * pixels + _WEIGHTS * channels * filters,
+        transforms=(_INTO_TILES * channels + _OUT_OF_TILES * filters) * pixels + _NODES,
+    )
+
+
+def _consumers(graph: GraphProto) -> dict[str, list[NodeProto | None]]:
+    """Who reads a value; None stands for the caller, who reads the outputs, and for subgraphs."""
+    found: dict[str, list[NodeProto | None]] = defaultdict(list)
+    for node in graph.node:
+        for name in node.input:
+            found[name].append(node)
+        for name in _read_inside(node):
+            found[name].append(None)
+    for value in graph.output:
+        found[value.name].append(None)
+    return found
+
+
+def _read_inside(node: NodeProto) -> Iterator[str]:
+    for attribute in node.attribute:
+        for graph in (attribute.g, *attribute.graphs):
+            for inner in graph.node:
+                yield from inner.input
+                yield from _read_inside(inner)
+            yield from (value.name for value in graph.output)
+
+
+def _steps(graph: GraphProto) -> dict[str, int]:
+    """Pixels of the canvas from one pixel of a map to the next, where they can be told.
+
+    A guess for values that are no maps, which does no harm: no convolution reads them.
+    """
+    steps = {graph.input[0].name: 1}
+    for node in graph.node:
+        # What is enlarged is added to a map whose step is known.
+        known = [steps[name] for name in node.input if name in steps]
+        if not known or node.op_type in ("Resize", "Upsample", "ConvTranspose"):
+            continue
+        stride = next((each.ints[0] for each in node.attribute if each.name == "strides"), 1)
+        steps.update(dict.fromkeys(node.output, known[0] * stride))
+    return steps
+
+
+class _Rewriter:
+    """Replaces the chosen convolutions of a graph."""
+
+    def __init__(self, graph: GraphProto, chosen: Mapping[int, _Convolution]) -> None:
+        self._graph = graph
+        self._chosen = chosen
+        self._consumers = _consumers(graph)
+        self._writer = _Writer()
+        self._weights: dict[str, NDArray[np.float32]] = {}
+        self._rows: dict[str, str] = {}
+        """By the value's name, in the order of tiles."""
+        self._transformed: dict[str, str] = {}
+        self._tilings: dict[str, _Tiling] = {}
+        """By the name of a map of that size; convolutions of one size after the other share one."""
+
+    def rewrite(self) -> dict[str, NDArray[np.float32]]:
+        """Change the graph. What it takes as inputs from now on, by name."""
+        graph = self._graph
+        nodes = self._writer.nodes
+        readers = {id(graph.node[place]) for place in self._chosen}
+        absorbed = {
+            id(each.activation) for each in self._chosen.values() if each.activation is not None
+        }
+        for place, node in enumerate(graph.node):
+            if place in self._chosen:
+                self._write(self._chosen[place], readers)
+            elif id(node) not in absorbed:
+                nodes.append(node)
+        used = {name for node in nodes for name in (*node.input, *_read_inside(node))}
+        used |= {value.name for value in (*graph.input, *graph.output)}
+        kept = [each for each in graph.initializer if each.name in used]
+        new = onnx.helper.make_graph(
+            nodes, graph.name, graph.input, graph.output, [*kept, *self._writer.constants.values()]
+        )
+        graph.CopyFrom(new)
+        graph.input.extend(
+            onnx.helper.make_tensor_value_info(name, TensorProto.FLOAT, weight.shape)
+            for name, weight in self._weights.items()
+        )
+        return self._weights
+
+    def _write(self, convolution: _Convolution, readers: set[int]) -> None:
+        write = self._writer
+        weight = convolution.weight
+        filters, channels = weight.dims[:2]
+        tiling = self._tilings.setdefault(convolution.source, _Tiling(write, convolution.source))
+        tiles = self._tiles(convolution.source, tiling, channels)
+        products = write("MatMul", tiles, self._weight(weight))
+        flat = write("Reshape", products, [_IN**2, -1])
+        back = write("MatMul", write.constant(_squared(_OUTPUT_TRANSFORM)), flat)
+        rows = write("Reshape", back, [-1, filters])
+        if convolution.bias is not None:
+            rows = write("Add", rows, convolution.bias)
+        if convolution.activation is not None:
+            rows = write.copy(convolution.activation, rows)
+        output = convolution.output
+        self._rows[output] = rows
+        self._tilings[output] = tiling
+        if any(each is None or id(each) not in readers for each in self._consumers[output]):
+            pixels = write("Gather", rows, tiling.pixels, axis=0)
+            write("Transpose", pixels, output=output, perm=[0, 3, 1, 2])
+
+    def _tiles(self, source: str, tiling: _Tiling, channels: int) -> str:
+        """(36, tiles, channels): what stands at each place of the transformed tiles."""
+        if source not in self._transformed:
+            write = self._writer
+            if source in self._rows:
+                rows, places = self._rows[source], tiling.places_in_tiles
+            else:
+                pixels = write("Transpose", source, perm=[0, 2, 3, 1])
+                rows, places = write("Reshape", pixels, [-1, channels]), tiling.places_in_map
+            # What the tables call the row behind the last: the padding.
+            padded = write("Concat", rows, np.zeros((1, channels), np.float32), axis=0)
+            flat = write("Reshape", write("Gather", padded, places, axis=0), [_IN**2, -1])
+            across = write("MatMul", write.constant(_squared(_INPUT_TRANSFORM)), flat)
+            self._transformed[source] = write("Reshape", across, [_IN**2, -1, channels])
+        return self._transformed[source]
+
+    def _weight(self, weight: TensorProto) -> str:
+        name = f"{_PREFIX}{weight.name}"
+        if name not in self._weights:
+            filters, channels = weight.dims[:2]
+            kernels = onnx.numpy_helper.to_array(weight).transpose(2, 3, 1, 0).reshape(9, -1)
+            across = _squared(_FILTER_TRANSFORM) @ kernels
+            self._weights[name] = across.reshape(_IN**2, channels, filters)
+        return name
+
+
+class _Tiling:
+    """The tiles of maps of one size, and tables of which row is which pixel."""
+
+    def __init__(self, write: _Writer, like: str) -> None:
+        self._write = write
+        self._like = like
+
+    @cached_property
+    def pixels(self) -> str:
+        """(N, H, W): the row of each pixel in the order of tiles."""
+        write = self._write
+        whole = write("Concat", self._count, write("Mul", self._tiles, [_OUT]), axis=0)
+        split = write("Reshape", self._range(self._split), self._split)
+        joined = write("Reshape", write("Transpose", split, perm=[2, 3, 0, 4, 1]), whole)
+        # The last tiles may reach beyond the map.
+        return write("Slice", joined, [0, 0], self._sides, [1, 2])
+
+    @cached_property
+    def places_in_tiles(self) -> str:
+        """The row of each pixel that goes into a tile, by place in the tile, then by tile."""
+        return self._places(self.pixels, self._rows(self._split))
+
+    @cached_property
+    def places_in_map(self) -> str:
+        """The same for rows in the order of a map's pixels."""
+        shape = self._write("Concat", self._count, self._sides, axis=0)
+        return self._places(self._write("Reshape", self._range(shape), shape), self._rows(shape))
+
+    @cached_property
+    def _shape(self) -> str:
+        return self._write("Shape", self._like)
+
+    @cached_property
+    def _count(self) -> str:
+        return self._write("Slice", self._shape, [0], [1])
+
+    @cached_property
+    def _sides(self) -> str:
+        return self._write("Slice", self._shape, [2], [4])
+
+    @cached_property
+    def _tiles(self) -> str:
+        """Down and across."""
+        return self._write("Div", self._write("Add", self._sides, [_OUT - 1]), [_OUT])
+
+    @cached_property
+    def _split(self) -> str:
+        """Of the rows in the order of tiles: place in the tile (2), map, tile (2)."""
+        return self._write("Concat", [_OUT, _OUT], self._count, self._tiles, axis=0)
+
+    @cached_property
+    def _windows(self) -> tuple[str, str]:
+        """(6, tiles) down and across: the pixel of the padded map at each place of each tile."""
+        write = self._write
+        ends = write("Mul", self._tiles, [_OUT])
+        offsets = np.arange(_IN)[:, np.newaxis]
+        down, across = (
+            write(
+                "Add",
+                write("Range", np.int64(0), write("Gather", ends, np.int64(side)), np.int64(_OUT)),
+                offsets,
+            )
+            for side in (0, 1)
+        )
+        return down, across
+
+    @cached_property
+    def _padding(self) -> str:
+        """One pixel around, and up to whole tiles."""
+        write = self._write
+        beyond = write("Sub", write("Add", write("Mul", self._tiles, [_OUT]), [1]), self._sides)
+        return write("Concat", [0, 1, 1, 0], beyond, axis=0)
+
+    def _rows(self, shape: str) -> str:
+        return self._write("ReduceProd", shape, keepdims=0)
+
+    def _range(self, shape: str) -> str:
+        return self._write("Range", np.int64(0), self._rows(shape), np.int64(1))
+
+    def _places(self, rows: str, behind_last: str) -> str:
+        write = self._write
+        padded = write("Pad", rows, self._padding, behind_last)
+        down, across = self._windows
+        windows = write("Gather", write("Gather", padded, down, axis=1), across, axis=3)
+        return write("Reshape", write("Transpose", windows, perm=[1, 3, 0, 2, 4]), [-1])
+
+
+class _Writer:
+    """Writes nodes, one after the other, with names of their own."""
+
+    def __init__(self) -> None:
+        self.nodes: list[NodeProto] = []
+        self.constants: dict[tuple[object, ...], TensorProto] = {}
+
+    def __call__(
+        self, operator: str, *inputs: str | ArrayLike, output: str | None = None, **given: Any
+    ) -> str:
+        """A node; its inputs are names of values, or constants. The name of its output."""
+        names = [each if isinstance(each, str) else self.constant(each) for each in inputs]
+        output = output or f"{_PREFIX}{len(self.nodes)}"
+        self.nodes.append(onnx.helper.make_node(operator, names, [output], **given))
+        return output
+
+    def copy(self, node: NodeProto, source: str) -> str:
+        """The same node for another first input."""
+        output = f"{_PREFIX}{len(self.nodes)}"
+        copied = NodeProto()
+        copied.CopyFrom(node)
+        copied.input[0], copied.output[0] = source, output
+        self.nodes.append(copied)
+        return output
+
+    def constant(self, value: ArrayLike) -> str:
+        """The name of an initializer: equal ones are one."""
+        array = np.asarray(value)
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in self.constants:
+            name = f"{_PREFIX}constant/{len(self.constants)}"
+            self.constants[key] = onnx.numpy_helper.from_array(array, name)
+        return self.constants[key].name
+
+
+def _squared(transform: NDArray[np.floating]) -> NDArray[np.float32]:
+    """What a one-dimensional transform does in two dimensions, row by row of a tile."""
+    return np.kron(transform, transform).astype(np.float32)
