@@ -13,7 +13,6 @@ import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,9 +55,9 @@ class Peak(NamedTuple):
         return batch * demand.operations / self.operations, moved / self.bytes
 
 
-def count(path: Path, inputs: dict[str, Any]) -> Demand:
+def count(content: bytes, inputs: dict[str, Any]) -> Demand:
     """The demand of a picture, by a run with `inputs` of a batch of one."""
-    model = onnx.load(path)
+    model = onnx.load_model_from_string(content)
     nodes = [node for node in model.graph.node if node.op_type in COUNTED]
     known = {each.name: tuple(each.dims) for each in model.graph.initializer}
     wanted = {name for node in nodes for name in (*node.input, node.output[0]) if name}
@@ -74,7 +73,8 @@ def count(path: Path, inputs: dict[str, Any]) -> Demand:
     names = [output.name for output in session.get_outputs()]
     given = {each.name for each in (*session.get_inputs(), *session.get_overridable_initializers())}
     values = session.run(names, {name: each for name, each in inputs.items() if name in given})
-    shapes = known | {name: each.shape for name, each in zip(names, values, strict=True)}
+    shapes = known | {name: each.shape for name, each in inputs.items()}
+    shapes |= {name: each.shape for name, each in zip(names, values, strict=True)}
     weights = {name for node in nodes for name in node.input if name in known}
     return Demand(
         operations=sum(_operations(node, shapes) for node in nodes),

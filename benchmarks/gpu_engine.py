@@ -28,13 +28,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from random_network import random_network
 from report import Report, add_options
 
-from model_export.checkpoints import Checkpoint, Description
 from model_export.export import export
 from model_export.precision import Precision
 from model_export.reduction import write_reduced
-from model_export.retinanet.model import ModelConfig, RetinaNet
 from service import devices
 from service.artifact import MODEL_FILE, Artifact, Thresholds, read_artifact, write_metadata
 from service.canvas import Buckets, Size
@@ -50,7 +49,6 @@ from service.samples import draw_smear
 
 CANVAS = Size(800, 800)
 LARGEST_BATCH = 32
-CLASSES = 91
 DETECTIONS = 15
 PICTURES = 40
 CLIENTS = (1, 8, 32, 128)
@@ -72,33 +70,6 @@ class Setup:
     batches: tuple[int, ...]
     seconds: float
     rounds: int
-
-
-def random_network(backbone: str, canvas: Size) -> Checkpoint:
-    """Random weights that neither vanish nor explode in float16."""
-    torch.manual_seed(0)
-    small = backbone != "resnet50"
-    config = (
-        ModelConfig(backbone=backbone, fpn_channels=16, head_width=16, head_depth=1)
-        if small
-        else ModelConfig(backbone=backbone)
-    )
-    network = RetinaNet(config, classes=CLASSES).eval()
-    for name, module in network.named_modules():
-        # Each residual block adds to what goes past it: with norms that were never trained the sum
-        # would double from block to block.
-        if isinstance(module, torch.nn.BatchNorm2d) and name.endswith(("bn3", "bn2")):
-            torch.nn.init.constant_(module.weight, 0.25)
-    return Checkpoint(
-        path=Path("random.ckpt"),
-        description=Description(
-            classes=tuple(f"class_{index}" for index in range(CLASSES)),
-            model=config,
-            canvas=Buckets(sizes=(canvas,)),
-            provenance={"command": "benchmarks/gpu_engine.py", "licences": ["CC0"]},
-        ),
-        weights=network.state_dict(),
-    )
 
 
 def write_model(repository: Path, backbone: str, canvas: Size, pictures: list[bytes]) -> Path:
