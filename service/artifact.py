@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -99,7 +99,9 @@ class Artifact:
     content: bytes
     metadata: Metadata
     sha256: str
-    weights: Mapping[str, NDArray[np.float32]] | None = None
+    weights: Mapping[str, NDArray[np.float32]] | None = field(
+        default=None, compare=False, repr=False
+    )
     """Inputs of `content` that belong to it: where it was rewritten for a device, else None."""
 
 

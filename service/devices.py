@@ -20,7 +20,6 @@ from typing import Final, Literal
 import onnx.parser
 import onnxruntime as ort
 
-from service import winograd
 from service.artifact import Artifact
 from service.cpus import cpu_count
 from service.detector import Detector, batch_buckets
@@ -30,6 +29,7 @@ from service.gpu.engine import SLOTS, first_line
 from service.gpu.graph_split import Parts, split
 from service.gpu.split_detector import open_split
 from service.gpu.whole_detector import WholeDetector
+from service.winograd import rewrite
 from service.winograd_price import measured_price
 
 _log = logging.getLogger("retinaserve.devices")
@@ -52,6 +52,8 @@ class Device:
     """Most bytes for weights and intermediate values, of each model."""
     tf32: bool = True
     """Whether float32 products may be computed in TF32."""
+    winograd: bool = True
+    """Whether a CPU may compute convolutions with fewer multiplications."""
     threads: int | None = None
     """Threads of a CPU's session that share an inference; None: one for each core."""
     gate: CaptureGate = field(default_factory=CaptureGate, compare=False, repr=False)
@@ -92,15 +94,17 @@ def resolve(
     *,
     memory_limit: int | None = None,
     tf32: bool = True,
+    winograd: bool = True,
     threads: int | None = None,
 ) -> Hardware:
     """Choose and prove the devices for `asked`: auto, cpu, cuda, or cuda:0,cuda:1.
 
-    `memory_limit` and `tf32` are for GPUs, `threads` for a CPU. Raises DeviceError that names what
-    is missing.
+    `memory_limit` and `tf32` are for GPUs, `winograd` and `threads` for a CPU. Raises DeviceError
+    that names what is missing.
     """
+    cpu = Device("cpu", winograd=winograd, threads=threads)
     if asked == "cpu":
-        return Hardware((Device("cpu", threads=threads),))
+        return Hardware((cpu,))
     gate = CaptureGate()
     devices = tuple(
         replace(device, memory_limit=memory_limit, tf32=tf32, gate=gate)
@@ -109,7 +113,7 @@ def resolve(
     driver = nvidia_driver()
     if driver is None:
         if asked == "auto":
-            return Hardware((Device("cpu", threads=threads),), fallback=_NO_DRIVER)
+            return Hardware((cpu,), fallback=_NO_DRIVER)
         raise DeviceError(
             f"{devices[0].name} cannot be used: {_NO_DRIVER}; use --device cpu or auto"
         )
@@ -129,10 +133,10 @@ def fitted(artifact: Artifact, device: Device) -> Artifact:
 
     `open_detector` does this itself; who opens several does it once before.
     """
-    if device.kind != "cpu" or artifact.weights is not None:
+    if device.kind != "cpu" or not device.winograd or artifact.weights is not None:
         return artifact
     canvas = artifact.metadata.canvas.largest()
-    rewritten = winograd.rewrite(artifact.content, canvas, measured_price)
+    rewritten = rewrite(artifact.content, canvas, measured_price)
     if rewritten is None:
         return replace(artifact, weights={})
     return replace(artifact, content=rewritten.content, weights=rewritten.weights)

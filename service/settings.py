@@ -49,6 +49,10 @@ class Settings(BaseSettings):
     """Inferences that run side by side on a CPU: one that comes alone on all cores, else few each.
     Default: as many as prove best at the start, tried out on the first model that is loaded."""
 
+    cpu_winograd: bool = True
+    """Whether a CPU may compute 3 x 3 convolutions with fewer multiplications, where that is
+    faster: to about six digits."""
+
     gpu_memory_bytes: int | None = Field(default=None, ge=1_048_576)
     """Most memory of each GPU for a model's weights and intermediate values. Default: no limit."""
 

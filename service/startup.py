@@ -38,6 +38,7 @@ def open_models(settings: Settings, hardware: Hardware | None = None) -> Models:
             settings.device,
             memory_limit=settings.gpu_memory_bytes,
             tf32=settings.gpu_tf32,
+            winograd=settings.cpu_winograd,
             threads=cpus,
         )
     batch = settings.max_batch_size or max(device.default_batch_size for device in hardware.devices)

@@ -116,7 +116,8 @@ class _Convolution:
     source: str
     weight: TensorProto
     bias: str | None
-    activation: NodeProto | None
+    activation: int | None
+    """Its place among the nodes."""
     output: str
     """Of the activation, if there is one."""
 
@@ -139,7 +140,7 @@ def _choose(graph: GraphProto, canvas: Size, price: Callable[[], float]) -> dict
     consumers = _consumers(graph)
     steps = _steps(graph)
     eligible = {
-        place: _convolution(node, constants, consumers)
+        place: _convolution(graph, node, constants, consumers)
         for place, node in enumerate(graph.node)
         if _is_eligible(node, constants)
     }
@@ -177,20 +178,32 @@ def _is_eligible(node: NodeProto, constants: Mapping[str, TensorProto]) -> bool:
 
 
 def _convolution(
+    graph: GraphProto,
     node: NodeProto,
     constants: Mapping[str, TensorProto],
-    consumers: Mapping[str, list[NodeProto | None]],
+    consumers: Mapping[str, list[int | None]],
 ) -> _Convolution:
     output, activation = node.output[0], None
     match consumers[output]:
-        case [NodeProto() as only] if only.op_type in _ACTIVATIONS and only.input[0] == output:
-            output, activation = only.output[0], only
+        case [int(only)] if _is_activation(graph.node[only], output, constants):
+            output, activation = graph.node[only].output[0], only
     return _Convolution(
         source=node.input[0],
         weight=constants[node.input[1]],
         bias=node.input[2] if len(node.input) > 2 and node.input[2] else None,
         activation=activation,
         output=output,
+    )
+
+
+def _is_activation(node: NodeProto, source: str, constants: Mapping[str, TensorProto]) -> bool:
+    """Whether it does the same to every value of `source`, and needs nothing that comes later."""
+    first, *others = node.input
+    return (
+        node.op_type in _ACTIVATIONS
+        and not node.domain
+        and first == source
+        and all(not name or name in constants for name in others)
     )
 
 
@@ -231,12 +244,12 @@ def cost_of(channels: int, filters: int, pixels: float) -> Cost:
     )
 
 
-def _consumers(graph: GraphProto) -> dict[str, list[NodeProto | None]]:
-    """Who reads a value; None stands for the caller, who reads the outputs, and for subgraphs."""
-    found: dict[str, list[NodeProto | None]] = defaultdict(list)
-    for node in graph.node:
+def _consumers(graph: GraphProto) -> dict[str, list[int | None]]:
+    """Places of the nodes that read a value; None stands for the caller, and for subgraphs."""
+    found: dict[str, list[int | None]] = defaultdict(list)
+    for place, node in enumerate(graph.node):
         for name in node.input:
-            found[name].append(node)
+            found[name].append(place)
         for name in _read_inside(node):
             found[name].append(None)
     for value in graph.output:
@@ -258,7 +271,7 @@ def _steps(graph: GraphProto) -> dict[str, int]:
 
     A guess for values that are no maps, which does no harm: no convolution reads them.
     """
-    steps = {graph.input[0].name: 1}
+    steps = {value.name: 1 for value in graph.input}
     for node in graph.node:
         # What is enlarged is added to a map whose step is known.
         known = [steps[name] for name in node.input if name in steps]
@@ -288,29 +301,25 @@ class _Rewriter:
         """Change the graph. What it takes as inputs from now on, by name."""
         graph = self._graph
         nodes = self._writer.nodes
-        readers = {id(graph.node[place]) for place in self._chosen}
-        absorbed = {
-            id(each.activation) for each in self._chosen.values() if each.activation is not None
-        }
+        absorbed = {each.activation for each in self._chosen.values()}
         for place, node in enumerate(graph.node):
             if place in self._chosen:
-                self._write(self._chosen[place], readers)
-            elif id(node) not in absorbed:
+                self._write(self._chosen[place])
+            elif place not in absorbed:
                 nodes.append(node)
         used = {name for node in nodes for name in (*node.input, *_read_inside(node))}
         used |= {value.name for value in (*graph.input, *graph.output)}
         kept = [each for each in graph.initializer if each.name in used]
-        new = onnx.helper.make_graph(
-            nodes, graph.name, graph.input, graph.output, [*kept, *self._writer.constants.values()]
-        )
-        graph.CopyFrom(new)
+        del graph.node[:], graph.initializer[:], graph.value_info[:]
+        graph.node.extend(nodes)
+        graph.initializer.extend([*kept, *self._writer.constants.values()])
         graph.input.extend(
             onnx.helper.make_tensor_value_info(name, TensorProto.FLOAT, weight.shape)
             for name, weight in self._weights.items()
         )
         return self._weights
 
-    def _write(self, convolution: _Convolution, readers: set[int]) -> None:
+    def _write(self, convolution: _Convolution) -> None:
         write = self._writer
         weight = convolution.weight
         filters, channels = weight.dims[:2]
@@ -323,11 +332,11 @@ class _Rewriter:
         if convolution.bias is not None:
             rows = write("Add", rows, convolution.bias)
         if convolution.activation is not None:
-            rows = write.copy(convolution.activation, rows)
+            rows = write.copy(self._graph.node[convolution.activation], rows)
         output = convolution.output
         self._rows[output] = rows
         self._tilings[output] = tiling
-        if any(each is None or id(each) not in readers for each in self._consumers[output]):
+        if any(reader not in self._chosen for reader in self._consumers[output]):
             pixels = write("Gather", rows, tiling.pixels, axis=0)
             write("Transpose", pixels, output=output, perm=[0, 3, 1, 2])
 
@@ -348,7 +357,7 @@ class _Rewriter:
         return self._transformed[source]
 
     def _weight(self, weight: TensorProto) -> str:
-        name = f"{_PREFIX}{weight.name}"
+        name = f"{_PREFIX}filters/{weight.name}"
         if name not in self._weights:
             filters, channels = weight.dims[:2]
             kernels = onnx.numpy_helper.to_array(weight).transpose(2, 3, 1, 0).reshape(9, -1)
@@ -456,13 +465,13 @@ class _Writer:
     ) -> str:
         """A node; its inputs are names of values, or constants. The name of its output."""
         names = [each if isinstance(each, str) else self.constant(each) for each in inputs]
-        output = output or f"{_PREFIX}{len(self.nodes)}"
+        output = output or f"{_PREFIX}value/{len(self.nodes)}"
         self.nodes.append(onnx.helper.make_node(operator, names, [output], **given))
         return output
 
     def copy(self, node: NodeProto, source: str) -> str:
         """The same node for another first input."""
-        output = f"{_PREFIX}{len(self.nodes)}"
+        output = f"{_PREFIX}value/{len(self.nodes)}"
         copied = NodeProto()
         copied.CopyFrom(node)
         copied.input[0], copied.output[0] = source, output

@@ -24,7 +24,10 @@ class LocalDetection:
         self._artifact = artifact
         self._settings = settings
         self._hardware = resolve(
-            settings.device, memory_limit=settings.gpu_memory_bytes, tf32=settings.gpu_tf32
+            settings.device,
+            memory_limit=settings.gpu_memory_bytes,
+            tf32=settings.gpu_tf32,
+            winograd=settings.cpu_winograd,
         )
 
     @property

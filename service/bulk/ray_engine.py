@@ -170,7 +170,12 @@ class Detection:
         self._engine: Engine | None = None
         self._failure = ""
         try:
-            hardware = resolve(kind, memory_limit=chosen.gpu_memory_bytes, tf32=chosen.gpu_tf32)
+            hardware = resolve(
+                kind,
+                memory_limit=chosen.gpu_memory_bytes,
+                tf32=chosen.gpu_tf32,
+                winograd=chosen.cpu_winograd,
+            )
             run = open_run(output)
             self._engine = open_engine(run, ray.get(model), hardware, chosen, cores=cores)
         except RetinaserveError as error:

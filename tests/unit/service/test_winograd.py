@@ -17,8 +17,10 @@ from onnx import ModelProto, TensorProto
 from service import devices, winograd
 from service.artifact import Artifact, read_artifact, scan_repository
 from service.canvas import Size
+from service.cpus import cpu_count
 from service.devices import Device, fitted, open_detector, providers, session_options
-from service.settings import bundled_models
+from service.settings import Settings, bundled_models
+from service.startup import open_models
 from service.winograd_price import measured_price
 from tests.canvases import found, noise, sizes_of
 
@@ -183,6 +185,30 @@ def test_a_value_that_others_read_too() -> None:
     assert convolutions(compared(content, {"x": drawn(2, 128, 7, 10)})) == 0
 
 
+def test_an_activation_whose_bounds_come_later() -> None:
+    content = model(
+        """
+        late (float[n, c, h, w] x) => (float[n, k, h, w] y)
+        {
+            a = Conv <pads = [1, 1, 1, 1]> (x, w1, b1)
+            low = Constant <value = float {-0.5}> ()
+            y = Clip (a, low)
+        }
+        """,
+        {"w1": (128, 128, 3, 3), "b1": (128,)},
+    )
+
+    assert convolutions(compared(content, {"x": drawn(1, 128, 6, 6)})) == 0
+
+
+def test_what_was_rewritten_is_not_rewritten_again() -> None:
+    content = model(ONE, {"w1": (128, 128, 3, 3), "b1": (128,)})
+    once = winograd.rewrite(content, LARGE, nominal)
+    assert once is not None
+
+    assert winograd.rewrite(once.content, LARGE, nominal) is None
+
+
 def test_the_same_padding_beyond_the_map_in_every_layer() -> None:
     """A bias reaches into the padding of the tiles, and must not reach the next layer."""
     text = """
@@ -343,8 +369,7 @@ def test_the_bundled_model_answers_as_its_file_does(
 ) -> None:
     monkeypatch.setattr(devices, "measured_price", nominal)
     faster = open_detector(bundled, CPU)
-    monkeypatch.setattr(winograd, "rewrite", lambda *_: None)
-    plain = open_detector(bundled, CPU)
+    plain = open_detector(bundled, replace(CPU, winograd=False))
     for size in bundled.metadata.canvas.all_canvases():
         canvases, sizes = noise(1, 2, size), sizes_of(2, size)
 
@@ -383,6 +408,18 @@ def test_people_are_not_shown_the_filters(bundled: Artifact) -> None:
 def test_a_file_that_gains_nothing_is_opened_as_it_is(
     bundled: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(winograd, "rewrite", lambda *_: None)
+    monkeypatch.setattr(devices, "rewrite", lambda *_: None)
 
-    assert fitted(bundled, CPU) == replace(bundled, weights={})
+    made = fitted(bundled, CPU)
+
+    assert made.content is bundled.content
+    assert fitted(made, CPU) is made, "it is not looked through again"
+
+
+def test_an_operator_may_forbid_it(bundled: Artifact) -> None:
+    settings = Settings(device="cpu", cpu_winograd=False)
+
+    assert open_models(settings).hardware.devices == (
+        Device("cpu", winograd=False, threads=cpu_count()),
+    )
+    assert fitted(bundled, replace(CPU, winograd=False)) is bundled
