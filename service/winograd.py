@@ -80,8 +80,6 @@ _WEIGHTS: Final = 400.0
 """For each channel and filter: four times the weights come from memory."""
 _NODES: Final = 2e6
 """For the convolution as a whole: a dozen small operators in place of one."""
-_LEAST_GAIN: Final = 0.05
-"""Of the direct convolution, or it is not worth the memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +216,7 @@ def _gains(
     # Had it stayed as it was, the rows would have to be made a map for it.
     rows += -_TO_MAP * channels if from_rows else _FROM_MAP * channels
     transforms = cost.transforms + pixels * rows
-    return bool(cost.products + price * transforms <= (1 - _LEAST_GAIN) * cost.direct)
+    return bool(cost.products + price * transforms < cost.direct)
 
 
 @dataclass(frozen=True, slots=True)
