@@ -1,9 +1,10 @@
-"""How many CPUs this process may keep busy: by affinity, and by the quota of its container."""
+"""The CPUs of this process: how many it may keep busy, by affinity and quota, and of which kind."""
 
 from __future__ import annotations
 
 import math
 import os
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,18 @@ def cpu_count(root: Path = Path("/")) -> int:
     # Rounded down: a thread beyond the quota makes the kernel stop all of them for the rest of
     # each period.
     return max(1, int(min(affinity, quota)))
+
+
+def has_wide_vectors(root: Path = Path("/")) -> bool:
+    """Whether vectors are wider than 256 bits, or may be: only Linux tells."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    try:
+        known = (root / "proc/cpuinfo").read_text()
+    except OSError:
+        return True
+    flags = next((line for line in known.splitlines() if line.startswith("flags")), "avx512f")
+    return "avx512f" in flags.split()
 
 
 def _quotas(root: Path) -> Iterator[float]:

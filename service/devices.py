@@ -21,7 +21,7 @@ import onnx.parser
 import onnxruntime as ort
 
 from service.artifact import Artifact
-from service.cpus import cpu_count
+from service.cpus import cpu_count, has_wide_vectors
 from service.detector import Detector, batch_buckets
 from service.errors import DeviceError
 from service.gpu.cuda import CaptureGate, CudaMemory, OutOfMemory, runtime_library
@@ -30,7 +30,6 @@ from service.gpu.graph_split import Parts, split
 from service.gpu.split_detector import open_split
 from service.gpu.whole_detector import WholeDetector
 from service.winograd import rewrite
-from service.winograd_price import measured_price
 
 _log = logging.getLogger("retinaserve.devices")
 
@@ -136,7 +135,7 @@ def fitted(artifact: Artifact, device: Device) -> Artifact:
     if device.kind != "cpu" or not device.winograd or artifact.weights is not None:
         return artifact
     canvas = artifact.metadata.canvas.largest()
-    rewritten = rewrite(artifact.content, canvas, measured_price)
+    rewritten = rewrite(artifact.content, canvas, wide=has_wide_vectors())
     if rewritten is None:
         return replace(artifact, weights={})
     return replace(artifact, content=rewritten.content, weights=rewritten.weights)

@@ -16,7 +16,7 @@ until something else wants the map.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final
@@ -24,7 +24,7 @@ from typing import Any, Final
 import numpy as np
 import onnx
 from numpy.typing import ArrayLike, NDArray
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
 
 from service.canvas import Size
 
@@ -68,18 +68,24 @@ _OPSET: Final = 13
 _ACTIVATIONS: Final = frozenset({"Relu", "Clip"})
 """What does the same to rows as to a map."""
 
-# What a step costs for each pixel and channel, in multiplications of a direct convolution, measured
-# with AVX2. Wider vectors make products cheaper and leave the transforms, which wait for memory.
+# What a step costs for each pixel and channel, in multiplications of a direct convolution: measured
+# with AVX2.
 _DIRECT: Final = 9.0
 _PRODUCT: Final = 2.75
-_INTO_TILES: Final = 181.0
-_OUT_OF_TILES: Final = 126.0
-_FROM_MAP: Final = 33.0
-_TO_MAP: Final = 44.0
+_INTO_TILES: Final = 163.0
+_OUT_OF_TILES: Final = 113.0
+_FROM_MAP: Final = 30.0
+_TO_MAP: Final = 40.0
 _WEIGHTS: Final = 400.0
 """For each channel and filter: four times the weights come from memory."""
 _NODES: Final = 2e6
 """For the convolution as a whole: a dozen small operators in place of one."""
+_PRICE_BESIDE_WIDE: Final = 2.0
+"""Not measured: transforms wait for memory, so where products take half as long, they are at most
+twice as dear. Convolutions of 64 channels are left alone then, those of 128 are not."""
+
+_Consumers = Mapping[str, list[int | None]]
+"""By a value's name, the places of the nodes that read it; None for the caller and subgraphs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,19 +97,21 @@ class Rewritten:
     """Transformed filters: inputs of the file, so that all its sessions share them."""
 
 
-def rewrite(content: bytes, canvas: Size, price: Callable[[], float]) -> Rewritten | None:
+def rewrite(content: bytes, canvas: Size, *, wide: bool = False) -> Rewritten | None:
     """The same detector with fewer multiplications; None where nothing would be gained.
 
     On canvases of other sizes than `canvas` it answers as well; the gain is reckoned for this one.
-    `price` tells what the transforms cost on this machine; 1 is what they are reckoned with.
+    `wide`: products cost less than they are reckoned with, on vectors wider than AVX2's.
     """
     model = onnx.load_model_from_string(content)
     if not _is_understood(model):
         return None
-    chosen = _choose(model.graph, canvas, price)
+    consumers = _consumers(model.graph)
+    price = _PRICE_BESIDE_WIDE if wide else 1.0
+    chosen = _choose(model.graph, consumers, canvas, price)
     if not chosen:
         return None
-    weights = _Rewriter(model.graph, chosen).rewrite()
+    weights = _Rewriter(model.graph, consumers, chosen).rewrite()
     return Rewritten(model.SerializeToString(), weights)
 
 
@@ -130,12 +138,13 @@ def _is_understood(model: ModelProto) -> bool:
     )
 
 
-def _choose(graph: GraphProto, canvas: Size, price: Callable[[], float]) -> dict[int, _Convolution]:
+def _choose(
+    graph: GraphProto, consumers: _Consumers, canvas: Size, price: float
+) -> dict[int, _Convolution]:
     """The convolutions that gain, by their place among the nodes."""
     # A caller may give an input with a default another value.
     inputs = {value.name for value in graph.input}
     constants = {each.name: each for each in graph.initializer if each.name not in inputs}
-    consumers = _consumers(graph)
     steps = _steps(graph)
     eligible = {
         place: _convolution(graph, node, constants, consumers)
@@ -151,7 +160,7 @@ def _choose(graph: GraphProto, canvas: Size, price: Callable[[], float]) -> dict
             continue
         pixels = canvas.area / step**2
         if _gains(
-            each, pixels, price(), from_rows=each.source in rows, to_rows=each.output in sources
+            each, pixels, price, from_rows=each.source in rows, to_rows=each.output in sources
         ):
             chosen[place] = each
             rows.add(each.output)
@@ -179,10 +188,10 @@ def _convolution(
     graph: GraphProto,
     node: NodeProto,
     constants: Mapping[str, TensorProto],
-    consumers: Mapping[str, list[int | None]],
+    consumers: _Consumers,
 ) -> _Convolution:
     output, activation = node.output[0], None
-    match consumers[output]:
+    match consumers.get(output):
         case [int(only)] if _is_activation(graph.node[only], output, constants):
             output, activation = graph.node[only].output[0], only
     return _Convolution(
@@ -209,41 +218,19 @@ def _gains(
     convolution: _Convolution, pixels: float, price: float, *, from_rows: bool, to_rows: bool
 ) -> bool:
     filters, channels = convolution.weight.dims[:2]
-    cost = cost_of(channels, filters, pixels)
-    rows = 0.0
+    transforms = _INTO_TILES * channels + _OUT_OF_TILES * filters
     if not to_rows:
-        rows += _TO_MAP * filters
+        transforms += _TO_MAP * filters
     # Had it stayed as it was, the rows would have to be made a map for it.
-    rows += -_TO_MAP * channels if from_rows else _FROM_MAP * channels
-    transforms = cost.transforms + pixels * rows
-    return bool(cost.products + price * transforms < cost.direct)
-
-
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """Of a convolution, in multiplications of a direct one."""
-
-    direct: float
-    """As it is."""
-    products: float
-    """Position by position, when it is rewritten."""
-    transforms: float
-    """Into tiles and back, then, at a price of 1."""
-
-
-def cost_of(channels: int, filters: int, pixels: float) -> Cost:
-    """What a convolution costs for so many pixels of its map, among others that are rewritten."""
+    transforms += -_TO_MAP * channels if from_rows else _FROM_MAP * channels
+    cost = pixels * (_PRODUCT * channels * filters + price * transforms)
+    cost += _WEIGHTS * channels * filters + price * _NODES
     # onnxruntime computes filters in blocks of eight.
-    blocks = -(-filters // 8) * 8
-    return Cost(
-        direct=_DIRECT * channels * blocks * pixels,
-        products=_PRODUCT * channels * filters * pixels + _WEIGHTS * channels * filters,
-        transforms=(_INTO_TILES * channels + _OUT_OF_TILES * filters) * pixels + _NODES,
-    )
+    direct = pixels * _DIRECT * channels * (-(-filters // 8) * 8)
+    return bool(cost < direct)
 
 
-def _consumers(graph: GraphProto) -> dict[str, list[int | None]]:
-    """Places of the nodes that read a value; None stands for the caller, and for subgraphs."""
+def _consumers(graph: GraphProto) -> _Consumers:
     found: dict[str, list[int | None]] = defaultdict(list)
     for place, node in enumerate(graph.node):
         for name in node.input:
@@ -257,6 +244,8 @@ def _consumers(graph: GraphProto) -> dict[str, list[int | None]]:
 
 def _read_inside(node: NodeProto) -> Iterator[str]:
     for attribute in node.attribute:
+        if attribute.type not in (AttributeProto.GRAPH, AttributeProto.GRAPHS):
+            continue
         for graph in (attribute.g, *attribute.graphs):
             for inner in graph.node:
                 yield from inner.input
@@ -283,10 +272,12 @@ def _steps(graph: GraphProto) -> dict[str, int]:
 class _Rewriter:
     """Replaces the chosen convolutions of a graph."""
 
-    def __init__(self, graph: GraphProto, chosen: Mapping[int, _Convolution]) -> None:
+    def __init__(
+        self, graph: GraphProto, consumers: _Consumers, chosen: Mapping[int, _Convolution]
+    ) -> None:
         self._graph = graph
+        self._consumers = consumers
         self._chosen = chosen
-        self._consumers = _consumers(graph)
         self._writer = _Writer()
         self._weights: dict[str, NDArray[np.float32]] = {}
         self._rows: dict[str, str] = {}
@@ -305,17 +296,29 @@ class _Rewriter:
                 self._write(self._chosen[place])
             elif place not in absorbed:
                 nodes.append(node)
-        used = {name for node in nodes for name in (*node.input, *_read_inside(node))}
-        used |= {value.name for value in (*graph.input, *graph.output)}
-        kept = [each for each in graph.initializer if each.name in used]
-        del graph.node[:], graph.initializer[:], graph.value_info[:]
+        self._drop_filters()
+        del graph.node[:], graph.value_info[:]
         graph.node.extend(nodes)
-        graph.initializer.extend([*kept, *self._writer.constants.values()])
+        graph.initializer.extend(self._writer.constants.values())
         graph.input.extend(
             onnx.helper.make_tensor_value_info(name, TensorProto.FLOAT, weight.shape)
             for name, weight in self._weights.items()
         )
         return self._weights
+
+    def _drop_filters(self) -> None:
+        """Those that no node reads any more."""
+        replaced = {each.weight.name for each in self._chosen.values()}
+        unread = {
+            name
+            for name in replaced
+            if all(reader in self._chosen for reader in self._consumers[name])
+        }
+        # One by one: to write the list anew would copy all that stay.
+        initializers = self._graph.initializer
+        for place in reversed(range(len(initializers))):
+            if initializers[place].name in unread:
+                del initializers[place]
 
     def _write(self, convolution: _Convolution) -> None:
         write = self._writer
@@ -334,7 +337,7 @@ class _Rewriter:
         output = convolution.output
         self._rows[output] = rows
         self._tilings[output] = tiling
-        if any(reader not in self._chosen for reader in self._consumers[output]):
+        if any(reader not in self._chosen for reader in self._consumers.get(output, ())):
             pixels = write("Gather", rows, tiling.pixels, axis=0)
             write("Transpose", pixels, output=output, perm=[0, 3, 1, 2])
 

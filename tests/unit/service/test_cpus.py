@@ -1,13 +1,14 @@
-"""CPU quotas of containers."""
+"""CPU quotas of containers, and the kind of CPU."""
 
 from __future__ import annotations
 
 import os
+import platform
 from pathlib import Path
 
 import pytest
 
-from service.cpus import cpu_count
+from service.cpus import cpu_count, has_wide_vectors
 
 
 @pytest.fixture
@@ -94,3 +95,24 @@ def test_affinity_counts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3})
     files = {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "400000 100000\n"}
     assert cpu_count(write(tmp_path, files)) == 1
+
+
+@pytest.mark.parametrize(
+    ("machine", "known", "wide"),
+    [
+        pytest.param("x86_64", "processor\t: 0\nflags\t\t: fpu avx avx2 fma\n", False, id="avx2"),
+        pytest.param("x86_64", "flags\t\t: fpu avx2 avx512f avx512vl\n", True, id="avx512"),
+        pytest.param("AMD64", None, True, id="not told"),
+        pytest.param("x86_64", "processor\t: 0\n", True, id="no flags"),
+        pytest.param("aarch64", "Features\t: fp asimd\n", False, id="arm"),
+        pytest.param("arm64", None, False, id="a mac"),
+    ],
+)
+def test_wide_vectors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: str, known: str | None, wide: bool
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    if known is not None:
+        write(tmp_path, {"proc/cpuinfo": known})
+
+    assert has_wide_vectors(tmp_path) == wide

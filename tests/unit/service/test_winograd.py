@@ -21,18 +21,12 @@ from service.cpus import cpu_count
 from service.devices import Device, fitted, open_detector, providers, session_options
 from service.settings import Settings, bundled_models
 from service.startup import open_models
-from service.winograd_price import measured_price
 from tests.canvases import found, noise, sizes_of
 
 CPU = Device("cpu")
 LARGE = Size(800, 1088)
 """What the gain is reckoned for, so that what is run may be small."""
 Values = dict[str, NDArray[np.float32]]
-
-
-def nominal() -> float:
-    """The price that the costs are reckoned with."""
-    return 1.0
 
 
 def model(text: str, weights: dict[str, tuple[int, ...]], *, opset: int = 18) -> bytes:
@@ -55,7 +49,7 @@ def run(content: bytes, values: Values) -> list[NDArray[np.float32]]:
 
 def compared(content: bytes, values: Values) -> ModelProto:
     """The rewritten network, once it has given what the plain one gives."""
-    rewritten = winograd.rewrite(content, LARGE, nominal)
+    rewritten = winograd.rewrite(content, LARGE)
     assert rewritten is not None
     expected = run(content, values)
     answer = run(rewritten.content, {**values, **rewritten.weights})
@@ -203,10 +197,10 @@ def test_an_activation_whose_bounds_come_later() -> None:
 
 def test_what_was_rewritten_is_not_rewritten_again() -> None:
     content = model(ONE, {"w1": (128, 128, 3, 3), "b1": (128,)})
-    once = winograd.rewrite(content, LARGE, nominal)
+    once = winograd.rewrite(content, LARGE)
     assert once is not None
 
-    assert winograd.rewrite(once.content, LARGE, nominal) is None
+    assert winograd.rewrite(once.content, LARGE) is None
 
 
 def test_the_same_padding_beyond_the_map_in_every_layer() -> None:
@@ -246,7 +240,7 @@ def test_other_convolutions_stay(convolution: str) -> None:
     shapes = {"w1": (128, 128, 3, 3), "half": (128, 64, 3, 3)}
     shapes |= {"point": (128, 128, 1, 1), "five": (128, 128, 5, 5)}
 
-    assert winograd.rewrite(model(text, shapes), LARGE, nominal) is None
+    assert winograd.rewrite(model(text, shapes), LARGE) is None
 
 
 def test_weights_that_a_caller_may_replace_stay() -> None:
@@ -255,7 +249,7 @@ def test_weights_that_a_caller_may_replace_stay() -> None:
     { y = Conv <pads = [1, 1, 1, 1]> (x, w1) }
     """
 
-    assert winograd.rewrite(model(text, {"w1": (128, 128, 3, 3)}), LARGE, nominal) is None
+    assert winograd.rewrite(model(text, {"w1": (128, 128, 3, 3)}), LARGE) is None
 
 
 def test_weights_in_half_precision_stay() -> None:
@@ -266,7 +260,7 @@ def test_weights_in_half_precision_stay() -> None:
     for value in chain(parsed.graph.input, parsed.graph.output):
         value.type.tensor_type.elem_type = TensorProto.FLOAT16
 
-    assert winograd.rewrite(parsed.SerializeToString(), LARGE, nominal) is None
+    assert winograd.rewrite(parsed.SerializeToString(), LARGE) is None
 
 
 def test_files_with_functions_or_an_old_opset_stay() -> None:
@@ -278,8 +272,8 @@ def test_files_with_functions_or_an_old_opset_stay() -> None:
                                    "{ b = Relu (a) }")
     )  # fmt: skip
 
-    assert winograd.rewrite(old, LARGE, nominal) is None
-    assert winograd.rewrite(functions.SerializeToString(), LARGE, nominal) is None
+    assert winograd.rewrite(old, LARGE) is None
+    assert winograd.rewrite(functions.SerializeToString(), LARGE) is None
 
 
 @pytest.mark.parametrize(
@@ -298,7 +292,7 @@ def test_files_with_functions_or_an_old_opset_stay() -> None:
 def test_only_what_gains(filters: int, channels: int, canvas: Size, worth: bool) -> None:
     content = model(ONE, {"w1": (filters, channels, 3, 3), "b1": (filters,)})
 
-    assert (winograd.rewrite(content, canvas, nominal) is not None) == worth
+    assert (winograd.rewrite(content, canvas) is not None) == worth
 
 
 def test_the_gain_is_reckoned_for_the_size_of_the_map() -> None:
@@ -320,7 +314,7 @@ def test_the_gain_is_reckoned_for_the_size_of_the_map() -> None:
     )
     canvas = Size(96, 128)
 
-    rewritten = winograd.rewrite(content, canvas, nominal)
+    rewritten = winograd.rewrite(content, canvas)
 
     assert rewritten is not None
     left = [node.output[0] for node in onnx.load_model_from_string(rewritten.content).graph.node]
@@ -333,30 +327,20 @@ def test_the_gain_is_reckoned_for_the_size_of_the_map() -> None:
         np.testing.assert_allclose(mine, theirs, rtol=0, atol=2e-5 * np.abs(theirs).max())
 
 
-@pytest.mark.parametrize(("channels", "worth"), [(64, False), (256, True)])
-def test_dear_transforms_leave_few_channels_alone(channels: int, worth: bool) -> None:
-    content = model(ONE, {"w1": (channels, channels, 3, 3), "b1": (channels,)})
+@pytest.mark.parametrize(("channels", "worth"), [(64, False), (128, True)])
+def test_beside_wide_vectors_few_channels_are_left_alone(channels: int, worth: bool) -> None:
+    text = """
+    tower (float[n, c, h, w] x) => (float[n, c, h, w] y)
+    {
+        a = Conv <pads = [1, 1, 1, 1]> (x, w1)
+        b = Conv <pads = [1, 1, 1, 1]> (a, w1)
+        y = Conv <pads = [1, 1, 1, 1]> (b, w1)
+    }
+    """
+    content = model(text, {"w1": (channels, channels, 3, 3)})
 
-    assert winograd.rewrite(content, LARGE, lambda: 0.5) is not None
-    assert (winograd.rewrite(content, LARGE, lambda: 2.5) is not None) == worth
-
-
-def test_the_price_is_asked_only_where_it_matters() -> None:
-    def never() -> float:
-        raise AssertionError("nobody needs it")
-
-    point = "one (float[n, c, h, w] x) => (float[n, k, h, w] y) { y = Conv (x, w1) }"
-
-    assert winograd.rewrite(model(point, {"w1": (64, 64, 1, 1)}), LARGE, never) is None
-
-
-def test_the_price_is_measured_once() -> None:
-    measured_price.cache_clear()
-
-    price = measured_price()
-
-    assert 0.5 <= price < 4.0, "the bounds are for machines that are hardly there"
-    assert measured_price() == price
+    assert winograd.rewrite(content, LARGE) is not None
+    assert (winograd.rewrite(content, LARGE, wide=True) is not None) == worth
 
 
 @pytest.fixture(scope="module")
@@ -367,7 +351,7 @@ def bundled() -> Artifact:
 def test_the_bundled_model_answers_as_its_file_does(
     bundled: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(devices, "measured_price", nominal)
+    monkeypatch.setattr(devices, "has_wide_vectors", lambda: False)
     faster = open_detector(bundled, CPU)
     plain = open_detector(bundled, replace(CPU, winograd=False))
     for size in bundled.metadata.canvas.all_canvases():
@@ -385,7 +369,7 @@ def test_the_bundled_model_answers_as_its_file_does(
 def test_the_bundled_model_has_less_to_multiply(
     bundled: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(devices, "measured_price", nominal)
+    monkeypatch.setattr(devices, "has_wide_vectors", lambda: False)
     made = fitted(bundled, CPU)
 
     assert made.weights
@@ -408,7 +392,7 @@ def test_people_are_not_shown_the_filters(bundled: Artifact) -> None:
 def test_a_file_that_gains_nothing_is_opened_as_it_is(
     bundled: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(devices, "rewrite", lambda *_: None)
+    monkeypatch.setattr(devices, "rewrite", lambda *_, **__: None)
 
     made = fitted(bundled, CPU)
 
