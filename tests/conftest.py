@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,19 @@ def _cuda_device_present() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Servers of their own run untraced, as users run them: a trace takes a fifth of their time.
+
+    What they run is covered by the unit and the API tests, which run it in this process.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if item.get_closest_marker("e2e") or item.get_closest_marker("reliability"):
+            for name in [name for name in os.environ if name.startswith("COVERAGE_PROCESS")]:
+                patch.delenv(name)
+        return (yield)
 
 
 @pytest.fixture(scope="session")
