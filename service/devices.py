@@ -138,6 +138,12 @@ def fitted(artifact: Artifact, device: Device) -> Artifact:
     rewritten = rewrite(artifact.content, canvas, wide=has_wide_vectors())
     if rewritten is None:
         return replace(artifact, weights={})
+    _log.info(
+        "%s: %d convolutions multiply less than in the file; their filters take %.1f MB",
+        artifact.path,
+        rewritten.count,
+        sum(weight.nbytes for weight in rewritten.weights.values()) / 1e6,
+    )
     return replace(artifact, content=rewritten.content, weights=rewritten.weights)
 
 

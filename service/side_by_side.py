@@ -110,7 +110,7 @@ def _gains(runs: Callable[[int], Run], count: int, rates: dict[int, float]) -> b
     for _ in range(_ROUNDS):
         # In turns, so that what else the machine does counts for both.
         for run, each in ((few, count), (many, 2 * count)):
-            rates[each] = max(rates.get(each, 0.0), each / _together(run, each))
+            rates[each] = max(rates.get(each, 0.0), _rate(run, each))
         if rates[2 * count] >= _GAIN * rates[count]:
             return True
         if time.monotonic() - began > _LONG_SECONDS:
@@ -118,10 +118,17 @@ def _gains(runs: Callable[[int], Run], count: int, rates: dict[int, float]) -> b
     return False
 
 
-def _together(run: Run, count: int) -> float:
-    """Seconds until so many runs, begun together, are all done."""
-    with ThreadPoolExecutor(count, thread_name_prefix="measure") as pool:
+def _rate(run: Run, count: int) -> float:
+    """Runs a second, side by side, when each goes on with another one as soon as it is done.
+
+    So it is the sum of what each does by itself: to wait until all are done would count against
+    them what else keeps one of the cores busy, and at a start something does.
+    """
+
+    def seconds() -> float:
         started = time.perf_counter()
-        for done in [pool.submit(run) for _ in range(count)]:
-            done.result()
+        run()
         return time.perf_counter() - started
+
+    with ThreadPoolExecutor(count, thread_name_prefix="measure") as pool:
+        return sum(1 / each.result() for each in [pool.submit(seconds) for _ in range(count)])

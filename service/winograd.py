@@ -95,6 +95,8 @@ class Rewritten:
     content: bytes
     weights: Mapping[str, NDArray[np.float32]]
     """Transformed filters: inputs of the file, so that all its sessions share them."""
+    count: int
+    """Of the convolutions that were rewritten."""
 
 
 def rewrite(content: bytes, canvas: Size, *, wide: bool = False) -> Rewritten | None:
@@ -112,7 +114,7 @@ def rewrite(content: bytes, canvas: Size, *, wide: bool = False) -> Rewritten | 
     if not chosen:
         return None
     weights = _Rewriter(model.graph, consumers, chosen).rewrite()
-    return Rewritten(model.SerializeToString(), weights)
+    return Rewritten(model.SerializeToString(), weights, len(chosen))
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from dataclasses import replace
 from itertools import chain
 
@@ -367,12 +369,14 @@ def test_the_bundled_model_answers_as_its_file_does(
 
 
 def test_the_bundled_model_has_less_to_multiply(
-    bundled: Artifact, monkeypatch: pytest.MonkeyPatch
+    bundled: Artifact, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(devices, "has_wide_vectors", lambda: False)
-    made = fitted(bundled, CPU)
+    with caplog.at_level(logging.INFO):
+        made = fitted(bundled, CPU)
 
     assert made.weights
+    assert re.search(r"\d+ convolutions multiply less .* filters take \d+\.\d MB", caplog.text)
     assert fitted(made, CPU) is made, "once, however many sessions there are"
     assert fitted(bundled, Device("cuda")) is bundled
     assert len(made.content) < len(bundled.content), "filters are there once"
