@@ -1,7 +1,8 @@
 """The service's detector beside a bare session, and both beside what the network must cost.
 
     python benchmarks/engine.py                       # bundled model, and a ResNet-50
-    python benchmarks/engine.py --models DIR --no-resnet50 --quick
+    python benchmarks/engine.py --models DIR --no-resnet50
+    python benchmarks/engine.py --quick               # without the ResNet-50, too
 
 For each canvas of the model and batches of 1, 2, 4 and 8, in turn within one run: a loop over the
 service's detector, and one over `InferenceSession.run` on the file as it is, with the same options.
@@ -19,6 +20,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -161,6 +163,9 @@ def main() -> None:
     parser.add_argument("--no-resnet50", action="store_true", help="only the model of --models")
     add_options(parser)
     arguments = parser.parse_args()
+    with_resnet50 = not (arguments.no_resnet50 or arguments.quick)
+    if with_resnet50 and find_spec("torch") is None:
+        parser.error("torch, which exports the ResNet-50, is not installed: add --no-resnet50")
     rounds, seconds = (3, 0.6) if arguments.quick else (5, 1.2)
     batches = (BATCHES[0], BATCHES[-1]) if arguments.quick else BATCHES
 
@@ -187,7 +192,7 @@ def main() -> None:
     artifact = read_artifact(scan_repository(arguments.models)[-1].path)
     own = measure(table, peak, artifact, batches, rounds=rounds, seconds=seconds)
     name = artifact.metadata.name
-    if not arguments.no_resnet50:
+    if with_resnet50:
         with tempfile.TemporaryDirectory() as folder:
             large = read_artifact(write_resnet50(Path(folder)))
         theirs = measure(table, peak, large, BATCHES[:1], rounds=rounds, seconds=seconds)

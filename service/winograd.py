@@ -380,22 +380,22 @@ class _Tiling:
     def pixels(self) -> str:
         """(N, H, W): the row of each pixel in the order of tiles."""
         write = self._write
-        whole = write("Concat", self._count, write("Mul", self._tiles, [_OUT]), axis=0)
-        split = write("Reshape", self._range(self._split), self._split)
+        whole = write("Concat", self._count, self._reach, axis=0)
+        split = write("Reshape", self._range(self._split_rows), self._split)
         joined = write("Reshape", write("Transpose", split, perm=[2, 3, 0, 4, 1]), whole)
-        # The last tiles may reach beyond the map.
         return write("Slice", joined, [0, 0], self._sides, [1, 2])
 
     @cached_property
     def places_in_tiles(self) -> str:
         """The row of each pixel that goes into a tile, by place in the tile, then by tile."""
-        return self._places(self.pixels, self._rows(self._split))
+        return self._places(self.pixels, self._split_rows)
 
     @cached_property
     def places_in_map(self) -> str:
         """The same for rows in the order of a map's pixels."""
         shape = self._write("Concat", self._count, self._sides, axis=0)
-        return self._places(self._write("Reshape", self._range(shape), shape), self._rows(shape))
+        rows = self._product(shape)
+        return self._places(self._write("Reshape", self._range(rows), shape), rows)
 
     @cached_property
     def _shape(self) -> str:
@@ -420,15 +420,28 @@ class _Tiling:
         return self._write("Concat", [_OUT, _OUT], self._count, self._tiles, axis=0)
 
     @cached_property
+    def _split_rows(self) -> str:
+        return self._product(self._split)
+
+    @cached_property
+    def _reach(self) -> str:
+        """Down and across: pixels up to the end of the last tile, which may be beyond the map."""
+        return self._write("Mul", self._tiles, [_OUT])
+
+    @cached_property
     def _windows(self) -> tuple[str, str]:
         """(6, tiles) down and across: the pixel of the padded map at each place of each tile."""
         write = self._write
-        ends = write("Mul", self._tiles, [_OUT])
         offsets = np.arange(_IN)[:, np.newaxis]
         down, across = (
             write(
                 "Add",
-                write("Range", np.int64(0), write("Gather", ends, np.int64(side)), np.int64(_OUT)),
+                write(
+                    "Range",
+                    np.int64(0),
+                    write("Gather", self._reach, np.int64(side)),
+                    np.int64(_OUT),
+                ),
                 offsets,
             )
             for side in (0, 1)
@@ -439,14 +452,14 @@ class _Tiling:
     def _padding(self) -> str:
         """One pixel around, and up to whole tiles."""
         write = self._write
-        beyond = write("Sub", write("Add", write("Mul", self._tiles, [_OUT]), [1]), self._sides)
+        beyond = write("Sub", write("Add", self._reach, [1]), self._sides)
         return write("Concat", [0, 1, 1, 0], beyond, axis=0)
 
-    def _rows(self, shape: str) -> str:
+    def _product(self, shape: str) -> str:
         return self._write("ReduceProd", shape, keepdims=0)
 
-    def _range(self, shape: str) -> str:
-        return self._write("Range", np.int64(0), self._rows(shape), np.int64(1))
+    def _range(self, rows: str) -> str:
+        return self._write("Range", np.int64(0), rows, np.int64(1))
 
     def _places(self, rows: str, behind_last: str) -> str:
         write = self._write
