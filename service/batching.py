@@ -110,6 +110,11 @@ class BatchQueue(Generic[Item]):
     def __len__(self) -> int:
         return self._length
 
+    @property
+    def arrivals(self) -> int:
+        """How many items have ever come."""
+        return self._arrivals
+
     def lanes(self) -> list[Lane]:
         """What waits."""
         if not self._length:

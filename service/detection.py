@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from service.record import Passage
 from service.results import Selection, select
 from service.tiling import MAX_VIEWS, Canvases, Plan, Tile, lay_out, merge, plan
 from service.views import detect_views
-from service.work import Servable, Timing
+from service.work import Outcome, Servable, Timing
 
 
 class Answer(NamedTuple):
@@ -32,6 +33,12 @@ class Answer(NamedTuple):
     """How many the picture took; None where nobody asked for tiles."""
     passage: Passage | None = None
     """None where several canvases went together."""
+    written: bytes | None = None
+    """What `write` made of it. None where there is none, or where that is left to the caller."""
+
+
+Write = Callable[[Answer], bytes | None]
+"""From an answer to the body of a response; None: that is too much to do on the way."""
 
 
 async def detect_one(
@@ -42,15 +49,17 @@ async def detect_one(
     limit: float,
     tile: Tile = "off",
     urgency: Urgency = Urgency.INTERACTIVE,
+    write: Write | None = None,
 ) -> Answer:
     """Detect on a picture that holds a place in `service.pictures`, and count it.
 
-    `limit` is when an answer is too late, on the clock of `time.monotonic`. Raises what
+    `limit` is when an answer is too late, on the clock of `time.monotonic`. An answer of one canvas
+    is written where it arises (`Pipeline.detect_canvas` says where that is). Raises what
     `Pipeline.detect` raises; for tiles also TooLarge, or Unavailable where not all find room.
     """
     with service.metrics.picture(model) as watched:
         if tile == "off":
-            answer = await _whole(service, picture, model, selection, limit, urgency)
+            answer = await _whole(service, picture, model, selection, limit, urgency, write)
         else:
             answer = await _tiled(service, picture, model, selection, limit, tile, urgency)
         watched.answered(answer.found, answer.timing, answer.image, answer.passage)
@@ -64,19 +73,25 @@ async def _whole(
     selection: Selection,
     limit: float,
     urgency: Urgency,
+    write: Write | None = None,
 ) -> Answer:
-    outcome = await service.pipeline.detect(
+    def finish(outcome: Outcome) -> Answer:
+        found = select(outcome.detections, outcome.letterbox, selection)
+        size = outcome.letterbox.original
+        answer = Answer(size, found, outcome.timing, None, outcome.passage)
+        return answer if write is None else answer._replace(written=write(answer))
+
+    return await service.pipeline.detect(
         picture,
         model,
         score=selection.lowest_score,
         iou=selection.iou,
         deadline=limit,
         max_pixels=service.settings.max_image_pixels,
+        finish=finish,
         memory=service.decode_memory,
         urgency=urgency,
     )
-    found = select(outcome.detections, outcome.letterbox, selection)
-    return Answer(outcome.letterbox.original, found, outcome.timing, None, outcome.passage)
 
 
 async def _tiled(

@@ -6,7 +6,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -62,8 +62,16 @@ def brief(error: Exception) -> str:
     return type(error).__name__ if found is None else found[0].strip()
 
 
-def deliver(answers: Sequence[tuple[Work, Outcome | Exception]]) -> None:
-    """Hand answers over to their event loop, all in one wake-up."""
+def finished(work: Work, outcome: Outcome) -> Any:
+    """What the one who waits wants of it, or the error that came of that."""
+    try:
+        return work.finish(outcome)
+    except Exception as error:
+        return error
+
+
+def deliver(answers: Sequence[tuple[Work, Any]]) -> None:
+    """Hand answers over to their event loop, all in one wake-up; an exception is an error."""
     loop = answers[0][0].future.get_loop()
     try:
         loop.call_soon_threadsafe(_settle, answers)
@@ -72,7 +80,7 @@ def deliver(answers: Sequence[tuple[Work, Outcome | Exception]]) -> None:
         _log.debug("%d answers came after the server had stopped", len(answers))
 
 
-def _settle(answers: Sequence[tuple[Work, Outcome | Exception]]) -> None:
+def _settle(answers: Sequence[tuple[Work, Any]]) -> None:
     for work, answer in answers:
         if work.future.done():
             continue

@@ -15,20 +15,22 @@ import threading
 import time
 from collections.abc import Callable, Hashable
 from functools import partial
-from typing import Final
+from typing import Any, Final, TypeVar, cast
 
 from service.batching import BatchQueue, Policy, Urgency
 from service.decode_memory import DecodeMemory
 from service.detector import Detector
 from service.errors import DeadlineExceeded, InferenceFailed, RetinaserveError, Unavailable
 from service.imaging import Prepared, prepare
-from service.inference import brief, deliver, run_batch
+from service.inference import brief, deliver, finished, run_batch
 from service.prediction import Prediction, infers
 from service.work import BatchKey, Outcome, Servable, Work
 from service.workers import Watchdog, Worker
 
 _log = logging.getLogger("retinaserve.pipeline")
 _JOIN_SECONDS: Final = 0.5
+
+T = TypeVar("T")
 
 
 class Pipeline:
@@ -159,12 +161,14 @@ class Pipeline:
         iou: float,
         deadline: float,
         max_pixels: int,
+        finish: Callable[[Outcome], T],
         memory: DecodeMemory | None = None,
         urgency: Urgency = Urgency.INTERACTIVE,
-    ) -> Outcome:
+    ) -> T:
         """Detect on one compressed picture. Leaves the queue at once when cancelled or late.
 
-        Raises what `admit` and `imaging.prepare` raise, DeadlineExceeded, or InferenceFailed.
+        Raises what `admit` and `imaging.prepare` raise, DeadlineExceeded, InferenceFailed, or
+        what `finish` raises.
         """
         needed = self.admit(model, deadline, urgency=urgency)
         learn = partial(self.prediction.learn, urgency, predicted=needed)
@@ -172,14 +176,20 @@ class Pipeline:
         rule = model.metadata.canvas
         make = partial(prepare, data, rule, max_pixels=max_pixels, memory=memory)
         try:
-            outcome = await self.detect_canvas(
-                make, model, score=score, iou=iou, deadline=deadline, urgency=urgency
+            answer = await self.detect_canvas(
+                make,
+                model,
+                score=score,
+                iou=iou,
+                deadline=deadline,
+                finish=finish,
+                urgency=urgency,
             )
         except DeadlineExceeded:
             learn(actual=time.monotonic() - started)
             raise
         learn(actual=time.monotonic() - started)
-        return outcome
+        return answer
 
     async def detect_canvas(
         self,
@@ -189,21 +199,25 @@ class Pipeline:
         score: float,
         iou: float,
         deadline: float,
+        finish: Callable[[Outcome], T],
         urgency: Urgency = Urgency.INTERACTIVE,
-    ) -> Outcome:
+    ) -> T:
         """Detect on the canvas that `make` makes, in a decode thread. Otherwise as `detect`.
 
+        `finish` makes the answer of the outcome: on a CPU in the thread that has it, where what it
+        needs is still in the core's caches; otherwise on the event loop, so that no device waits.
         Whoever calls this has called `admit`.
         """
         self._refuse_if_over()
         loop = self._loop = asyncio.get_running_loop()
-        future: asyncio.Future[Outcome] = loop.create_future()
-        work = Work(make, model, score, iou, deadline, urgency, future)
+        future: asyncio.Future[Any] = loop.create_future()
+        work = Work(make, model, score, iou, deadline, urgency, future, finish)
         timer = loop.call_later(max(0.0, deadline - time.monotonic()), work.expire)
         self._pending.add(work)
         self._arrived.push(work)
         try:
-            return await work.future
+            answer = await work.future
+            return cast("T", answer) if self._decoders_infer else finish(answer)
         except BaseException:
             self._withdraw(work)
             raise
@@ -324,11 +338,17 @@ class Pipeline:
     def _infer_batch(self, batch: list[Work], number: int, worker: Worker[Work]) -> None:
         worker.hold(batch, limit=self._watchdog_seconds)
         self._on_batch(batch[0].model, len(batch))
-        deliver(self._infer(batch, number, worker))
+        answers = self._infer(batch, number, worker)
+        if self._decoders_infer:
+            answers = [
+                (work, finished(work, answer) if isinstance(answer, Outcome) else answer)
+                for work, answer in answers
+            ]
+        deliver(answers)
 
     def _infer(
         self, batch: list[Work], number: int, worker: Worker[Work]
-    ) -> list[tuple[Work, Outcome | Exception]]:
+    ) -> list[tuple[Work, Any]]:
         detector = batch[0].model.detectors[number].suited(lone=self._is_lone(worker))
         # Each attempt has its own time: many that fail one by one are not one that hangs.
         worker.renew()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 from service.admission import WAY_BACK, Caution, refuse_late
 from service.batching import URGENT_TURNS, BatchQueue, Lane, Urgency
@@ -16,6 +16,20 @@ _LONGEST_DOUBT: Final = 30.0
 """Seconds that a batch which is overdue is thought to need at most."""
 _NEWS: Final = 0.1
 """Share of the newest picture in what is known of decoding."""
+
+
+_FRESH: Final = 0.002
+"""Seconds within which a request that has been checked is let in by what was seen then."""
+
+
+class _Checked(NamedTuple):
+    """What a check saw."""
+
+    urgency: Urgency
+    arrivals: int
+    at: float
+    """On the clock of `time.monotonic`."""
+    wait: float
 
 
 class Prediction:
@@ -44,6 +58,8 @@ class Prediction:
         self._max_batch_size = max_batch_size
         self._decode_seconds = 0.0
         """What decoding a picture takes, recent ones weighing more."""
+        self._checked: _Checked | None = None
+        """The last check."""
         self._cautions = {urgency: Caution() for urgency in Urgency}
         """One for each: bulk is also overtaken by what comes after it."""
 
@@ -66,10 +82,11 @@ class Prediction:
         return max(seconds / self._count, self._decode_seconds * decodes / len(self._decoders))
 
     def check(self, seconds: float, urgency: Urgency) -> None:
-        """Raise Unavailable when the queue alone takes longer than `seconds`."""
-        refuse_late(
-            finish=self._cautions[urgency].stretch(self.wait(urgency)), left=seconds, alone=0.0
-        )
+        """Raise Unavailable when the queue alone takes longer than `seconds`. On the event loop."""
+        arrivals, now = self._arrived.arrivals, time.monotonic()
+        wait = self.wait(urgency)
+        self._checked = _Checked(urgency, arrivals, now, wait)
+        refuse_late(finish=self._cautions[urgency].stretch(wait), left=seconds, alone=0.0)
 
     def admit(
         self,
@@ -81,11 +98,11 @@ class Prediction:
     ) -> float:
         """Let pictures in if they will be done by `deadline`. Returns the seconds that they need.
 
-        Raises Unavailable.
+        Raises Unavailable. On the event loop.
         """
         rounds = math.ceil(pictures / self._count)
         alone = model.costs.fastest * rounds
-        wait = self.wait(urgency)
+        wait = self._wait_as_checked(urgency)
         inference = model.costs.of().lasting(rounds, most=self._max_batch_size)
         needed = wait + self._decode_seconds + inference
         # An idle service lets in whatever is not hopeless: what it has learnt may be out of date,
@@ -93,6 +110,21 @@ class Prediction:
         finish = self._cautions[urgency].stretch(needed) + WAY_BACK if wait else alone
         refuse_late(finish=finish, left=deadline - time.monotonic(), alone=alone)
         return needed
+
+    def _wait_as_checked(self, urgency: Urgency) -> float:
+        """As `wait`, without looking again where nothing has come since a check a moment ago.
+
+        Of a request whose body came with its headers that is the check of the request itself.
+        """
+        seen = self._checked
+        if (
+            seen is None
+            or seen.urgency is not urgency
+            or seen.arrivals != self._arrived.arrivals
+            or time.monotonic() - seen.at > _FRESH
+        ):
+            return self.wait(urgency)
+        return seen.wait
 
     def learn(self, urgency: Urgency, *, predicted: float, actual: float) -> None:
         """Work that `admit` gave `predicted` seconds took `actual` seconds."""

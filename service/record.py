@@ -15,7 +15,7 @@ class Stages(NamedTuple):
     """Waiting, for a decode thread and for a device."""
     inference: float
     postprocess: float
-    """From the device's result to the detections of the answer."""
+    """From the device's result to the answer, an answer of one canvas being written by then."""
 
     @property
     def total(self) -> float:

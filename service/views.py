@@ -10,7 +10,7 @@ from service.imaging import Prepared
 from service.pipeline import Pipeline
 from service.results import Selection
 from service.tiling import Canvases
-from service.work import Outcome, Servable
+from service.work import Outcome, Servable, as_it_is
 
 
 async def detect_views(
@@ -38,6 +38,7 @@ async def detect_views(
                 score=selection.lowest_score,
                 iou=selection.iou,
                 deadline=deadline,
+                finish=as_it_is,
                 urgency=urgency,
             )
 

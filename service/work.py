@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from service.artifact import Artifact, Metadata
 from service.batching import Urgency
@@ -66,6 +66,11 @@ class Outcome(NamedTuple):
     passage: Passage
 
 
+def as_it_is(outcome: Outcome) -> Outcome:
+    """For those who want nothing else of it."""
+    return outcome
+
+
 @dataclass(slots=True, eq=False)
 class Work:
     """One picture on its way through the pipeline."""
@@ -79,7 +84,9 @@ class Work:
     deadline: float
     """On the clock of `time.monotonic`."""
     urgency: Urgency
-    future: asyncio.Future[Outcome]
+    future: asyncio.Future[Any]
+    finish: Callable[[Outcome], Any]
+    """What whoever waits wants of its outcome."""
     arrived: float = field(default_factory=time.monotonic)
     request_id: str = field(default_factory=request_id.get)
     abandoned: bool = False

@@ -35,7 +35,7 @@ from service.settings import Settings
 from service.side_by_side import SideBySide
 from service.tiling import Canvases, lay_out, merge, parse_tile, plan
 from service.views import detect_views
-from service.work import Servable
+from service.work import Outcome, Servable
 
 _FOREVER: Final = 1e7
 """Seconds until a picture would be late: nobody waits for it."""
@@ -161,14 +161,17 @@ class Engine:
         return Row(path, Found(image, found), None)
 
     async def _canvas(self, make: Callable[[], Prepared]) -> tuple[Size, Detections]:
-        outcome = await self._pipeline.detect_canvas(
+        return await self._pipeline.detect_canvas(
             make,
             self._model,
             score=self._lowest_score,
             iou=self._selection.iou,
             deadline=time.monotonic() + _FOREVER,
+            finish=self._choose,
             urgency=Urgency.BULK,
         )
+
+    def _choose(self, outcome: Outcome) -> tuple[Size, Detections]:
         found = select(outcome.detections, outcome.letterbox, self._selection)
         return outcome.letterbox.original, found
 

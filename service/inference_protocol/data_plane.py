@@ -24,7 +24,7 @@ from service.errors import MalformedRequest, RetinaserveError, UnknownModel
 from service.imaging import Prepared
 from service.inference_protocol.tensors import OUTPUT_NAMES, Buffer, Limits
 from service.results import resolve
-from service.work import Servable
+from service.work import Servable, as_it_is
 
 Job = Callable[[], Coroutine[None, None, Detections]]
 
@@ -186,7 +186,7 @@ def _canvas_jobs(
     async def one(prepared: Prepared) -> Detections:
         with service.metrics.picture(model) as watched:
             outcome = await service.pipeline.detect_canvas(
-                lambda: prepared, model, score=score, iou=iou, deadline=limit
+                lambda: prepared, model, score=score, iou=iou, deadline=limit, finish=as_it_is
             )
             # The graph may have run for others as well, with a lower threshold.
             raw = outcome.detections

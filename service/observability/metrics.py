@@ -207,7 +207,7 @@ class Watched:
     ) -> None:
         """Record what a picture of that size gave."""
         finished = time.monotonic()
-        # What is left: the way back to the event loop, choosing, mapping to the picture.
+        # What is left: choosing, mapping to the picture, writing, the way back to the event loop.
         rest = max(0.0, finished - self._started - sum(timing))
         stages = Stages(*timing, rest)
         self._numbers.observe_picture(stages, found.labels, found.scores)

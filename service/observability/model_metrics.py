@@ -60,8 +60,10 @@ class Bins:
     def add_all(self, values: NDArray[np.floating]) -> None:
         """Count many values at once."""
         if len(values) <= _FEW:
+            counts, bounds = self._counts, self._bounds
             for value in values.tolist():
-                self.add(value)
+                counts[bisect_left(bounds, value)] += 1
+                self._sum += value
             return
         found = np.bincount(np.searchsorted(self._array, values), minlength=len(self._counts))
         for index in found.nonzero()[0].tolist():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 import orjson
@@ -76,18 +77,26 @@ class DetectRoute:
             picture = await self._picture(headers.get("content-type", ""), body)
             # Base64 has been copied out of it.
             del body
-            answer = await detect_one(service, picture, model, selection, limit, query.tile)
             image_type = wanted_image(headers.get("accept"))
+            written_as = partial(_write, query.format, model, read)
+            answer = await detect_one(
+                service,
+                picture,
+                model,
+                selection,
+                limit,
+                query.tile,
+                write=partial(_write_few, written_as) if image_type is None else None,
+            )
             if image_type is not None:
                 content = await service.off_loop(
                     _annotated, picture, answer.found, model, image_type, service
                 )
                 return Response(content, media_type=image_type)
-            if len(answer.found) < _MANY_DETECTIONS:
-                content = _write(query.format, model, answer, read)
-            else:
-                content = await service.off_loop(_write, query.format, model, answer, read)
-        return Response(content, media_type="application/json")
+            written = answer.written
+            if written is None:
+                written = await service.off_loop(written_as, answer)
+        return Response(written, media_type="application/json")
 
     async def _picture(self, content_type: str, body: Body) -> bytes | memoryview:
         kind = content_type.partition(";")[0].strip().lower()
@@ -189,7 +198,12 @@ def model_json(model: Servable) -> dict[str, Any]:
     return {"name": model.name, "version": model.version}
 
 
-def _write(shape: Format, model: Servable, answer: Answer, read: float) -> bytes:
+def _write_few(written_as: Callable[[Answer], bytes], answer: Answer) -> bytes | None:
+    """The answer as JSON; None where that is worth a thread of its own."""
+    return written_as(answer) if len(answer.found) < _MANY_DETECTIONS else None
+
+
+def _write(shape: Format, model: Servable, read: float, answer: Answer) -> bytes:
     """The answer as JSON. `read` is when the body was complete."""
     found, classes = answer.found, model.metadata.classes
     if shape == "coco":

@@ -25,7 +25,7 @@ from service.devices import Device, open_detector, providers, session_options
 from service.errors import DeadlineExceeded, InferenceFailed, MalformedImage, Unavailable
 from service.imaging import Prepared
 from service.pipeline import Pipeline
-from service.work import Outcome, Servable, Work
+from service.work import Outcome, Servable, Work, as_it_is
 from service.workers import Watchdog, Worker
 from tests import tiny_model
 from tests.pictures import BLUE, GREEN, RED, encoded, one_red, squares
@@ -69,8 +69,14 @@ async def started(
 
 
 async def detect(
-    line: Pipeline, model: Servable, data: bytes, *, seconds: float = 60.0, iou: float = 0.5
-) -> Outcome:
+    line: Pipeline,
+    model: Servable,
+    data: bytes,
+    *,
+    seconds: float = 60.0,
+    iou: float = 0.5,
+    finish: Callable[[Outcome], Any] = as_it_is,
+) -> Any:
     return await line.detect(
         data,
         model,
@@ -78,6 +84,7 @@ async def detect(
         iou=iou,
         deadline=time.monotonic() + seconds,
         max_pixels=50_000_000,
+        finish=finish,
     )
 
 
@@ -334,6 +341,52 @@ async def test_on_a_cpu_the_thread_that_decoded_goes_on(load: Callable[..., Serv
     assert "decode" in {name.partition("-")[0] for name in threads}
 
 
+@pytest.mark.parametrize("infer", [False, True])
+async def test_an_answer_is_finished_where_no_device_waits_for_it(
+    load: Callable[..., Servable], infer: bool
+) -> None:
+    model = alone_twice(load())
+    threads: set[str] = set()
+
+    def finish(outcome: Outcome) -> int:
+        threads.add(threading.current_thread().name.partition("-")[0])
+        return len(outcome.detections)
+
+    async with started(decoders_infer=infer) as line:
+        expected = len((await detect(line, model, encoded(one_red()))).detections)
+        answers = [detect(line, model, encoded(one_red()), finish=finish) for _ in range(20)]
+        assert await asyncio.gather(*answers) == [expected] * 20
+    assert expected > 0
+    if infer:
+        assert threads <= {"decode", "device"}
+    else:
+        assert threads == {"MainThread"}
+
+
+@pytest.mark.parametrize("infer", [False, True])
+async def test_what_cannot_be_finished_fails_alone(
+    load: Callable[..., Servable], infer: bool
+) -> None:
+    def fail(_: Outcome) -> None:
+        raise ZeroDivisionError("of this one")
+
+    model, sizes = load(), []
+    policy = Policy(max_batch_size=4, max_delay=0.2)
+    async with started(policy, sizes=sizes, decoders_infer=infer) as line:
+        good, bad, other = await asyncio.gather(
+            *(
+                detect(line, model, encoded(one_red()), finish=finish)
+                for finish in (as_it_is, fail, as_it_is)
+            ),
+            return_exceptions=True,
+        )
+        assert sizes == [3], "they shared an inference"
+        assert isinstance(bad, ZeroDivisionError)
+        assert [type(good), type(other)] == [Outcome, Outcome]
+        assert line.fatal is None
+        assert isinstance(await detect(line, model, encoded(one_red())), Outcome)
+
+
 async def test_no_more_inferences_at_a_time_than_callers(load: Callable[..., Servable]) -> None:
     running, most, lock = 0, 0, threading.Lock()
 
@@ -489,6 +542,7 @@ async def test_what_comes_after_the_end_is_told_of_it(load: Callable[..., Servab
                 score=0.5,
                 iou=0.5,
                 deadline=time.monotonic() + 60.0,
+                finish=as_it_is,
             )
 
 
@@ -508,7 +562,12 @@ async def test_a_canvas_that_fails_even_when_empty_is_not_the_devices_fault(
     async with started() as line:
         with pytest.raises(InferenceFailed):
             await line.detect_canvas(
-                lambda: blank, model, score=0.5, iou=0.5, deadline=time.monotonic() + 60.0
+                lambda: blank,
+                model,
+                score=0.5,
+                iou=0.5,
+                deadline=time.monotonic() + 60.0,
+                finish=as_it_is,
             )
         assert line.fatal is None
         assert isinstance(await detect(line, model, encoded(one_red())), Outcome)

@@ -151,6 +151,27 @@ def test_a_batch_that_is_late_is_thought_to_be_late_again(model: Servable) -> No
     assert line.prediction.wait() == 30.0, "no more is made of it"
 
 
+def test_a_request_that_was_just_checked_is_not_looked_at_again(
+    model: Servable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = Line(batch=1)
+    ready(line, model, 2)
+    alone = 0.040
+    line.prediction.check(1.0, Urgency.INTERACTIVE)
+    # Nobody came but from thread to thread.
+    ready(line, model, 1)
+    assert line.prediction.admit(model, NOW + 1.0) == pytest.approx(2 * alone + alone)
+    assert line.prediction.admit(model, NOW + 1.0, urgency=Urgency.BULK) == pytest.approx(
+        3 * alone + alone
+    ), "the check was of another urgency"
+    arrived(line, model, 1)
+    assert line.prediction.admit(model, NOW + 1.0) == pytest.approx(4 * alone + alone)
+    line.prediction.check(1.0, Urgency.INTERACTIVE)
+    ready(line, model, 1)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: NOW + 0.003))
+    assert line.prediction.admit(model, NOW + 1.0) == pytest.approx(5 * alone + alone)
+
+
 def test_bulk_learns_for_itself_how_often_it_is_overtaken(model: Servable) -> None:
     line = Line()
     ready(line, model, 8, Urgency.BULK)

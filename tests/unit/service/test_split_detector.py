@@ -37,7 +37,7 @@ from service.gpu.whole_detector import WholeDetector
 from service.imaging import Prepared
 from service.pipeline import Pipeline
 from service.settings import bundled_models
-from service.work import Servable
+from service.work import Servable, as_it_is
 from tests import seam_model, tiny_model
 from tests.canvases import found, noise, same, sizes_of
 
@@ -451,6 +451,7 @@ def test_two_callers_of_one_detector_serve_a_pipeline(
                     score=0.45,
                     iou=0.5,
                     deadline=time.monotonic() + SECONDS,
+                    finish=as_it_is,
                 )
                 for picture in pictures
             )
