@@ -67,6 +67,8 @@ class Running(NamedTuple):
 def served(models: Path, **settings: object) -> Iterator[Running]:
     """A service on a free port, ready; on the CPU unless the settings say otherwise."""
     environment = os.environ | {"RETINASERVE_LOG_LEVEL": "warning", "RETINASERVE_DEVICE": "cpu"}
+    # An installed package has its bytecode: a checkout gets it with the first start.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     environment |= {f"RETINASERVE_{name.upper()}": str(each) for name, each in settings.items()}
     command = [sys.executable, str(HERE / "server.py"), "serve"]
     command += ["--models", str(models), "--port", str(free_port())]

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import itertools
 import logging
+import math
 import sys
 import threading
 import time
@@ -19,10 +20,10 @@ from queue import SimpleQueue
 from typing import Final
 
 from service.artifact import Artifact, Entry
-from service.canvas import Size
+from service.canvas import CanvasRule, Size
 from service.detector import Detector, batch_buckets
 from service.devices import Device, fitted, open_detector
-from service.errors import ArtifactError
+from service.errors import ArtifactError, DeviceError
 from service.side_by_side import OpenDetector, SideBySide
 from service.work import Servable
 
@@ -91,28 +92,35 @@ def open_servable(
     Raises ArtifactError or DeviceError.
     """
     artifact = fitted(artifact, devices[0])
+    on_cpu = all(each.kind == "cpu" for each in devices)
+    canvas = _canvases(artifact.metadata.canvas)[0]
     # To open a session takes one core; there are several where a second one will be needed.
     needed = side_by_side.surely if len(artifact.content) <= _OPENED_TOGETHER else None
-    with ThreadPoolExecutor(1, thread_name_prefix="model-loader-beside") as beside:
-        openers = [
-            _ahead(partial(_open_on, artifact, device), needed, beside)
-            if device.kind == "cpu"
-            else None
-            for device in devices
-        ]
-        detectors = tuple(open_detector(artifact, device, batch=batch) for device in devices)
-    # The sessions have copies of their own.
-    slim = replace(artifact, content=b"")
-    servable = Servable(entry.name, entry.version, slim, detectors)
     try:
-        _warm(servable, batch_buckets(batch), alike=all(each.kind == "cpu" for each in devices))
-        canvas = _canvases(servable)[0]
+        with ThreadPoolExecutor(1, thread_name_prefix="model-loader-beside") as beside:
+            openers = [
+                _ahead(partial(_open_beside, artifact, device, canvas), needed, beside)
+                if device.kind == "cpu"
+                else None
+                for device in devices
+            ]
+            detectors = tuple(open_detector(artifact, device, batch=batch) for device in devices)
+            if on_cpu:
+                # What a first run sets up it sets up while the other session does.
+                for detector in detectors:
+                    detector.warm(canvas)
+        # The sessions have copies of their own.
+        slim = replace(artifact, content=b"")
+        servable = Servable(entry.name, entry.version, slim, detectors)
+        _warm(servable, batch_buckets(batch), on_cpu=on_cpu)
         shared = [
             (detector, device.callers)
             if opener is None
             else side_by_side.share(detector, opener, canvas=canvas)
             for device, detector, opener in zip(devices, detectors, openers, strict=True)
         ]
+    except (ArtifactError, DeviceError):
+        raise
     except Exception as error:
         # onnxruntime's errors share no base class that it documents.
         raise ArtifactError(f"{artifact.path}: its warm-up failed: {error}") from error
@@ -134,16 +142,25 @@ def return_free_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _open_on(artifact: Artifact, device: Device, threads: int) -> Detector:
-    return open_detector(artifact, replace(device, threads=threads))
+def _open_beside(
+    artifact: Artifact, device: Device, canvas: Size, threads: int, callers: int
+) -> Detector:
+    detector = open_detector(artifact, replace(device, threads=threads))
+    # Each caller's first run takes memory of its own.
+    with ThreadPoolExecutor(callers, thread_name_prefix="warm-up") as pool:
+        for run in [pool.submit(detector.warm, canvas) for _ in range(callers)]:
+            run.result()
+    return detector
 
 
-def _ahead(opener: OpenDetector, threads: int | None, pool: ThreadPoolExecutor) -> OpenDetector:
-    """The same opener, which has begun with what it will be asked for: a session on `threads`."""
-    if threads is None:
+def _ahead(
+    opener: OpenDetector, needed: tuple[int, int] | None, pool: ThreadPoolExecutor
+) -> OpenDetector:
+    """The same opener, which has begun with what it will be asked for."""
+    if needed is None:
         return opener
-    begun = pool.submit(opener, threads)
-    return lambda asked: begun.result() if asked == threads else opener(asked)
+    begun = pool.submit(opener, *needed)
+    return lambda *asked: begun.result() if asked == needed else opener(*asked)
 
 
 def _after_release() -> None:
@@ -151,24 +168,23 @@ def _after_release() -> None:
     return_free_memory()
 
 
-def _canvases(servable: Servable) -> Sequence[Size]:
+def _canvases(rule: CanvasRule) -> Sequence[Size]:
     """Every canvas that is known beforehand, the largest first."""
-    rule = servable.metadata.canvas
     known = tuple(rule.all_canvases()) or (rule.largest(),)
     return sorted(known, key=attrgetter("area"), reverse=True)
 
 
-def _warm(servable: Servable, sizes: Sequence[int], *, alike: bool) -> None:
+def _warm(servable: Servable, sizes: Sequence[int], *, on_cpu: bool) -> None:
     """Run every canvas and batch size on every device, and learn what each costs.
 
-    So that not even the first requests are let in blindly. Where all canvases are `alike`, one
-    needs no more set-up than the next: only the largest runs, and the others cost their share.
+    So that not even the first requests are let in blindly. On a CPU one canvas needs no more set-up
+    than the next: only the largest runs, which has run before, and the others cost their share.
     """
-    pace = 0.0
+    pace = math.inf if on_cpu else 0.0
     """Seconds that a pixel takes, as far as is known."""
     first, *others = servable.detectors
-    largest, *smaller = _canvases(servable)
-    for canvas in (largest,) if alike else (largest, *smaller):
+    largest, *smaller = _canvases(servable.metadata.canvas)
+    for canvas in (largest,) if on_cpu else (largest, *smaller):
         for size in sizes:
             for detector in others:
                 detector.warm(canvas, size)
@@ -179,7 +195,7 @@ def _warm(servable: Servable, sizes: Sequence[int], *, alike: bool) -> None:
                 seconds = _timed(first, canvas, size)
             pace = seconds / pixels
             servable.costs.observe(canvas, size, seconds)
-    if alike:
+    if on_cpu:
         # Where a canvas is not known yet, the last one counts: better too much.
         for canvas, size in itertools.product(reversed(smaller), sizes):
             servable.costs.observe(

@@ -31,8 +31,8 @@ _LONG_SECONDS: Final = 1.0
 
 Run = Callable[[], None]
 """One inference."""
-OpenDetector = Callable[[int], Detector]
-"""A detector of one model on so many threads."""
+OpenDetector = Callable[[int, int], Detector]
+"""A detector of one model on so many threads, warm for so many callers side by side."""
 
 
 class SideBySide:
@@ -46,10 +46,10 @@ class SideBySide:
             self.chosen.set_result(asked or 1)
 
     @property
-    def surely(self) -> int | None:
-        """Threads of a session that `share` will ask for, whatever is measured; None: of none."""
+    def surely(self) -> tuple[int, int] | None:
+        """Threads and callers of a detector that `share` will ask for, whatever is measured."""
         count = self.chosen.result() if self.chosen.done() else 2
-        return self._threads(count) if self._cores > 1 and count > 1 else None
+        return (self._threads(count), count) if self._cores > 1 and count > 1 else None
 
     def share(
         self, alone: Detector, open_detector: OpenDetector, *, canvas: Size
@@ -63,9 +63,7 @@ class SideBySide:
 
         def detector(count: int) -> Detector:
             if count not in shared:
-                beside = open_detector(self._threads(count))
-                beside.warm(canvas)
-                shared[count] = SharedDetector(alone, beside)
+                shared[count] = SharedDetector(alone, open_detector(self._threads(count), count))
             return shared[count]
 
         if not self.chosen.done():

@@ -61,7 +61,7 @@ def test_batches_to_warm(largest: int, sizes: list[int]) -> None:
     assert batch_buckets(largest) == sizes
 
 
-def test_where_canvases_are_not_alike_all_run_on_every_device(
+def test_elsewhere_than_on_a_cpu_every_canvas_runs_on_every_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     artifact = read_artifact(tiny_model.save(tmp_path))
@@ -69,7 +69,7 @@ def test_where_canvases_are_not_alike_all_run_on_every_device(
     warmed: set[tuple[Detector, Size, int]] = set()
     monkeypatch.setattr(Detector, "warm", lambda self, *given: warmed.add((self, *given)))
     servable = Servable("tiny", 1, artifact, detectors)
-    module._warm(servable, (1, 2), alike=False)
+    module._warm(servable, (1, 2), on_cpu=False)
     assert warmed == {
         (detector, canvas, batch)
         for detector in detectors
@@ -119,11 +119,45 @@ def test_a_large_file_is_opened_once_at_a_time(
 
 
 @pytest.mark.parametrize(
-    ("asked", "cores", "threads"),
-    [(None, 1, None), (3, 1, None), (1, 8, None), (None, 2, 1), (None, 8, 4), (4, 8, 2), (8, 4, 1)],
+    ("asked", "cores", "needed"),
+    [
+        (None, 1, None),
+        (3, 1, None),
+        (1, 8, None),
+        (None, 2, (1, 2)),
+        (None, 8, (4, 2)),
+        (4, 8, (2, 4)),
+        (8, 4, (1, 8)),
+    ],
 )
-def test_what_surely_will_be_needed(asked: int | None, cores: int, threads: int | None) -> None:
-    assert SideBySide(asked, cores=cores).surely == threads
+def test_what_surely_will_be_needed(
+    asked: int | None, cores: int, needed: tuple[int, int] | None
+) -> None:
+    assert SideBySide(asked, cores=cores).surely == needed
+
+
+def test_what_a_first_run_sets_up_both_sessions_set_up_side_by_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny_model.save(tmp_path)
+    first = threading.Barrier(4)
+    runs: list[Detector] = []
+    counting = threading.Lock()
+    warm = Detector.warm
+
+    def together(self: Detector, canvas: Size, batch: int = 1) -> None:
+        with counting:
+            runs.append(self)
+            number = len(runs)
+        if number <= 4:
+            first.wait(SECONDS)
+        warm(self, canvas, batch)
+
+    monkeypatch.setattr(Detector, "warm", together)
+    opened(path, SideBySide(3, cores=4))
+    assert len(set(runs[:4])) == 2, "one run of the lone session, one for each caller beside it"
+    assert len(runs) == 5
+    assert runs.count(runs[4]) == 2, "then the lone one runs by itself, and is timed"
 
 
 def test_a_file_that_does_not_load_ends_both(
