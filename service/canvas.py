@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
@@ -96,15 +97,7 @@ class Buckets(_Rule):
 
     def fit(self, original: Size) -> Letterbox:
         """Place a picture of size `original`."""
-        best, least = Letterbox(original, self.sizes[0], self.sizes[0]), math.inf
-        for canvas in self.sizes:
-            scale = min(canvas.width / original.width, canvas.height / original.height)
-            height = min(canvas.height, max(1, round(original.height * scale)))
-            width = min(canvas.width, max(1, round(original.width * scale)))
-            padding = canvas.height * canvas.width - height * width
-            if padding < least:
-                best, least = Letterbox(original, Size(height, width), canvas), padding
-        return best
+        return _least_padded(self.sizes, original)
 
     def all_canvases(self) -> tuple[Size, ...]:
         """Every canvas that this rule can produce, known in advance, so that it can be warmed."""
@@ -154,6 +147,20 @@ class ShortSide(_Rule):
 
     def _pad(self, side: int) -> int:
         return math.ceil(side / self.multiple) * self.multiple
+
+
+@lru_cache(maxsize=1024)
+def _least_padded(canvases: tuple[Size, ...], original: Size) -> Letterbox:
+    """Asked three times for each picture, and most pictures are as large as others."""
+    best, least = Letterbox(original, canvases[0], canvases[0]), math.inf
+    for canvas in canvases:
+        scale = min(canvas.width / original.width, canvas.height / original.height)
+        height = min(canvas.height, max(1, round(original.height * scale)))
+        width = min(canvas.width, max(1, round(original.width * scale)))
+        padding = canvas.height * canvas.width - height * width
+        if padding < least:
+            best, least = Letterbox(original, Size(height, width), canvas), padding
+    return best
 
 
 CanvasRule = Annotated[Buckets | ShortSide, Field(discriminator="rule")]
