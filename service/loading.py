@@ -116,7 +116,12 @@ def open_servable(
         shared = [
             (detector, device.callers)
             if opener is None
-            else side_by_side.share(detector, opener, canvas=canvas)
+            else side_by_side.share(
+                detector,
+                opener,
+                canvas=canvas,
+                alone_seconds=servable.costs.of(canvas).seconds(1),
+            )
             for device, detector, opener in zip(devices, detectors, openers, strict=True)
         ]
     except (ArtifactError, DeviceError):

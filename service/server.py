@@ -21,11 +21,10 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.server import HANDLED_SIGNALS
 
-from service.connection import HEAD_SECONDS
+from service.connection import HEAD_SECONDS, Bounded
 from service.context import Service
 from service.crowd import Crowd
 from service.observability.metrics import Metrics
-from service.protocol import http_protocol
 
 _log = logging.getLogger("retinaserve.server")
 _TLS_CLOSE_SECONDS: Final = 2.0
@@ -59,7 +58,7 @@ def configuration(
         ssl_keyfile=key,
         loop=_available("uvloop"),
         # It says class, and calls it.
-        http=cast("type[asyncio.Protocol]", partial(http_protocol(), crowd=Crowd(metrics))),
+        http=cast("type[asyncio.Protocol]", partial(_http_protocol(), crowd=Crowd(metrics))),
         ws="none",
         # `Server.serve` does it, around the companions too.
         lifespan="off",
@@ -193,6 +192,17 @@ async def _all_of(*ends: Coroutine[Any, Any, None]) -> None:
     for result in await asyncio.gather(*ends, return_exceptions=True):
         if isinstance(result, Exception):
             _log.error("closing failed", exc_info=result)
+
+
+def _http_protocol() -> type[Bounded]:
+    """The protocol with the fastest parser that is installed; the other one is not imported."""
+    if importlib.util.find_spec("httptools") is None:
+        from service.protocol_h11 import H11
+
+        return H11
+    from service.protocol_httptools import HttpTools
+
+    return HttpTools
 
 
 def _available(package: Literal["uvloop"]) -> Literal["uvloop", "auto"]:

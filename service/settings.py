@@ -29,9 +29,7 @@ def bundled_models() -> Path:
 class Settings(BaseSettings):
     """What an operator may decide. Every field is the variable `RETINASERVE_<NAME>`."""
 
-    model_config = SettingsConfigDict(
-        env_prefix=ENV_PREFIX, frozen=True, extra="forbid", use_attribute_docstrings=True
-    )
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid")
 
     models_dir: Path = Field(default_factory=bundled_models)
     """Model repository: MODELS_DIR/<name>/<version>/model.onnx. Default: the bundled one."""

@@ -52,12 +52,17 @@ class SideBySide:
         return (self._threads(count), count) if self._cores > 1 and count > 1 else None
 
     def share(
-        self, alone: Detector, open_detector: OpenDetector, *, canvas: Size
+        self,
+        alone: Detector,
+        open_detector: OpenDetector,
+        *,
+        canvas: Size,
+        alone_seconds: float,
     ) -> tuple[Detector, int]:
         """A detector for so many callers side by side, and how many.
 
-        `alone` has all cores and is warm. The number is measured on `canvas` if it is not known
-        yet. Raises what the detectors raise.
+        `alone` has all cores and is warm: on `canvas` it has just taken `alone_seconds`. The number
+        is measured there if it is not known yet. Raises what the detectors raise.
         """
         shared = {1: alone}
 
@@ -68,7 +73,8 @@ class SideBySide:
 
         if not self.chosen.done():
             self._measure(
-                lambda count: partial(detector(count).suited(lone=count == 1).warm, canvas)
+                lambda count: partial(detector(count).suited(lone=count == 1).warm, canvas),
+                1 / alone_seconds,
             )
         count = self.chosen.result()
         # On one core there is nothing that threads could share.
@@ -77,8 +83,8 @@ class SideBySide:
     def _threads(self, count: int) -> int:
         return max(1, self._cores // count)
 
-    def _measure(self, runs: Callable[[int], Run]) -> None:
-        best, rates = measure(runs, most=min(self._cores, _MOST))
+    def _measure(self, runs: Callable[[int], Run], alone_rate: float) -> None:
+        best, rates = measure(runs, alone_rate, most=min(self._cores, _MOST))
         _log.info(
             "inferences side by side on %d CPU cores: %d (measured %s)",
             self._cores,
@@ -88,14 +94,16 @@ class SideBySide:
         self.chosen.set_result(best)
 
 
-def measure(runs: Callable[[int], Run], *, most: int) -> tuple[int, dict[int, float]]:
+def measure(
+    runs: Callable[[int], Run], alone_rate: float, *, most: int
+) -> tuple[int, dict[int, float]]:
     """How many runs side by side are best, and runs a second by how many were tried.
 
     1, 2, 4 and so on are; the first step that does not gain enough is the last. `runs` gives what
-    to run so many times side by side.
+    to run so many times side by side; one alone has just had `alone_rate`.
     """
     best = 1
-    rates: dict[int, float] = {}
+    rates = {1: alone_rate}
     while 2 * best <= most and _gains(runs, best, rates):
         best *= 2
     return best, rates
@@ -103,11 +111,12 @@ def measure(runs: Callable[[int], Run], *, most: int) -> tuple[int, dict[int, fl
 
 def _gains(runs: Callable[[int], Run], count: int, rates: dict[int, float]) -> bool:
     """Whether twice as many runs side by side gain enough over `count`; the best rates are kept."""
-    few, many = runs(count), runs(2 * count)
+    few, many = (runs(count), count), (runs(2 * count), 2 * count)
     began = time.monotonic()
-    for _ in range(_ROUNDS):
-        # In turns, so that what else the machine does counts for both.
-        for run, each in ((few, count), (many, 2 * count)):
+    for number in range(_ROUNDS):
+        # In turns, so that what else the machine does counts for both. The first turn of a lone one
+        # has been.
+        for run, each in (many,) if count == 1 and not number else (few, many):
             rates[each] = max(rates.get(each, 0.0), _rate(run, each))
         if rates[2 * count] >= _GAIN * rates[count]:
             return True

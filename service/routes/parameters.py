@@ -37,25 +37,39 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 class BatchQuery(BaseModel):
     """What a request may ask for. What it leaves open, the model's own thresholds fill."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True
-    )
+    # Not `use_attribute_docstrings`: it reads and parses the source file at every start.
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
-    score_threshold: Fraction | None = None
-    """Only detections that score above this; replaces the model's per-class thresholds too."""
-    iou_threshold: Fraction | None = None
-    """A box that overlaps a better one of its class by more than this is suppressed."""
-    max_detections: int | None = Field(default=None, ge=1, le=MAX_DETECTIONS_CAP)
-    """Most detections for a picture."""
-    classes: list[str] | None = None
-    """Only these classes: repeated, or separated by commas."""
-    tile: TileQuery = "off"
-    """Cut large pictures into overlapping tiles. auto: tiles of the model's canvas size, for
-    pictures that would shrink to less than half; a number: a tile's longer side in pixels."""
-    model: str | None = None
-    """Name of the model; default: the server's default model."""
-    version: int | None = Field(default=None, ge=1)
-    """Version of the model; default: the highest that is ready."""
+    score_threshold: Fraction | None = Field(
+        default=None,
+        description="Only detections that score above this; replaces the model's per-class "
+        "thresholds too.",
+    )
+    iou_threshold: Fraction | None = Field(
+        default=None,
+        description="A box that overlaps a better one of its class by more than this is "
+        "suppressed.",
+    )
+    max_detections: int | None = Field(
+        default=None, ge=1, le=MAX_DETECTIONS_CAP, description="Most detections for a picture."
+    )
+    classes: list[str] | None = Field(
+        default=None, description="Only these classes: repeated, or separated by commas."
+    )
+    tile: TileQuery = Field(
+        default="off",
+        description="Cut large pictures into overlapping tiles. auto: tiles of the model's canvas "
+        "size, for pictures that would shrink to less than half; a number: a tile's longer side in "
+        "pixels.",
+    )
+    model: str | None = Field(
+        default=None, description="Name of the model; default: the server's default model."
+    )
+    version: int | None = Field(
+        default=None,
+        ge=1,
+        description="Version of the model; default: the highest that is ready.",
+    )
 
     def selection(self, metadata: Metadata) -> Selection:
         """What to keep of a picture's detections. Raises InvalidParameter."""
@@ -71,8 +85,7 @@ class BatchQuery(BaseModel):
 class DetectQuery(BatchQuery):
     """As for a batch, and the shape of the answer."""
 
-    format: Format = "native"
-    """Shape of the JSON answer."""
+    format: Format = Field(default="native", description="Shape of the JSON answer.")
 
 
 Query = TypeVar("Query", bound=BatchQuery)

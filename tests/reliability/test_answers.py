@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import uvicorn
 
-from service.protocol import H11
+from service.protocol_h11 import H11
 from service.protocol_httptools import HttpTools
 from tests.reliability.conftest import until
 

@@ -15,7 +15,7 @@ import uvicorn
 
 from service import connection
 from service.api import create_app
-from service.protocol import H11
+from service.protocol_h11 import H11
 from service.protocol_httptools import HttpTools
 from service.settings import Settings
 from tests.pictures import encoded, one_red

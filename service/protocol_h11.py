@@ -1,23 +1,13 @@
-"""uvicorn's HTTP protocols with the bounds of `service.connection`."""
+"""uvicorn's protocol on h11, with the bounds of `service.connection`."""
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from service.connection import HEAD_BYTES, Bounded
-
-
-def http_protocol() -> type[Bounded]:
-    """The protocol with the fastest parser that is installed."""
-    if importlib.util.find_spec("httptools") is None:
-        return H11
-    from service.protocol_httptools import HttpTools
-
-    return HttpTools
 
 
 class H11(Bounded, H11Protocol):
