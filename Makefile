@@ -8,9 +8,10 @@ TEST_VENV := .venv-test
 SCALE_VENV := .venv-scale
 LOCK_VENV := .venv-lock
 
-# A worker for each core, one thread each: more than four would mostly repeat the fixtures. Which
-# files a worker takes, and the order, is in tests/conftest.py.
-PARALLEL := --numprocesses logical --maxprocesses 4 --no-loadscope-reorder
+# A worker for each core and one for what waits, one thread each: more than four would mostly repeat
+# the fixtures. Which files a worker takes, and the order, is in tests/conftest.py.
+CORES := $(shell nproc 2>/dev/null || echo 3)
+PARALLEL := --numprocesses $$(($(CORES) + 1)) --maxprocesses 4 --no-loadscope-reorder
 
 # What must be covered to 90 %: the detection maths, the imaging path, the batching.
 DETECTION := model_export/retinanet/anchors.py,model_export/retinanet/box_coding.py,model_export/retinanet/matching.py,model_export/losses.py,service/detector.py,service/results.py

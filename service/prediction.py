@@ -16,8 +16,6 @@ _LONGEST_DOUBT: Final = 30.0
 """Seconds that a batch which is overdue is thought to need at most."""
 _NEWS: Final = 0.1
 """Share of the newest picture in what is known of decoding."""
-
-
 _FRESH: Final = 0.002
 """Seconds within which a request that has been checked is let in by what was seen then."""
 
