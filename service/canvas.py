@@ -151,7 +151,10 @@ class ShortSide(_Rule):
 
 @lru_cache(maxsize=1024)
 def _least_padded(canvases: tuple[Size, ...], original: Size) -> Letterbox:
-    """Asked three times for each picture, and most pictures are as large as others."""
+    """Where a picture of size `original` leaves least of a canvas empty.
+
+    Remembered: it is asked three times for each picture, and most are as large as others.
+    """
     best, least = Letterbox(original, canvases[0], canvases[0]), math.inf
     for canvas in canvases:
         scale = min(canvas.width / original.width, canvas.height / original.height)

@@ -47,7 +47,10 @@ class SideBySide:
 
     @property
     def surely(self) -> tuple[int, int] | None:
-        """Threads and callers of a detector that `share` will ask for, whatever is measured."""
+        """Threads and callers of a detector that `share` will ask for, whatever is measured.
+
+        None where that is none.
+        """
         count = self.chosen.result() if self.chosen.done() else 2
         return (self._threads(count), count) if self._cores > 1 and count > 1 else None
 
