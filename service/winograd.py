@@ -56,7 +56,7 @@ _OUTPUT_TRANSFORM: Final = np.array(
         [0, 1, -1, 8, -8, 1],
     ]
 )
-"""For the points 0, 1, -1, 2, -2 and infinity, in one dimension; squared they serve two."""
+"""For the points 0, 1, -1, 2, -2 and infinity, in one dimension; two take it twice."""
 
 _OUT: Final = 4
 """Pixels of a tile's side that come out."""
@@ -72,8 +72,8 @@ _ACTIVATIONS: Final = frozenset({"Relu", "Clip"})
 # with AVX2.
 _DIRECT: Final = 9.0
 _PRODUCT: Final = 2.75
-_INTO_TILES: Final = 163.0
-_OUT_OF_TILES: Final = 113.0
+_INTO_TILES: Final = 135.0
+_OUT_OF_TILES: Final = 80.0
 _FROM_MAP: Final = 30.0
 _TO_MAP: Final = 40.0
 _WEIGHTS: Final = 400.0
@@ -329,8 +329,7 @@ class _Rewriter:
         tiling = self._tilings.setdefault(convolution.source, _Tiling(write, convolution.source))
         tiles = self._tiles(convolution.source, tiling, channels)
         products = write("MatMul", tiles, self._weight(weight))
-        flat = write("Reshape", products, [_IN**2, -1])
-        back = write("MatMul", write.constant(_squared(_OUTPUT_TRANSFORM)), flat)
+        back = write.in_both_directions(_OUTPUT_TRANSFORM, products)
         rows = write("Reshape", back, [-1, filters])
         if convolution.bias is not None:
             rows = write("Add", rows, convolution.bias)
@@ -354,9 +353,9 @@ class _Rewriter:
                 rows, places = write("Reshape", pixels, [-1, channels]), tiling.places_in_map
             # What the tables call the row behind the last: the padding.
             padded = write("Concat", rows, np.zeros((1, channels), np.float32), axis=0)
-            flat = write("Reshape", write("Gather", padded, places, axis=0), [_IN**2, -1])
-            across = write("MatMul", write.constant(_squared(_INPUT_TRANSFORM)), flat)
-            self._transformed[source] = write("Reshape", across, [_IN**2, -1, channels])
+            pixels = write("Gather", padded, places, axis=0)
+            transformed = write.in_both_directions(_INPUT_TRANSFORM, pixels)
+            self._transformed[source] = write("Reshape", transformed, [_IN**2, -1, channels])
         return self._transformed[source]
 
     def _weight(self, weight: TensorProto) -> str:
@@ -484,6 +483,16 @@ class _Writer:
         output = output or f"{_PREFIX}value/{len(self.nodes)}"
         self.nodes.append(onnx.helper.make_node(operator, names, [output], **given))
         return output
+
+    def in_both_directions(self, transform: NDArray[np.floating], tiles: str) -> str:
+        """Transform tiles, a place in which is what comes first in memory: down, then across.
+
+        Both at once, by one matrix of 36 columns, is two to three times the multiplications.
+        """
+        out, into = transform.shape
+        matrix = self.constant(transform.astype(np.float32))
+        down = self("MatMul", matrix, self("Reshape", tiles, [into, -1]))
+        return self("MatMul", matrix, self("Reshape", down, [out, into, -1]))
 
     def copy(self, node: NodeProto, source: str) -> str:
         """The same node for another first input."""
