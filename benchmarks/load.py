@@ -59,6 +59,7 @@ def main() -> None:
     parser = client.parser(__doc__)
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--limit", type=int, help="stop after this many answers")
+    parser.add_argument("--latencies", action="store_true", help="print each, not percentiles only")
     arguments = parser.parse_args()
     seen = client.run(
         load(
@@ -79,6 +80,8 @@ def main() -> None:
         "statuses": {str(status): number for status, number in sorted(seen.statuses.items())},
         "client_cpu_ms": client.cpu_ms(count),
     }
+    if arguments.latencies:
+        result["latencies_ms"] = [1e3 * seconds for seconds in seen.latencies]
     print(json.dumps(result))
 
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 PIXELS, SCORE = 0.1, 0.002
 """By how much answers may differ: sums of other threads round differently."""
 Load = dict[str, Any]
@@ -31,6 +33,23 @@ class Measured:
         """Half of the range of pictures/s over the rounds, as a part of their median."""
         values = self.values(connections, "per_second")
         return (max(values) - min(values)) / 2 / statistics.median(values)
+
+
+def together(turns: Sequence[Load]) -> Load:
+    """One round of a server: what came of all its turns, as if they had been one."""
+    requests = sum(turn["requests"] for turn in turns)
+    seconds = sum(turn["requests"] / turn["per_second"] for turn in turns)
+    cpu_seconds = sum(turn["cpu_seconds"] for turn in turns)
+    latencies = [latency for turn in turns for latency in turn["latencies_ms"]]
+    p50, p99 = np.percentile(latencies, [50, 99], method="higher")
+    return {
+        "per_second": requests / seconds,
+        "p50_ms": float(p50),
+        "p99_ms": float(p99),
+        "cpu_ms": 1e3 * cpu_seconds / requests,
+        "busy": cpu_seconds / seconds,
+        "resident": turns[-1]["resident"],
+    }
 
 
 def must_agree(name: str, answer: Detections, expected: Detections) -> None:

@@ -13,8 +13,10 @@ it comes. Before anything is measured, every server has to find in a picture wha
 In each round every server is started, warmed up and frozen (SIGSTOP, its whole process tree). Then
 for each number of connections they are loaded one after the other, each thawed for its turn: nobody
 idles beside another, for some cost CPU even then, and little time lies between those that are
-compared. The order turns by one from turn to turn. Ratios are those of one round. CPU time is that
-of the server's whole process tree.
+compared. They have several turns, and the first of them is another one each time: a machine that
+others use is slow for some seconds at a time, and a long turn would meet more or less of that. What
+a server did in a round is what it did in all its turns; ratios are those of one round. CPU time is
+that of the server's whole process tree.
 """
 
 from __future__ import annotations
@@ -27,10 +29,9 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from near_free_model import write_near_free_model
-from peer_rounds import Detections, Measured, allowed, must_agree, ratios
+from peer_rounds import Detections, Load, Measured, allowed, must_agree, ratios, together
 from peer_servers import AS_IT_COMES, OURS, PEERS, Setup, Tree, keeping_memory, running
 from report import Report, add_options
 from serving import draw_pictures, run_script
@@ -78,6 +79,7 @@ class Plan:
 
     python: Path
     rounds: int
+    turns: int
     seconds: float
     connections: tuple[int, ...]
 
@@ -101,7 +103,7 @@ def measure(plan: Plan, task: Task, servers: Mapping[str, Setup]) -> dict[str, M
     found = {name: Measured(name, {each: [] for each in plan.connections}) for name in names}
     with started(plan, task, AS_IT_COMES) as ours:
         expected = detections(ours, task)
-    for turn in range(plan.rounds):
+    for number in range(plan.rounds):
         with contextlib.ExitStack() as stack:
             trees = {}
             for name, setup in servers.items():
@@ -109,12 +111,17 @@ def measure(plan: Plan, task: Task, servers: Mapping[str, Setup]) -> dict[str, M
                 must_agree(name, detections(server, task), expected)
                 load(task, server, DECIDING, WARM_SECONDS)
                 server.freeze()
-            for step, connections in enumerate(plan.connections, turn):
-                first = step % len(names)
-                for name in names[first:] + names[:first]:
-                    trees[name].thaw()
-                    one_turn(plan, task, trees[name], connections, found[name])
-                    trees[name].freeze()
+            first = number % len(names)
+            for connections in plan.connections:
+                turns: dict[str, list[Load]] = {name: [] for name in names}
+                for _ in range(plan.turns):
+                    for name in names[first:] + names[:first]:
+                        trees[name].thaw()
+                        turns[name].append(one_turn(plan, task, trees[name], connections, name))
+                        trees[name].freeze()
+                    first = (first + 1) % len(names)
+                for name in names:
+                    found[name].loads[connections].append(together(turns[name]))
     return found
 
 
@@ -135,24 +142,20 @@ def started(plan: Plan, task: Task, setup: Setup) -> Iterator[Tree]:
         yield server
 
 
-def load(task: Task, server: Tree, connections: int, seconds: float) -> dict[str, Any]:
-    return run_script(
-        *("load.py", server.url, task.pictures, "--clients", connections, "--seconds", seconds)
-    )
+def load(task: Task, server: Tree, connections: int, seconds: float) -> Load:
+    arguments = ("--clients", connections, "--seconds", seconds, "--latencies")
+    return run_script("load.py", server.url, task.pictures, *arguments)
 
 
-def one_turn(plan: Plan, task: Task, server: Tree, connections: int, found: Measured) -> None:
+def one_turn(plan: Plan, task: Task, server: Tree, connections: int, name: str) -> Load:
     """One server at one number of connections."""
     load(task, server, 1, THAW_SECONDS)
     before = server.cpu_seconds()
     answered = load(task, server, connections, plan.seconds)
     if set(answered["statuses"]) != {"200"}:
-        raise SystemExit(f"{found.name}: not every answer was 200: {answered['statuses']}")
-    cpu = 1e3 * (server.cpu_seconds() - before) / answered["requests"]
-    busy = cpu * answered["per_second"] / 1e3
-    found.loads[connections].append(
-        answered | {"cpu_ms": cpu, "busy": busy, "resident": server.resident()}
-    )
+        raise SystemExit(f"{name}: not every answer was 200: {answered['statuses']}")
+    cpu_seconds = server.cpu_seconds() - before
+    return answered | {"cpu_seconds": cpu_seconds, "resident": server.resident()}
 
 
 def detections(server: Tree, task: Task) -> Detections:
@@ -248,7 +251,8 @@ def environment(report: Report, python: Path) -> None:
 def compare(report: Report, plan: Plan, task: Task, peers: Mapping[str, Setup]) -> None:
     """Ours beside each peer in one set-up."""
     found = measure(plan, task, {OURS: AS_IT_COMES} | peers)
-    titles = [f"{task.name} model, {plan.rounds} rounds of {plan.seconds:g} s"]
+    turns = f"{plan.turns} turns of {plan.seconds:g} s"
+    titles = [f"{task.name} model, {plan.rounds} rounds, in each {turns}"]
     titles += [f"- {name}: {setup}" for name, setup in peers.items()]
     tabulate(report, "\n".join(titles), found, plan)
     JUDGES[task.name](report, found, plan)
@@ -259,8 +263,10 @@ def main() -> None:
     name = "peers" if len(arguments.model) == len(JUDGES) else f"peers-{arguments.model[0]}"
     report = Report(name, "The service beside its peers", arguments)
     rounds = arguments.rounds or (1 if report.quick else 5)
-    seconds = arguments.seconds or (3.0 if report.quick else 15.0)
-    plan = Plan(arguments.python.absolute(), rounds, seconds, tuple(arguments.connections))
+    turns = arguments.turns or (1 if report.quick else 3)
+    seconds = arguments.seconds or (3.0 if report.quick else 5.0)
+    connections = tuple(arguments.connections)
+    plan = Plan(arguments.python.absolute(), rounds, turns, seconds, connections)
     environment(report, plan.python)
     trial = replace(plan, connections=(DECIDING,))
     with tempfile.TemporaryDirectory() as scratch:
@@ -289,7 +295,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--python", type=Path, required=True, help="of the peers' environment")
     parser.add_argument("--rounds", type=int)
-    parser.add_argument("--seconds", type=float, help="of each load")
+    parser.add_argument("--turns", type=int, help="of each server in a round, at each load")
+    parser.add_argument("--seconds", type=float, help="of each turn")
     parser.add_argument("--connections", type=_numbers, default=CONNECTIONS, metavar="N,N...")
     parser.add_argument("--model", type=_names(JUDGES), default=list(JUDGES), metavar="real,...")
     parser.add_argument("--only", type=_names(PEERS), default=list(PEERS), metavar="PEER,...")

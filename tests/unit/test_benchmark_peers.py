@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.peer_rounds import Measured, allowed, must_agree, ratios
+from benchmarks.peer_rounds import Load, Measured, allowed, must_agree, ratios, together
 
 FOUND = [
     {"label": "RBC", "score": 0.97, "box": {"x1": 1.0, "y1": 2.0, "x2": 30.0, "y2": 40.0}},
@@ -60,3 +60,21 @@ def test_slower_by_less_than_the_rounds_differ_is_not_slower() -> None:
 
     assert allowed(steady, restless, 16) == allowed(restless, steady, 16) == 0.95
     assert allowed(steady, steady, 16) == 0.995
+
+
+def turn(requests: int, per_second: float, cpu_seconds: float, *latencies: float) -> Load:
+    answered = {"requests": requests, "per_second": per_second, "latencies_ms": list(latencies)}
+    return answered | {"cpu_seconds": cpu_seconds, "resident": 100.0}
+
+
+def test_turns_of_a_round_count_together() -> None:
+    quick, slow = turn(30, 10.0, 3.0, 1.0, 1.0, 1.0), turn(10, 2.0, 5.0, 9.0)
+
+    assert together([quick, slow]) == {
+        "per_second": 5.0,
+        "p50_ms": 1.0,
+        "p99_ms": 9.0,
+        "cpu_ms": 200.0,
+        "busy": 1.0,
+        "resident": 100.0,
+    }
