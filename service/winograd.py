@@ -353,8 +353,8 @@ class _Rewriter:
                 rows, places = write("Reshape", pixels, [-1, channels]), tiling.places_in_map
             # What the tables call the row behind the last: the padding.
             padded = write("Concat", rows, np.zeros((1, channels), np.float32), axis=0)
-            pixels = write("Gather", padded, places, axis=0)
-            transformed = write.in_both_directions(_INPUT_TRANSFORM, pixels)
+            tiles = write("Gather", padded, places, axis=0)
+            transformed = write.in_both_directions(_INPUT_TRANSFORM, tiles)
             self._transformed[source] = write("Reshape", transformed, [_IN**2, -1, channels])
         return self._transformed[source]
 
