@@ -294,9 +294,9 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--python", type=Path, required=True, help="of the peers' environment")
-    parser.add_argument("--rounds", type=int)
-    parser.add_argument("--turns", type=int, help="of each server in a round, at each load")
-    parser.add_argument("--seconds", type=float, help="of each turn")
+    parser.add_argument("--rounds", type=int, help="default: 5")
+    parser.add_argument("--turns", type=int, help="of each server, at each load; default: 3")
+    parser.add_argument("--seconds", type=float, help="of each turn; default: 5")
     parser.add_argument("--connections", type=_numbers, default=CONNECTIONS, metavar="N,N...")
     parser.add_argument("--model", type=_names(JUDGES), default=list(JUDGES), metavar="real,...")
     parser.add_argument("--only", type=_names(PEERS), default=list(PEERS), metavar="PEER,...")

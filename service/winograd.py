@@ -56,7 +56,7 @@ _OUTPUT_TRANSFORM: Final = np.array(
         [0, 1, -1, 8, -8, 1],
     ]
 )
-"""For the points 0, 1, -1, 2, -2 and infinity, in one dimension; two take it twice."""
+"""For the points 0, 1, -1, 2, -2 and infinity, in one dimension; in two it is taken twice."""
 
 _OUT: Final = 4
 """Pixels of a tile's side that come out."""
@@ -485,7 +485,7 @@ class _Writer:
         return output
 
     def in_both_directions(self, transform: NDArray[np.floating], tiles: str) -> str:
-        """Transform tiles, a place in which is what comes first in memory: down, then across.
+        """Transform tiles, (36, tiles, channels), down and then across.
 
         Both at once, by one matrix of 36 columns, is two to three times the multiplications.
         """
