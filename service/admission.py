@@ -33,8 +33,10 @@ class Caution:
     1.1
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, fall: float = _FALL) -> None:
+        """`fall` is the share of the excess that goes when work did not last longer."""
         self.ratio = _START
+        self._fall = fall
 
     def stretch(self, seconds: float) -> float:
         """A careful prediction, from a plain one."""
@@ -46,7 +48,7 @@ class Caution:
         if seen > self.ratio:
             self.ratio += max(_RISE, (seen - self.ratio) / 2)
         else:
-            self.ratio -= _FALL * max(self.ratio - 1.0, 0.1)
+            self.ratio -= self._fall * max(self.ratio - 1.0, 0.1)
         self.ratio = min(max(self.ratio, 1.0), _MOST)
 
 
@@ -130,14 +132,11 @@ class Admission:
         return self.hold(0, size)
 
     def more(self, places: int) -> Place:
-        """To hold further places, for a picture's tiles: all, or Unavailable is raised."""
-        if self.held + places > self.limit:
-            raise Unavailable(
-                f"the queue has room for {self.limit - self.held} more of the picture's "
-                f"{places + 1} canvases; try again in a moment, or with larger tiles",
-                reason="queue-full",
-                retry_after=self._pause(),
-            )
+        """To hold further places, for a request of several canvases.
+
+        Raises Unavailable without room for all of them.
+        """
+        self.check(places)
         return self.hold(places, 0)
 
     def hold(self, places: int, size: int) -> Place:

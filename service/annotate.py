@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import io
+import zlib
 from collections.abc import Sequence
 from typing import Final, Literal
 
@@ -57,8 +58,9 @@ def encode(image: Image.Image, encoding: Encoding) -> bytes:
     """Compress a picture."""
     target = io.BytesIO()
     if encoding == "PNG":
-        # Level 1: a third of the time of the default for a few per cent more bytes.
-        image.save(target, "PNG", compress_level=1)
+        # A fifth of the default's time for a few per cent more bytes: level 1, and of what zlib
+        # looks for only runs, which are what PNG's filters leave.
+        image.save(target, "PNG", compress_level=1, compress_type=zlib.Z_RLE)
     else:
         image.save(target, encoding, quality=90)
     return target.getvalue()

@@ -47,6 +47,10 @@ class Waiting(Protocol):
     def abandoned(self) -> bool:
         """Whether nobody waits for the item any more."""
 
+    @property
+    def seconds(self) -> float:
+        """What the item is expected to take of a taker's time; 0 where its key tells."""
+
 
 Item = TypeVar("Item", bound=Waiting)
 
@@ -71,6 +75,8 @@ class Lane(NamedTuple):
     key: Hashable
     urgency: Urgency
     length: int
+    seconds: float
+    """The sum of what its items are expected to take."""
 
 
 class _Kind(NamedTuple):
@@ -89,12 +95,19 @@ class BatchQueue(Generic[Item]):
     """A thread-safe queue that is emptied in batches. It does not bound itself: see admission."""
 
     def __init__(
-        self, policy: Policy, sizing: Sizing | None = None, *, places: int | None = None
+        self,
+        policy: Policy,
+        sizing: Sizing | None = None,
+        *,
+        places: int | None = None,
+        takes_long: Callable[[Hashable], bool] | None = None,
     ) -> None:
         """Batches are as large as the policy allows, or as `sizing` says.
 
         With `places` so many batches are out at a time: whoever has one says when it is `done`.
+        `takes_long` tells the keys that only some takers take.
         """
+        self._takes_long = takes_long
         self._policy = policy
         self._sizing = sizing
         self._places = places
@@ -120,7 +133,10 @@ class BatchQueue(Generic[Item]):
         if not self._length:
             return []
         with self._condition:
-            return [Lane(*kind, len(lane)) for kind, lane in self._lanes.items()]
+            return [
+                Lane(*kind, len(lane), sum(ticket.item.seconds for ticket in lane.values()))
+                for kind, lane in self._lanes.items()
+            ]
 
     def push(self, item: Item) -> None:
         """Append an item. After `close` it is dropped: nobody will come for it."""
@@ -131,7 +147,11 @@ class BatchQueue(Generic[Item]):
             lane = self._lanes.setdefault(_Kind(item.key, item.urgency), OrderedDict())
             lane[id(item)] = _Ticket(item, self._arrivals, time.monotonic())
             self._length += 1
-            self._condition.notify()
+            if self._takes_long is not None and self._takes_long(item.key):
+                # The one that would be woken alone might not take it.
+                self._condition.notify_all()
+            else:
+                self._condition.notify()
 
     def offer(self, item: Item) -> bool:
         """Whether the caller may have the item's place at once, and works at it. Else: as `push`.
@@ -157,21 +177,22 @@ class BatchQueue(Generic[Item]):
                 del self._lanes[kind]
             return True
 
-    def take(self) -> list[Item]:
+    def take(self, *, short_only: bool = False) -> list[Item]:
         """Wait for work and take the next batch: equal keys, oldest first, nothing expired.
 
-        An empty list means that the queue was closed and is empty.
+        With `short_only` nothing whose key takes long. An empty list means that the queue was
+        closed and is empty.
         """
         with self._condition:
             while True:
                 pause = None
                 if self._places != 0:
-                    batch, pause = self._next()
+                    batch, pause = self._next(short_only=short_only)
                     if batch:
                         if self._places is not None:
                             self._places -= 1
                         return batch
-                if self._closed and not self._length:
+                if self._closed and (short_only or not self._length):
                     return []
                 self._condition.wait(pause)
 
@@ -207,22 +228,24 @@ class BatchQueue(Generic[Item]):
         if self._length or self._closed:
             self._condition.notify()
 
-    def _next(self) -> tuple[list[Item], float | None]:
+    def _next(self, *, short_only: bool = False) -> tuple[list[Item], float | None]:
         """A batch that is ripe now; else none, and how long until there is one (None: unknown)."""
         while True:
             now = time.monotonic()
-            head, pause = self._ripest(now)
+            head, pause = self._ripest(now, short_only=short_only)
             if head is None:
                 return [], pause
             if batch := self._pop(head, now):
                 return batch, None
             # All of it was abandoned at this very moment.
 
-    def _ripest(self, now: float) -> tuple[Item | None, float | None]:
+    def _ripest(self, now: float, *, short_only: bool) -> tuple[Item | None, float | None]:
         """The head of the lane to serve now, or how long until there is one (None: unknown)."""
         best: dict[Urgency, _Ticket[Item]] = {}
         pause: float | None = None
         for kind in list(self._lanes):
+            if short_only and self._takes_long is not None and self._takes_long(kind.key):
+                continue
             head = self._head(kind, now)
             if head is None:
                 continue

@@ -47,7 +47,8 @@ class Service:
         self.metrics = Metrics()
         self.tracing: Tracing | None = None
         """None: nobody asked for traces."""
-        threads = models.cpus
+        # Two at least, so that one is there for small images while the other has a large one.
+        threads = max(2, models.cpus)
         self.pipeline = Pipeline(
             devices=len(self.hardware.devices),
             callers=self.hardware.devices[0].callers,

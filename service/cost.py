@@ -1,4 +1,8 @@
-"""What inference costs: t(n) = a n + b seconds for n pictures of one canvas, learnt as it runs."""
+"""What work costs, learnt as it runs.
+
+Inference: t(n) = a n + b seconds of a device for n images of one canvas. Everything else: seconds
+of a thread for each pixel, by kind of work.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,8 @@ import math
 import threading
 import time
 from collections import OrderedDict
-from typing import Final
+from operator import attrgetter
+from typing import Final, NamedTuple
 
 from service.canvas import Size
 
@@ -20,10 +25,23 @@ _WORTH_SHARING: Final = 0.1
 _TRIAL: Final = 64
 """Every so many lone pictures that might have shared a batch do."""
 
-_MOST_CANVASES: Final = 64
-"""Costs are kept of so many canvases; clients may choose among thousands."""
+_MOST_CANVASES: Final = 256
+"""Costs are kept of this many canvases; clients may choose among thousands."""
 _STALE_SECONDS: Final = 30.0
 """For so long a bound holds that no further batch has confirmed."""
+
+_SMALL: Final = 20_000
+"""Pixels that take as long as what is done once for each image."""
+_FIRST_GUESS: Final = {
+    "jpeg": 5e-9,
+    "progressive": 3e-9,
+    "png": 3e-8,
+    "webp": 4e-8,
+    "tile": 1e-8,
+    "drawn": 1.5e-7,
+}
+"""Seconds of a thread for a pixel, by the first word of the kind, before any was seen."""
+_OTHER_GUESS: Final = 5e-8
 
 
 class BatchCost:
@@ -111,10 +129,22 @@ class Costs:
             self._learnt = time.monotonic()
 
     def of(self, canvas: Size | None = None) -> BatchCost:
-        """The cost of a canvas: of one never seen, and of none, that of the most recent one."""
-        # Without the lock: single look-ups, and asked for many times with each picture.
-        known = None if canvas is None else self._costs.get(canvas)
-        return known or self._newest
+        """The cost of a canvas; without one, that of the most recent canvas.
+
+        Of a canvas never seen it is that of the smallest larger one: too much rather than too
+        little, until it is seen once.
+        """
+        # Without the lock: single look-ups, and asked for many times with each image.
+        if canvas is None:
+            return self._newest
+        return self._costs.get(canvas) or self._of_larger(canvas)
+
+    def _of_larger(self, canvas: Size) -> BatchCost:
+        with self._lock:
+            larger = [size for size in self._costs if size.area >= canvas.area]
+            if not larger:
+                return self._newest
+            return self._costs[min(larger, key=attrgetter("area"))]
 
     @property
     def fastest(self) -> float:
@@ -126,6 +156,52 @@ class Costs:
         with self._lock:
             known = time.monotonic() - self._learnt < _STALE_SECONDS
             return self._fastest if known else 0.0
+
+
+class _Rate(NamedTuple):
+    seconds: float
+    pixels: float
+    """Both are sums in which recent work weighs more."""
+    learnt: float
+    """On the clock of `time.monotonic`."""
+
+
+class ThreadCosts:
+    """What work in a decode thread costs: seconds for each pixel, by kind of work. Any thread.
+
+    >>> costs = ThreadCosts()
+    >>> costs.observe("png rgb 8", 980_000, 0.04)
+    >>> round(costs.seconds("png rgb 8", 48_980_000), 2)
+    1.96
+    """
+
+    def __init__(self) -> None:
+        self._rates: dict[str, _Rate] = {}
+        """By kind, of which there are some hundred."""
+
+    def seconds(self, kind: str, pixels: float) -> float:
+        """What work of a kind will take."""
+        rate = self._rates.get(kind)
+        if rate is None:
+            return _FIRST_GUESS.get(kind.partition(" ")[0], _OTHER_GUESS) * (pixels + _SMALL)
+        # What was learnt while the machine was busy may be too much, and would turn away all the
+        # work that could correct it: so it fades once no more work confirms it.
+        fading = min(1.0, _STALE_SECONDS / max(time.monotonic() - rate.learnt, 1.0))
+        return fading * rate.seconds / rate.pixels * (pixels + _SMALL)
+
+    def observe(self, kind: str, pixels: float, seconds: float) -> None:
+        """Work of a kind took this many seconds."""
+        pixels += _SMALL
+        before, now = self._rates.get(kind), time.monotonic()
+        if before is None:
+            self._rates[kind] = _Rate(seconds, pixels, now)
+            return
+        # Sums, so that a large image counts for more than the small ones before it.
+        seconds = min(seconds, _OUTLIER * before.seconds / before.pixels * pixels)
+        keep = 1.0 - _NEWS
+        self._rates[kind] = _Rate(
+            keep * before.seconds + seconds, keep * before.pixels + pixels, now
+        )
 
 
 def _line(points: dict[int, float]) -> tuple[float, float]:

@@ -6,19 +6,28 @@ import asyncio
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from functools import partial
+from typing import Final, Literal, NamedTuple
 
+from service.annotate import draw, encode
 from service.batching import Urgency
 from service.canvas import Buckets, ShortSide, Size
 from service.context import Service
 from service.detector import Detections
 from service.errors import DeadlineExceeded
+from service.image_header import Header
 from service.imaging import Opened, held_picture
+from service.pipeline import look_at
+from service.prediction import Booking, Price
 from service.record import Passage
 from service.results import Selection, select
 from service.tiling import MAX_VIEWS, Canvases, Plan, Tile, lay_out, merge, plan
 from service.views import detect_views
-from service.work import Outcome, Servable, Timing
+from service.work import NOTHING_KNOWN, Estimate, Outcome, Servable, Timing
+
+ImageType = Literal["image/jpeg", "image/png"]
+_DRAWN_BYTES: Final = 8
+"""Of a pixel: the file that a drawn image becomes, and its copies."""
 
 
 class Answer(NamedTuple):
@@ -50,125 +59,193 @@ async def detect_one(
     tile: Tile = "off",
     urgency: Urgency = Urgency.INTERACTIVE,
     write: Write | None = None,
+    draw_as: ImageType | None = None,
+    estimate: Estimate | None = None,
 ) -> Answer:
-    """Detect on a picture that holds a place in `service.pictures`, and count it.
+    """Detect on an image that holds a place in `service.pictures`, and count it.
 
     `limit` is when an answer is too late, on the clock of `time.monotonic`. An answer of one canvas
-    is written where it arises (`Pipeline.detect_canvas` says where that is). Raises what
-    `Pipeline.detect` raises; for tiles also TooLarge, or Unavailable where not all find room.
+    is written where it arises (`Pipeline.detect_canvas` says where that is); with `draw_as`, what
+    is written is the image with the boxes drawn. With an `estimate` the image has been let in
+    already. Raises what `Pipeline.detect` raises; for tiles also TooLarge.
     """
+    request = _Request(service, picture, model, selection, limit, urgency, draw_as, estimate)
     with service.metrics.picture(model) as watched:
-        if tile == "off":
-            answer = await _whole(service, picture, model, selection, limit, urgency, write)
-        else:
-            answer = await _tiled(service, picture, model, selection, limit, tile, urgency)
+        answer = await (_whole(request, write) if tile == "off" else _tiled(request, tile))
         watched.answered(answer.found, answer.timing, answer.image, answer.passage)
     return answer
 
 
-async def _whole(
-    service: Service,
-    picture: bytes | memoryview,
-    model: Servable,
-    selection: Selection,
-    limit: float,
-    urgency: Urgency,
-    write: Write | None = None,
-) -> Answer:
+class _Request(NamedTuple):
+    """An image, and what is to be done with it."""
+
+    service: Service
+    picture: bytes | memoryview
+    model: Servable
+    selection: Selection
+    limit: float
+    urgency: Urgency
+    draw_as: ImageType | None
+    estimate: Estimate | None
+
+    @property
+    def rule(self) -> Buckets | ShortSide:
+        """Of the model."""
+        return self.model.metadata.canvas
+
+    def drawing(self, header: Header | None) -> Estimate:
+        """What drawing will take; nothing where nothing is to be drawn."""
+        if self.draw_as is None or header is None:
+            return NOTHING_KNOWN
+        if header.size.area > self.service.settings.max_image_pixels:
+            return NOTHING_KNOWN
+        kind = f"drawn {self.draw_as} {header.kind}"
+        return self.service.pipeline.estimate(kind, header.size.area)
+
+    def held(self, kept: int = 0) -> AbstractContextManager[Opened]:
+        """The image's header, with the memory held that decoding takes, and `kept` a pixel."""
+        service = self.service
+        return held_picture(
+            self.picture,
+            memory=service.decode_memory,
+            max_pixels=service.settings.max_image_pixels,
+            kept=kept,
+        )
+
+
+async def _whole(request: _Request, write: Write | None = None) -> Answer:
     def finish(outcome: Outcome) -> Answer:
-        found = select(outcome.detections, outcome.letterbox, selection)
+        found = select(outcome.detections, outcome.letterbox, request.selection)
         size = outcome.letterbox.original
         answer = Answer(size, found, outcome.timing, None, outcome.passage)
         return answer if write is None else answer._replace(written=write(answer))
 
-    return await service.pipeline.detect(
-        picture,
-        model,
-        score=selection.lowest_score,
-        iou=selection.iou,
-        deadline=limit,
-        max_pixels=service.settings.max_image_pixels,
+    pipeline, most = request.service.pipeline, request.service.settings.max_image_pixels
+    detect = partial(
+        pipeline.detect,
+        request.picture,
+        request.model,
+        score=request.selection.lowest_score,
+        iou=request.selection.iou,
+        deadline=request.limit,
+        max_pixels=most,
         finish=finish,
-        memory=service.decode_memory,
-        urgency=urgency,
+        memory=request.service.decode_memory,
+        urgency=request.urgency,
     )
+    if request.draw_as is None:
+        return await detect(estimate=request.estimate)
+    header = await look_at(request.picture, most)
+    decode, drawing = pipeline.decoding(header, request.rule, most), request.drawing(header)
+    price = Price(
+        decode.canvas,
+        decode=decode.seconds,
+        after=drawing.seconds,
+        long=decode.long or drawing.long,
+    )
+    with pipeline.admitted(request.model, request.limit, price, request.urgency) as booking:
+        return await _drawn(request, await detect(estimate=decode), drawing, booking)
 
 
-async def _tiled(
-    service: Service,
-    picture: bytes | memoryview,
-    model: Servable,
-    selection: Selection,
-    limit: float,
-    tile: Tile,
-    urgency: Urgency,
-) -> Answer:
-    arrived, rule = time.monotonic(), model.metadata.canvas
+async def _tiled(request: _Request, tile: Tile) -> Answer:
+    arrived, service = time.monotonic(), request.service
+    pipeline, limit = service.pipeline, request.limit
+    most = service.settings.max_image_pixels
+    header = await look_at(request.picture, most)
+    # What decoding will refuse is no matter of tiles.
+    readable = header is not None and header.size.area <= most
+    # As stored: upright it may take a few canvases more or less.
+    expected = _plan(service, header.size, request.rule, tile) if header and readable else None
+    if header is None or expected is None or expected.count == 1:
+        return (await _whole(request))._replace(canvases=1)
+    decode = pipeline.decoding(header, request.rule, most, whole=True)
+    drawing = request.drawing(header)
+    price = Price(
+        expected.tile.canvas,
+        expected.count,
+        window=min(expected.count, service.batch_window),
+        decode=decode.seconds,
+        after=drawing.seconds,
+        long=decode.long or drawing.long,
+    )
     try:
         async with asyncio.timeout(max(0.0, limit - arrived)):
-            chosen = await service.off_loop(_plan, service, picture, model, tile)
-            if chosen.count == 1:
-                answer = await _whole(service, picture, model, selection, limit, urgency)
-                return answer._replace(canvases=1)
-            service.pipeline.admit(model, limit, pictures=chosen.count, urgency=urgency)
-            with service.pictures.more(chosen.count - 1):
+            with (
+                pipeline.admitted(request.model, limit, price, request.urgency) as booking,
+                service.pictures.more(price.window - 1),
+            ):
                 async with service.decoded_pictures:
                     started = time.monotonic()
-                    canvases = await service.off_loop(_lay_out, service, picture, chosen, rule)
-                    decode = time.monotonic() - started
-                    found, timing = await _views(
-                        service, canvases, model, selection, limit, urgency
+                    canvases, seconds = await pipeline.run(
+                        partial(_lay_out, request, tile),
+                        request.model,
+                        decode,
+                        deadline=limit,
+                        urgency=request.urgency,
                     )
+                    found, timing = await _views(request, canvases, booking)
+                chosen = canvases.plan
+                service.metrics.tiles.inc(chosen.count)
+                waited = started - arrived + timing.queue
+                timing = timing._replace(decode=seconds, queue=waited)
+                answer = Answer(chosen.whole.original, found, timing, chosen.count)
+                return await _drawn(request, answer, drawing, booking)
     except TimeoutError:
         raise DeadlineExceeded("the deadline passed before every tile was done") from None
-    service.metrics.tiles.inc(chosen.count)
-    timing = timing._replace(decode=decode, queue=started - arrived + timing.queue)
-    return Answer(chosen.whole.original, found, timing, chosen.count)
 
 
-def _plan(service: Service, picture: bytes | memoryview, model: Servable, tile: Tile) -> Plan:
-    settings = service.settings
-    most = min(MAX_VIEWS, settings.max_queue_size)
-    with _held(service, picture) as opened:
-        return plan(opened.size, model.metadata.canvas, tile, limit=most)
-
-
-def _lay_out(
-    service: Service, picture: bytes | memoryview, chosen: Plan, rule: Buckets | ShortSide
-) -> Canvases:
-    with _held(service, picture) as opened:
-        return lay_out(opened, chosen, rule)
-
-
-def _held(service: Service, picture: bytes | memoryview) -> AbstractContextManager[Opened]:
-    return held_picture(
-        picture, memory=service.decode_memory, max_pixels=service.settings.max_image_pixels
+async def _drawn(request: _Request, answer: Answer, drawing: Estimate, booking: Booking) -> Answer:
+    """The answer with the image drawn, where that is wanted: priced work of a decode thread."""
+    if request.draw_as is None:
+        return answer
+    booking.thread = 0.0
+    written = await request.service.pipeline.run(
+        partial(_draw, request, answer.found),
+        request.model,
+        drawing,
+        deadline=request.limit,
+        urgency=request.urgency,
     )
+    return answer._replace(written=written)
+
+
+def _draw(request: _Request, found: Detections) -> bytes:
+    with request.held(_DRAWN_BYTES) as opened:
+        image = draw(opened.decode(), found, request.model.metadata.classes)
+        return encode(image, "PNG" if request.draw_as == "image/png" else "JPEG")
+
+
+def _plan(service: Service, size: Size, rule: Buckets | ShortSide, tile: Tile) -> Plan:
+    return plan(size, rule, tile, limit=min(MAX_VIEWS, service.settings.max_queue_size))
+
+
+def _lay_out(request: _Request, tile: Tile) -> tuple[Canvases, float]:
+    """The image decoded and cut by its exact size, and the seconds that took."""
+    started = time.monotonic()
+    with request.held() as opened:
+        chosen = _plan(request.service, opened.size, request.rule, tile)
+        return lay_out(opened, chosen, request.rule), time.monotonic() - started
 
 
 async def _views(
-    service: Service,
-    canvases: Canvases,
-    model: Servable,
-    selection: Selection,
-    limit: float,
-    urgency: Urgency,
+    request: _Request, canvases: Canvases, booking: Booking
 ) -> tuple[Detections, Timing]:
     """Every view through the pipeline, and what they give together."""
-    started = time.monotonic()
+    started, service = time.monotonic(), request.service
     outcomes = await detect_views(
         service.pipeline,
         canvases,
-        model,
-        selection,
-        deadline=limit,
-        urgency=urgency,
-        # No more at a time than of a batch's pictures: other requests come in between.
+        request.model,
+        request.selection,
+        deadline=request.limit,
+        urgency=request.urgency,
+        # No more at a time than of a batch's images: other requests come in between.
         window=service.batch_window,
+        booking=booking,
     )
     seconds = time.monotonic() - started
     raw = [outcome.detections for outcome in outcomes]
-    found = await service.off_loop(merge, canvases.plan, raw, selection)
-    # Views take turns, so only the first one's wait is a wait of the picture.
+    found = await service.off_loop(merge, canvases.plan, raw, request.selection)
+    # Views take turns, so only the first one's wait is a wait of the image.
     first = min(seconds, *(each.timing.decode + each.timing.queue for each in outcomes))
     return found, Timing(0.0, first, seconds - first)

@@ -6,6 +6,13 @@ names what was wrong and what would be right.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from itertools import islice
+from typing import Final
+
+_LONGEST_SHOWN: Final = 80
+_MOST_SHOWN: Final = 8
+
 
 class RetinaserveError(Exception):
     """Root of every error that this project raises on purpose."""
@@ -163,3 +170,26 @@ class DataError(RetinaserveError):
     """A data set or a configuration cannot be used as it is."""
 
     title = "Unusable data"
+
+
+def shown(value: object) -> str:
+    """Return what a client sent, for the text of an error: at most 80 characters.
+
+    Of lists and objects only the type, since they may hold millions of values.
+    """
+    if isinstance(value, list | dict):
+        return f"a {type(value).__name__}"
+    text = repr(value[:_LONGEST_SHOWN] if isinstance(value, str) else value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 3]}..."
+
+
+def shown_list(values: Collection[object]) -> str:
+    """Return the first 8 of `values` as `shown` has them, and how many more there are.
+
+    >>> shown_list(["a", "b"]), shown_list([])
+    ("'a', 'b'", 'nothing')
+    """
+    first = [shown(each) for each in islice(values, _MOST_SHOWN)]
+    if len(values) > _MOST_SHOWN:
+        first.append(f"and {len(values) - _MOST_SHOWN} more")
+    return ", ".join(first) or "nothing"

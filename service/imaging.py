@@ -23,21 +23,21 @@ from PIL.WebPImagePlugin import WebPImageFile
 from service.canvas import Buckets, Letterbox, ShortSide, Size
 from service.decode_memory import DecodeMemory
 from service.errors import MalformedImage, TooLarge, UnsupportedMedia
+from service.image_header import WEBP_BYTES, Header, webp_size
 from service.orientation import SWAPS_SIDES, made_upright, orientation_of, transposed
-from service.parts import START_OF_SCAN, check_png, jpeg_file
+from service.parts import START_OF_SCAN, check_png, count_scans, jpeg_file
 from service.resizing import COPY_BYTES, LARGEST_COPIED, resize
 
 ACCEPTED: Final = "JPEG, PNG or WebP"
 DEFAULT_MAX_PIXELS: Final = 50_000_000
 
-_WEBP_HEADER: Final = 30
-"""Bytes that hold a WebP's size, whatever its kind."""
 _STORED_BYTES: Final = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2}
 """Of a pixel in Pillow's memory; 4 in every other mode, RGB too."""
-_BLEND_BYTES: Final = 16
-"""Of a pixel, while it is laid on a white page: four pictures at once."""
-_GREY_BYTES: Final = 16
-"""Of a 16-bit pixel, while it becomes one of 8 bits."""
+_STRIP_PIXELS: Final = 1 << 20
+"""Pixels that are converted to RGB at a time: Pillow's conversions hold the interpreter's lock, and
+take the memory of several images of what they convert."""
+_STRIP_BYTES: Final = 20
+"""Of a pixel, while its strip is converted."""
 _WEBP_BYTES: Final = 12
 """Of a WebP's pixel in its decoder: two canvases, and the frame that is being decoded."""
 _COEFFICIENT_BYTES: Final = 2
@@ -130,23 +130,30 @@ def held_picture(
     memory: DecodeMemory,
     max_pixels: int = DEFAULT_MAX_PIXELS,
     rule: Buckets | ShortSide | None = None,
+    kept: int = 0,
 ) -> Iterator[Opened]:
     """As `open_picture`, with room held in `memory` for what decoding takes; waits for that.
 
-    `rule` is the one that the picture will be prepared by; None: it will be decoded in full. Raises
-    MalformedImage, UnsupportedMedia or TooLarge.
+    `rule` is the one that the image will be prepared by; None: it will be decoded in full. `kept`
+    is how many further bytes of a pixel will be needed. Raises MalformedImage, UnsupportedMedia or
+    TooLarge.
     """
     kind, _ = _sniff(data)
     if kind == "image/webp":
         # Held before it is opened: opening makes the decoder.
-        head = bytes(data[:_WEBP_HEADER])
-        size = _webp_size(head)
+        head = bytes(data[:WEBP_BYTES])
+        size = webp_size(head)
         _check_pixels(size, max_pixels)
-        with memory.hold(size[0] * size[1] * (_WEBP_BYTES + 4 + _BLEND_BYTES)):
+        with memory.hold(size[0] * size[1] * (_WEBP_BYTES + 8 + kept) + _strip_bytes(*size)):
             yield open_picture(data, max_pixels=max_pixels)
         return
     header = _open(data, max_pixels=max_pixels)
-    with memory.hold(_decode_bytes(header, rule)):
+    try:
+        needed = _decode_bytes(header, rule)
+    except Exception as error:
+        # Pillow asserts that a palette is there, for example.
+        raise _malformed(error) from error
+    with memory.hold(needed + header.width * header.height * kept):
         yield Opened(header)
 
 
@@ -206,6 +213,29 @@ def probe(data: bytes | memoryview, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> 
     return open_picture(data, max_pixels=max_pixels).size
 
 
+def examine(data: bytes | memoryview, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Header:
+    """The header of any JPEG, PNG or WebP, where `read_header` does not tell it.
+
+    Raises MalformedImage, UnsupportedMedia or TooLarge.
+    """
+    image = _open(data, max_pixels=max_pixels)
+    size = Size(image.height, image.width)
+    if not isinstance(image, JpegImageFile):
+        return Header(f"other {image.format}", size)
+    if not _has_several_scans(image):
+        return Header(f"jpeg {image.layers}", size)
+    return Header(f"progressive {image.layers}", size, count_scans(_content(image)))
+
+
+def draft_scale(size: Size, rule: Buckets | ShortSide) -> int:
+    """By how much a JPEG's decoder will at least scale down, whichever way the image is turned."""
+    sides = []
+    for turned in (size, Size(size.width, size.height)):
+        resized = rule.fit(turned).resized
+        sides += [turned.height // resized.height, turned.width // resized.width]
+    return next((scale for scale in _DRAFT_SCALES if scale <= min(sides)), 1)
+
+
 def media_type(data: bytes | memoryview) -> str:
     """The picture's media type by its first bytes. Raises MalformedImage or UnsupportedMedia."""
     return _sniff(data)[0]
@@ -231,7 +261,7 @@ def _open(data: bytes | memoryview, *, max_pixels: int) -> ImageFile.ImageFile:
     kind, factory = _sniff(data)
     if kind == "image/webp":
         # The decoder takes the memory of two whole canvases as soon as it is made.
-        _check_pixels(_webp_size(bytes(data[:_WEBP_HEADER])), max_pixels)
+        _check_pixels(webp_size(bytes(data[:WEBP_BYTES])), max_pixels)
     if kind == "image/png":
         check_png(data)
     try:
@@ -274,27 +304,20 @@ def _decode_bytes(header: ImageFile.ImageFile, rule: Buckets | ShortSide | None)
         if _has_several_scans(header):
             total += pixels * _COEFFICIENT_BYTES * header.layers
         if rule is not None:
-            decoded = pixels // _draft_scale(header, rule) ** 2
+            decoded = pixels // draft_scale(Size(header.height, header.width), rule) ** 2
     # Decoded in full, a picture may have to be turned.
     per_pixel = _STORED_BYTES.get(header.mode, 4) + (4 if rule is None else 0)
-    if header.mode.startswith("I"):
-        per_pixel += _GREY_BYTES
-    elif header.has_transparency_data:
-        per_pixel += _BLEND_BYTES
-    elif header.mode != "RGB":
+    if header.mode != "RGB" or header.has_transparency_data:
         per_pixel += 4
+        total += _strip_bytes(header.width, header.height)
     if rule is not None:
         total += COPY_BYTES * min(decoded, LARGEST_COPIED)
     return total + decoded * per_pixel
 
 
-def _draft_scale(header: JpegImageFile, rule: Buckets | ShortSide) -> int:
-    """By how much the decoder will at least scale down, whichever way the picture is turned."""
-    sides = []
-    for size in (Size(header.height, header.width), Size(header.width, header.height)):
-        resized = rule.fit(size).resized
-        sides += [size.height // resized.height, size.width // resized.width]
-    return next((scale for scale in _DRAFT_SCALES if scale <= min(sides)), 1)
+def _strip_bytes(width: int, height: int) -> int:
+    """Most memory that the conversion of a strip takes."""
+    return _STRIP_BYTES * max(width, min(_STRIP_PIXELS, width * height))
 
 
 def _content(header: ImageFile.ImageFile) -> bytes:
@@ -315,23 +338,6 @@ def _has_several_scans(header: JpegImageFile) -> bool:
     return scan[:2] != START_OF_SCAN or scan[-1] != header.layers
 
 
-def _webp_size(head: bytes) -> tuple[int, int]:
-    """(width, height) by a WebP's header (RFC 9649); (0, 0) if the header is of no known kind."""
-    kind = head[12:16]
-    if kind == b"VP8X":
-        return 1 + int.from_bytes(head[24:27], "little"), 1 + int.from_bytes(head[27:30], "little")
-    if kind == b"VP8L":
-        bits = int.from_bytes(head[21:25], "little")
-        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
-    if kind == b"VP8 ":
-        # The upper two bits are a hint for scaling.
-        return (
-            int.from_bytes(head[26:28], "little") & 0x3FFF,
-            int.from_bytes(head[28:30], "little") & 0x3FFF,
-        )
-    return 0, 0
-
-
 def _malformed(error: Exception) -> MalformedImage:
     if isinstance(error, MalformedImage):
         return error
@@ -350,18 +356,31 @@ def _place(resized: NDArray[np.uint8], placed: Letterbox) -> Prepared:
 
 def _to_rgb(image: ImageFile.ImageFile) -> Image.Image:
     image.load()
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    rows = max(1, _STRIP_PIXELS // image.width)
+    if rows >= image.height:
+        return _strip_to_rgb(image)
+    rgb = Image.new("RGB", image.size)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        rgb.paste(_strip_to_rgb(strip), (0, top))
+    return rgb
+
+
+def _strip_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         # 16-bit grey: Pillow's own conversion clips at 255 instead of scaling.
-        grey = (np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)
+        values = np.asarray(image)
+        grey = (values >> 8).clip(0, 255).astype(np.uint8)
         key = image.info.get("transparency")
         if key is not None:
-            grey[np.asarray(image) == key] = 255
+            grey[values == key] = 255
         return Image.fromarray(grey).convert("RGB")
     if image.has_transparency_data:
         # A viewer shows transparent pixels on its page; dropping alpha would uncover colours
-        # that nobody ever saw.
+        # that were never to be seen.
         rgba = image.convert("RGBA")
         page = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(page, rgba).convert("RGB")
-    # Pillow's conversion to the mode that a picture already has is a second copy of it.
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return image.convert("RGB")

@@ -7,7 +7,7 @@ for more than a minute, and of a JPEG's scans for hours. Cameras and editors wri
 from __future__ import annotations
 
 import io
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -72,31 +72,42 @@ def jpeg_file(data: bytes | memoryview) -> io.BytesIO:
 
     Raises MalformedImage for too many scans; reading raises it where they fall into too many parts.
     """
-    return io.BytesIO(data) if _is_ordinary(data) else JpegReader(data)
+    return JpegReader(data) if ordinary_frame(data) is None else io.BytesIO(data)
 
 
-def _is_ordinary(data: bytes | memoryview) -> bool:
-    """Whether a JPEG is a few well-formed segments, then one scan: the decoder expects no other.
+class Frame(NamedTuple):
+    """The frame header of a JPEG."""
 
-    Most are, and nothing need be counted while they are read.
+    height: int
+    width: int
+    colours: int
+
+
+def ordinary_frame(data: bytes | memoryview) -> Frame | None:
+    """The frame of a JPEG that is a few well-formed segments, then one scan; None for any other.
+
+    The decoder expects no other scan then. Most JPEGs are such, and nothing need be counted while
+    they are read.
     """
-    colours, exif, position = 0, 0, 2
+    frame, exif, position = None, 0, 2
     for _ in range(_MOST_ORDINARY):
         head = bytes(data[position : position + 10])
         if len(head) < 10 or head[0] != _MARKER:
-            return False
+            return None
         kind, length = head[1], int.from_bytes(head[2:4], "big")
         if kind == START_OF_SCAN[1]:
-            return head[4] == colours
-        if kind in _FRAMES and not colours:
-            colours = head[9]
+            return frame if frame is not None and head[4] == frame.colours else None
+        if kind in _FRAMES and frame is None:
+            frame = Frame(
+                int.from_bytes(head[5:7], "big"), int.from_bytes(head[7:9], "big"), head[9]
+            )
         elif kind not in _PLAIN_SEGMENTS:
-            return False
+            return None
         exif += kind == _APP1
         if length < 2 or exif > _MOST_EXIF:
-            return False
+            return None
         position += 2 + length
-    return False
+    return None
 
 
 class JpegReader(io.BytesIO):
@@ -105,7 +116,7 @@ class JpegReader(io.BytesIO):
     def __init__(self, data: bytes | memoryview) -> None:
         """Raises MalformedImage for too many scans."""
         super().__init__(data)
-        scans = _scans(self.getvalue())
+        scans = count_scans(self.getvalue())
         if scans > MOST_SCANS:
             raise MalformedImage(
                 f"the JPEG has {scans} scans; at most {MOST_SCANS} are accepted, and some ten are "
@@ -127,7 +138,7 @@ class JpegReader(io.BytesIO):
         return piece
 
 
-def _scans(data: bytes) -> int:
+def count_scans(data: bytes) -> int:
     """How many scans a JPEG has; exactly where they are too many, otherwise at most so many.
 
     `bytes.count` would be a noticeable part of decoding; pairs of bytes are compared by vector

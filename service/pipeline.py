@@ -13,18 +13,29 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from functools import partial
 from typing import Any, Final, TypeVar, cast
 
 from service.batching import BatchQueue, Policy, Urgency
+from service.canvas import CanvasRule, Size
 from service.decode_memory import DecodeMemory
 from service.detector import Detector
 from service.errors import DeadlineExceeded, InferenceFailed, RetinaserveError, Unavailable
-from service.imaging import Prepared, prepare
+from service.image_header import Header, read_header
+from service.imaging import Prepared, draft_scale, examine, prepare
 from service.inference import brief, deliver, finished, run_batch
-from service.prediction import Prediction, infers
-from service.work import BatchKey, Outcome, Servable, Work
+from service.prediction import ONE_IMAGE, Booking, Prediction, Price, infers
+from service.work import (
+    NOTHING_KNOWN,
+    BatchKey,
+    DecodeKey,
+    Estimate,
+    Outcome,
+    Servable,
+    Work,
+    as_it_is,
+)
 from service.workers import Watchdog, Worker
 
 _log = logging.getLogger("retinaserve.pipeline")
@@ -62,13 +73,17 @@ class Pipeline:
         self._policy = policy
         self._pending: set[Work] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._arrived: BatchQueue[Work] = BatchQueue(Policy())
+        self._arrived: BatchQueue[Work] = BatchQueue(Policy(), takes_long=_takes_long)
         self._ready: BatchQueue[Work] = BatchQueue(
             policy, self._batch_size, places=callers if decoders_infer else None
         )
         self._decoders_infer = decoders_infer
+        # One of several takes nothing long: large images never keep small ones waiting.
         self._decoders = [
-            Worker(f"decode-{i}", self._decode_forever) for i in range(decode_threads)
+            Worker(
+                f"decode-{i}", partial(self._decode_forever, short_only=0 < i == decode_threads - 1)
+            )
+            for i in range(decode_threads)
         ]
         self._watchdog_seconds = watchdog_seconds
         self._devices = [self._device(i) for i in range(devices * callers)]
@@ -144,13 +159,47 @@ class Pipeline:
         self,
         model: Servable,
         deadline: float,
-        *,
-        pictures: int = 1,
+        price: Price = ONE_IMAGE,
         urgency: Urgency = Urgency.INTERACTIVE,
     ) -> float:
-        """As `Prediction.admit`, and nobody at all once it is over."""
+        """As `Prediction.admit`; once it is over, every request is refused."""
         self._refuse_if_over()
-        return self.prediction.admit(model, deadline, pictures=pictures, urgency=urgency)
+        return self.prediction.admit(model, deadline, price, urgency)
+
+    @contextlib.contextmanager
+    def admitted(
+        self,
+        model: Servable,
+        deadline: float,
+        price: Price,
+        urgency: Urgency = Urgency.INTERACTIVE,
+    ) -> Iterator[Booking]:
+        """Do what is inside the block if it will be done by `deadline`, and learn from it.
+
+        What comes into the queues bit by bit is booked until then. Raises Unavailable.
+        """
+        needed = self.admit(model, deadline, price, urgency)
+        started = time.monotonic()
+
+        def learn() -> None:
+            self.prediction.learn(
+                urgency, price, predicted=needed, actual=time.monotonic() - started
+            )
+
+        device = self.prediction.inference(model, price) if price.canvases > 1 else 0.0
+        with self.prediction.booked(
+            device=device, thread=price.after if price.long else 0.0
+        ) as booking:
+            try:
+                yield booking
+            except DeadlineExceeded:
+                learn()
+                raise
+            learn()
+
+    def estimate(self, kind: str, pixels: float, canvas: Size | None = None) -> Estimate:
+        """What work of a kind will take in a decode thread."""
+        return Estimate(canvas, kind, pixels, self.prediction.thread_costs.seconds(kind, pixels))
 
     async def detect(
         self,
@@ -164,32 +213,74 @@ class Pipeline:
         finish: Callable[[Outcome], T],
         memory: DecodeMemory | None = None,
         urgency: Urgency = Urgency.INTERACTIVE,
+        estimate: Estimate | None = None,
     ) -> T:
-        """Detect on one compressed picture. Leaves the queue at once when cancelled or late.
+        """Detect on one compressed image. Leaves the queue at once when cancelled or late.
 
-        Raises what `admit` and `imaging.prepare` raise, DeadlineExceeded, InferenceFailed, or
-        what `finish` raises.
+        With an `estimate` it has been let in already. Raises what `admit` and `imaging.prepare`
+        raise, DeadlineExceeded, InferenceFailed, or what `finish` raises.
         """
-        needed = self.admit(model, deadline, urgency=urgency)
-        learn = partial(self.prediction.learn, urgency, predicted=needed)
-        started = time.monotonic()
         rule = model.metadata.canvas
         make = partial(prepare, data, rule, max_pixels=max_pixels, memory=memory)
-        try:
-            answer = await self.detect_canvas(
-                make,
+        detect = partial(
+            self.detect_canvas,
+            make,
+            model,
+            score=score,
+            iou=iou,
+            deadline=deadline,
+            finish=finish,
+            urgency=urgency,
+        )
+        if estimate is not None:
+            return await detect(estimate=estimate)
+        estimate = self.decoding(await look_at(data, max_pixels), rule, max_pixels)
+        price = Price(estimate.canvas, decode=estimate.seconds, long=estimate.long)
+        with self.admitted(model, deadline, price, urgency):
+            return await detect(estimate=estimate)
+
+    def decoding(
+        self, header: Header | None, rule: CanvasRule, max_pixels: int, *, whole: bool = False
+    ) -> Estimate:
+        """What an image will take until it is on its canvas; with `whole`, at its full size.
+
+        What will be refused by its header takes nothing.
+        """
+        if header is None or not 0 < header.size.area <= max_pixels:
+            return NOTHING_KNOWN
+        kind = header.kind
+        if not whole and kind.startswith(("jpeg", "progressive")):
+            kind = f"{kind} 1/{draft_scale(header.size, rule)}"
+        return self.estimate(kind, header.work, rule.fit(header.size).canvas)
+
+    async def run(
+        self,
+        function: Callable[[], T],
+        model: Servable,
+        estimate: Estimate,
+        *,
+        deadline: float,
+        urgency: Urgency = Urgency.INTERACTIVE,
+    ) -> T:
+        """Do other work of a request in a decode thread, in its turn. Otherwise as `detect_canvas`.
+
+        Raises what `function` raises, and DeadlineExceeded.
+        """
+        answer = await self._pass(
+            Work(
+                function,
                 model,
-                score=score,
-                iou=iou,
-                deadline=deadline,
-                finish=finish,
-                urgency=urgency,
+                0.0,
+                0.0,
+                deadline,
+                urgency,
+                asyncio.get_running_loop().create_future(),
+                as_it_is,
+                estimate,
+                infers=False,
             )
-        except DeadlineExceeded:
-            learn(actual=time.monotonic() - started)
-            raise
-        learn(actual=time.monotonic() - started)
-        return answer
+        )
+        return cast("T", answer)
 
     async def detect_canvas(
         self,
@@ -201,6 +292,7 @@ class Pipeline:
         deadline: float,
         finish: Callable[[Outcome], T],
         urgency: Urgency = Urgency.INTERACTIVE,
+        estimate: Estimate = NOTHING_KNOWN,
     ) -> T:
         """Detect on the canvas that `make` makes, in a decode thread. Otherwise as `detect`.
 
@@ -208,16 +300,21 @@ class Pipeline:
         needs is still in the core's caches; otherwise on the event loop, so that no device waits.
         Whoever calls this has called `admit`.
         """
+        future = asyncio.get_running_loop().create_future()
+        answer = await self._pass(
+            Work(make, model, score, iou, deadline, urgency, future, finish, estimate)
+        )
+        return cast("T", answer) if self._decoders_infer else finish(answer)
+
+    async def _pass(self, work: Work) -> Any:
+        """Hand work to the threads, and wait for what comes of it."""
         self._refuse_if_over()
         loop = self._loop = asyncio.get_running_loop()
-        future: asyncio.Future[Any] = loop.create_future()
-        work = Work(make, model, score, iou, deadline, urgency, future, finish)
-        timer = loop.call_later(max(0.0, deadline - time.monotonic()), work.expire)
+        timer = loop.call_later(max(0.0, work.deadline - time.monotonic()), work.expire)
         self._pending.add(work)
         self._arrived.push(work)
         try:
-            answer = await work.future
-            return cast("T", answer) if self._decoders_infer else finish(answer)
+            return await work.future
         except BaseException:
             self._withdraw(work)
             raise
@@ -225,8 +322,8 @@ class Pipeline:
             self._pending.discard(work)
             timer.cancel()
             # An exception's traceback holds this frame, and the future holds the exception:
-            # with these names left in the frame the picture would wait for the cycle collector.
-            del work, future
+            # with this name left in the frame the image would wait for the cycle collector.
+            del work
 
     def _refuse_if_over(self) -> None:
         if self.fatal is not None:
@@ -257,7 +354,7 @@ class Pipeline:
         return not waiting and all(each is worker or not each.held for each in self._workers)
 
     def _batch_size(self, key: Hashable, waiting: int, left: float) -> int:
-        assert isinstance(key, BatchKey), "only decoded pictures reach a device"
+        assert isinstance(key, BatchKey), "only decoded images reach a device"
         cost = key.model.costs.of(key.canvas)
         return cost.try_batch(waiting, most=self._policy.max_batch_size, left=left)
 
@@ -280,8 +377,8 @@ class Pipeline:
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self.abort, reason, "device-lost")
 
-    def _decode_forever(self, worker: Worker[Work]) -> None:
-        while batch := self._arrived.take():
+    def _decode_forever(self, worker: Worker[Work], *, short_only: bool) -> None:
+        while batch := self._arrived.take(short_only=short_only):
             worker.hold(batch)
             # Then what became ready meanwhile. No frame but this one has a batch, so that nothing
             # stays in memory while others are inferred.
@@ -319,7 +416,12 @@ class Pipeline:
             deliver([(work, InferenceFailed("the picture could not be processed"))])
             return False
         work.decode_seconds = time.monotonic() - started
-        self.prediction.observe_decoding(work.decode_seconds)
+        kind, pixels = work.estimate.kind, work.estimate.pixels
+        if kind:
+            self.prediction.thread_costs.observe(kind, pixels, work.decode_seconds)
+        if not work.infers:
+            deliver([(work, prepared)])
+            return False
         if work.abandoned:
             return False
         work.prepared = prepared
@@ -381,3 +483,19 @@ class Pipeline:
             _log.critical("the device fails on an empty picture too: %s", second)
             self._lose(f"the device does not answer any more: {brief(second)}")
         return InferenceFailed("the model failed on this picture")
+
+
+async def look_at(data: bytes | memoryview, max_pixels: int) -> Header | None:
+    """A compressed image's header; None where decoding will find out what is wrong with it."""
+    header = read_header(data)
+    if header is not None:
+        return header
+    try:
+        # Counting a JPEG's scans means to go through all of it.
+        return await asyncio.to_thread(examine, data, max_pixels=max_pixels)
+    except RetinaserveError:
+        return None
+
+
+def _takes_long(key: Hashable) -> bool:
+    return isinstance(key, DecodeKey) and key.long

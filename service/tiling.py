@@ -14,9 +14,11 @@ What is left goes through class-wise NMS. Coordinates are pixels of the original
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import attrgetter
 from typing import Final, Literal, NamedTuple
 
 import numpy as np
@@ -25,7 +27,7 @@ from numpy.typing import NDArray
 from service.artifact import MAX_DETECTIONS_CAP
 from service.canvas import Buckets, Letterbox, ShortSide, Size
 from service.detector import Detections, Detector
-from service.errors import InvalidParameter, TooLarge
+from service.errors import InvalidParameter, TooLarge, shown
 from service.imaging import Opened, Prepared, cut
 from service.results import Selection, select
 
@@ -78,15 +80,25 @@ class Plan:
     whole: Letterbox
     tile: Letterbox
     """All tiles are alike, so they share batches. Without tiles it is `whole`."""
-    columns: tuple[int, ...]
-    """x of each column of tiles."""
-    rows: tuple[int, ...]
-    """y of each row of tiles."""
+    tiled: bool
 
     @property
     def count(self) -> int:
-        """Views; 1 when the picture goes onto one canvas as a whole."""
-        return len(self.rows) * len(self.columns) + 1
+        """Views; 1 when the image goes onto one canvas as a whole."""
+        if not self.tiled:
+            return 1
+        image, tile = self.whole.original, self.tile.original
+        return _number(image.height, tile.height) * _number(image.width, tile.width) + 1
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """x of each column of tiles."""
+        return starts(self.whole.original.width, self.tile.original.width) if self.tiled else ()
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """y of each row of tiles."""
+        return starts(self.whole.original.height, self.tile.original.height) if self.tiled else ()
 
     @property
     def views(self) -> tuple[View, ...]:
@@ -112,7 +124,7 @@ def parse_tile(text: object) -> Tile:
     plain = written.isascii() and written.isdecimal() and len(written) <= len(str(MAX_TILE))
     if not (plain and MIN_TILE <= int(written) <= MAX_TILE):
         raise InvalidParameter(
-            f"tile={text!r} is neither off nor auto nor the longer side of a tile in pixels, "
+            f"tile={shown(text)} is neither off nor auto nor the longer side of a tile in pixels, "
             f"{MIN_TILE} to {MAX_TILE}"
         )
     return int(written)
@@ -124,7 +136,7 @@ def plan(picture: Size, rule: Buckets | ShortSide, tile: Tile, *, limit: int | N
     Raises TooLarge where there would be more than `limit` of them.
     """
     whole = rule.fit(picture)
-    alone = Plan(whole, whole, (), ())
+    alone = Plan(whole, whole, tiled=False)
     if tile == "off":
         return alone
     if tile == "auto":
@@ -133,34 +145,38 @@ def plan(picture: Size, rule: Buckets | ShortSide, tile: Tile, *, limit: int | N
             return alone
     chosen = _grid(picture, rule, tile, whole)
     if limit is not None and chosen.count > limit:
-        fits = max(max(each.resized) for each in rule.tiles())
-        while _grid(picture, rule, fits, whole).count > limit:
-            fits += 32
         raise TooLarge(
-            f"a picture of {picture.width} x {picture.height} pixels takes {chosen.count} canvases "
-            f"with tile={tile}; at most {limit} are accepted: send a smaller picture, or "
-            f"tile={fits}"
+            f"an image of {picture.width} x {picture.height} pixels takes {chosen.count} canvases "
+            f"with tile={tile}; at most {limit} are accepted: send a smaller image"
+            f"{_remedy(picture, rule, whole, limit)}"
         )
     return chosen
 
 
+def _remedy(picture: Size, rule: Buckets | ShortSide, whole: Letterbox, limit: int) -> str:
+    """Names a tile with which there are at most `limit` canvases, if there is one."""
+    sides = range(max(max(each.resized) for each in rule.tiles()), MAX_TILE + 1, 32)
+
+    def fits(side: int) -> bool:
+        return _grid(picture, rule, side, whole).count <= limit
+
+    found = bisect_left(sides, True, key=fits)
+    return f", or tile={sides[found]}" if found < len(sides) else ""
+
+
 def _grid(picture: Size, rule: Buckets | ShortSide, tile: int | str, whole: Letterbox) -> Plan:
     """The grid with fewest tiles; the earlier canvas wins a tie."""
-    best: Plan | None = None
-    for full in rule.tiles():
-        scaled = full if isinstance(tile, str) else _scaled(full, tile)
-        placed = _clipped(scaled, picture)
-        found = Plan(
+    grids = [
+        Plan(
             whole,
-            placed,
-            columns=starts(picture.width, placed.original.width),
-            rows=starts(picture.height, placed.original.height),
+            _clipped(full if isinstance(tile, str) else _scaled(full, tile), picture),
+            tiled=True,
         )
-        if best is None or found.count < best.count:
-            best = found
-    assert best is not None, "every rule has a canvas"
-    # One tile that holds the picture is the whole picture once more.
-    return Plan(whole, whole, (), ()) if best.count == 2 else best
+        for full in rule.tiles()
+    ]
+    best = min(grids, key=attrgetter("count"))
+    # One tile that holds the image is the whole image once more.
+    return Plan(whole, whole, tiled=False) if best.count == 2 else best
 
 
 def starts(side: int, tile: int) -> tuple[int, ...]:
@@ -171,11 +187,16 @@ def starts(side: int, tile: int) -> tuple[int, ...]:
     >>> starts(1000, 400)
     (0, 300, 600)
     """
+    steps = _number(side, tile) - 1
+    return tuple(i * (side - tile) // max(steps, 1) for i in range(steps + 1))
+
+
+def _number(side: int, tile: int) -> int:
+    """How many tiles of length `tile` cover `side`."""
     if side <= tile:
-        return (0,)
+        return 1
     stride = max(1, int(tile * (1 - OVERLAP)))
-    steps = -((tile - side) // stride)
-    return tuple(i * (side - tile) // steps for i in range(steps + 1))
+    return 1 - ((tile - side) // stride)
 
 
 def _scaled(full: Letterbox, longer: int) -> Letterbox:

@@ -6,8 +6,10 @@ import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 
 from service.batching import Urgency
+from service.canvas import Letterbox
 from service.imaging import Prepared
 from service.pipeline import Pipeline
+from service.prediction import Booking
 from service.results import Selection
 from service.tiling import Canvases
 from service.work import Outcome, Servable, as_it_is
@@ -22,17 +24,22 @@ async def detect_views(
     deadline: float,
     urgency: Urgency,
     window: int,
+    booking: Booking | None = None,
 ) -> list[Outcome]:
     """What each view gives, in their order; at most `window` are in the pipeline at a time.
+
+    A `booking` gets smaller as views are done.
 
     Whoever calls this has called `Pipeline.admit`, where somebody waits. Raises what
     `Pipeline.detect_canvas` raises.
     """
     room = asyncio.Semaphore(window)
+    views = canvases.plan.views
+    share = 0.0 if booking is None else booking.device / len(views)
 
-    async def one(make: Callable[[], Prepared]) -> Outcome:
+    async def one(make: Callable[[], Prepared], placed: Letterbox) -> Outcome:
         async with room:
-            return await pipeline.detect_canvas(
+            outcome = await pipeline.detect_canvas(
                 make,
                 model,
                 score=selection.lowest_score,
@@ -40,9 +47,15 @@ async def detect_views(
                 deadline=deadline,
                 finish=as_it_is,
                 urgency=urgency,
+                estimate=pipeline.estimate("tile", placed.original.area, placed.canvas),
             )
+        if booking is not None:
+            booking.device -= share
+        return outcome
 
-    return await _all([one(make) for make in canvases.makers])
+    return await _all(
+        [one(make, view.letterbox) for make, view in zip(canvases.makers, views, strict=True)]
+    )
 
 
 async def _all(jobs: Sequence[Coroutine[None, None, Outcome]]) -> list[Outcome]:

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from service.artifact import Artifact, Metadata
 from service.batching import Urgency
@@ -47,6 +47,39 @@ class BatchKey(NamedTuple):
     iou: float
 
 
+class DecodeKey(NamedTuple):
+    """What tells work that waits for a decode thread apart."""
+
+    model: Servable
+    canvas: Size | None
+    """None: not known before decoding, or nothing is to be inferred."""
+    infers: bool
+    long: bool
+
+
+LONG_SECONDS: Final = 0.25
+"""Work that takes longer in a decode thread never holds all of them."""
+
+
+class Estimate(NamedTuple):
+    """What work in a decode thread is expected to take. The default: nothing is known."""
+
+    canvas: Size | None = None
+    """What comes of it, if that is a canvas."""
+    kind: str = ""
+    """As `ThreadCosts` has it; "": there is nothing to learn."""
+    pixels: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def long(self) -> bool:
+        """Whether it takes a thread for longer than short work can wait."""
+        return self.seconds > LONG_SECONDS
+
+
+NOTHING_KNOWN: Final = Estimate()
+
+
 class Timing(NamedTuple):
     """Seconds that a picture spent in each stage."""
 
@@ -75,8 +108,9 @@ def as_it_is(outcome: Outcome) -> Outcome:
 class Work:
     """One picture on its way through the pipeline."""
 
-    make: Callable[[], Prepared]
-    """Puts it on its canvas. Raises what `imaging.prepare` raises."""
+    make: Callable[[], Any]
+    """Puts it on its canvas: a Prepared. Where nothing is to be inferred, makes the answer.
+    Raises what `imaging.prepare` raises."""
     model: Servable
     score: float
     """Detections that score lower need not be found."""
@@ -87,6 +121,8 @@ class Work:
     future: asyncio.Future[Any]
     finish: Callable[[Outcome], Any]
     """What whoever waits wants of its outcome."""
+    estimate: Estimate = NOTHING_KNOWN
+    infers: bool = True
     arrived: float = field(default_factory=time.monotonic)
     request_id: str = field(default_factory=request_id.get)
     abandoned: bool = False
@@ -96,11 +132,16 @@ class Work:
     decode_seconds: float = 0.0
 
     @property
-    def key(self) -> BatchKey | Servable:
-        """Before decoding only the model is known."""
+    def key(self) -> BatchKey | DecodeKey:
+        """Before decoding, the canvas is the one that the header tells."""
         if self.prepared is None:
-            return self.model
+            return DecodeKey(self.model, self.estimate.canvas, self.infers, self.estimate.long)
         return BatchKey(self.model, self.prepared.letterbox.canvas, self.iou)
+
+    @property
+    def seconds(self) -> float:
+        """What it is expected to take of a decode thread; nothing more once it is decoded."""
+        return self.estimate.seconds if self.prepared is None else 0.0
 
     def fail(self, error: RetinaserveError) -> None:
         """Answer the one who waits, if he still does, with an error. On the event loop."""

@@ -51,6 +51,12 @@ def huge_png(side: int = 30_000) -> bytes:
     )
 
 
+def png_header(width: int, height: int) -> bytes:
+    """The header of a PNG of that size, and nothing of its pixels."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", b"x" * 64)
+
+
 def rotated(image: Image.Image, orientation: int) -> bytes:
     """A lossless file that looks like `image` in a viewer, stored turned, with an EXIF tag."""
     undo = {

@@ -6,25 +6,28 @@ import asyncio
 import difflib
 import math
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from operator import attrgetter
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from service import artifact
 from service.artifact import MAX_DETECTIONS_CAP
 from service.batching import Urgency
 from service.canvas import Letterbox, Size
 from service.context import Service
 from service.detection import detect_one
 from service.detector import Detections
-from service.errors import MalformedRequest, RetinaserveError, UnknownModel
+from service.errors import MalformedRequest, RetinaserveError, UnknownModel, shown
 from service.imaging import Prepared
 from service.inference_protocol.tensors import OUTPUT_NAMES, Buffer, Limits
+from service.pipeline import look_at
+from service.prediction import Price
 from service.results import resolve
-from service.work import Servable, as_it_is
+from service.work import Estimate, Servable, as_it_is
 
 Job = Callable[[], Coroutine[None, None, Detections]]
 
@@ -33,8 +36,7 @@ TIMEOUT: Final = "timeout"
 _THRESHOLDS: Final = ("score_threshold", "iou_threshold", "max_detections")
 _MOST_PARAMETERS: Final = 64
 _LONGEST_NUMBER: Final = 32
-_LONGEST_VERSION: Final = 9
-"""Digits; int() refuses thousands of them with an error of its own."""
+_LONGEST_ID: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,20 +68,19 @@ def parse_version(name: str, version: str) -> int | None:
     """The number of a version; None for "". Raises UnknownModel."""
     if version == "":
         return None
-    plausible = version.isascii() and version.isdecimal() and len(version) <= _LONGEST_VERSION
-    if not plausible or int(version) == 0:
+    number = artifact.parse_version(version)
+    if number is None:
         raise UnknownModel(
-            f"model {name!r} has no version {version[:80]!r}; versions are whole numbers from 1"
+            f"model {shown(name)} has no version {shown(version)}; {artifact.VERSION_RULE}"
         )
-    return int(version)
+    return number
 
 
 def limits_of(service: Service, model: Servable) -> Limits:
     """The largest request that a model takes."""
     return Limits(
-        batch=service.max_batch_size,
+        batch=service.settings.max_batch_images,
         area=model.metadata.canvas.largest().area,
-        pictures=service.settings.max_batch_images,
     )
 
 
@@ -88,11 +89,20 @@ def check_outputs(names: Sequence[object]) -> tuple[str, ...]:
     for name in names:
         if name not in OUTPUT_NAMES:
             raise MalformedRequest(
-                f"unknown output {str(name)[:80]!r}; there is {', '.join(OUTPUT_NAMES)}"
+                f"unknown output {shown(name)}; there is {', '.join(OUTPUT_NAMES)}"
             )
         if names.count(name) > 1:
             raise MalformedRequest(f"the output {name} is asked for more than once")
     return tuple(str(name) for name in names) or OUTPUT_NAMES
+
+
+def check_id(given: object) -> str | None:
+    """The id of a request, which its response repeats. Raises MalformedRequest."""
+    if given is None or (isinstance(given, str) and len(given) <= _LONGEST_ID):
+        return given
+    raise MalformedRequest(
+        f"id is {shown(given)}; it is a string of at most {_LONGEST_ID} characters"
+    )
 
 
 def earlier(limit: float, parameters: Mapping[str, object], *, arrived: float) -> float:
@@ -113,30 +123,47 @@ async def infer(
 ) -> dict[str, NDArray[Any]]:
     """Every output, in the order and with the dtypes of the model file.
 
-    The request holds one place in `service.pictures`; places for further pictures are taken here,
-    all or none. Canvases get what the file itself answers, pictures what /v1/detect answers.
+    The request holds one place in `service.pictures`; those for further images are taken here, all
+    or none. Canvases get what the file itself answers, pictures what /v1/detect answers.
     `limit` is when an answer is too late. Raises MalformedRequest and what `detect_one` raises.
     """
     thresholds = _thresholds(request)
     if request.pictures:
-        jobs = _picture_jobs(service, model, request.pictures, thresholds, limit)
+        estimates = await _estimates(service, model, request.pictures)
+        jobs = _picture_jobs(service, model, request.pictures, estimates, thresholds, limit)
+        canvases = [each.canvas for each in estimates if each.canvas is not None]
+        largest = max(canvases, key=attrgetter("area"), default=None)
+        # Decoding goes on beside inference: only the slowest image is waited for.
+        decode = max(each.seconds for each in estimates)
+        price = Price(largest, decode=decode, long=any(each.long for each in estimates))
+        urgency = _urgency(len(jobs))
     else:
         jobs = _canvas_jobs(service, model, request.inputs, thresholds, limit)
-    with ExitStack() as places:
-        if len(request.pictures) != 1:
-            # A single picture is judged on its way, by what `detect_one` calls.
-            urgency = _urgency(len(request.pictures))
-            service.pipeline.admit(model, limit, pictures=len(jobs), urgency=urgency)
-        for _ in jobs[1:]:
-            places.enter_context(service.pictures.slot())
-        found = await _all(jobs)
-    return _outputs(found)
+        price, urgency = Price(Size(*request.inputs["images"].shape[1:3])), Urgency.INTERACTIVE
+    # No more at a time than of a batch's images: other requests come in between.
+    window = min(len(jobs), service.batch_window)
+    price = price._replace(canvases=len(jobs), window=window)
+    with (
+        service.pipeline.admitted(model, limit, price, urgency),
+        service.pictures.more(window - 1),
+    ):
+        return _outputs(await _all(jobs, window))
+
+
+async def _estimates(
+    service: Service, model: Servable, pictures: Sequence[Buffer]
+) -> list[Estimate]:
+    most = service.settings.max_image_pixels
+    headers = [await look_at(picture, most) for picture in pictures]
+    rule = model.metadata.canvas
+    return [service.pipeline.decoding(header, rule, most) for header in headers]
 
 
 def _picture_jobs(
     service: Service,
     model: Servable,
     pictures: Sequence[Buffer],
+    estimates: Sequence[Estimate],
     thresholds: _Thresholds,
     limit: float,
 ) -> list[Job]:
@@ -146,23 +173,23 @@ def _picture_jobs(
         iou_threshold=thresholds.iou,
         max_detections=thresholds.max_detections,
     )
-    # No more at a time than of a batch's pictures: other requests come in between.
-    window = asyncio.Semaphore(service.batch_window)
     urgency = _urgency(len(pictures))
 
-    async def one(index: int, picture: Buffer) -> Detections:
-        async with window:
-            try:
-                answer = await detect_one(
-                    service, picture, model, selection, limit, urgency=urgency
-                )
-            except RetinaserveError as error:
-                if len(pictures) > 1:
-                    error.args = (f"encoded_images[{index}]: {error}",)
-                raise
-            return answer.found
+    async def one(index: int, picture: Buffer, estimate: Estimate) -> Detections:
+        try:
+            answer = await detect_one(
+                service, picture, model, selection, limit, urgency=urgency, estimate=estimate
+            )
+        except RetinaserveError as error:
+            if len(pictures) > 1:
+                error.args = (f"encoded_images[{index}]: {error}",)
+            raise
+        return answer.found
 
-    return [partial(one, index, picture) for index, picture in enumerate(pictures)]
+    return [
+        partial(one, index, picture, estimate)
+        for index, (picture, estimate) in enumerate(zip(pictures, estimates, strict=True))
+    ]
 
 
 def _urgency(pictures: int) -> Urgency:
@@ -186,7 +213,13 @@ def _canvas_jobs(
     async def one(prepared: Prepared) -> Detections:
         with service.metrics.picture(model) as watched:
             outcome = await service.pipeline.detect_canvas(
-                lambda: prepared, model, score=score, iou=iou, deadline=limit, finish=as_it_is
+                lambda: prepared,
+                model,
+                score=score,
+                iou=iou,
+                deadline=limit,
+                finish=as_it_is,
+                estimate=Estimate(prepared.letterbox.canvas),
             )
             # The graph may have run for others as well, with a lower threshold.
             raw = outcome.detections
@@ -221,7 +254,7 @@ def _thresholds(request: InferRequest) -> _Thresholds:
         # Misspelt, it would be ignored in silence, and the answer would look right.
         meant = difflib.get_close_matches(name[:80], _THRESHOLDS, n=1, cutoff=0.8)
         if meant and name not in _THRESHOLDS:
-            raise MalformedRequest(f"unknown parameter {name[:80]!r}; do you mean {meant[0]}?")
+            raise MalformedRequest(f"unknown parameter {shown(name)}; do you mean {meant[0]}?")
     most = _bounded(request, "max_detections", 1, MAX_DETECTIONS_CAP)
     if most is not None and most % 1:
         raise MalformedRequest(f"max_detections: {most:g} is not a whole number")
@@ -266,13 +299,19 @@ def _number(value: object, name: str) -> float:
     return number
 
 
-async def _all(jobs: Sequence[Job]) -> list[Detections]:
-    """Every result in order; the first failure ends the other jobs and is raised."""
+async def _all(jobs: Sequence[Job], window: int) -> list[Detections]:
+    """Every result in order, of `window` jobs at a time; the first failure ends the others."""
     if len(jobs) == 1:
         return [await jobs[0]()]
+    room = asyncio.Semaphore(window)
+
+    async def one(job: Job) -> Detections:
+        async with room:
+            return await job()
+
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(job()) for job in jobs]
+            tasks = [group.create_task(one(job)) for job in jobs]
     except ExceptionGroup as errors:
         raise errors.exceptions[0] from None
     return [task.result() for task in tasks]

@@ -12,7 +12,6 @@ import orjson
 from fastapi import FastAPI, Request, Response
 
 from service import results
-from service.annotate import draw, encode
 from service.bodies import (
     Body,
     ClientGone,
@@ -23,15 +22,12 @@ from service.bodies import (
 )
 from service.context import Service
 from service.detection import Answer, detect_one
-from service.detector import Detections
-from service.errors import MalformedRequest
-from service.imaging import held_picture
+from service.errors import MalformedRequest, shown_list
 from service.presence import presence_of
 from service.routes import openapi
 from service.routes.parameters import (
     DetectQuery,
     Format,
-    ImageType,
     Selections,
     deadline,
     deadline_ms,
@@ -86,17 +82,13 @@ class DetectRoute:
                 selection,
                 limit,
                 query.tile,
-                write=partial(_write_few, written_as) if image_type is None else None,
+                write=None if image_type else partial(_write_few, written_as),
+                draw_as=image_type,
             )
-            if image_type is not None:
-                content = await service.off_loop(
-                    _annotated, picture, answer.found, model, image_type, service
-                )
-                return Response(content, media_type=image_type)
             written = answer.written
             if written is None:
                 written = await service.off_loop(written_as, answer)
-        return Response(written, media_type="application/json")
+        return Response(written, media_type=image_type or "application/json")
 
     async def _picture(self, content_type: str, body: Body) -> bytes | memoryview:
         kind = content_type.partition(";")[0].strip().lower()
@@ -223,25 +215,11 @@ def _write(shape: Format, model: Servable, read: float, answer: Answer) -> bytes
     )
 
 
-def _annotated(
-    picture: bytes | memoryview,
-    found: Detections,
-    model: Servable,
-    image_type: ImageType,
-    service: Service,
-) -> bytes:
-    limit = service.settings.max_image_pixels
-    with held_picture(picture, memory=service.decode_memory, max_pixels=limit) as opened:
-        image = opened.decode()
-        draw(image, found, model.metadata.classes)
-        return encode(image, "PNG" if image_type == "image/png" else "JPEG")
-
-
 def _file_part(body: Body, content_type: str) -> memoryview:
     parts = parse_multipart(body, content_type, max_parts=_MAX_PARTS)
     files = [part for part in parts if part.name == "file"]
     if len(files) != 1:
-        names = ", ".join(part.name for part in parts) or "nothing"
+        names = shown_list([part.name for part in parts])
         raise MalformedRequest(f"send exactly one part named 'file'; the body holds {names}")
     return files[0].data
 

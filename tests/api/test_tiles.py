@@ -258,16 +258,17 @@ async def test_a_picture_with_more_tiles_than_the_queue_has_places(start: Start)
         assert (await client.post(f"/v1/detect?tile={named}", content=content)).status_code == 200
 
 
-async def test_all_tiles_find_room_or_none(start: Start, models: Path) -> None:
+async def test_the_tiles_in_the_pipeline_find_room_or_none_does(start: Start, models: Path) -> None:
     content = encoded(sparse()[0])
     async with start(models_dir=models, max_queue_size=21) as client:
         service = service_of(client)
-        with service.pictures.slot():
+        taken = 21 - service.batch_window + 1
+        with service.pictures.hold(taken, 0):
             answer = await client.post("/v1/detect?tile=auto", content=content)
             assert answer.status_code == 503
-            assert "room for 19 more of the picture's 21 canvases" in answer.json()["detail"]
+            assert "the queue is full" in answer.json()["detail"]
             assert answer.headers["retry-after"] == "1"
-            assert service.pictures.held == 1, "nothing is kept of what was refused"
+            assert service.pictures.held == taken, "nothing is kept of what was refused"
             assert await samples(client, "retinaserve_batch_size_count") == 0
         answer = await client.post("/v1/detect?tile=auto", content=content)
         assert answer.status_code == 200
@@ -297,7 +298,7 @@ async def test_others_are_served_in_between(start: Start, tmp_path: Path) -> Non
             client.post("/v1/detect?tile=300", content=encoded(sparse((1600, 1600))[0]))
         )
         await until(lambda: service.pipeline.depth > 0)
-        assert service.pictures.held == 50
+        assert service.pictures.held == service.batch_window, "places are for what is under way"
         assert service.pipeline.depth <= service.batch_window
         answers = [await client.post("/v1/detect", content=encoded(one_red())) for _ in range(3)]
         assert not tiled.done(), "three pictures waited for fifty tiles"

@@ -259,13 +259,13 @@ async def test_one_bad_picture_is_named(client: httpx.AsyncClient) -> None:
 
 
 async def test_what_a_model_takes_is_bounded(start: Start) -> None:
-    async with start(max_batch_size=2, max_batch_images=3, max_image_pixels=20_000) as client:
-        answer = await infer(client, images(np.zeros((3, 32, 32, 3), np.uint8)))
-        assert (answer.status_code, "at most 2" in answer.json()["error"]) == (413, True)
+    async with start(max_batch_images=3, max_image_pixels=20_000) as client:
+        answer = await infer(client, images(np.zeros((4, 32, 32, 3), np.uint8)))
+        assert (answer.status_code, "at most 3" in answer.json()["error"]) == (413, True)
         answer = await infer(client, images(np.zeros((1, 128, 128, 3), np.uint8)))
         assert (answer.status_code, "12288" in answer.json()["error"]) == (413, True)
         answer = await infer(client, images(np.zeros((2, 96, 128, 3), np.uint8)))
-        assert answer.status_code == 200
+        assert answer.status_code == 200, "a batch of more than a device takes at a time"
         answer = await infer(client, base64_pictures(*[encoded(one_red())] * 4))
         assert (answer.status_code, "at most 3" in answer.json()["error"]) == (413, True)
         answer = await infer(client, base64_pictures(encoded(squares(size=(200, 200)))))
@@ -275,11 +275,12 @@ async def test_what_a_model_takes_is_bounded(start: Start) -> None:
 async def test_a_full_queue_is_503_and_takes_nothing(start: Start) -> None:
     async with start(max_queue_size=2) as client:
         service = client._transport.app.state.service  # type: ignore[attr-defined]
-        answer = await infer(client, base64_pictures(*[encoded(one_red())] * 3))
-        assert answer.status_code == 503
-        assert int(answer.headers["retry-after"]) >= 1
-        assert "queue is full" in answer.json()["error"]
-        assert service.pictures.held == 0
+        with service.pictures.hold(1, 0):
+            answer = await infer(client, base64_pictures(*[encoded(one_red())] * 3))
+            assert answer.status_code == 503
+            assert int(answer.headers["retry-after"]) >= 1
+            assert "queue is full" in answer.json()["error"]
+            assert service.pictures.held == 1
         answer = await infer(client, base64_pictures(*[encoded(one_red())] * 2))
         assert answer.status_code == 200
 

@@ -23,6 +23,7 @@ class Item:
     deadline: float = FAR
     abandoned: bool = False
     urgency: Urgency = Urgency.INTERACTIVE
+    seconds: float = 0.0
 
 
 def numbers(batch: list[Item]) -> list[int]:
@@ -258,13 +259,42 @@ def test_a_batch_is_filled_up_with_bulk_of_the_same_key() -> None:
 
 def test_lanes_tell_what_waits() -> None:
     queue: BatchQueue[Item] = BatchQueue(Policy())
-    for item in (bulk(0), Item(1), Item(2), Item(3, "b")):
+    for item in (bulk(0), Item(1, seconds=0.5), Item(2, seconds=0.25), Item(3, "b")):
         queue.push(item)
     assert sorted(queue.lanes()) == [
-        ("a", Urgency.INTERACTIVE, 2),
-        ("a", Urgency.BULK, 1),
-        ("b", Urgency.INTERACTIVE, 1),
+        ("a", Urgency.INTERACTIVE, 2, 0.75),
+        ("a", Urgency.BULK, 1, 0.0),
+        ("b", Urgency.INTERACTIVE, 1, 0.0),
     ]
+
+
+def test_a_taker_of_short_items_leaves_long_ones_to_others() -> None:
+    queue: BatchQueue[Item] = BatchQueue(Policy(), takes_long=lambda key: key == "long")
+    short, both = [], []
+
+    def take(into: list[int], *, short_only: bool) -> None:
+        while batch := queue.take(short_only=short_only):
+            into.extend(numbers(batch))
+
+    threads = [
+        in_thread(lambda: take(short, short_only=True)),
+        in_thread(lambda: take(both, short_only=False)),
+    ]
+    for number in range(200):
+        queue.push(Item(number, "long" if number % 3 else "a"))
+    queue.close()
+    for thread in threads:
+        thread.join(30)
+    assert sorted(short + both) == list(range(200)), "a wake-up was lost"
+    assert all(number % 3 == 0 for number in short)
+
+
+def test_a_long_item_ahead_keeps_no_short_one_from_its_taker() -> None:
+    queue: BatchQueue[Item] = BatchQueue(Policy(), takes_long=lambda key: key == "long")
+    for number, key in enumerate(("long", "long", "a")):
+        queue.push(Item(number, key))
+    assert numbers(queue.take(short_only=True)) == [2]
+    assert numbers(queue.take()) == [0]
 
 
 def test_sizing_is_told_how_many_wait_and_how_long_the_oldest_has() -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from service.canvas import Size
-from service.cost import BatchCost, Costs
+from service.cost import BatchCost, Costs, ThreadCosts
 
 SMALL, LARGE = Size(96, 128), Size(960, 1280)
 
@@ -105,7 +107,8 @@ def test_costs_by_canvas_and_for_canvases_never_seen() -> None:
     costs.observe(SMALL, 1, 0.01)
     costs.observe(LARGE, 1, 0.10)
     assert costs.of(SMALL).seconds(1) == 0.01
-    assert costs.of(Size(32, 32)).seconds(1) == 0.10, "as the most recent"
+    assert costs.of(Size(32, 32)).seconds(1) == 0.01, "as the smallest that is larger"
+    assert costs.of(Size(9600, 9600)).seconds(1) == 0.10, "as the most recent"
     assert costs.of().seconds(1) == 0.10
     assert costs.fastest == 0.01
 
@@ -152,7 +155,51 @@ def test_canvases_that_clients_make_up_do_not_pile_up() -> None:
     costs = Costs()
     for side in range(1, 1001):
         costs.observe(Size(32 * side, 32), 1, 0.001 * side)
-    assert len(costs._costs) <= 64
+    assert len(costs._costs) <= 256
     assert costs.fastest == 0.001, "even when the canvas is forgotten"
     assert costs.of().seconds(1) == 1.0
     assert costs.of(Size(32 * 999, 32)).seconds(1) == pytest.approx(0.999)
+
+
+def test_work_costs_by_its_kind_and_size() -> None:
+    costs = ThreadCosts()
+    costs.observe("png rgb 8", 980_000, 0.02)
+    costs.observe("png rgba 8", 980_000, 0.10)
+    assert costs.seconds("png rgb 8", 48_980_000) == pytest.approx(0.98)
+    assert costs.seconds("png rgba 8", 48_980_000) == pytest.approx(4.9)
+    assert costs.seconds("png rgb 8", 0) < 0.001
+
+
+def test_a_large_image_says_more_than_the_small_ones_before_it() -> None:
+    costs = ThreadCosts()
+    for _ in range(50):
+        costs.observe("png rgba 8", 1024, 0.0002)
+    costs.observe("png rgba 8", 49_000_000, 1.2)
+    for _ in range(5):
+        costs.observe("png rgba 8", 1024, 0.0002)
+    assert costs.seconds("png rgba 8", 49_000_000) == pytest.approx(1.2, rel=0.2)
+
+
+def test_one_pause_says_little_of_the_next_image() -> None:
+    costs = ThreadCosts()
+    for _ in range(20):
+        costs.observe("jpeg 3 1/1", 480_000, 0.005)
+    costs.observe("jpeg 3 1/1", 480_000, 5.0)
+    assert costs.seconds("jpeg 3 1/1", 480_000) < 0.010
+
+
+def test_a_cost_that_no_work_confirms_fades(monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = ThreadCosts()
+    costs.observe("png grey 16", 1_000_000, 3.0)
+    before = costs.seconds("png grey 16", 49_000_000)
+    later = time.monotonic() + 300.0
+    monkeypatch.setattr("service.cost.time", SimpleNamespace(monotonic=lambda: later))
+    assert costs.seconds("png grey 16", 49_000_000) == pytest.approx(before / 10, rel=0.01)
+
+
+def test_what_was_never_seen_has_a_guess() -> None:
+    costs = ThreadCosts()
+    large = 49_000_000
+    assert 0.1 < costs.seconds("jpeg 3 1/8", large) < 1.0
+    assert 1.0 < costs.seconds("png grey 16", large) < 5.0
+    assert costs.seconds("something else", large) > 1.0

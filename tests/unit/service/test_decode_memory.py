@@ -20,6 +20,8 @@ from service.resizing import COPY_BYTES, LARGEST_COPIED
 from tests.pictures import encoded, huge_png, noise, one_red, sixteen_bit
 
 RULE = Buckets(sizes=(Size(96, 128),))
+STRIP = 20 << 20
+"""While pixels become RGB, a million at a time."""
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -43,7 +45,7 @@ def test_room_is_held_and_given_back() -> None:
 def test_what_does_not_fit_even_alone_is_refused(kind: str) -> None:
     data = encoded(noise((1000, 800)), kind)
     memory = DecodeMemory(1_000_000)
-    with pytest.raises(TooLarge, match="1000000"):
+    with pytest.raises(TooLarge, match="875000"):
         decode(data, memory=memory)
     assert memory.held == 0
     assert prepare(encoded(one_red(), kind), RULE, memory=memory).canvas.any()
@@ -58,16 +60,16 @@ def test_a_large_jpeg_takes_what_it_is_scaled_to() -> None:
 
 
 def test_a_bomb_is_known_by_its_header() -> None:
-    assert needed(huge_png(8000), RULE) == 8000 * 8000 * 5 + LARGEST_COPIED * COPY_BYTES
+    assert needed(huge_png(8000), RULE) == 8000 * 8000 * 5 + LARGEST_COPIED * COPY_BYTES + STRIP
 
 
-def test_those_who_find_no_room_wait_in_order() -> None:
-    memory = DecodeMemory(10)
+def test_large_images_wait_in_order_and_small_ones_behind_none() -> None:
+    memory = DecodeMemory(160)
     order: list[str] = []
     inside, leave = threading.Event(), threading.Event()
 
     def first() -> None:
-        with memory.hold(8):
+        with memory.hold(140):
             inside.set()
             assert leave.wait(30)
             order.append("first")
@@ -79,19 +81,22 @@ def test_those_who_find_no_room_wait_in_order() -> None:
     threads = [threading.Thread(target=first)]
     threads[0].start()
     assert inside.wait(30)
-    # The small one would fit, and must not overtake for ever.
-    for name, size in (("large", 9), ("small", 2)):
+    for name, size in (("largest", 135), ("large", 21)):
         thread = threading.Thread(target=then, args=(name, size))
         thread.start()
         threads.append(thread)
         while len(memory._waiting) < len(threads) - 1:
             time.sleep(0.001)
     assert order == []
+    with memory.hold(20):
+        assert memory.held == 160, "an eighth is for small ones alone"
     leave.set()
     for thread in threads:
         thread.join(30)
-    assert order == ["first", "large", "small"]
+    assert order == ["first", "largest", "large"]
     assert memory.held == 0
+    with pytest.raises(TooLarge, match="at most 140 are"), memory.hold(141):
+        pass
 
 
 MEASURE = """

@@ -14,8 +14,8 @@ from service.admission import WAY_BACK
 from service.batching import BatchQueue, Policy, Urgency
 from service.canvas import Size
 from service.errors import Unavailable
-from service.prediction import Prediction
-from service.work import BatchKey, Servable, Work
+from service.prediction import Prediction, Price
+from service.work import NOTHING_KNOWN, BatchKey, DecodeKey, Estimate, Servable, Work
 from service.workers import Worker
 
 CANVAS, LARGE = Size(96, 128), Size(960, 1280)
@@ -33,6 +33,12 @@ class Item:
     abandoned: bool = False
     prepared: Any = None
     """What a decode thread made of it."""
+    estimate: Estimate = NOTHING_KNOWN
+    infers: bool = True
+
+    @property
+    def seconds(self) -> float:
+        return self.estimate.seconds
 
 
 @pytest.fixture
@@ -83,10 +89,27 @@ def ready(
         line.ready.push(cast(Any, Item(BatchKey(model, canvas, 0.5), model, urgency)))
 
 
-def arrived(line: Line, model: Servable, count: int) -> None:
-    """Pictures that wait for a decode thread."""
+def arrived(
+    line: Line,
+    model: Servable,
+    count: int,
+    *,
+    seconds: float = 0.0,
+    canvas: Size = CANVAS,
+    infers: bool = True,
+) -> None:
+    """Images that wait for a decode thread."""
+    estimate = Estimate(canvas, "png", 1.0, seconds)
+    key = DecodeKey(model, canvas, infers, estimate.long)
     for _ in range(count):
-        line.arrived.push(cast(Any, Item(model, model)))
+        line.arrived.push(cast(Any, Item(key, model, estimate=estimate, infers=infers)))
+
+
+def decoding(line: Line, thread: int, model: Servable, seconds: float, *, since: float) -> None:
+    """An image that a decode thread is at."""
+    worker = line.decoders[thread]
+    worker.held = [cast(Any, Item(None, model, estimate=Estimate(CANVAS, "png", 1.0, seconds)))]
+    worker.since = since
 
 
 def in_hand(line: Line, device: int, model: Servable, count: int, *, since: float) -> None:
@@ -126,9 +149,11 @@ def test_each_canvas_has_its_own_cost(model: Servable) -> None:
     ready(line, model, 1, canvas=LARGE)
     assert line.prediction.wait() == pytest.approx(1.080)
     arrived(line, model, 1)
-    assert line.prediction.wait() == pytest.approx(2.080), (
-        "a canvas not known yet costs as the last one"
-    )
+    assert line.prediction.wait() == pytest.approx(1.120), "what waits is priced by its own canvas"
+    arrived(line, model, 1, canvas=LARGE)
+    assert line.prediction.wait() == pytest.approx(2.120)
+    needed = line.prediction.admit(model, NOW + 9, Price(Size(64, 64)))
+    assert needed == pytest.approx(2.120 + 0.040)
 
 
 def test_the_rest_of_a_batch_in_hand(model: Servable) -> None:
@@ -176,7 +201,7 @@ def test_bulk_learns_for_itself_how_often_it_is_overtaken(model: Servable) -> No
     line = Line()
     ready(line, model, 8, Urgency.BULK)
     for _ in range(20):
-        line.prediction._cautions[Urgency.BULK].observe(predicted=0.1, actual=1.0)
+        line.prediction._cautions[Urgency.BULK, "single"].observe(predicted=0.1, actual=1.0)
     line.prediction.check(0.120, Urgency.INTERACTIVE)
     line.prediction.admit(model, NOW + 1.1 * 0.050)
     with pytest.raises(Unavailable):
@@ -198,7 +223,9 @@ def test_batches_side_by_side_share_a_device(model: Servable) -> None:
     assert line.prediction.wait() == pytest.approx(2 * (0.110 - 0.025))
     ready(line, model, 8)
     assert line.prediction.wait() == pytest.approx(2 * (0.110 - 0.025) + 0.110)
-    assert Line(callers=2).prediction.admit(model, NOW + 9, pictures=3) == pytest.approx(0.060)
+    assert Line(callers=2).prediction.admit(model, NOW + 9, Price(canvases=3)) == pytest.approx(
+        0.060
+    )
 
 
 def test_a_decode_thread_that_infers_counts_as_one_of_the_devices(model: Servable) -> None:
@@ -238,26 +265,91 @@ def test_bulk_that_is_little_takes_little(model: Servable) -> None:
 
 def test_where_decoding_takes_longer_it_decides(model: Servable) -> None:
     line = Line()
-    line.prediction._decode_seconds = 0.500
-    arrived(line, model, 6)
-    assert line.prediction.wait() == pytest.approx(6 * 0.500 / 2)
+    arrived(line, model, 6, seconds=0.200)
+    assert line.prediction.wait() == pytest.approx(6 * 0.200 / 2)
     ready(line, model, 8)
-    assert line.prediction.wait() == pytest.approx(6 * 0.500 / 2), "decoded already"
+    assert line.prediction.wait() == pytest.approx(6 * 0.200 / 2), "decoded already"
 
 
-def test_what_a_picture_needs(model: Servable) -> None:
+def test_what_an_image_needs(model: Servable) -> None:
+    line, price = Line(), Price(CANVAS, decode=0.005)
+    assert line.prediction.admit(model, NOW + 9, price) == pytest.approx(0.005 + 0.040)
+    ready(line, model, 8)
+    assert line.prediction.admit(model, NOW + 9, price) == pytest.approx(0.110 + 0.005 + 0.040)
+
+
+def test_what_is_long_keeps_only_what_is_long_waiting(model: Servable) -> None:
     line = Line()
-    line.prediction._decode_seconds = 0.005
-    assert line.prediction.admit(model, NOW + 9) == pytest.approx(0.005 + 0.040)
-    ready(line, model, 8)
-    assert line.prediction.admit(model, NOW + 9) == pytest.approx(0.110 + 0.005 + 0.040)
+    decoding(line, 0, model, 5.0, since=NOW - 1.0)
+    arrived(line, model, 2, seconds=3.0)
+    assert line.prediction.wait() == 0.0, "a thread is left for short work"
+    assert line.prediction.wait(long=True) == pytest.approx(4.0 + 2 * 3.0)
+    arrived(line, model, 4, seconds=0.1)
+    assert line.prediction.wait() == pytest.approx(0.4), "by that one thread"
+    long = Price(CANVAS, decode=5.0, long=True)
+    with pytest.raises(Unavailable) as refused:
+        line.prediction.admit(model, NOW + 10.0, long)
+    assert refused.value.reason == "deadline"
+    line.prediction.admit(model, NOW + 60.0, long)
+    line.prediction.admit(model, NOW + 1.0, Price(CANVAS, decode=0.005))
+
+
+def test_work_that_infers_nothing_takes_no_device(model: Servable) -> None:
+    line = Line()
+    arrived(line, model, 2, seconds=0.1, infers=False)
+    assert line.prediction.wait() == pytest.approx(0.1)
+
+
+def test_an_idle_service_refuses_what_alone_takes_too_long(model: Servable) -> None:
+    line, drawn = Line(), Price(CANVAS, decode=0.1, after=16.0, long=True)
+    with pytest.raises(Unavailable) as refused:
+        line.prediction.admit(model, NOW + 9.0, drawn)
+    assert refused.value.reason == "deadline-too-short"
+    line.prediction.admit(model, NOW + 17.0, drawn)
+
+
+def test_drawing_that_was_promised_counts_before_it_is_in_a_queue(model: Servable) -> None:
+    line, drawn = Line(), Price(CANVAS, after=4.0, long=True)
+    line.prediction.admit(model, NOW + 9.0, drawn)
+    with line.prediction.booked(thread=4.0), line.prediction.booked(thread=4.0):
+        ready(line, model, 1)
+        with pytest.raises(Unavailable):
+            line.prediction.admit(model, NOW + 9.0, drawn)
+        line.prediction.admit(model, NOW + 9.0, Price(CANVAS))
+    line.prediction.admit(model, NOW + 9.0, drawn)
+
+
+def test_requests_of_many_canvases_share_with_each_other_and_with_single_ones(
+    model: Servable,
+) -> None:
+    line, many = Line(batch=1), Price(CANVAS, canvases=100, window=4)
+    alone = 100 * 0.040
+    assert line.prediction.admit(model, NOW + 99, many) == pytest.approx(alone)
+    with line.prediction.booked(device=alone):
+        assert line.prediction.admit(model, NOW + 99, many) == pytest.approx(2 * alone)
+        ready(line, model, 4)
+        assert line.prediction.admit(model, NOW + 99, many) == pytest.approx(0.160 + 2 * alone), (
+            "those that wait are the other request's own"
+        )
+        single = line.prediction.admit(model, NOW + 99, Price(CANVAS))
+        assert single == pytest.approx(0.160 + 0.040), "a single image waits for no tile to come"
+        ready(line, model, 4)
+        assert line.prediction.admit(model, NOW + 99, many) == pytest.approx(
+            0.320 + 2 * (2 * alone)
+        ), "four single images in the pipeline take every second turn"
 
 
 def test_many_pictures_go_in_batches_and_to_every_device(model: Servable) -> None:
-    assert Line().prediction.admit(model, NOW + 9, pictures=16) == pytest.approx(0.220)
-    assert Line(devices=2).prediction.admit(model, NOW + 9, pictures=16) == pytest.approx(0.110)
-    assert Line(devices=2).prediction.admit(model, NOW + 9, pictures=3) == pytest.approx(0.050)
-    assert Line(batch=1).prediction.admit(model, NOW + 9, pictures=16) == pytest.approx(0.640)
+    assert Line().prediction.admit(model, NOW + 9, Price(canvases=16)) == pytest.approx(0.220)
+    assert Line(devices=2).prediction.admit(model, NOW + 9, Price(canvases=16)) == pytest.approx(
+        0.110
+    )
+    assert Line(devices=2).prediction.admit(model, NOW + 9, Price(canvases=3)) == pytest.approx(
+        0.050
+    )
+    assert Line(batch=1).prediction.admit(model, NOW + 9, Price(canvases=16)) == pytest.approx(
+        0.640
+    )
 
 
 def test_who_would_be_late_is_told_when_to_come_again(model: Servable) -> None:

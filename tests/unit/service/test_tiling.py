@@ -152,6 +152,23 @@ def test_a_refusal_names_a_tile_that_fits(
         assert chosen.count <= limit
 
 
+@pytest.mark.parametrize("size", [Size(1, 50_000_000), Size(50_000_000, 1), Size(10**9, 10**9)])
+@pytest.mark.parametrize("tile", ["auto", 32])
+def test_tiles_are_counted_and_not_made(size: Size, tile: Tile) -> None:
+    def refuse(*_: object) -> None:
+        pytest.fail("a grid was made to be counted")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiling, "starts", refuse)
+        with pytest.raises(TooLarge, match=r"at most 128 are accepted: send a smaller image$"):
+            plan(size, RULE, tile, limit=128)
+
+
+@given(st.integers(1, 5000), st.integers(1, 700))
+def test_the_count_is_the_length_of_the_grid(side: int, tile: int) -> None:
+    assert tiling._number(side, tile) == len(tiling.starts(side, tile))
+
+
 @pytest.mark.parametrize(("text", "tile"), [("off", "off"), ("auto", "auto"), ("640", 640)])
 def test_what_a_tile_may_be(text: str, tile: Tile) -> None:
     assert parse_tile(text) == tile
@@ -321,12 +338,8 @@ def test_boxes_below_the_score_threshold_change_nothing(seed: int) -> None:
 
 # Two tiles of 448 x 448 side by side over 700 x 448 pixels: x 0..448 and 252..700. One canvas
 # pixel is one pixel, so within 8 pixels of 448 or of 252 is at a border.
-PAIR = Plan(
-    RULE.fit(Size(448, 700)),
-    RULE.tiles()[2],
-    columns=(0, 252),
-    rows=(0,),
-)
+PAIR = Plan(RULE.fit(Size(448, 700)), RULE.tiles()[2], tiled=True)
+assert (PAIR.columns, PAIR.rows) == ((0, 252), (0,))
 
 
 @pytest.mark.parametrize(
@@ -359,7 +372,8 @@ def test_who_is_believed(
 
 def test_a_corner_is_left_to_the_tile_that_cuts_it_on_one_side_less() -> None:
     square = RULE.tiles()[2]
-    chosen = Plan(RULE.fit(Size(700, 700)), square, columns=(0, 252), rows=(0, 252))
+    chosen = Plan(RULE.fit(Size(700, 700)), square, tiled=True)
+    assert chosen.columns == chosen.rows == (0, 252)
     # In the top-left tile's bottom-right corner, and taller than what the rows share.
     boxes = np.array([[400, 240, 448, 448], [400, 240, 480, 448]], dtype=np.float64)
     best, cut_off = tiling.believed(chosen, boxes, np.array([0, 1]))
