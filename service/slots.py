@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
 from service.artifact import Entry, Metadata
-from service.errors import RetinaserveError, Unavailable, UnknownModel
+from service.errors import RetinaserveError, Unavailable, UnknownModel, shown
 from service.work import Servable
 
 State = Literal["waiting", "loading", "ready", "failed", "unloaded"]
@@ -74,7 +74,7 @@ class Snapshot:
         found = [slot for slot in self.slots.values() if slot.name == name]
         if not found:
             there = ", ".join(dict.fromkeys(key.name for key in self.slots))
-            raise UnknownModel(f"no model {name!r}; there is {there or 'none'}")
+            raise UnknownModel(f"no model {shown(name)}; there is {there or 'none'}")
         if version is None:
             return found
         slot = self.slots.get(Key(name, version))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
@@ -10,12 +11,12 @@ from google.protobuf.json_format import ParseDict
 
 from service.batching import Urgency
 from service.context import Service
-from service.errors import UnknownModel
+from service.errors import UnknownModel, shown
 from service.inference_protocol import metadata
 from service.inference_protocol.data_plane import earlier, find_model, infer, limits_of
-from service.inference_protocol.grpc_codec import Parsed, parse, read, write
+from service.inference_protocol.grpc_codec import Parsed, parse, read_infer, write
 from service.inference_protocol.grpc_messages import INFERENCE, Method
-from service.inference_protocol.tensors import Limits
+from service.work import Servable
 
 _BIG_MESSAGE: Final = 256 * 1024
 """From this size on taking a message apart is worth a thread."""
@@ -30,6 +31,9 @@ class GrpcMethods:
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._big_messages = asyncio.Semaphore(1)
+        """Taking a message apart holds the interpreter's lock: side by side takes more memory, and
+        no less time."""
         self.plain: dict[str, Answer] = {
             "ServerLive": self._server_live,
             "ServerReady": self._server_ready,
@@ -57,11 +61,12 @@ class GrpcMethods:
             limit = min(limit, arrived + remaining)
         with service.pictures.slot(len(content)):
             if len(content) < _BIG_MESSAGE:
-                request = read(content, method.request)
+                model, parsed = self._take_apart(method, content)
             else:
-                request = await service.off_loop(read, content, method.request)
-            model = find_model(service, request.model_name, request.model_version)
-            parsed = await self._parse(request, len(content), limits_of(service, model))
+                async with self._big_messages:
+                    model, parsed = await service.off_loop(self._take_apart, method, content)
+            # Its tensors have been copied out of it.
+            del content
             limit = earlier(limit, parsed.request.parameters, arrived=arrived)
             outputs = await infer(service, model, parsed.request, limit)
         return write(
@@ -70,13 +75,14 @@ class GrpcMethods:
             method.response,
             model=model.name,
             version=model.version,
-            request_id=request.id,
         )
 
-    async def _parse(self, request: Any, size: int, limits: Limits) -> Parsed:
-        if size < _BIG_MESSAGE:
-            return parse(request, limits)
-        return await self._service.off_loop(parse, request, limits)
+    def _take_apart(self, method: Method, content: bytes) -> tuple[Servable, Parsed]:
+        """The model and the tensors of a message. In any thread."""
+        service = self._service
+        request = read_infer(content, method.request, service.settings.max_batch_images)
+        model = find_model(service, request.model_name, request.model_version)
+        return model, parse(request, limits_of(service, model))
 
     def _server_live(self, method: Method, _: Any) -> Any:
         return method.response(live=self._service.pipeline.fatal is None)
@@ -106,7 +112,7 @@ class GrpcMethods:
     def _check(self, method: Method, request: Any) -> Any:
         status = health(self._service, request.service)
         if status == UNKNOWN_SERVICE:
-            raise UnknownModel(f"no service {request.service[:80]!r}; there is {INFERENCE}")
+            raise UnknownModel(f"no service {shown(request.service)}; there is {INFERENCE}")
         return method.response(status=status)
 
 

@@ -58,6 +58,8 @@ _IDLE_SECONDS: Final = 300
 _MANY: Final = 1 << 30
 _GRACE: Final = 1.0
 """Seconds after the drain in which those who were too late get to hear it."""
+_LONGEST_DETAIL: Final = 2048
+"""Characters. It is sent as a header, of which clients take 8 KiB."""
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -324,7 +326,7 @@ async def _abort(
     code = grpc.StatusCode[_CODES.get(error.status, "INTERNAL")]
     trailing = {name.lower(): value for name, value in headers_of(error).items()}
     trailing = {name: trailing[name] for name in ("retry-after",) if name in trailing}
-    detail = str(error)
+    detail = str(error)[:_LONGEST_DETAIL]
     if error.status >= 500 and code is grpc.StatusCode.INTERNAL:
         detail = f"{detail}; the server's log has it under request {record.request_id}"
     trailing["x-request-id"] = record.request_id

@@ -14,9 +14,9 @@ import orjson
 from numpy.typing import NDArray
 
 from service.bodies import Body, decode_base64
-from service.errors import MalformedRequest
+from service.errors import MalformedRequest, shown
 from service.inference_protocol import tensors
-from service.inference_protocol.data_plane import InferRequest, check_outputs
+from service.inference_protocol.data_plane import InferRequest, check_id, check_outputs
 from service.inference_protocol.tensors import (
     INPUTS,
     OUTPUT_NAMES,
@@ -29,10 +29,12 @@ from service.inference_protocol.tensors import (
 
 HEADER_LENGTH: Final = "Inference-Header-Content-Length"
 
-_MAX_BRACES: Final = 10_000
-_SPARE_COMMAS: Final = 10_000
-"""Commas that a request may have besides those of one full batch, given as numbers. A value of two
-characters makes up to 60 bytes of memory, and the interpreter stands still while it is made."""
+_MAX_OBJECTS: Final = 10_000
+_MAX_VALUES: Final = 1_000_000
+"""Values, and lists, that a request may hold, or as many as the largest canvas has where that is
+more. Two characters become up to 90 bytes of memory, and no other thread runs meanwhile."""
+_SPARE_VALUES: Final = 10_000
+"""Values beside those of a canvas."""
 _SHARED_MEMORY: Final = "shared_memory_region"
 _CLASSIFICATION: Final = "classification"
 
@@ -63,7 +65,8 @@ def parse(body: Body, header_length: str | None, limits: Limits) -> Parsed:
     parameters = _parameters(document, "the request")
     numbers, pictures = _read(inputs, declared, binary)
     outputs, raw = _requested(document, parameters)
-    return Parsed(InferRequest(numbers, pictures, parameters), _id(document), outputs, raw)
+    given = check_id(document.get("id"))
+    return Parsed(InferRequest(numbers, pictures, parameters), given, outputs, raw)
 
 
 def write(
@@ -107,12 +110,17 @@ def _split(body: Body, header_length: str | None) -> tuple[Body, memoryview]:
 
 
 def _load(header: Body, limits: Limits) -> dict[str, Any]:
-    most = _SPARE_COMMAS + 3 * limits.batch * limits.area
-    if header.count(b",") > most or header.count(b"{") > _MAX_BRACES:
-        raise MalformedRequest(
-            f"the JSON holds more than {most} values or {_MAX_BRACES} objects; "
-            "send large tensors as binary data"
-        )
+    most = max(_MAX_VALUES, 3 * limits.area + _SPARE_VALUES)
+    for mark, kind, bound in (
+        (b",", "values", most),
+        (b"[", "lists", most),
+        (b"{", "objects", _MAX_OBJECTS),
+    ):
+        if header.count(mark) > bound:
+            raise MalformedRequest(
+                f"the JSON holds more than {bound} {kind}; send large tensors as binary data "
+                f"({HEADER_LENGTH}, binary_data_size)"
+            )
     try:
         document = orjson.loads(header)
     except orjson.JSONDecodeError as error:
@@ -140,13 +148,6 @@ def _parameters(owner: Mapping[str, Any], whose: str) -> dict[str, Any]:
     return found
 
 
-def _id(document: Mapping[str, Any]) -> str | None:
-    found = document.get("id")
-    if found is not None and not isinstance(found, str):
-        raise MalformedRequest("id must be a string")
-    return found
-
-
 def _read(
     inputs: list[dict[str, Any]], declared: list[Declared], binary: memoryview
 ) -> tuple[dict[str, NDArray[Any]], tuple[Buffer, ...]]:
@@ -159,11 +160,12 @@ def _read(
         position += size or 0
         if each.name == PICTURES:
             if raw is None:
-                pictures = _base64_elements(each, entry["data"])
+                pictures = tuple(map(decode_base64, tensors.flatten(each, entry["data"])))
             else:
                 pictures = tensors.elements(each, raw)
         elif raw is None:
-            numbers[each.name] = tensors.from_values(each, entry["data"])
+            values = tensors.flatten(each, entry["data"])
+            numbers[each.name] = tensors.from_values(each, values)
         else:
             numbers[each.name] = tensors.from_raw(each, raw)
     if position != len(binary):
@@ -189,20 +191,10 @@ def _binary_size(entry: Mapping[str, Any], declared: Declared, left: int) -> int
     # A bool is an int to Python.
     if type(size) is not int or not 0 <= size <= left:
         raise MalformedRequest(
-            f"{declared.name}: binary_data_size is {str(size)[:32]}, but {left} bytes are left for "
+            f"{declared.name}: binary_data_size is {shown(size)}, but {left} bytes are left for "
             f"it; is {HEADER_LENGTH} right?"
         )
     return size
-
-
-def _base64_elements(declared: Declared, values: object) -> tuple[Buffer, ...]:
-    while isinstance(values, list) and values and isinstance(values[0], list):
-        # A column of pictures.
-        values = [each for inner in values if isinstance(inner, list) for each in inner]
-    if not isinstance(values, list):
-        raise MalformedRequest(f"{declared.name}: data must be a list of base64 strings")
-    checked = tensors.check_count(declared, values)
-    return tuple(decode_base64(each) for each in checked)
 
 
 def _requested(

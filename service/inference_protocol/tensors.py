@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Final, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.canvas import MULTIPLE
-from service.errors import MalformedRequest, TooLarge
+from service.errors import MalformedRequest, TooLarge, shown
 
 Buffer = bytes | memoryview
 T = TypeVar("T")
@@ -31,8 +32,9 @@ DTYPES: Final[dict[str, np.dtype[Any]]] = {
 """The datatypes of numbers that occur here, as they lie in raw data."""
 
 _STEP: Final = 4096
-"""Entries of a list that become an array at a time: other threads run in between."""
-_MAX_RANK: Final = 8
+"""Elements of a list that become an array at a time: other threads run in between."""
+MAX_RANK: Final = 8
+"""Sides that a shape is read to."""
 _PREFIX: Final = struct.Struct("<I")
 
 
@@ -68,11 +70,9 @@ class Limits:
     """The largest request that one model takes."""
 
     batch: int
-    """Canvases."""
+    """Images, on canvases or compressed."""
     area: int
     """Pixels of a canvas."""
-    pictures: int
-    """Compressed pictures."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +92,10 @@ class Declared:
 def declare(name: object, datatype: object, shape: object, limits: Limits) -> Declared:
     """Check what a request says of an input. Raises MalformedRequest or TooLarge."""
     if not isinstance(name, str) or name not in _BY_NAME:
-        raise MalformedRequest(f"unknown input {_shown(name)}; there is {', '.join(_BY_NAME)}")
+        raise MalformedRequest(f"unknown input {shown(name)}; there is {', '.join(_BY_NAME)}")
     expected = _BY_NAME[name]
     if datatype != expected.datatype:
-        raise MalformedRequest(f"{name}: datatype is {_shown(datatype)}, not {expected.datatype}")
+        raise MalformedRequest(f"{name}: datatype is {shown(datatype)}, not {expected.datatype}")
     sides = _sides(name, shape)
     if name == PICTURES and len(sides) == 2 and sides[1] == 1:
         # A column of pictures, as clients send that put a batch dimension before everything.
@@ -105,13 +105,12 @@ def declare(name: object, datatype: object, shape: object, limits: Limits) -> De
     )
     if not fits or min(sides) < 1:
         raise MalformedRequest(
-            f"{name}: shape is {_shown(list(sides))}, not {list(expected.shape)} "
-            "(-1: any number from 1)"
+            f"{name}: shape is {list(sides)}, not {list(expected.shape)} (-1: any number from 1)"
         )
     if name == "images":
         _check_canvases(sides, limits)
-    if name == PICTURES and sides[0] > limits.pictures:
-        raise TooLarge(f"{name}: {sides[0]} pictures; at most {limits.pictures} in one request")
+    if name in ("images", PICTURES) and sides[0] > limits.batch:
+        raise TooLarge(f"{name}: {sides[0]} images; at most {limits.batch} in one request")
     return Declared(name, expected.datatype, sides)
 
 
@@ -148,20 +147,48 @@ def from_raw(declared: Declared, raw: memoryview) -> NDArray[Any]:
     return np.frombuffer(raw, dtype).reshape(declared.shape)
 
 
-def from_values(declared: Declared, values: object) -> NDArray[Any]:
-    """Numbers from a list, flat or nested. Raises MalformedRequest."""
-    if not isinstance(values, list):
-        raise MalformedRequest(f"{declared.name}: data must be a list of numbers")
+def flatten(declared: Declared, data: object) -> Sequence[Any]:
+    """The elements of a list, flat or nested, as many as the shape says.
+
+    Raises MalformedRequest.
+    """
+    if not isinstance(data, list):
+        raise MalformedRequest(f"{declared.name}: data must be a list")
+    while data and isinstance(data[0], list):
+        if set(map(type, data)) != {list} or len(set(map(len, data))) != 1:
+            raise MalformedRequest(
+                f"{declared.name}: data is mixed of values and lists, or of lists of different "
+                "lengths; give one flat list, or one nested as the shape"
+            )
+        data = list(chain.from_iterable(data))
+    return check_count(declared, data)
+
+
+def from_values(declared: Declared, values: Sequence[Any]) -> NDArray[Any]:
+    """Numbers from their values, row by row, as many as the shape says. Raises MalformedRequest."""
     dtype = DTYPES[declared.datatype]
-    try:
-        pieces = [_converted(piece, dtype) for piece in _pieces(values)]
-    except ValueError as error:
-        raise MalformedRequest(
-            f"{declared.name}: data is not a list of {declared.datatype} numbers: {error}"
-        ) from error
-    count = sum(piece.size for piece in pieces)
-    _check_count(declared, count)
-    return np.concatenate(pieces).reshape(declared.shape)
+    # Judged before numpy sees a value: it would make all of them strings where one is.
+    taken = {int} if dtype.kind in "iu" else {int, float}
+    numbers = np.empty(len(values), dtype)
+    for start in range(0, len(values), _STEP):
+        piece = values[start : start + _STEP]
+        if not taken.issuperset(map(type, piece)):
+            stray = next(value for value in piece if type(value) not in taken)
+            raise MalformedRequest(
+                f"{declared.name}: data holds {shown(stray)}; {declared.datatype} takes "
+                f"{'whole numbers' if taken == {int} else 'numbers'}"
+            )
+        try:
+            # What is too large for float32 is infinite.
+            with np.errstate(over="ignore"):
+                numbers[start : start + len(piece)] = np.array(piece, dtype)
+        except OverflowError:
+            least, most = np.iinfo(dtype).min, np.iinfo(dtype).max
+            stray = next(value for value in piece if not least <= value <= most)
+            raise MalformedRequest(
+                f"{declared.name}: data holds {stray}, which is outside {least}..{most}"
+            ) from None
+    return numbers.reshape(declared.shape)
 
 
 def elements(declared: Declared, raw: memoryview) -> tuple[memoryview, ...]:
@@ -208,15 +235,17 @@ def _check_count(declared: Declared, count: int) -> None:
 
 def _sides(name: str, shape: object) -> tuple[int, ...]:
     # A bool is an int to Python.
-    if not isinstance(shape, list) or any(type(side) is not int for side in shape):
-        raise MalformedRequest(f"{name}: shape must be a list of whole numbers")
+    if (
+        not isinstance(shape, list)
+        or len(shape) > MAX_RANK
+        or any(type(side) is not int for side in shape)
+    ):
+        raise MalformedRequest(f"{name}: shape must be a list of at most {MAX_RANK} whole numbers")
     return tuple(shape)
 
 
 def _check_canvases(sides: tuple[int, ...], limits: Limits) -> None:
-    batch, height, width, _ = sides
-    if batch > limits.batch:
-        raise TooLarge(f"images: a batch of {batch}; at most {limits.batch} in one request")
+    _, height, width, _ = sides
     if height % MULTIPLE or width % MULTIPLE:
         raise MalformedRequest(
             f"images: {height} x {width} pixels; height and width must be multiples of {MULTIPLE}"
@@ -226,40 +255,3 @@ def _check_canvases(sides: tuple[int, ...], limits: Limits) -> None:
             f"images: {height} x {width} = {height * width} pixels; the model's largest canvas "
             f"has {limits.area}"
         )
-
-
-def _pieces(values: list[Any], rank: int = 1) -> Iterator[NDArray[Any]]:
-    """Arrays of a part of the list each: of its last two levels at most."""
-    inner = values[0] if values else None
-    if isinstance(inner, list) and inner and isinstance(inner[0], list):
-        if rank == _MAX_RANK:
-            raise ValueError("the lists are nested too deeply")
-        for each in values:
-            if not isinstance(each, list):
-                raise ValueError("numbers and lists are mixed")
-            yield from _pieces(each, rank + 1)
-        return
-    for start in range(0, len(values), _STEP):
-        yield np.asarray(values[start : start + _STEP]).ravel()
-
-
-def _converted(piece: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
-    if piece.size == 0:
-        return piece.astype(dtype)
-    if dtype.kind == "f":
-        if piece.dtype.kind not in "iuf":
-            raise ValueError("something in it is no number")
-        with np.errstate(over="ignore"):
-            return piece.astype(dtype)
-    if piece.dtype.kind not in "iu":
-        raise ValueError("something in it is no whole number of 64 bits")
-    bounds = np.iinfo(dtype)
-    if int(piece.min()) < bounds.min or int(piece.max()) > bounds.max:
-        raise ValueError(f"a number is outside {bounds.min}..{bounds.max}")
-    return piece.astype(dtype)
-
-
-def _shown(value: object) -> str:
-    """What a client sent, cut to a length that an error may have."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -20,7 +20,7 @@ import tritonclient.grpc as triton
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.utils import InferenceServerException
 
-from service.inference_protocol import grpc_messages, grpc_server, grpc_streams
+from service.inference_protocol import grpc_messages, grpc_methods, grpc_server, grpc_streams
 from service.security.keys import new_key
 from tests.api.inference_protocol import canvas, prefixed
 from tests.api.served import PATIENCE, Served, served
@@ -199,6 +199,98 @@ def test_bytes_that_are_no_message(channel: grpc.Channel, method: str) -> None:
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
+def test_messages_of_more_fields_than_a_request_needs(channel: grpc.Channel) -> None:
+    call = channel.unary_unary(METHOD + "ModelInfer")
+    for content in (b"\x2a\x00" * 100_000, b"\x78\x00" * 100_000, b"\x22\x00" * 1100):
+        error = refusal(partial(call, content, timeout=PATIENCE))
+        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "more than 1088 fields" in error.details()
+    error = refusal(partial(call, b"\x7b\x7c", timeout=PATIENCE))
+    assert "wire type 3" in error.details()
+
+
+@pytest.mark.parametrize("method", ["ServerLive", "ModelMetadata", "RepositoryIndex"])
+def test_messages_of_other_methods_are_small(channel: grpc.Channel, method: str) -> None:
+    content = pb.ModelMetadataRequest(name="x" * 70_000).SerializeToString()
+    error = refusal(lambda: channel.unary_unary(METHOD + method)(content, timeout=PATIENCE))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "at most 65536" in error.details()
+
+
+def test_messages_of_health_checks_are_small(channel: grpc.Channel) -> None:
+    check, watched = grpc_messages.load()[grpc_messages.HEALTH]
+    content = check.request(service="x" * 70_000).SerializeToString()
+    unary = channel.unary_unary(f"/{grpc_messages.HEALTH}/{check.name}")
+    stream = channel.unary_stream(f"/{grpc_messages.HEALTH}/{watched.name}")
+    for call in (
+        lambda: unary(content, timeout=PATIENCE),
+        lambda: next(stream(content, timeout=PATIENCE)),
+    ):
+        assert "at most 65536" in refusal(call).details()
+
+
+@pytest.mark.parametrize(
+    ("changed", "code"),
+    [
+        ({"model_name": "x" * 500_000}, "NOT_FOUND"),
+        ({"model_version": "x" * 500_000}, "NOT_FOUND"),
+        ({"model_name": "x" * 500_000, "model_version": "none"}, "NOT_FOUND"),
+        ({"id": "x" * 500_000}, "INVALID_ARGUMENT"),
+        ({"outputs": [{"name": "x" * 500_000}]}, "INVALID_ARGUMENT"),
+        (
+            {"outputs": [{"name": "x" * 500_000, "parameters": {"classification": {}}}]},
+            "INVALID_ARGUMENT",
+        ),
+        ({"parameters": {"timeout": {"string_param": "x" * 500_000}}}, "INVALID_ARGUMENT"),
+    ],
+)
+def test_errors_repeat_little_of_what_was_sent(
+    channel: grpc.Channel, changed: dict[str, Any], code: str
+) -> None:
+    fields: dict[str, Any] = {"model_name": "tiny", "inputs": typed().inputs} | changed
+    error = refusal(lambda: infer(channel, pb.ModelInferRequest(**fields)))
+    assert error.code() is grpc.StatusCode[code]
+    assert len(error.details()) < 300
+
+
+def test_compressed_messages_are_no_larger_than_others(channel: grpc.Channel) -> None:
+    call = channel.unary_unary(METHOD + "ModelInfer")
+    compression = grpc.Compression.Gzip
+    error = refusal(
+        lambda: call(bytes(50_000_000), compression=compression, timeout=PATIENCE),
+    )
+    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    content = typed().SerializeToString()
+    assert call(content, compression=compression, timeout=PATIENCE)
+
+
+def test_big_messages_are_taken_apart_one_after_another(
+    server: Served, channel: grpc.Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once, most = 0, 0
+    read_infer = grpc_methods.read_infer
+
+    def watched(*arguments: Any) -> Any:
+        nonlocal at_once, most
+        at_once += 1
+        most = max(most, at_once)
+        time.sleep(0.05)
+        at_once -= 1
+        return read_infer(*arguments)
+
+    monkeypatch.setattr(grpc_methods, "read_infer", watched)
+    content = (
+        typed().SerializeToString()
+        + pb.ModelInferRequest(
+            parameters={"note": pb.InferParameter(string_param="x" * 500_000)}
+        ).SerializeToString()
+    )
+    call = channel.unary_unary(METHOD + "ModelInfer")
+    pending = [call.future(content, timeout=PATIENCE) for _ in range(4)]
+    assert all(each.result() for each in pending)
+    assert most == 1
+
+
 @pytest.fixture
 def stuck(server: Served, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
     """A pipeline that never answers, until it is called."""
@@ -274,12 +366,13 @@ def test_who_cannot_be_served_need_not_send(
 
 def test_a_full_queue_says_when_to_come_back(repository: Path) -> None:
     with (
-        served(repository, max_queue_size=1) as server,
+        served(repository, max_queue_size=2) as server,
         grpc.insecure_channel(server.grpc) as channel,
     ):
         contents = pb.InferTensorContents(bytes_contents=[encoded(one_red())] * 2)
         given = typed(name="encoded_images", datatype="BYTES", shape=[2], contents=contents)
-        error = refusal(lambda: infer(channel, given))
+        with server.service.pictures.hold(1, 0):
+            error = refusal(lambda: infer(channel, given))
         assert error.code() is grpc.StatusCode.UNAVAILABLE
         trailing = dict(error.trailing_metadata())
         assert int(trailing["retry-after"]) >= 1

@@ -28,7 +28,7 @@ from tests.api.inference_protocol import (
 from tests.api.served import served
 from tests.pictures import encoded, one_red
 
-LIMITS = Limits(batch=1, area=96 * 128, pictures=4)
+LIMITS = Limits(batch=4, area=96 * 128)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,8 @@ def refusal(answer: httpx.Response) -> str:
         (b'{"inputs": [{"name": ["images"]}]}', "unknown input"),
         (b"[" * 100_000, "JSON"),
         (b'{"inputs": [' + b"{}," * 20_000 + b"{}]}", "objects"),
-        (b'{"inputs": [' + b"1," * 100_000 + b"1]}", "values"),
+        (b'{"inputs": [' + b"1," * 1_000_001 + b"1]}", "more than 1000000 values"),
+        (b'{"inputs": [' + b"[" * 1_000_000, "more than 1000000 lists"),
     ],
 )
 def test_bodies_that_are_no_request(client: httpx.Client, body: bytes, named: str) -> None:
@@ -93,25 +94,31 @@ def test_bodies_that_are_no_request(client: httpx.Client, body: bytes, named: st
         (changed(shape=[1, 0, 0, 3]), "shape"),
         (changed(shape=[1, 33, 32, 3]), "multiples of 32"),
         (changed(shape=[1, 2**40, 2**40, 3]), "largest canvas"),
-        (changed(shape=[2**63, 32, 32, 3]), "batch"),
+        (changed(shape=[2**63, 32, 32, 3]), "9223372036854775808 images; at most 64"),
         (changed(shape=[10**30, 32, 32, 3]), "whole numbers"),
-        (changed(shape=[1] * 10_000), "shape"),
+        (changed(shape=[1] * 10_000), "at most 8 whole numbers"),
         (changed(data=None), "either data or"),
         (changed(data={}), "list"),
         (changed(data="AAAA"), "list"),
         (changed(data=[]), "3072 elements"),
         (changed(data=[0] * 3071), "3072 elements"),
         (changed(data=[0] * 3073), "3072 elements"),
-        (changed(data=[256] * 3072), "outside 0..255"),
+        (changed(data=[256] * 3072), "holds 256, which is outside 0..255"),
         (changed(data=[-1] * 3072), "outside 0..255"),
-        (changed(data=[0.5] * 3072), "whole number"),
+        (changed(data=[*[0] * 3071, 0.5]), "holds 0.5; UINT8 takes whole numbers"),
         (changed(data=["0"] * 3072), "whole number"),
         (changed(data=[None] * 3072), "whole number"),
         (changed(data=[True] * 3072), "whole number"),
-        (changed(data=[2**64 - 1, *[0] * 3071]), "whole number"),
-        (changed(data=[[0, 0], [0]]), "numbers"),
+        (changed(data=[{}] * 3072), "holds a dict"),
+        (changed(data=["a" * 60_000, *[""] * 4095]), "3072 elements"),
+        (changed(data=["a" * 60_000, *[""] * 3071]), "holds 'aaa"),
+        (changed(data=[2**64 - 1, *[0] * 3071]), "outside 0..255"),
+        (changed(data=[2**64, *[0] * 3071]), "holds 1.8446744073709552e+19"),
+        (changed(data=[[0, 0], [0]]), "different lengths"),
+        (changed(data=[[0] * 3071, [0]]), "different lengths"),
         (changed(data=[[[0]], 0]), "mixed"),
-        (changed(data=[[[[[[[[[[[0]]]]]]]]]]]), "deeply"),
+        (changed(data=[0, [0]] * 1536), "holds a list"),
+        (changed(data=[[[[[[[[[[[0]]]]]]]]]]]), "3072 elements"),
         (changed(parameters=[]), "parameters"),
         (changed(parameters={"binary_data_size": 3072}), "either"),
         (changed(data=None, parameters={"binary_data_size": 3072}), "0 bytes are left"),
@@ -131,7 +138,8 @@ def test_tensors_that_the_model_does_not_take(
         ({"inputs": [changed(), changed()]}, "more than once"),
         ({"inputs": [changed(), binary_pictures(b"x")[0]]}, "not both or neither"),
         ({"inputs": [score(0.5)] * 50}, "there are 1 to 6"),
-        ({"id": 7}, "id"),
+        ({"id": 7}, "id is 7; it is a string of at most 1024 characters"),
+        ({"id": "x" * 1025}, "id is 'xxx"),
         ({"parameters": []}, "parameters"),
         ({"parameters": {f"p{i}": 0 for i in range(100)}}, "64 parameters"),
         ({"parameters": {"score_treshold": 0.5}}, "do you mean score_threshold?"),
@@ -147,6 +155,7 @@ def test_tensors_that_the_model_does_not_take(
         ({"outputs": {}}, "outputs"),
         ({"outputs": [{"name": "classes"}]}, "unknown output 'classes'; there is image_index"),
         ({"outputs": [{}]}, "unknown output"),
+        ({"outputs": [{"name": ["x" * 100_000]}]}, "unknown output a list"),
         ({"outputs": [{"name": "boxes"}] * 2}, "more than once"),
         ({"outputs": [{"name": "boxes", "parameters": {"binary_data": 1}}]}, "true or false"),
         ({"outputs": [{"name": "boxes", "parameters": {"classification": 2}}]}, "classification"),

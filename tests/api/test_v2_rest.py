@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
+import time
 from typing import Any
 
 import httpx
@@ -12,6 +14,7 @@ import onnxruntime as ort
 import pytest
 
 from service.errors import Unavailable
+from service.inference_protocol import rest
 from tests import tiny_model
 from tests.api.conftest import Start
 from tests.api.inference_protocol import (
@@ -270,6 +273,29 @@ async def test_what_a_model_takes_is_bounded(start: Start) -> None:
         assert (answer.status_code, "at most 3" in answer.json()["error"]) == (413, True)
         answer = await infer(client, base64_pictures(encoded(squares(size=(200, 200)))))
         assert (answer.status_code, "at most 20000" in answer.json()["error"]) == (413, True)
+
+
+async def test_big_bodies_are_taken_apart_one_after_another(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once, most = 0, 0
+    parse = rest.parse
+
+    def watched(*arguments: Any) -> Any:
+        nonlocal at_once, most
+        at_once += 1
+        most = max(most, at_once)
+        time.sleep(0.05)
+        at_once -= 1
+        return parse(*arguments)
+
+    monkeypatch.setattr(rest, "parse", watched)
+    note = {"note": "x" * 1_100_000}
+    answers = await asyncio.gather(
+        *(infer(client, images(canvas(one_red())), parameters=note) for _ in range(4))
+    )
+    assert [answer.status_code for answer in answers] == [200] * 4
+    assert most == 1
 
 
 async def test_a_full_queue_is_503_and_takes_nothing(start: Start) -> None:

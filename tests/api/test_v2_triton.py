@@ -21,7 +21,7 @@ Array = np.ndarray[Any, Any]
 
 @pytest.fixture(scope="module")
 def server(repository: Path) -> Iterator[Served]:
-    with served(repository, max_batch_size=2, max_body_bytes=1_000_000) as running:
+    with served(repository, max_body_bytes=1_000_000) as running:
         yield running
 
 
@@ -112,6 +112,14 @@ def test_canvases(dialect: Dialect) -> None:
     assert result.as_numpy("labels").dtype == np.int64
 
 
+def test_a_batch_of_more_than_a_device_takes_at_a_time(server: Served, dialect: Dialect) -> None:
+    assert server.service.max_batch_size == 1, "a CPU"
+    given = [squares((16 * i, 0, RED)) for i in range(3)]
+    result = dialect.infer(dialect.canvases(canvas(*given)))
+    assert result.as_numpy("image_index").tolist() == [0, 1, 2]
+    assert result.as_numpy("boxes").tolist() == [[16 * i, 0, 16 * i + 32, 32] for i in range(3)]
+
+
 @pytest.mark.parametrize("binary_in", [True, False])
 @pytest.mark.parametrize("binary_out", [True, False])
 def test_binary_and_json(http: Dialect, binary_in: bool, binary_out: bool) -> None:
@@ -183,10 +191,10 @@ def test_many_at_once(http: Dialect) -> None:
             "32",
         ),
         (
-            lambda d: d.infer(d.canvases(np.zeros((3, 32, 32, 3), "u1"))),
+            lambda d: d.infer(d.canvases(np.zeros((65, 32, 32, 3), "u1"))),
             413,
             "INVALID_ARGUMENT",
-            "at most 2",
+            "at most 64",
         ),
         (
             lambda d: d.infer(d.pictures(b"x"), parameters={"score_threshold": 2.0}),
