@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import signal
@@ -23,6 +24,7 @@ from service.errors import (
     UnknownModel,
     UnsupportedMedia,
 )
+from service.filenames import one_line
 from service.options import devices_option, models_option
 
 COMMAND_GROUP: Final = "retinaserve.commands"
@@ -97,10 +99,19 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; errors that are meant for the user become one line."""
         try:
-            return super().invoke(ctx)
+            try:
+                return super().invoke(ctx)
+            finally:
+                _flush_stdout()
         except RetinaserveError as error:
             click.echo(f"retinaserve: error: {_one_line(error)}", err=True)
             ctx.exit(2 if isinstance(error, _BAD_INPUT) else 1)
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                # click ends without a word: `| head` has what it wants.
+                raise
+            click.echo(f"retinaserve: error: {_one_line(error)}", err=True)
+            ctx.exit(1)
 
 
 def main() -> None:
@@ -189,7 +200,8 @@ def serve(
 @click.option(
     "--save-dir",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Write the pictures with boxes drawn here.",
+    help="Write the images with boxes drawn here; copies of an earlier run are replaced, images "
+    "that are detected on never.",
 )
 def detect(
     paths: tuple[Path, ...],
@@ -202,7 +214,9 @@ def detect(
 ) -> None:
     """Detect objects in files and folders, without a server.
 
-    A file that is no good picture is reported, the others go on, and the exit code is 2.
+    A file that is no good picture is reported, the others go on, and the exit code is 2. Links to
+    folders are not followed. A name that is not UTF-8 is written as a file: URL; in CSV, text that
+    a spreadsheet would take for a formula has a quote in front.
     """
     from service.commands import detect as command
     from service.tiling import parse_tile
@@ -296,8 +310,20 @@ def _entries() -> dict[str, EntryPoint]:
     return {entry.name: entry for entry in entry_points(group=COMMAND_GROUP)}
 
 
+def _flush_stdout() -> None:
+    """Write what is buffered while an error can be told. Raises OSError."""
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # Python would try again at its end, and fail with a message and a status of its own.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
+
+
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return one_line(" ".join(str(error).split()))
 
 
 if __name__ == "__main__":

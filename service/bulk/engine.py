@@ -26,7 +26,8 @@ from service.canvas import Size
 from service.decode_memory import DecodeMemory
 from service.detector import Detections
 from service.devices import Hardware
-from service.errors import BulkFailed, RetinaserveError, Unavailable
+from service.errors import BulkFailed, InferenceFailed, RetinaserveError, Unavailable
+from service.filenames import one_line
 from service.imaging import Prepared, held_picture, prepare
 from service.loading import open_servable
 from service.pipeline import Pipeline
@@ -157,8 +158,13 @@ class Engine:
             # It is the device that failed, and not the picture.
             raise
         except RetinaserveError as error:
-            return Row(path, None, f"{error.slug}: {error}")
-        return Row(path, Found(image, found), None)
+            failure = error
+        except Exception as error:
+            # Whatever an image makes the code around it raise, the others are not to be lost.
+            failure = InferenceFailed(f"the image could not be processed: {error!r}")
+        else:
+            return Row(path, Found(image, found), None)
+        return Row(path, None, one_line(f"{failure.slug}: {failure}"))
 
     async def _canvas(self, make: Callable[[], Prepared]) -> tuple[Size, Detections]:
         return await self._pipeline.detect_canvas(

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from stat import S_ISREG
+from stat import S_ISDIR, S_ISREG
 from typing import Any, BinaryIO, Final, Literal, NamedTuple, Protocol
+from urllib.parse import unquote_to_bytes
 from urllib.request import url2pathname
 
 from service.bulk.installed import check_fsspec
@@ -37,7 +38,7 @@ class Files(Protocol):
     remote: bool
 
     def kind(self, name: str) -> Literal["file", "folder"] | None:
-        """What a name means; None: nothing."""
+        """What a name means; None: nothing. Raises DataError."""
 
     def scan(self, folder: str) -> list[Entry]:
         """What lies in a folder, by name. Raises DataError."""
@@ -71,7 +72,9 @@ def full_name(given: str) -> str:
     ('s3://pictures/2024', '/data/a.jpg')
     """
     if given.startswith("file://"):
-        given = url2pathname(given.removeprefix("file://"))
+        path = given.removeprefix("file://")
+        # The bytes of a name need not be UTF-8, which `url2pathname` would take them for.
+        given = url2pathname(path) if os.name == "nt" else os.fsdecode(unquote_to_bytes(path))
     if "://" in given:
         return given.rstrip("/")
     # Links stay what they are called.
@@ -122,17 +125,25 @@ class LocalFiles:
 
     def kind(self, name: str) -> Literal["file", "folder"] | None:
         """What a name means; None: nothing."""
-        path = Path(name)
-        return "folder" if path.is_dir() else "file" if path.exists() else None
+        try:
+            mode = Path(name).stat().st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise DataError(f"{name}: cannot be read: {error.strerror or error}") from error
+        return "folder" if S_ISDIR(mode) else "file"
 
     def scan(self, folder: str) -> list[Entry]:
-        """What lies in a folder, by name. Links to folders are not followed."""
+        """What lies in a folder, by name, but for links to folders, which are not followed.
+
+        All else counts as a file: pipes, devices and broken links fail when they are read.
+        """
         try:
             with os.scandir(folder) as found:
                 entries = [
                     Entry(each.name, each.is_dir(follow_symlinks=False))
                     for each in found
-                    if each.is_dir(follow_symlinks=False) or each.is_file()
+                    if not (each.is_symlink() and _is_folder(each))
                 ]
         except OSError as error:
             raise DataError(f"{folder}: cannot be listed: {error.strerror or error}") from error
@@ -159,7 +170,8 @@ class LocalFiles:
     def write(self, name: str) -> Iterator[BinaryIO]:
         """Beside the target first, on the disk before it gets its name."""
         path = Path(name)
-        unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{UNFINISHED}")
+        # Not longer for a long name: file systems end at 255 bytes.
+        unfinished = path.with_name(f".{uuid.uuid4().hex[:8]}{UNFINISHED}")
         try:
             with unfinished.open("wb") as file:
                 yield file
@@ -251,13 +263,21 @@ class RemoteFiles:
 _LOCAL: Final = LocalFiles()
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        # A link to itself, say.
+        return False
+
+
 def _open_plain(name: str) -> int:
-    """A file descriptor. Raises OSError for what is no plain file: a pipe would never end."""
+    """Return a file descriptor. Raises OSError for all but regular files: a pipe may never end."""
     number = os.open(name, os.O_RDONLY | _AT_ONCE)
     if S_ISREG(os.fstat(number).st_mode):
         return number
     os.close(number)
-    raise OSError("it is no plain file")
+    raise OSError("not a regular file")
 
 
 @lru_cache(maxsize=64)

@@ -14,10 +14,11 @@ from typing import Any, Final, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from service.bulk.files import files_of, join, parent
+from service.bulk.files import files_of, full_name, join, parent
 from service.bulk.walk import walk
 from service.commands.offline import PICTURE_SUFFIXES
 from service.errors import DataError
+from service.filenames import written
 
 SCHEMA: Final = pa.schema(
     [
@@ -34,7 +35,7 @@ class Item(NamedTuple):
     """One picture of the listing."""
 
     path: str
-    """How the output names it."""
+    """How the output names it: as `written`."""
     file: str
     """Full name of the picture, or of the Parquet file that holds it."""
     group: int | None = None
@@ -68,7 +69,7 @@ class Lister:
                 if self._tables or _suffix(name) == ".parquet":
                     yield from self._rows(name)
                 else:
-                    yield Item(name, name)
+                    yield Item(written(name), name)
             if nothing:
                 raise DataError(f"{given}: {self._nothing()}")
 
@@ -111,11 +112,11 @@ class Lister:
             for row, (called, value) in enumerate(zip(named, values, strict=True)):
                 if value is None:
                     # The row has the picture, or nothing, which is told when it is read.
-                    path = f"{name}#{before + row}" if called is None else str(called)
+                    path = f"{written(name)}#{before + row}" if called is None else str(called)
                     yield Item(path, name, group, row)
                 else:
                     file = join(folder, value)
-                    yield Item(file if called is None else str(called), file)
+                    yield Item(written(file) if called is None else str(called), file)
             before += count
 
 
@@ -142,8 +143,11 @@ class Listing:
 
     def part(self, number: int) -> list[Item]:
         """The pictures of a part."""
-        columns = self._table.read_row_group(number, use_threads=False).to_pydict().values()
-        return [Item(*values) for values in zip(*columns, strict=True)]
+        columns = self._table.read_row_group(number, use_threads=False).to_pydict()
+        columns["file"] = [
+            full_name(file) if file.startswith("file://") else file for file in columns["file"]
+        ]
+        return [Item(*values) for values in zip(*columns.values(), strict=True)]
 
     def items(self) -> Iterator[Item]:
         """Every picture."""
@@ -170,7 +174,8 @@ def write_listing(name: str, items: Iterator[Item], part_size: int) -> int:
         ) as writer,
     ):
         while chunk := list(islice(items, part_size)):
-            columns = [list(column) for column in zip(*chunk, strict=True)]
+            paths, names, *places = (list(column) for column in zip(*chunk, strict=True))
+            columns = [paths, list(map(written, names)), *places]
             writer.write_table(pa.table(columns, schema=SCHEMA), row_group_size=part_size)
             count += len(chunk)
     return count

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from service.bulk.files import check_bytes, files_of, read_picture
 from service.bulk.listing import Item
 from service.errors import RetinaserveError, Unreadable
+from service.filenames import written
 
 _FILES_AT_A_TIME: Final = 64
 _ROWS_AT_A_TIME: Final = 8
@@ -74,7 +75,7 @@ class PictureReader:
             except Exception as error:
                 # A Parquet file may be damaged in any way; its other row groups may be whole.
                 self.close()
-                reason = f"{file} cannot be read: {error}"
+                reason = f"{written(file)} cannot be read: {error}"
                 yield [Source(each.number, partial(_fail, Unreadable(reason))) for each in some]
             else:
                 yield [Source(each.number, load) for each, load in zip(some, loads, strict=True)]

@@ -215,7 +215,7 @@ def locked(output: str) -> Iterator[None]:
     except ImportError:  # pragma: no cover: Windows has no such locks
         yield
         return
-    with Path(folder, "lock").open("wb") as file:
+    with Path(folder, "lock").open("ab") as file:
         try:
             # Gone with the process, however that ends.
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -223,7 +223,7 @@ def locked(output: str) -> Iterator[None]:
             raise DataError(f"{output}: another process works on it") from error
         for place in (output, folder):
             for entry in files.scan(place):
-                if entry.name.endswith(UNFINISHED):
+                if entry.name.startswith(".") and entry.name.endswith(UNFINISHED):
                     files.remove(join(place, entry.name))
         yield
 

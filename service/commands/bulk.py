@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -32,8 +33,10 @@ from service.bulk.run import (
     write_summary,
 )
 from service.bulk.stopping import Stopped, stop_on_signals
+from service.bulk.walk import root_of
 from service.commands.offline import FoundModel, find_model
 from service.errors import BulkFailed, DataError
+from service.filenames import written
 from service.results import resolve, split_classes
 from service.settings import Settings, load_settings
 from service.tiling import parse_tile
@@ -100,6 +103,7 @@ def run(asked: Asked) -> tuple[int, int]:
 
 def _run(asked: Asked, output: str, stack: ExitStack) -> dict[str, Any]:
     """The summary."""
+    _check_apart(asked, output)
     settings = load_settings(**asked.given)
     model = find_model(settings, asked.model)
     wanted = _manifest(asked, settings, model)
@@ -127,7 +131,7 @@ def _run(asked: Asked, output: str, stack: ExitStack) -> dict[str, Any]:
     progress.close()
     counts = sum(done.values(), Counts())
     summary: dict[str, Any] = {
-        "output": output,
+        "output": written(output),
         "model": opened.manifest.model.model_dump(include={"name", "version"}),
         **counts.to_json(),
         "parts": opened.parts,
@@ -139,13 +143,35 @@ def _run(asked: Asked, output: str, stack: ExitStack) -> dict[str, Any]:
     return summary
 
 
+def _check_apart(asked: Asked, output: str) -> None:
+    """Raise DataError where results would lie among the files of INPUT, or become some of them.
+
+    Next to images there is room for them in a folder of their own, but not next to Parquet: the run
+    would find its results in INPUT when it is resumed.
+    """
+    place = _real(output)
+    for given in asked.inputs:
+        name = full_name(given)
+        root = _real(root_of(name))
+        searched = root == _real(name) or "**" in name
+        tables = asked.column is not None or name.endswith(".parquet")
+        if place == root or (tables and searched and place.startswith(root.rstrip("/") + "/")):
+            raise DataError(
+                f"--output {asked.output} lies in INPUT {given}; name a folder outside of it"
+            )
+
+
+def _real(name: str) -> str:
+    return name if "://" in name else os.path.realpath(name)
+
+
 def _manifest(asked: Asked, settings: Settings, model: FoundModel) -> Manifest:
     """What is wanted, but for the pictures. Raises InvalidParameter."""
     metadata = model.artifact.metadata
     classes = split_classes(asked.classes, metadata.classes) if asked.classes else None
     resolve(metadata, classes=classes)
     return Manifest(
-        input=tuple(map(full_name, asked.inputs)),
+        input=tuple(written(full_name(given)) for given in asked.inputs),
         column=asked.column,
         name_column=asked.name_column,
         part_size=asked.part_size,

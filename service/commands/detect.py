@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -14,16 +15,20 @@ from time import monotonic
 from typing import Any, Final, Protocol, TextIO
 
 import orjson
+from PIL import Image
 from tqdm import tqdm
 
 from service import results
 from service.annotate import Encoding, draw, encode
-from service.canvas import Size
+from service.bulk.files import files_of, read_picture
+from service.bulk.walk import walk_folder
+from service.canvas import Buckets, ShortSide, Size
 from service.commands.offline import PICTURE_SUFFIXES, find_model
 from service.cpus import cpu_count
 from service.detector import Detections, Detector
 from service.devices import open_detector, resolve
-from service.errors import DataError, InferenceFailed, MalformedImage, RetinaserveError
+from service.errors import DataError, InferenceFailed, RetinaserveError
+from service.filenames import csv_cell, identity, one_line, refuse_to_replace, written
 from service.imaging import decode, media_type, open_picture
 from service.problems import problem_of
 from service.results import Selection
@@ -39,11 +44,16 @@ _ENCODINGS: Final[dict[str, Encoding]] = {
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A picture to work on."""
+    """An image to work on."""
 
     path: Path
     relative: Path
     """Below the folder that was named; where the annotated copy goes below `--save-dir`."""
+
+    @property
+    def name(self) -> str:
+        """How outputs name it."""
+        return written(self.path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,46 +106,57 @@ def run(
     save_dir: Path | None,
     tile: Tile = "off",
 ) -> int:
-    """Detect in everything below `paths`; the number of pictures that failed.
+    """Detect in everything below `paths`; the number of images that failed or were not saved.
 
-    Raises DataError, ArtifactError, UnknownModel or DeviceError before any picture is touched.
+    Raises DataError, ArtifactError, UnknownModel or DeviceError before any image is touched.
     """
     settings = load_settings(device=device)
     sources = find_pictures(paths)
+    reader = Reader(settings)
+    saver = None if save_dir is None else Saver(save_dir, sources, reader)
     loaded = load_model(settings, model, score_threshold)
     alone = len(paths) == 1 and paths[0].is_file()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # JSON is UTF-8, and no other encoding has all names.
+        sys.stdout.reconfigure(encoding="utf-8")
     writer = _writer(output, loaded, alone=alone)
     failed = 0
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(cpu_count()))
-        stack.callback(writer.close)
         bar = stack.enter_context(
             tqdm(total=len(sources), unit="picture", file=sys.stderr, disable=len(sources) == 1)
         )
-        answers = _detect_all(sources, loaded, pool, settings.max_image_pixels, tile)
-        for index, (source, answer) in enumerate(answers):
-            found = answer
-            if save_dir is not None and isinstance(answer, Found):
-                found = _save(source, answer, loaded, save_dir, settings.max_image_pixels)
+        answers = _detect_all(sources, loaded, pool, reader, tile)
+        for index, (source, found) in enumerate(answers):
+            problem = None
             if isinstance(found, RetinaserveError):
+                problem = f"{source.name}: {found}"
+            elif saver is not None:
+                problem = saver.save(source, found.detections, loaded.classes)
+            if problem is not None:
                 failed += 1
-                tqdm.write(f"retinaserve: {source.path}: {found}", file=sys.stderr)
+                tqdm.write(one_line(f"retinaserve: {problem}"), file=sys.stderr)
             writer.add(index, source, found)
             bar.update()
+    # Not after an exception: what is cut short should not look whole.
+    writer.close()
     return failed
 
 
 def find_pictures(paths: Sequence[Path]) -> list[Source]:
-    """Files as named, and every picture below the folders, by name. Raises DataError."""
+    """Files as named, and every image below the folders, by name. Raises DataError.
+
+    Folders that cannot be listed are among them: reading them fails.
+    """
     sources: list[Source] = []
     taken: set[Path] = set()
     for path in paths:
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES)
-            if not any(p.is_file() for p in found):
+            found = [Path(name) for name in walk_folder(str(path), _is_image)]
+            if not found:
                 kinds = ", ".join(sorted(PICTURE_SUFFIXES))
                 raise DataError(f"{path}: no picture in this folder ({kinds})")
-            pairs = [(p, p.relative_to(path)) for p in found if p.is_file()]
+            pairs = [(p, p.relative_to(path)) for p in found]
         else:
             pairs = [(path, Path(path.name))]
         for file, relative in pairs:
@@ -145,6 +166,65 @@ def find_pictures(paths: Sequence[Path]) -> list[Source]:
     return sources
 
 
+class Reader:
+    """Reads and decodes images within the limits of the settings. For any thread."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._max_pixels = settings.max_image_pixels
+        # A 16-bit RGBA PNG that is hardly compressed has 8 bytes a pixel.
+        self._max_bytes = max(settings.max_body_bytes, 8 * settings.max_image_pixels)
+
+    def read(self, path: Path) -> bytes:
+        """The content of a regular file. Raises Unreadable or TooLarge."""
+        return read_picture(str(path), self._max_bytes)
+
+    def lay_out(self, path: Path, rule: Buckets | ShortSide, tile: Tile) -> Canvases:
+        """Raises MalformedImage, UnsupportedMedia or TooLarge."""
+        opened = open_picture(self.read(path), max_pixels=self._max_pixels)
+        return lay_out(opened, plan(opened.size, rule, tile), rule)
+
+    def decode(self, data: bytes) -> Image.Image:
+        """Every pixel. Raises MalformedImage, UnsupportedMedia or TooLarge."""
+        return decode(data, max_pixels=self._max_pixels)
+
+
+class Saver:
+    """Writes annotated copies, and none over an image that is read or over another copy."""
+
+    def __init__(self, folder: Path, sources: Sequence[Source], reader: Reader) -> None:
+        """Raises DataError if a copy would replace a source, or the folder cannot be made."""
+        self._folder = folder
+        self._reader = reader
+        paths = [source.path for source in sources]
+        refuse_to_replace((folder / source.relative for source in sources), paths)
+        self._kept = {identity(path) for path in paths}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"{folder}: cannot be made: {error.strerror or error}") from error
+
+    def save(self, source: Source, found: Detections, classes: Sequence[str]) -> str | None:
+        """Write a copy of an image with its boxes drawn; what is wrong where that fails."""
+        target = self._folder / source.relative
+        there = identity(target)
+        # Where letter case does not count, or by links, two names may be one file.
+        if there is not None and there in self._kept:
+            return f"{written(target)}: not written: it is another image's; name another folder"
+        try:
+            data = self._reader.read(source.path)
+            image = draw(self._reader.decode(data), found, classes)
+            content = encode(image, _ENCODINGS[media_type(data)])
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with files_of(str(target)).write(str(target)) as file:
+                file.write(content)
+        except Exception as error:
+            # A full disk, or any trouble of the encoder: the image is answered all the same.
+            reason = error.strerror if isinstance(error, OSError) else None
+            return f"{written(target)}: cannot be written: {reason or error}"
+        self._kept.add(identity(target))
+        return None
+
+
 def load_model(settings: Settings, model: str | None, score_threshold: float | None) -> LoadedModel:
     """A model file, or a model of the repository, on the first device that was asked for."""
     hardware = resolve(settings.device)
@@ -152,6 +232,10 @@ def load_model(settings: Settings, model: str | None, score_threshold: float | N
     detector = open_detector(found.artifact, hardware.devices[0])
     selection = results.resolve(found.artifact.metadata, score_threshold=score_threshold)
     return LoadedModel(found.name, found.version, detector, selection)
+
+
+def _is_image(name: str) -> bool:
+    return Path(name).suffix.lower() in PICTURE_SUFFIXES
 
 
 def _unique(relative: Path, taken: set[Path]) -> Path:
@@ -166,7 +250,7 @@ def _detect_all(
     sources: Sequence[Source],
     loaded: LoadedModel,
     pool: ThreadPoolExecutor,
-    max_pixels: int,
+    reader: Reader,
     tile: Tile,
 ) -> Iterator[tuple[Source, Found | RetinaserveError]]:
     """In order; a few pictures are decoded ahead of the one in inference."""
@@ -174,20 +258,16 @@ def _detect_all(
     # Pictures that are cut into tiles stay decoded in full until their turn: one is enough.
     most = 2 * cpu_count() if tile == "off" else 1
     for source in sources:
-        ahead.append((source, pool.submit(_prepare, source.path, loaded, max_pixels, tile)))
+        ahead.append((source, pool.submit(_prepare, source.path, loaded, reader, tile)))
         if len(ahead) > most:
             yield _detect_one(*ahead.popleft(), loaded, tile)
     while ahead:
         yield _detect_one(*ahead.popleft(), loaded, tile)
 
 
-def _prepare(
-    path: Path, loaded: LoadedModel, max_pixels: int, tile: Tile
-) -> tuple[Canvases, float]:
+def _prepare(path: Path, loaded: LoadedModel, reader: Reader, tile: Tile) -> tuple[Canvases, float]:
     started = monotonic()
-    rule = loaded.detector.metadata.canvas
-    opened = open_picture(_read(path), max_pixels=max_pixels)
-    canvases = lay_out(opened, plan(opened.size, rule, tile), rule)
+    canvases = reader.lay_out(path, loaded.detector.metadata.canvas, tile)
     return canvases, (monotonic() - started) * 1e3
 
 
@@ -198,6 +278,9 @@ def _detect_one(
         canvases, decode_ms = decoded.result()
     except RetinaserveError as error:
         return source, error
+    except Exception as error:
+        # Whatever an image makes the code around it raise, the others are not to be lost.
+        return source, InferenceFailed(f"the image could not be processed: {error!r}")
     started = monotonic()
     try:
         detections = detect(canvases, loaded.detector, loaded.selection)
@@ -213,32 +296,6 @@ def _detect_one(
     }
     count = None if tile == "off" else canvases.plan.count
     return source, Found(canvases.plan.whole.original, count, detections, timing)
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise MalformedImage(f"cannot be read: {error.strerror or error}") from error
-
-
-def _save(
-    source: Source, found: Found, loaded: LoadedModel, folder: Path, max_pixels: int
-) -> Found | RetinaserveError:
-    target = folder / source.relative
-    try:
-        data = _read(source.path)
-        image = decode(data, max_pixels=max_pixels)
-        content = encode(
-            draw(image, found.detections, loaded.classes), _ENCODINGS[media_type(data)]
-        )
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(content)
-    except RetinaserveError as error:
-        return error
-    except OSError as error:
-        raise DataError(f"{target}: cannot be written: {error.strerror or error}") from error
-    return found
 
 
 def _writer(output: str, loaded: LoadedModel, *, alone: bool) -> Writer:
@@ -281,11 +338,11 @@ class BatchWriter:
 
     def add(self, index: int, source: Source, found: Found | RetinaserveError) -> None:
         """Write one picture's result."""
-        answer: dict[str, Any] = {"index": index, "id": str(source.path)}
+        answer: dict[str, Any] = {"index": index, "id": source.name}
         if isinstance(found, Found):
             answer |= {"status": 200} | _picture_json(found, self._loaded)
         else:
-            error = problem_of(found, instance=str(source.path), request_id="-")
+            error = problem_of(found, instance=source.name, request_id="-")
             answer |= {"status": found.status, "error": error}
         self._stream.write(self._between + orjson.dumps(answer).decode())
         self._between = ",\n"
@@ -309,7 +366,7 @@ class CocoWriter:
         if not isinstance(found, Found):
             return
         for row in results.coco(found.detections, image_id=index):
-            row["file_name"] = str(source.path)
+            row["file_name"] = source.name
             self._stream.write(self._between + orjson.dumps(row).decode())
             self._between = ",\n"
 
@@ -322,7 +379,9 @@ class CsvWriter:
     """A line for each detection."""
 
     def __init__(self, stream: TextIO, loaded: LoadedModel) -> None:
-        self._writer = csv.writer(stream, lineterminator="\n")
+        self._stream = stream
+        # Up to Python 3.12 a carriage return in a cell is quoted only if one ends the lines.
+        self._writer = csv.writer(self, lineterminator="\r\n")
         self._loaded = loaded
         self._writer.writerow(("file", "label", "class_id", "score", "x1", "y1", "x2", "y2"))
 
@@ -331,9 +390,12 @@ class CsvWriter:
         if not isinstance(found, Found):
             return
         for row in results.native(found.detections, self._loaded.classes):
-            self._writer.writerow(
-                (source.path, row["label"], row["class_id"], row["score"], *row["box"].values())
-            )
+            names = csv_cell(source.name), csv_cell(row["label"])
+            self._writer.writerow((*names, row["class_id"], row["score"], *row["box"].values()))
+
+    def write(self, line: str) -> None:
+        """Take a line of the CSV writer's."""
+        self._stream.write(line.removesuffix("\r\n") + "\n")
 
     def close(self) -> None:
         """Nothing comes last."""

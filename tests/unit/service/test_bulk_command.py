@@ -297,6 +297,68 @@ def test_a_device_that_fails_ends_the_run_and_not_the_pictures(
     assert (found["pictures"], found["failed"]) == (6, 0)
 
 
+@pytest.mark.parametrize("tile", ["off", "auto", "64"])
+def test_an_image_that_its_decoder_fails_on_costs_its_row_alone(
+    folder: Path, tmp_path: Path, tile: str
+) -> None:
+    # Of the palette kind, without a palette: Pillow asserts that there is one.
+    whole = encoded(one_red().convert("P"))
+    begin = whole.index(b"PLTE") - 4
+    end = begin + 12 + int.from_bytes(whole[begin : begin + 4], "big")
+    (folder / "broken.png").write_bytes(whole[:begin] + whole[end:])
+    found = summary(bulk(folder, "--output", tmp_path / "out", "--tile", tile))
+    assert (found["pictures"], found["failed"]) == (11, 4)
+    (error,) = [row["error"] for row in rows(tmp_path / "out") if "broken" in row["path"]]
+    assert error.partition(":")[0] in ("malformed-image", "inference-failed")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "refused"),
+    [
+        ("pictures --output pictures", True),
+        ("pictures --output linked", True),
+        ("pictures/*.png --output linked", True),
+        ("tables --column picture --output tables", True),
+        ("tables --column picture --output tables/found", True),
+        ("tables --column picture --output tables/../tables/found", True),
+        ("tables/**/*.parquet --output tables/found", True),
+        ("tables/*.parquet --output tables/found", False),
+        ("pictures/[0-9].png --output pictures/found", False),
+        ("pictures --output pictures/found", False),
+    ],
+)
+def test_results_among_the_input_are_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, arguments: str, refused: bool
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    Path("linked").symlink_to("pictures")
+    Path("tables").mkdir()
+    pq.write_table(pa.table({"picture": [encoded(one_red())]}), "tables/in.parquet")
+    for _ in range(2):
+        result = bulk(*arguments.split())
+        assert result.exit_code == (2 if refused else 0), result.output
+        assert ("lies in INPUT" in result.stderr) == refused
+    assert refused == (not list(Path().rglob("part-*.parquet")))
+
+
+def test_only_what_bulk_left_unfinished_is_removed(folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    (output / "_run").mkdir(parents=True)
+    (output / "thesis.unfinished").write_bytes(b"mine")
+    (output / "_run" / "lock").write_bytes(b"mine")
+    (output / ".12345678.unfinished").write_bytes(b"half")
+    summary(bulk(folder, "--output", output))
+    assert (output / "thesis.unfinished").read_bytes() == b"mine"
+    assert (output / "_run" / "lock").read_bytes() == b"mine"
+    assert not (output / ".12345678.unfinished").exists()
+
+
+def test_a_glob_that_is_none_is_told(folder: Path, tmp_path: Path) -> None:
+    refused = bulk(folder / "[z-a].png", "--output", tmp_path / "out")
+    assert refused.exit_code == 2
+    assert "[z-a].png: not a glob: bad character range" in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("missing", "options", "remedy"),
     [

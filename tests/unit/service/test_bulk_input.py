@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from itertools import chain
@@ -118,6 +120,19 @@ def test_input_that_is_not_there(
         list(Lister([given]).items())
 
 
+def test_folders_may_be_nested_deeper_than_the_stack(tmp_path: Path) -> None:
+    deep = tmp_path / Path(*["d"] * 300)
+    deep.mkdir(parents=True)
+    (deep / "a.png").write_bytes(b"")
+    usual = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack(0)) + 100)
+    try:
+        found = list(walk(str(tmp_path), lambda name: True))
+    finally:
+        sys.setrecursionlimit(usual)
+    assert found == [str(deep / "a.png")]
+
+
 def test_a_file_url_is_a_path(folder: Path) -> None:
     assert full_name(f"file://{folder}/b/../a.png") == str(folder / "a.png")
 
@@ -193,7 +208,7 @@ def test_a_row_group_that_cannot_be_read_fails_alone(tmp_path: Path) -> None:
 
 def test_what_cannot_be_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")
-    with pytest.raises(Unreadable, match="no plain file"):
+    with pytest.raises(Unreadable, match="not a regular file"):
         read_picture(str(tmp_path / "pipe.jpg"), 10)
     with pytest.raises(Unreadable, match="No such file"):
         read_picture(str(tmp_path / "gone.jpg"), 10)

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
 from service import cli
-from service.artifact import read_artifact, write_checksum
+from service.artifact import read_artifact, write_checksum, write_metadata
+from service.commands.detect import BatchWriter, Reader
 from service.routes.openapi import BatchAnswer, DetectAnswer
+from service.tiling import Canvases, Tile
 from tests import tiny_model
 from tests.pictures import GREEN, RED, encoded, one_red, rotated, squares
 
@@ -158,6 +162,128 @@ def test_annotated_pictures_keep_their_names_and_types(
     with Image.open(target / "a.png") as drawn:
         assert drawn.size == (128, 96)
     assert (target / "a.png").read_bytes() != (folder / "a.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "target"),
+    [
+        ("a.png --save-dir .", "a.png"),
+        ("deep/../a.png --save-dir deep/..", "deep/../a.png"),
+        (". --save-dir ../pictures", "../pictures/a.png"),
+        ("../link --save-dir .", "a.png"),
+        ("a.png --save-dir ../hard", "../hard/a.png"),
+        ("a.png --save-dir ../soft", "../soft/a.png"),
+        ("deep/c.png a.png b.JPG --save-dir deep", "deep/c.png"),
+        (". --save-dir deep/kept", "deep/kept/a.png"),
+    ],
+)
+def test_save_dir_never_replaces_an_image_that_is_read(
+    models: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, arguments: str, target: str
+) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "deep" / "kept").mkdir()
+    (folder / "deep" / "kept" / "a.png").write_bytes(encoded(squares((0, 0, GREEN))))
+    Path("../link").symlink_to("pictures")
+    for name in ("hard", "soft"):
+        Path("..", name).mkdir()
+    Path("../hard/a.png").hardlink_to("a.png")
+    Path("../soft/a.png").symlink_to("../pictures/a.png")
+    before = {path: path.read_bytes() for path in folder.parent.rglob("*.*") if path.is_file()}
+    # No model is looked for: the images are compared first.
+    result = run("detect", *arguments.split(), "--model", "missing.onnx")
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"retinaserve: error: {target}: writing it would replace ")
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_copies_of_an_earlier_run_are_replaced_and_links_are_not_written_through(
+    models: Path, folder: Path, tmp_path: Path
+) -> None:
+    mine = tmp_path / "mine.png"
+    mine.write_bytes(b"mine")
+    drawn = tmp_path / "drawn"
+    drawn.mkdir()
+    (drawn / "a.png").symlink_to(mine)
+    for _ in range(2):
+        assert run("detect", folder / "a.png", "--save-dir", drawn).exit_code == 0
+    assert mine.read_bytes() == b"mine"
+    assert [path.name for path in drawn.iterdir()] == ["a.png"]
+    assert not (drawn / "a.png").is_symlink()
+
+
+def test_two_images_whose_copies_would_be_one_file_are_told_apart(
+    models: Path, folder: Path, tmp_path: Path
+) -> None:
+    (folder / "c.png").write_bytes(encoded(one_red()))
+    drawn = tmp_path / "drawn"
+    drawn.mkdir()
+    (drawn / "deep").symlink_to(drawn)
+    result = run("detect", folder, "--save-dir", drawn)
+    assert result.exit_code == 2
+    assert f"{drawn}/deep/c.png: not written: it is another image's" in result.stderr
+    with Image.open(drawn / "c.png") as image:
+        assert image.getpixel((60, 40)) == RED
+
+
+def test_the_longest_name_has_a_copy(models: Path, tmp_path: Path) -> None:
+    path = tmp_path / f"{'x' * 251}.png"
+    path.write_bytes(encoded(one_red()))
+    assert run("detect", path, "--save-dir", tmp_path / "drawn").exit_code == 0
+    assert (tmp_path / "drawn" / path.name).is_file()
+
+
+def test_csv_has_no_cell_that_a_spreadsheet_computes(
+    models: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = models / "tiny" / "1" / "model.onnx"
+    metadata = read_artifact(model).metadata
+    classes, per_class = ("=cmd|' /C calc'!A0", "@green", "-blue"), {"-blue": 0.8}
+    thresholds = metadata.thresholds.model_copy(update={"per_class": per_class})
+    write_metadata(
+        model, metadata.model_copy(update={"classes": classes, "thresholds": thresholds})
+    )
+    names = ("=1+1.png", "+.png", "@x.png", "\ty.png", "\rz\r=1.png", "'q.png", "plain.png")
+    monkeypatch.chdir(folder)
+    for name in names:
+        Path(name).write_bytes(encoded(one_red()))
+    result = run("detect", "--output", "csv", *names)
+    assert result.exit_code == 0
+    table = list(csv.DictReader(io.StringIO(result.stdout_bytes.decode(), newline="")))
+    assert [row["file"] for row in table] == [*(f"'{name}" for name in names[:-1]), "plain.png"]
+    assert {row["label"] for row in table} == {f"'{classes[0]}"}
+
+
+def test_what_is_raised_around_an_image_costs_that_image_alone(
+    models: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(self: Reader, path: Path, rule: Any, tile: Tile) -> Canvases:
+        if path.name == "a.png":
+            raise RecursionError("too deep")
+        return works(self, path, rule, tile)
+
+    works = Reader.lay_out
+    monkeypatch.setattr(Reader, "lay_out", breaks)
+    result = run("detect", folder)
+    assert result.exit_code == 2
+    results = json.loads(result.stdout)["results"]
+    assert [each["status"] for each in results] == [500, 415, 200]
+    assert "a.png: the image could not be processed: RecursionError('too deep')" in result.stderr
+
+
+def test_json_that_an_error_cuts_short_does_not_look_whole(
+    models: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(*given: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(BatchWriter, "add", breaks)
+    result = run("detect", folder)
+    assert result.exit_code == 1
+    assert result.stderr.endswith("retinaserve: error: [Errno 5] Input/output error\n")
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(result.stdout)
 
 
 @pytest.mark.parametrize(
