@@ -18,6 +18,7 @@ from model_export.data_report import DataReport, summarise
 from model_export.datasets import Dataset
 from model_export.problems import BadData, Problem, describe_all
 from service.errors import DataError
+from service.filenames import refuse_to_replace
 
 _USUAL: Final = ("train", "val", "test")
 _SHOWN_BOXES: Final = 10
@@ -34,6 +35,7 @@ def run(
 ) -> None:
     """Print what is in a folder. Raises DataError if something in it stops training."""
     used(labels)
+    refuse_to_replace(filter(None, (json_file,)), filter(None, (root, config_file)))
     overrides = {f"data.{key}": value for key, value in labels.items()}
     if canvas is not None:
         overrides["canvas"] = parse_canvas(canvas).model_dump(mode="json")

@@ -22,6 +22,7 @@ from model_export.measurement import Against, Measurement, describe_file, measur
 from service.artifact import read_artifact
 from service.detector import Detections
 from service.errors import DataError
+from service.filenames import refuse_to_replace
 
 
 def run(
@@ -38,6 +39,7 @@ def run(
     report: Path | None,
 ) -> None:
     """Measure a file and show what was found. Raises RetinaserveError."""
+    refuse_to_replace(filter(None, (json_file, report)), filter(None, (model, against, data)))
     dataset = load_for(model, data, split, used(labels))
     measured = measure(model, dataset, device=device, batch_size=batch_size)
     click.echo(f"{model} on {data}, split {split!r}")

@@ -26,6 +26,7 @@ from model_export.release import VERIFIED_PICTURES, Reduction, release
 from service.artifact import MODEL_FILE, read_artifact
 from service.canvas import Buckets, ShortSide, Size
 from service.errors import DataError
+from service.filenames import refuse_to_replace
 from service.samples import draw_smear
 
 _SIZE = re.compile(r"(\d+)x(\d+)")
@@ -57,6 +58,9 @@ def run(
         )
     if weights_file is not None and weights_file.suffix != ".safetensors":
         raise DataError(f"--save-weights {weights_file}: expected a name that ends in .safetensors")
+    refuse_to_replace(
+        filter(None, (output, weights_file)), filter(None, (checkpoint_file, data, calibrate_on))
+    )
     rule = None if canvas is None else parse_canvas(canvas)
     checkpoint = _with_licences(load_checkpoint(checkpoint_file), licences)
     classes = checkpoint.description.classes

@@ -12,6 +12,7 @@ from model_export.provenance import imported
 from model_export.torchvision_import import ARCHITECTURES, convert, read_labels
 from service.canvas import ShortSide
 from service.errors import DataError
+from service.filenames import refuse_to_replace
 
 
 def run(
@@ -32,6 +33,7 @@ def run(
         raise DataError(f"--norm-eps {norm_eps}: expected a small number, such as 0 or 1e-5")
     if max_size < min_size:
         raise DataError(f"--max-size {max_size} must not be below --min-size {min_size}")
+    refuse_to_replace([output], filter(None, (source, labels_file)))
     canvas = ShortSide(short=min_size, long=max_size)
     done = convert(
         read_state_dict(source),

@@ -23,9 +23,11 @@ from model_export.datasets import Dataset
 from model_export.distributed import launch, this_command, world
 from model_export.hardware import accelerator_for
 from model_export.provenance import provenance, resumed
+from model_export.recording import METRICS
 from model_export.training import BEST, CONFIG, LAST, train
 from service.artifact import MODEL_FILE
 from service.errors import DataError
+from service.filenames import refuse_to_replace
 from service.settings import bundled_models
 
 IMAGENET: Final = "imagenet"
@@ -50,6 +52,10 @@ def run(
 ) -> None:
     """Check everything, print what is in the data, then train. Raises RetinaserveError."""
     _check_folder(output, resume=resume, config_file=config_file, weights=weights, init=init)
+    # Others of the run may look when the first one has begun to write.
+    if not resume and world().is_first:
+        given = [Path(each) for each in (data, config_file, init, weights) if each is not None]
+        refuse_to_replace((output / name for name in (BEST, CONFIG, METRICS)), given)
     if fit_anchors and (resume or init is not None):
         raise DataError("--anchors goes with a new network only: the checkpoint has its anchors")
     if devices is not None and devices != world().local_size:
