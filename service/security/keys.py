@@ -7,14 +7,19 @@ key.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import logging
 import os
 import secrets
+import shutil
+import stat
+import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -22,7 +27,10 @@ from typing import Final, NamedTuple
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from service.errors import DataError
+from service.errors import DataError, shown
+
+if sys.platform != "win32":
+    import fcntl
 
 _log = logging.getLogger("retinaserve.keys")
 
@@ -71,14 +79,16 @@ class KeyFile(BaseModel):
 
 
 class KeyStore:
-    """The keys of one file, read again when it changes. Any thread may ask."""
+    """The keys of one file, which is read again at most once a second. Thread-safe."""
 
     def __init__(self, path: Path) -> None:
         """Read the file. Raises DataError that names the remedy."""
         self._path = path
         self._lock = threading.Lock()
-        self._seen = _signature(path)
-        self._keys = _hashes(read_keys(path))
+        self._content = _read(path)
+        self._keys = _hashes(_parse(path, self._content))
+        self._problem: str | None = None
+        """Why the last look at the file failed; logged once."""
         self._looked = time.monotonic()
         if not self._keys:
             _log.warning("%s holds no key, so nobody may call the service; %s", path, _remedy(path))
@@ -104,36 +114,62 @@ class KeyStore:
             return
         try:
             self._looked = now
-            # Of the file behind any links: Kubernetes swaps a link to change a mounted secret.
-            signature = _signature(self._path)
-            if signature == self._seen:
-                return
-            self._seen = signature
-            try:
-                self._keys = _hashes(read_keys(self._path))
-            except DataError as error:
-                # The message says it all; a stack would only hide it.
-                _log.log(logging.ERROR, "the keys stay as they were: %s", error)
-            else:
-                _log.info("read %d keys from %s", len(self._keys), self._path)
+            self._look()
         finally:
             self._lock.release()
+
+    def _look(self) -> None:
+        """Read the file, and take its keys if its content has changed.
+
+        The content itself is compared: mode, times and size can be equal for other content, and
+        say nothing after a read that failed.
+        """
+        try:
+            content = _read(self._path)
+            if content == self._content and self._problem is None:
+                return
+            self._keys = _hashes(_parse(self._path, content))
+        except DataError as error:
+            if str(error) != self._problem:
+                # The message says it all; a stack would only hide it.
+                _log.log(logging.ERROR, "the keys stay as they were: %s", error)
+            self._problem = str(error)
+        else:
+            self._content = content
+            self._problem = None
+            _log.info("read %d keys from %s", len(self._keys), self._path)
 
 
 def read_keys(path: Path) -> tuple[Entry, ...]:
     """The keys of a file. Raises DataError that names the remedy."""
+    return _parse(path, _read(path))
+
+
+class _NoFileError(DataError):
+    """There is no keys file."""
+
+
+def _read(path: Path) -> bytes:
+    """The content of a keys file. Raises DataError."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            # Opening a pipe would block until something writes into it.
+            raise DataError(f"the keys file {path} is not a regular file")
         with path.open("rb") as source:
             content = source.read(_LARGEST_FILE + 1)
     except FileNotFoundError:
-        raise DataError(f"there is no keys file {path}; {_remedy(path)}") from None
+        raise _NoFileError(f"there is no keys file {path}; {_remedy(path)}") from None
     except OSError as error:
         raise DataError(
             f"the keys file {path} cannot be read: {error.strerror}; "
-            "the user that runs the service must own it"
+            "the user that runs the service must be able to read it"
         ) from error
     if len(content) > _LARGEST_FILE:
         raise DataError(f"{path} is larger than {_LARGEST_FILE} bytes: no keys file")
+    return content
+
+
+def _parse(path: Path, content: bytes) -> tuple[Entry, ...]:
     try:
         return KeyFile.model_validate(orjson.loads(content)).keys
     except orjson.JSONDecodeError as error:
@@ -148,12 +184,6 @@ def read_keys(path: Path) -> tuple[Entry, ...]:
 
 def new_key(path: Path, name: str, *, admin: bool) -> str:
     """Add a key to a file, which is made if need be, and return the key. Raises DataError."""
-    entries = read_keys(path) if path.exists() else ()
-    if any(entry.name == name for entry in entries):
-        raise DataError(
-            f"{path} has a key called {name!r} already; choose another name, or "
-            f"`retinaserve keys revoke {name}` first"
-        )
     key = _PREFIX + secrets.token_urlsafe(_KEY_BYTES)
     try:
         entry = Entry(
@@ -164,50 +194,95 @@ def new_key(path: Path, name: str, *, admin: bool) -> str:
         )
     except ValidationError:
         raise DataError(
-            f"{name!r} is no name for a key; use 1 to 64 letters, digits, '.', '_' or '-'"
+            f"{shown(name)} is no name for a key; use 1 to 64 letters, digits, '.', '_' or '-'"
         ) from None
-    _write(path, (*entries, entry))
+    with _exclusive(path) as target:
+        try:
+            entries = read_keys(target)
+        except _NoFileError:
+            entries = ()
+        if any(each.name == name for each in entries):
+            raise DataError(
+                f"{path} has a key called {name!r} already; choose another name, or "
+                f"`retinaserve keys revoke {name}` first"
+            )
+        _write(target, (*entries, entry))
     return key
 
 
 def revoke_key(path: Path, name: str) -> None:
     """Take a key out of a file. Raises DataError."""
-    entries = read_keys(path)
-    rest = tuple(entry for entry in entries if entry.name != name)
-    if len(rest) == len(entries):
-        names = ", ".join(entry.name for entry in entries) or "none"
-        raise DataError(f"{path} has no key called {name!r}; it has: {names}")
-    _write(path, rest)
+    with _exclusive(path) as target:
+        entries = read_keys(target)
+        rest = tuple(entry for entry in entries if entry.name != name)
+        if len(rest) == len(entries):
+            names = ", ".join(entry.name for entry in entries) or "none"
+            raise DataError(f"{path} has no key called {shown(name)}; it has: {names}")
+        _write(target, rest)
+
+
+@contextlib.contextmanager
+def _exclusive(path: Path) -> Iterator[Path]:
+    """Hold the lock of a keys file's folder, and yield the file behind any links.
+
+    The folder is locked because the file itself is replaced, and may not exist yet. Windows has no
+    such lock. Raises DataError.
+    """
+    # Replacing a link would leave the real file as it was.
+    target = Path(os.path.realpath(path))
+    if sys.platform == "win32":
+        yield target
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
+            stack.callback(os.close, folder)
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        except OSError as error:
+            raise DataError(
+                f"{target} cannot be written: its folder cannot be locked: {error.strerror}"
+            ) from error
+        yield target
 
 
 def _write(path: Path, entries: tuple[Entry, ...]) -> None:
-    """Replace the file as a whole: a server that reads it never sees half of it."""
-    # Behind a link: replacing the link itself would leave the real file as it was.
-    target = path.resolve()
+    """Replace the file as a whole: a server that reads it never sees half of it.
+
+    Owner, group and mode stay, so that the service can still read it. Raises DataError.
+    """
     content = KeyFile(keys=entries).model_dump_json(indent=2) + "\n"
     try:
         # mkstemp makes files of mode 0600.
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     except OSError as error:
-        raise DataError(f"{target} cannot be written: {error.strerror}") from error
+        raise DataError(f"{path} cannot be written: {error.strerror}") from error
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
+            if path.exists():
+                _copy_ownership(path, name)
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        Path(name).replace(target)
+        Path(name).replace(path)
     except OSError as error:
+        raise DataError(f"{path} cannot be written: {error.strerror}") from error
+    finally:
         Path(name).unlink(missing_ok=True)
-        raise DataError(f"{target} cannot be written: {error.strerror}") from error
 
 
-def _signature(path: Path) -> tuple[int, ...] | None:
-    """Changes whenever the file does; None when it is not there."""
-    try:
-        state = path.stat()
-    except OSError:
-        return None
-    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
+def _copy_ownership(old: Path, new: str) -> None:
+    """Give a new file the owner, group, mode and access list of the old. Raises DataError."""
+    state = old.stat()
+    if sys.platform != "win32":
+        try:
+            os.chown(new, state.st_uid, state.st_gid)
+        except PermissionError:
+            raise DataError(
+                f"{old} stays as it is: it belongs to user {state.st_uid} and group "
+                f"{state.st_gid}, a new file would not, and the service might not be able to read "
+                f"that; run this command as user {state.st_uid} or as root"
+            ) from None
+    shutil.copystat(old, new)
 
 
 def _hashes(entries: tuple[Entry, ...]) -> tuple[tuple[bytes, Key], ...]:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import logging
 import os
 import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import orjson
 import pytest
@@ -17,6 +23,8 @@ from service.errors import DataError
 from service.security import keys
 from service.security.keys import Key, KeyStore, new_key, read_keys, revoke_key
 from service.settings import Settings
+
+NOBODY: Final = 65534
 
 
 @pytest.fixture
@@ -147,6 +155,185 @@ def test_writing_through_a_link_keeps_the_link(tmp_path: Path) -> None:
     new_key(link, "b", admin=False)
     assert link.is_symlink()
     assert [entry.name for entry in read_keys(real)] == ["a", "b"]
+
+
+@contextlib.contextmanager
+def as_another_user() -> Iterator[None]:
+    """Without root's rights, where the tests have them."""
+    mine = os.geteuid()
+    if mine == 0:
+        os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(mine)
+
+
+@pytest.fixture
+def open_path() -> Iterator[Path]:
+    """A keys file in a folder that every user may write to, unlike pytest's."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        yield Path(folder) / "keys.json"
+
+
+def test_a_replaced_file_keeps_owner_group_and_mode(open_path: Path) -> None:
+    new_key(open_path, "a", admin=False)
+    owner = (NOBODY, NOBODY - 1) if os.geteuid() == 0 else (os.geteuid(), os.getegid())
+    os.chown(open_path, *owner)
+    open_path.chmod(0o640)
+    new_key(open_path, "b", admin=False)
+    revoke_key(open_path, "a")
+    after = open_path.stat()
+    assert (after.st_uid, after.st_gid, stat.S_IMODE(after.st_mode)) == (*owner, 0o640)
+    with as_another_user():
+        assert [entry.name for entry in read_keys(open_path)] == ["b"]
+
+
+def test_a_file_that_would_change_hands_stays_as_it_is(
+    open_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new_key(open_path, "a", admin=False)
+    open_path.chmod(0o644)
+    before = open_path.read_bytes()
+    if os.geteuid() != 0:
+
+        def refuse(*_: object) -> None:
+            raise PermissionError
+
+        monkeypatch.setattr(os, "chown", refuse)
+    with as_another_user():
+        for change in (lambda: new_key(open_path, "b", admin=False), lambda: revoke(open_path)):
+            with pytest.raises(DataError, match=r"stays as it is.*run this command as user \d+"):
+                change()
+    assert open_path.read_bytes() == before
+    assert [each.name for each in open_path.parent.iterdir()] == ["keys.json"]
+
+
+def revoke(path: Path) -> None:
+    revoke_key(path, "a")
+
+
+def test_changes_at_the_same_time_are_all_kept(tmp_path: Path) -> None:
+    real, link = tmp_path / "etc" / "keys.json", tmp_path / "keys.json"
+    real.parent.mkdir()
+    link.symlink_to(real)
+    before = [f"old-{i}" for i in range(8)]
+    for name in before:
+        new_key(real, name, admin=False)
+    added = [f"new-{i}" for i in range(16)]
+    with ThreadPoolExecutor(24) as pool:
+        gone = [pool.submit(revoke_key, real, name) for name in before]
+        made = [
+            pool.submit(new_key, (real, link)[i % 2], name, admin=False)
+            for i, name in enumerate(added)
+        ]
+        for each in gone:
+            each.result()
+        keys = [each.result() for each in made]
+    assert sorted(each.name for each in read_keys(real)) == sorted(added)
+    store = KeyStore(link)
+    assert [store.find(key) for key in keys] == [Key(name, admin=False) for name in added]
+
+
+def test_a_process_that_holds_the_folder_is_waited_for(path: Path) -> None:
+    folder = os.open(path.parent, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(new_key, path, "a", admin=False)
+        with pytest.raises(TimeoutError):
+            waiting.result(0.2)
+        assert not path.exists()
+        os.close(folder)
+        key = waiting.result(60)
+    assert KeyStore(path).find(key) == Key("a", admin=False)
+
+
+def test_a_key_revoked_while_the_file_was_unreadable_goes_once_it_is_readable(
+    open_path: Path, seconds: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    gone, stays = (new_key(open_path, name, admin=False) for name in ("gone", "stays"))
+    store = KeyStore(open_path)
+    revoke_key(open_path, "gone")
+    open_path.chmod(0)
+    with caplog.at_level(logging.INFO), as_another_user():
+        for _ in range(3):
+            seconds[0] += 2
+            assert store.find(gone) == Key("gone", admin=False)
+    # Neither time nor size nor inode tell that the mode is mended.
+    open_path.chmod(0o644)
+    seconds[0] += 2
+    with caplog.at_level(logging.INFO):
+        assert store.find(gone) is None
+        assert store.find(stays) == Key("stays", admin=False)
+        seconds[0] += 2
+        assert store.find(stays) is not None
+    said = [(each.levelname, each.getMessage()) for each in caplog.records]
+    assert [level for level, _ in said] == ["ERROR", "INFO"], said
+    assert "Permission denied" in said[0][1]
+    assert "read 1 keys" in said[1][1]
+
+
+def test_a_change_that_leaves_time_and_size_alone_is_seen(path: Path, seconds: list[float]) -> None:
+    key = new_key(path, "aa", admin=False)
+    store = KeyStore(path)
+    state = path.stat()
+    with path.open("r+") as file:
+        changed = file.read().replace('"aa"', '"bb"')
+        file.seek(0)
+        file.write(changed)
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    after = path.stat()
+    assert (after.st_ino, after.st_size, after.st_mtime_ns) == (
+        state.st_ino,
+        state.st_size,
+        state.st_mtime_ns,
+    )
+    seconds[0] += 2
+    assert store.find(key) == Key("bb", admin=False)
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+def make_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def make_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [(remove, "no keys file"), (make_folder, "not a regular"), (make_pipe, "not a regular")],
+)
+def test_a_file_that_comes_back_is_read(
+    path: Path,
+    seconds: list[float],
+    spoil: Callable[[Path], None],
+    says: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    key = new_key(path, "a", admin=False)
+    aside = path.with_name("aside")
+    store = KeyStore(path)
+    revoke_key(path, "a")
+    os.link(path, aside)
+    spoil(path)
+    for _ in range(3):
+        seconds[0] += 2
+        assert store.find(key) == Key("a", admin=False)
+    (error,) = [each.getMessage() for each in caplog.records if each.levelname == "ERROR"]
+    assert says in error
+    if path.is_dir():
+        path.rmdir()
+    aside.replace(path)
+    seconds[0] += 2
+    assert store.find(key) is None
 
 
 def entry(**changed: Any) -> dict[str, Any]:
