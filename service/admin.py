@@ -13,13 +13,14 @@ from typing import Any, Final
 import orjson
 import uvicorn
 from fastapi import FastAPI, Request, Response
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from service.api import add_error_handlers
+from service.artifact import VERSION_RULE, Version, VersionText
 from service.bodies import parse_json, read_body
 from service.context import Service
 from service.envelope import Envelope
-from service.errors import Forbidden, InvalidParameter
+from service.errors import Forbidden, InvalidParameter, shown
 from service.listening import url
 from service.routes import health, models
 from service.security.gate import Gate
@@ -50,11 +51,17 @@ class AdminGate(Gate):
 
 
 class Choice(BaseModel):
-    """What a request may say, in the query or as JSON."""
+    """What a request may say as JSON."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    version: int | None = Field(default=None, ge=1)
+    version: Version | None = None
+
+
+class QueryChoice(Choice):
+    """What a request may say in the query."""
+
+    version: VersionText | None = None
 
 
 class AdminRoutes:
@@ -98,10 +105,10 @@ class AdminRoutes:
         names = [name for name, _ in request.query_params.multi_items()]
         if len(set(names)) < len(names):
             raise InvalidParameter("the query names a parameter twice; give it once")
-        asked = _choice(dict(request.query_params), strict=False)
+        asked = _choice(dict(request.query_params), QueryChoice)
         if not body:
             return asked
-        said = _choice(parse_json(body), strict=True)
+        said = _choice(parse_json(body), Choice)
         if None not in (asked, said) and asked != said:
             raise InvalidParameter(
                 f"version is {asked} in the query and {said} in the body; give it once"
@@ -182,7 +189,13 @@ class _Server(HttpServer):
 
 def create_admin_app(service: Service, keys: KeyStore) -> FastAPI:
     """The application behind the listener. The service must have been started by another."""
-    app = FastAPI(title="retinaserve admin", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        title="retinaserve admin",
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,
+    )
     app.add_middleware(Guard, gate=AdminGate(keys), metrics=service.metrics, open_metrics=False)
     app.add_middleware(Envelope, metrics=service.metrics, tracing=service.tracing)
     app.add_middleware(SecurityHeaders)
@@ -201,13 +214,12 @@ def create_admin_app(service: Service, keys: KeyStore) -> FastAPI:
     return app
 
 
-def _choice(given: dict[str, Any], *, strict: bool) -> int | None:
+def _choice(given: dict[str, Any], kind: type[Choice]) -> int | None:
     try:
-        return Choice.model_validate(given, strict=strict).version
+        return kind.model_validate(given).version
     except ValidationError as error:
         first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
+        name = ".".join(map(str, first["loc"]))[:80]
         raise InvalidParameter(
-            f"{name}={first['input']!r}: {first['msg']}; the one parameter is version, a positive "
-            "integer"
+            f"{name}={shown(first['input'])}: the one parameter is version, and {VERSION_RULE}"
         ) from None

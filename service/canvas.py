@@ -11,16 +11,25 @@ placed at the canvas's top-left corner; padding is at the right and at the botto
 from __future__ import annotations
 
 import math
+import reprlib
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 MULTIPLE = 32
 """Canvas sides are multiples of this: the stride of the backbone's last stage."""
+MAX_CANVAS_AREA = 4096 * 4096
+"""Pixels of the largest canvas: a warm-up runs it, and takes memory in proportion."""
+MAX_CANVASES = 64
+"""Canvases of one rule: on a GPU each of them is warmed, and keeps buffers."""
+_MAX_SIDE = MAX_CANVAS_AREA // MULTIPLE
+"""Pixels of the longest side that a canvas within the area can have."""
+
+_Side = Annotated[int, Field(ge=1, le=_MAX_SIDE)]
 
 
 class Size(NamedTuple):
@@ -81,7 +90,7 @@ class Buckets(_Rule):
     """The picture is scaled to fit, aspect ratio kept, the canvas of `sizes` with least padding."""
 
     rule: Literal["buckets"] = "buckets"
-    sizes: tuple[Size, ...] = Field(min_length=1)
+    sizes: tuple[Size, ...] = Field(min_length=1, max_length=MAX_CANVASES)
     """[height, width] of each canvas; the earlier wins a tie."""
 
     @field_validator("sizes")
@@ -90,9 +99,9 @@ class Buckets(_Rule):
         for size in sizes:
             if min(size) < MULTIPLE or any(side % MULTIPLE for side in size):
                 raise ValueError(
-                    f"canvas {size.height}x{size.width} is not a positive multiple of {MULTIPLE} "
-                    "in both sides"
+                    f"canvas {_shown(size)} is not a positive multiple of {MULTIPLE} in both sides"
                 )
+            _check_area(size)
         return sizes
 
     def fit(self, original: Size) -> Letterbox:
@@ -116,10 +125,15 @@ class ShortSide(_Rule):
     """The shorter side becomes `short` unless the longer would pass `long`; torchvision's rule."""
 
     rule: Literal["short-side"] = "short-side"
-    short: int = Field(ge=1)
-    long: int = Field(ge=1)
-    multiple: int = Field(default=MULTIPLE, ge=MULTIPLE, multiple_of=MULTIPLE)
+    short: _Side
+    long: _Side
+    multiple: int = Field(default=MULTIPLE, ge=MULTIPLE, le=_MAX_SIDE, multiple_of=MULTIPLE)
     round: Literal["floor"] = "floor"
+
+    @model_validator(mode="after")
+    def _check_largest(self) -> ShortSide:
+        _check_area(self.largest())
+        return self
 
     def fit(self, original: Size) -> Letterbox:
         """Place a picture of size `original`."""
@@ -147,6 +161,19 @@ class ShortSide(_Rule):
 
     def _pad(self, side: int) -> int:
         return math.ceil(side / self.multiple) * self.multiple
+
+
+def _check_area(canvas: Size) -> None:
+    """Raise ValueError for a canvas of more than MAX_CANVAS_AREA pixels."""
+    if canvas.area > MAX_CANVAS_AREA:
+        raise ValueError(
+            f"canvas {_shown(canvas)} has more than {MAX_CANVAS_AREA} pixels, the limit (4096x4096)"
+        )
+
+
+def _shown(size: Size) -> str:
+    # JSON has numbers of thousands of digits.
+    return "x".join(map(reprlib.repr, size))
 
 
 @lru_cache(maxsize=1024)

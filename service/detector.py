@@ -11,12 +11,18 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from service.artifact import MAX_DETECTIONS_CAP, Artifact, Metadata
+from service.artifact import (
+    INPUT_TYPES,
+    MAX_DETECTIONS_CAP,
+    OUTPUT_TYPES,
+    Artifact,
+    Metadata,
+)
 from service.canvas import Size
 from service.errors import ArtifactError
 
-INPUTS: Final = ("images", "image_sizes", "score_threshold", "iou_threshold", "max_detections")
-OUTPUTS: Final = ("image_index", "boxes", "scores", "labels")
+INPUTS: Final = tuple(INPUT_TYPES)
+OUTPUTS: Final = tuple(OUTPUT_TYPES)
 SEAM: Final = ("candidate_boxes", "candidate_scores", "candidate_labels")
 """Values inside the file, between the network and non-maximum suppression."""
 
@@ -53,7 +59,7 @@ class Detector:
         providers: Sequence[str | tuple[str, dict[str, str]]],
         options: ort.SessionOptions,
     ) -> None:
-        """Create the session. Raises ArtifactError when the file is not a detector."""
+        """Create the session. Raises ArtifactError when onnxruntime does not take the file."""
         try:
             # Otherwise Python's wrapper would go on with the CPU where a GPU fails, at the start or
             # in the middle of serving, and say so on stdout.
@@ -68,9 +74,6 @@ class Detector:
             raise ArtifactError(f"{artifact.path}: onnxruntime cannot load it: {error}") from error
         self.metadata: Metadata = artifact.metadata
         self._weights = artifact.weights or {}
-        found = tuple(output.name for output in self._session.get_outputs())
-        if found != OUTPUTS:
-            raise ArtifactError(f"{artifact.path}: outputs are {found}, expected {OUTPUTS}")
 
     @property
     def providers(self) -> list[str]:
@@ -122,6 +125,18 @@ class Detector:
         sizes = np.tile(np.array([canvas], dtype=np.int64), (batch, 1))
         self(blank, sizes, score_threshold=0.5, iou_threshold=0.5)
 
+    def prove(self, canvas: Size, batch: int = 1) -> None:
+        """Run once on noise, with thresholds that hold nothing back, and look at the answer.
+
+        Raises ArtifactError for an answer that no response could be made of.
+        """
+        noise = np.random.default_rng(0).integers(0, 256, (1, *canvas, 3), dtype=np.uint8)
+        sizes = np.tile(np.array([canvas], dtype=np.int64), (batch, 1))
+        found = self(noise.repeat(batch, axis=0), sizes, score_threshold=0.0, iou_threshold=1.0)
+        for each in found:
+            if problem := _problem(each, self.metadata.classes):
+                raise ArtifactError(f"in a trial run, the network's {problem}")
+
 
 def batch_buckets(largest: int) -> list[int]:
     """Batch sizes that are made ready: the powers of two up to the largest, and that one.
@@ -158,7 +173,27 @@ def by_picture(found: Sequence[NDArray[Any]], count: int) -> list[Detections]:
         return [Detections(boxes, scores, labels)]
     # Sorted by image, so each image is one slice.
     edges = np.searchsorted(index, np.arange(count + 1))
+    if edges[0] != 0 or edges[-1] != len(index):
+        raise ArtifactError(f"image_index is {index.min()} to {index.max()} in a batch of {count}")
     return [Detections(boxes[a:b], scores[a:b], labels[a:b]) for a, b in pairwise(edges)]
+
+
+def _problem(found: Detections, classes: Sequence[str]) -> str | None:
+    """What no response could be made of; None where all is well."""
+    lengths = found.boxes.shape, found.scores.shape, found.labels.shape
+    count = len(found)
+    if lengths != ((count, 4), (count,), (count,)):
+        return f"boxes, scores and labels are of shapes {lengths}, expected (D, 4), (D,) and (D,)"
+    if not np.isfinite(found.boxes).all():
+        return "boxes are not all finite"
+    if not ((found.scores >= 0) & (found.scores <= 1)).all():
+        return f"scores are {found.scores.min()} to {found.scores.max()}, expected 0 to 1"
+    if count and not 0 <= found.labels.min() <= found.labels.max() < len(classes):
+        return (
+            f"labels are {found.labels.min()} to {found.labels.max()}, but the metadata names "
+            f"{len(classes)} classes: 0 to {len(classes) - 1}"
+        )
+    return None
 
 
 def signature(value: ort.NodeArg) -> str:

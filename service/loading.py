@@ -108,11 +108,14 @@ def open_servable(
             if on_cpu:
                 # What a first run sets up it sets up while the other session does.
                 for detector in detectors:
-                    detector.warm(canvas)
+                    detector.prove(canvas, min(batch, 2))
         # The sessions have copies of their own.
         slim = replace(artifact, content=b"")
         servable = Servable(entry.name, entry.version, slim, detectors)
         _warm(servable, batch_buckets(batch), on_cpu=on_cpu)
+        if not on_cpu:
+            # Here the buffers of a shape are made by its warm-up.
+            detectors[0].prove(canvas, min(batch, 2))
         shared = [
             (detector, device.callers)
             if opener is None

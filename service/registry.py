@@ -16,7 +16,14 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from service.artifact import Artifact, Entry, read_artifact, scan_repository
+from service.artifact import (
+    Artifact,
+    Entry,
+    list_skipped,
+    read_artifact,
+    scan_repository,
+    skipped_files,
+)
 from service.devices import Device
 from service.errors import (
     ArtifactError,
@@ -26,6 +33,7 @@ from service.errors import (
     StateConflict,
     Unavailable,
     UnknownModel,
+    shown,
 )
 from service.loading import Loader, open_servable, return_free_memory
 from service.side_by_side import SideBySide
@@ -72,6 +80,9 @@ class Registry:
         self._started = False
         self._closed = False
         self._loader = Loader()
+        self._skipped: dict[Path, str] = {}
+        """Files that the last scan found where no model is expected."""
+        self._report_skipped()
 
     def start(self) -> None:
         """Begin to load: the default model first, of each model the newest version first.
@@ -207,11 +218,20 @@ class Registry:
         try:
             entries = scan_repository(self._root)
         except ArtifactError as error:
-            raise UnknownModel(f"no model {name!r}: {error}") from error
+            raise UnknownModel(f"no model {shown(name)}: {error}") from error
+        self._report_skipped()
         names = dict.fromkeys(entry.name for entry in entries)
         if name not in names:
-            raise UnknownModel(f"no model {name!r} in {self._root}; there is {', '.join(names)}")
+            raise UnknownModel(
+                f"no model {shown(name)} in {self._root}; there is {', '.join(names)}"
+            )
         return entries
+
+    def _report_skipped(self) -> None:
+        skipped = skipped_files(self._root)
+        if skipped and skipped != self._skipped:
+            _log.warning("%s: skipped: %s", self._root, list_skipped(skipped))
+        self._skipped = skipped
 
     def _adopt(self, entries: Sequence[Entry]) -> None:
         """Bring the snapshot in line with the folder. What is in use stays, even if it is gone."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from model_export.precision import Precision
 from model_export.reduction import RANGE_PICTURES
 from model_export.reduction import table as reduction_table
 from model_export.release import VERIFIED_PICTURES, Reduction, release
-from service.artifact import MODEL_FILE, read_artifact
+from service.artifact import MODEL_FILE, entry_of, read_artifact, why_skipped
 from service.canvas import Buckets, ShortSide, Size
 from service.errors import DataError
 from service.filenames import refuse_to_replace
@@ -31,6 +32,7 @@ from service.samples import draw_smear
 
 _SIZE = re.compile(r"(\d+)x(\d+)")
 _SHORT_SIDE = re.compile(r"short-side:(\d+),(\d+)")
+_MEANT_AS_VERSION = re.compile(r"(?:v|version)?[-_. ]*\d[\d._]*", re.IGNORECASE)
 
 
 def run(
@@ -58,6 +60,7 @@ def run(
         )
     if weights_file is not None and weights_file.suffix != ".safetensors":
         raise DataError(f"--save-weights {weights_file}: expected a name that ends in .safetensors")
+    check_place(output)
     refuse_to_replace(
         filter(None, (output, weights_file)), filter(None, (checkpoint_file, data, calibrate_on))
     )
@@ -136,16 +139,33 @@ def parse_canvas(text: str) -> Buckets | ShortSide:
     )
 
 
+def check_place(output: Path) -> None:
+    """Refuse NAME/VERSION/model.onnx where the service would skip the file for one of the names.
+
+    Paths of any other form are accepted: a model file may lie outside a repository. Raises
+    DataError.
+    """
+    # Unlike resolve(), as the service sees it: the name of a link counts.
+    path = Path(os.path.abspath(output))  # noqa: PTH100
+    place = path.relative_to(path.anchor).parts[-3:]
+    if min(len(place), len(output.parts)) < 3 or output.name != MODEL_FILE:
+        return
+    reason = why_skipped(place)
+    if reason is not None and _MEANT_AS_VERSION.fullmatch(place[1]):
+        raise DataError(
+            f"--output {output}: the service would skip this file, because {reason}; choose "
+            f"<name>/<version>/{MODEL_FILE} of such names, or another file name"
+        )
+
+
 def default_name(output: Path) -> str:
     """The name that a file's place gives it: NAME/VERSION/model.onnx in a repository, else its own.
 
     >>> default_name(Path("models/cells/1/model.onnx")), default_name(Path("cells.onnx"))
     ('cells', 'cells')
     """
-    resolved = output.resolve()
-    if resolved.name == MODEL_FILE and resolved.parent.name.isdecimal():
-        return resolved.parent.parent.name
-    return output.stem
+    entry = entry_of(output.resolve())
+    return output.stem if entry is None else entry.name
 
 
 def _with_licences(checkpoint: Checkpoint, licences: Sequence[str]) -> Checkpoint:

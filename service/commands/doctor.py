@@ -91,7 +91,7 @@ def _try_model(entry: Entry, device: Device) -> str:
         detector = open_detector(read_artifact(entry.path), device)
         rule = detector.metadata.canvas
         canvas = next(iter(rule.all_canvases()), rule.largest())
-        detector.warm(canvas)
+        detector.prove(canvas)
         loaded = perf_counter()
         detector.warm(canvas)
         seconds = perf_counter() - loaded

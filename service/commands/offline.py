@@ -5,8 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from service.artifact import Artifact, read_artifact, scan_repository
-from service.errors import DataError, UnknownModel
+from service.artifact import (
+    VERSION_RULE,
+    Artifact,
+    entry_of,
+    parse_version,
+    read_artifact,
+    scan_repository,
+)
+from service.errors import DataError, UnknownModel, shown
 from service.settings import Settings
 
 PICTURE_SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".png", ".webp"})
@@ -36,9 +43,12 @@ def find_model(settings: Settings, model: str | None) -> FoundModel:
 def _find(settings: Settings, model: str | None) -> tuple[Artifact, int | None]:
     if model is not None and (model.endswith(".onnx") or "/" in model):
         path = Path(model).absolute()
-        version = path.parent.name
-        return read_artifact(path), int(version) if version.isdecimal() else None
-    name, _, wanted = (model or "").partition("@")
+        entry = entry_of(path)
+        return read_artifact(path), None if entry is None else entry.version
+    name, separator, wanted = (model or "").partition("@")
+    version = parse_version(wanted) if separator else None
+    if separator and version is None:
+        raise DataError(f"--model {shown(model)}: {VERSION_RULE}")
     name = name or settings.default_model or ""
     entries = scan_repository(settings.models_dir)
     if not name and len({entry.name for entry in entries}) > 1:
@@ -47,9 +57,9 @@ def _find(settings: Settings, model: str | None) -> tuple[Artifact, int | None]:
     fitting = [
         entry
         for entry in entries
-        if (not name or entry.name == name) and (not wanted or str(entry.version) == wanted)
+        if (not name or entry.name == name) and version in (None, entry.version)
     ]
     if not fitting:
         known = ", ".join(f"{entry.name}@{entry.version}" for entry in entries)
-        raise UnknownModel(f"no model {model!r} in {settings.models_dir}; there is {known}")
+        raise UnknownModel(f"no model {shown(model)} in {settings.models_dir}; there is {known}")
     return read_artifact(fitting[-1].path), fitting[-1].version

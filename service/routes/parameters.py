@@ -10,18 +10,21 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from starlette.datastructures import QueryParams
 from starlette.requests import Request
 
-from service.artifact import MAX_DETECTIONS_CAP, Metadata
-from service.errors import InvalidParameter
+from service.artifact import MAX_DETECTIONS_CAP, Metadata, VersionText
+from service.detection import ImageType
+from service.errors import InvalidParameter, shown
 from service.results import Selection, resolve, split_classes
 from service.tiling import MAX_TILE, MIN_TILE, parse_tile
 
 Format = Literal["native", "coco", "roboflow", "hf"]
-ImageType = Literal["image/jpeg", "image/png"]
 
 _SHORT_QUERY: Final = 256
 """Bytes of a query string that is worth remembering."""
 _REMEMBERED: Final = 64
 """Query strings of which that is so. A client asks for the same again and again."""
+_MOST_PARAMETERS: Final = 256
+_MOST_ERRORS: Final = 4
+"""Wrong parameters that an error describes."""
 _JSON_RANGES: Final = ("application/json", "application/*", "*/*")
 _IMAGE_RANGES: Final[dict[str, ImageType]] = {
     "image/jpeg": "image/jpeg",
@@ -65,9 +68,8 @@ class BatchQuery(BaseModel):
     model: str | None = Field(
         default=None, description="Name of the model; default: the server's default model."
     )
-    version: int | None = Field(
+    version: VersionText | None = Field(
         default=None,
-        ge=1,
         description="Version of the model; default: the highest that is ready.",
     )
 
@@ -102,11 +104,15 @@ def parse_query(request: Request, kind: type[Query]) -> Query:
 
 def _parse(written: bytes, kind: type[Query]) -> Query:
     given: dict[str, Any] = {}
+    if written.count(b"&") >= _MOST_PARAMETERS:
+        raise InvalidParameter(
+            f"the query has more than {_MOST_PARAMETERS} parameters; join classes by commas"
+        )
     for name, value in QueryParams(written).multi_items():
         if name == "classes":
             given.setdefault(name, []).append(value)
         elif name in given:
-            raise InvalidParameter(f"{name} is given more than once")
+            raise InvalidParameter(f"{shown(name)} is given more than once")
         else:
             given[name] = value
     try:
@@ -140,12 +146,16 @@ class Selections:
 
 def describe_errors(error: ValidationError, kind: type[BaseModel]) -> str:
     """Which parameters are wrong, and what would be right, in one line."""
+    errors = error.errors(include_url=False, include_context=False)
     lines = []
-    for each in error.errors():
+    for each in errors[:_MOST_ERRORS]:
         message = each["msg"]
         if each["type"] == "extra_forbidden":
             message = f"unknown parameter; there is {', '.join(kind.model_fields)}"
-        lines.append(f"{'.'.join(map(str, each['loc']))}={each['input']!r}: {message}")
+        name = shown(".".join(map(str, each["loc"])))[1:-1]
+        lines.append(f"{name}={shown(each['input'])}: {message}")
+    if len(errors) > _MOST_ERRORS:
+        lines.append(f"and {len(errors) - _MOST_ERRORS} more parameters are wrong")
     return "; ".join(lines)
 
 
@@ -180,7 +190,9 @@ def deadline_ms(asked: str, limit_ms: int) -> int:
     # int() itself refuses thousands of digits, with an error of its own.
     plausible = asked.isascii() and asked.isdecimal() and len(asked) <= len(str(limit_ms)) + 8
     if not (plausible and 1 <= int(asked) <= limit_ms):
-        raise InvalidParameter(f"X-Deadline-Ms: {asked!r} is not a whole number in 1..{limit_ms}")
+        raise InvalidParameter(
+            f"X-Deadline-Ms: {shown(asked)} is not a whole number in 1..{limit_ms}"
+        )
     return int(asked)
 
 

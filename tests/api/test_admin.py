@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import httpx
+import onnx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -146,6 +147,20 @@ async def test_a_file_that_cannot_serve_says_why(doors: Doors, tmp_path: Path) -
     assert "model.sha256" in model["versions"][1]["reason"]
 
 
+async def test_a_file_with_fewer_names_than_classes_is_refused(
+    doors: Doors, tmp_path: Path
+) -> None:
+    path = tiny_model.save(tmp_path, version=2)
+    model = onnx.load(path)
+    model.metadata_props[0].value = model.metadata_props[0].value.replace('"red",', "")
+    onnx.save(model, path)
+    answer = await doors.admin.post("/v1/models/tiny/load")
+    assert answer.status_code == 409
+    assert "3 classes apart, but the metadata names 2" in answer.json()["detail"]
+    assert "version 1 serves on" in answer.json()["detail"]
+    assert await detected(doors.main) == {"name": "tiny", "version": 1}
+
+
 WRONG: list[tuple[str, bytes, int, str]] = [
     ("none/load", b"", 404, "there is tiny"),
     ("tiny/load?version=7", b"", 404, "there is 1"),
@@ -153,7 +168,14 @@ WRONG: list[tuple[str, bytes, int, str]] = [
     ("tiny/unload?version=7", b"", 404, "there is 1"),
     ("none/default", b"", 404, "there is tiny"),
     ("tiny/load?version=0", b"", 422, "version='0'"),
-    ("tiny/load?version=new", b"", 422, "a positive integer"),
+    ("tiny/load?version=new", b"", 422, "a positive integer of at most 18 ASCII digits"),
+    ("tiny/load?version=01", b"", 422, "version='01'"),
+    ("tiny/load?version=%D9%A1", b"", 422, "without a leading zero"),
+    ("tiny/load?version=1e0", b"", 422, "version='1e0'"),
+    ("tiny/load?version=" + "9" * 3000, b"", 422, "at most 18 ASCII digits"),
+    ("tiny/load", b'{"version": 1000000000000000000}', 422, "at most 18 ASCII digits"),
+    ("tiny/load", b'{"version": 18446744073709551616}', 422, "at most 18 ASCII digits"),
+    ("tiny/load?version=999999999999999999", b"", 404, "there is 1"),
     ("tiny/load?versoin=1", b"", 422, "versoin='1'"),
     ("tiny/load?version=1&version=2", b"", 422, "give it once"),
     ("tiny/load?version=1", b'{"version": 2}', 422, "give it once"),
@@ -172,6 +194,7 @@ async def test_what_is_wrong_is_named(doors: Doors) -> None:
         assert answer.status_code == status, (path, answer.text)
         assert answer.headers["content-type"] == "application/problem+json"
         assert says in answer.json()["detail"], path
+        assert len(answer.json()["detail"]) < 500, path
         assert answer.json()["request_id"] == answer.headers["x-request-id"]
     assert await detected(doors.main) == {"name": "tiny", "version": 1}
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 
 from service import loading as module
@@ -79,6 +81,33 @@ def test_elsewhere_than_on_a_cpu_every_canvas_runs_on_every_device(
     assert all(servable.costs.of(canvas).fastest > 0 for canvas in tiny_model.SIZES)
 
 
+@pytest.mark.parametrize("device", [CPU, Device("cuda")])
+@pytest.mark.parametrize(
+    ("output", "why"),
+    [("labels", "labels are 2 to 4"), ("image_index", "image_index is 2 to 3 in a batch of 2")],
+)
+def test_what_a_file_answers_is_looked_at_before_it_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: Device, output: str, why: str
+) -> None:
+    path = tiny_model.save(tmp_path)
+    model = onnx.load(path)
+    (node,) = [node for node in model.graph.node if node.output[0] == output]
+    node.output[0] = "before"
+    beyond = onnx.helper.make_tensor("beyond", onnx.TensorProto.INT64, [], [2])
+    model.graph.initializer.append(beyond)
+    model.graph.node.append(onnx.helper.make_node("Add", ["before", "beyond"], [output]))
+    onnx.save(model, path)
+    # What is looked at does not depend on where it was computed.
+    monkeypatch.setattr(
+        module, "open_detector", lambda artifact, _, **given: open_detector(artifact, CPU, **given)
+    )
+    entry, side_by_side = Entry("tiny", 1, path), SideBySide(1, cores=1)
+    with pytest.raises(ArtifactError, match=why):
+        open_servable(
+            entry, read_artifact(path), devices=(device,), batch=2, side_by_side=side_by_side
+        )
+
+
 def opened(path: Path, side_by_side: SideBySide) -> Servable:
     artifact, entry = read_artifact(path), Entry("tiny", 1, path)
     return open_servable(entry, artifact, devices=(CPU,), batch=1, side_by_side=side_by_side)
@@ -143,17 +172,20 @@ def test_what_a_first_run_sets_up_both_sessions_set_up_side_by_side(
     first = threading.Barrier(4)
     runs: list[Detector] = []
     counting = threading.Lock()
-    warm = Detector.warm
 
-    def together(self: Detector, canvas: Size, batch: int = 1) -> None:
-        with counting:
-            runs.append(self)
-            number = len(runs)
-        if number <= 4:
-            first.wait(SECONDS)
-        warm(self, canvas, batch)
+    def together(run: Callable[[Detector, Size, int], None]) -> Callable[..., None]:
+        def counted(self: Detector, canvas: Size, batch: int = 1) -> None:
+            with counting:
+                runs.append(self)
+                number = len(runs)
+            if number <= 4:
+                first.wait(SECONDS)
+            run(self, canvas, batch)
 
-    monkeypatch.setattr(Detector, "warm", together)
+        return counted
+
+    monkeypatch.setattr(Detector, "warm", together(Detector.warm))
+    monkeypatch.setattr(Detector, "prove", together(Detector.prove))
     opened(path, SideBySide(3, cores=4))
     assert len(set(runs[:4])) == 2, "one run of the lone session, one for each caller beside it"
     assert len(runs) == 5

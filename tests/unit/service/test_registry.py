@@ -176,7 +176,29 @@ def of_unknown_schema(path: Path) -> None:
 def fails_when_it_runs(path: Path) -> None:
     model = onnx.load(path)
     (node,) = [node for node in model.graph.node if node.output[0] == "cell_scores_shape"]
-    node.attribute[0].ints[1] = 7
+    node.attribute[0].ints[2] = 7
+    onnx.save(model, path)
+
+
+def with_fewer_names_than_classes(path: Path) -> None:
+    model = onnx.load(path)
+    for property_ in model.metadata_props:
+        property_.value = property_.value.replace('"red",', "")
+    onnx.save(model, path)
+
+
+def with_labels_beyond_the_names(path: Path) -> None:
+    model = onnx.load(path)
+    (node,) = [node for node in model.graph.node if node.output[0] == "labels"]
+    node.output[0] = "own_labels"
+    nodes = onnx.parser.parse_graph(
+        """
+        g (int64[n] own_labels) => (int64[n] labels) <int64 seven = {7}>
+        { labels = Add (own_labels, seven) }
+        """
+    )
+    model.graph.node.extend(nodes.node)
+    model.graph.initializer.extend(nodes.initializer)
     onnx.save(model, path)
 
 
@@ -185,6 +207,8 @@ FAULTS = [
     (not_what_was_promised, "sha256 is"),
     (of_unknown_schema, "schema"),
     (fails_when_it_runs, "warm-up failed"),
+    (with_fewer_names_than_classes, "3 classes apart, but the metadata names 2"),
+    (with_labels_beyond_the_names, "labels are 7 to 9"),
 ]
 
 
@@ -217,6 +241,46 @@ def test_an_unusable_file_never_serves_and_says_why(
     load(registry)
     assert registry.get().version == 2
     assert registry.versions("tiny")[1].reason is None
+
+
+@pytest.mark.parametrize("spoil", [with_fewer_names_than_classes, with_labels_beyond_the_names])
+def test_an_unusable_file_fails_at_the_start_too(
+    opened: Open, tmp_path: Path, spoil: Callable[[Path], None]
+) -> None:
+    spoil(tiny_model.save(tmp_path))
+    registry = opened()
+    assert states(registry) == {1: "failed"}
+    assert "the metadata names" in (registry.not_ready() or "")
+    with pytest.raises(Unavailable, match="the metadata names"):
+        registry.get()
+
+
+def test_skipped_folders_are_named_once_for_each_change(
+    opened: Open, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def named() -> list[str]:
+        found = [each.getMessage() for each in caplog.records if "skipped" in each.getMessage()]
+        caplog.clear()
+        return found
+
+    tiny_model.save(tmp_path)
+    tiny_model.save(tmp_path, name="my model")
+    registry = opened()
+    (line,) = named()
+    assert str(tmp_path) in line
+    assert "'my model/1/model.onnx'" in line
+    assert "1 to 128 ASCII letters" in line
+    load(registry)
+    assert named() == []
+    path = tmp_path / "tiny" / "01" / "model.onnx"
+    path.parent.mkdir()
+    path.write_bytes((tmp_path / "tiny" / "1" / "model.onnx").read_bytes())
+    for _ in range(2):
+        load(registry)
+    (line,) = named()
+    assert "'tiny/01/model.onnx'" in line
+    assert "'my model/1/model.onnx'" in line
+    assert states(registry) == {1: "ready"}
 
 
 def test_new_content_of_a_loaded_version_is_a_swap(opened: Open, tmp_path: Path) -> None:
