@@ -105,7 +105,7 @@ async def test_a_proxy_s_own_authorization_does_not_hide_the_key(
         {"Authorization": "KEY"},
         {"X-API-Key": ""},
         {"X-API-Key": "KEYx"},
-        {"X-API-Key": "x" * 4000},
+        {"X-API-Key": "x" * 2000},
         {"Cookie": "key=KEY"},
     ],
 )
