@@ -2,6 +2,7 @@
 
     python benchmarks/overload.py                       # bundled model, drawn pictures
     python benchmarks/overload.py --pictures FOLDER     # your own JPEGs
+    python benchmarks/overload.py --mixed               # light clients beside one that is dear
 
 First the capacity: answers a second under 16 closed-loop clients. Then open-loop arrivals at 0.5 to
 10 times that, each with a deadline. Checked at every load: the 99th percentile of accepted requests
@@ -20,8 +21,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import client
+import neighbours
 from serving import Running, draw_pictures, run_script, served
 
+from service.cpus import cpu_count
 from service.settings import bundled_models
 
 FACTORS = (0.5, 1.0, 2.0, 5.0, 10.0)
@@ -128,13 +132,35 @@ def show(each: dict[str, Any]) -> str:
     )
 
 
+def beside_neighbours(arguments: argparse.Namespace) -> list[str]:
+    """Light clients beside each kind of neighbour; what does not hold."""
+    with tempfile.TemporaryDirectory() as scratch:
+        pictures = arguments.pictures or draw_pictures(Path(scratch) / "pictures")
+        with served(arguments.models) as server:
+            light = client.requests(
+                server.url, pictures, f"X-Deadline-Ms: {neighbours.DEADLINE_MS}"
+            )
+            found = neighbours.mixed(
+                server,
+                light,
+                seconds=arguments.seconds,
+                cores=cpu_count(),
+                say=lambda line: print(line, flush=True),
+            )
+    print("\n" + ("\n".join(found) if found else "every promise was kept"))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", type=Path, default=bundled_models())
     parser.add_argument("--pictures", type=Path, help="folder of JPEG pictures")
     parser.add_argument("--seconds", type=float, default=30.0, help="of each load")
     parser.add_argument("--deadline", type=int, default=1000, help="milliseconds")
+    parser.add_argument("--mixed", action="store_true", help="what neighbours.py describes")
     arguments = parser.parse_args()
+    if arguments.mixed:
+        raise SystemExit(bool(beside_neighbours(arguments)))
     with tempfile.TemporaryDirectory() as scratch:
         pictures = arguments.pictures or draw_pictures(Path(scratch) / "pictures")
         with served(arguments.models) as server:

@@ -59,6 +59,11 @@ class Running(NamedTuple):
             return "other"
         return next((each for each in THREADS if name.startswith(each)), "other")
 
+    def peak(self) -> float:
+        """The most memory that was ever resident, in MB."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e6
+
     def resident(self) -> float:
         return float(self.process.memory_info().rss) / 1e6
 

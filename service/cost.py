@@ -34,7 +34,7 @@ _SMALL: Final = 20_000
 """Pixels that take as long as what is done once for each image."""
 _FIRST_GUESS: Final = {
     "jpeg": 5e-9,
-    "progressive": 3e-9,
+    "progressive": 1e-9,
     "png": 3e-8,
     "webp": 4e-8,
     "tile": 1e-8,
@@ -178,12 +178,14 @@ class ThreadCosts:
     def __init__(self) -> None:
         self._rates: dict[str, _Rate] = {}
         """By kind, of which there are some hundred."""
+        self._made = time.monotonic()
 
     def seconds(self, kind: str, pixels: float) -> float:
         """What work of a kind will take."""
         rate = self._rates.get(kind)
         if rate is None:
-            return _FIRST_GUESS.get(kind.partition(" ")[0], _OTHER_GUESS) * (pixels + _SMALL)
+            guess = _FIRST_GUESS.get(kind.partition(" ")[0], _OTHER_GUESS)
+            rate = _Rate(guess, 1.0, self._made)
         # What was learnt while the machine was busy may be too much, and would turn away all the
         # work that could correct it: so it fades once no more work confirms it.
         fading = min(1.0, _STALE_SECONDS / max(time.monotonic() - rate.learnt, 1.0))

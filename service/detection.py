@@ -245,7 +245,13 @@ async def _views(
     )
     seconds = time.monotonic() - started
     raw = [outcome.detections for outcome in outcomes]
-    found = await service.off_loop(merge, canvases.plan, raw, request.selection)
+    found = await service.pipeline.run(
+        partial(merge, canvases.plan, raw, request.selection),
+        request.model,
+        service.pipeline.estimate("merge", sum(map(len, raw))),
+        deadline=request.limit,
+        urgency=request.urgency,
+    )
     # Views take turns, so only the first one's wait is a wait of the image.
     first = min(seconds, *(each.timing.decode + each.timing.queue for each in outcomes))
     return found, Timing(0.0, first, seconds - first)

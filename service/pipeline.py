@@ -266,6 +266,7 @@ class Pipeline:
 
         Raises what `function` raises, and DeadlineExceeded.
         """
+        future = asyncio.get_running_loop().create_future
         answer = await self._pass(
             Work(
                 function,
@@ -274,7 +275,7 @@ class Pipeline:
                 0.0,
                 deadline,
                 urgency,
-                asyncio.get_running_loop().create_future(),
+                future(),
                 as_it_is,
                 estimate,
                 infers=False,
@@ -300,9 +301,10 @@ class Pipeline:
         needs is still in the core's caches; otherwise on the event loop, so that no device waits.
         Whoever calls this has called `admit`.
         """
-        future = asyncio.get_running_loop().create_future()
+        # Held by the work alone: a frame that held it, and an exception in it, would be a cycle.
+        future = asyncio.get_running_loop().create_future
         answer = await self._pass(
-            Work(make, model, score, iou, deadline, urgency, future, finish, estimate)
+            Work(make, model, score, iou, deadline, urgency, future(), finish, estimate)
         )
         return cast("T", answer) if self._decoders_infer else finish(answer)
 
