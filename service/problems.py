@@ -16,18 +16,21 @@ MEDIA_TYPE: Final = "application/problem+json"
 _TYPE_PREFIX: Final = "urn:retinaserve:problem:"
 _INFERENCE_PROTOCOL: Final = re.compile(r"(/(?!v1(/|$))[^/]*)*?/v2(/|$)")
 """Paths of that protocol, which may stand behind a prefix of a proxy's."""
+_DETAIL_CHARACTERS: Final = 2048
+_INSTANCE_CHARACTERS: Final = 256
+"""Bounds of what an answer repeats of its request, whatever the error's own text quotes."""
 
 
 def problem(
     status: int, detail: str, *, title: str, slug: str, instance: str, request_id: str
 ) -> dict[str, Any]:
-    """The problem document."""
+    """Return the problem document; a long `detail` or `instance` is cut."""
     return {
         "type": _TYPE_PREFIX + slug,
         "title": title,
         "status": status,
-        "detail": detail,
-        "instance": instance,
+        "detail": _cut(detail, _DETAIL_CHARACTERS),
+        "instance": _cut(instance, _INSTANCE_CHARACTERS),
         "request_id": request_id,
     }
 
@@ -51,6 +54,10 @@ def http_problem(status: int, detail: str, *, instance: str, request_id: str) ->
     return problem(
         status, detail, title=phrase, slug=slug, instance=instance, request_id=request_id
     )
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def headers_of(error: RetinaserveError) -> dict[str, str]:

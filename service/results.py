@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from service.artifact import MAX_DETECTIONS_CAP, Metadata
 from service.canvas import Letterbox, Size
 from service.detector import Detections
-from service.errors import InvalidParameter
+from service.errors import InvalidParameter, shown_list
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +49,11 @@ def resolve(
         per_class = [score_threshold] * len(metadata.classes)
     scores = np.array(per_class, dtype=np.float32)
     if classes is not None:
-        unknown = [name for name in classes if name not in metadata.classes]
+        known = set(metadata.classes)
+        unknown = [name for name in classes if name not in known]
         if unknown:
             raise InvalidParameter(
-                f"unknown class {', '.join(map(repr, unknown))}; "
+                f"unknown class {shown_list(unknown)}; "
                 f"the model knows {', '.join(metadata.classes)}"
             )
         wanted = np.isin(metadata.classes, classes)

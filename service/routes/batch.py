@@ -22,6 +22,8 @@ from service.errors import (
     MalformedRequest,
     RetinaserveError,
     UnsupportedMedia,
+    shown,
+    shown_list,
 )
 from service.problems import problem_of
 from service.request_id import request_id
@@ -77,7 +79,7 @@ class BatchRoute:
             read=time.monotonic(),
             limit_ms=service.settings.request_timeout_ms,
         )
-        run = _Run(service, model, selection, limit, query.tile, request.url.path)
+        run = _Run(service, model, selection, limit, query.tile, request.scope["path"])
         if NDJSON in request.headers.get("accept", "").lower():
             return StreamingResponse(run.lines(pictures, size), media_type=NDJSON)
         with service.pictures.body(size), WhileConnected(request):
@@ -97,8 +99,8 @@ class BatchRoute:
             pictures = await take_apart(self._service, _json_pictures, body)
         else:
             raise UnsupportedMedia(
-                f"Content-Type {content_type!r} is not accepted here; send multipart/form-data "
-                "with parts named 'files', or application/json"
+                f"Content-Type {shown(content_type)} is not accepted here; send "
+                "multipart/form-data with parts named 'files', or application/json"
             )
         if not 1 <= len(pictures) <= most:
             raise InvalidParameter(f"{len(pictures)} pictures in one request; send 1 to {most}")
@@ -196,7 +198,7 @@ def _form_pictures(body: Body, content_type: str, most: int) -> list[Picture]:
     parts = parse_multipart(body, content_type, max_parts=most + _SPARE_PARTS)
     files = [part for part in parts if part.name == "files"]
     if not files:
-        names = ", ".join(part.name for part in parts) or "nothing"
+        names = shown_list([part.name for part in parts])
         raise MalformedRequest(f"send parts named 'files'; the body holds {names}")
     return [Picture(part.filename or str(i), part.data) for i, part in enumerate(files)]
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import json
-import time
 from contextlib import ExitStack
 
 import httpx
@@ -79,7 +77,7 @@ async def test_what_is_no_picture_in_json_fails_alone(client: httpx.AsyncClient)
 
 
 @pytest.mark.parametrize("path", ["/v1/detect", "/v1/detect/batch"])
-async def test_a_form_of_almost_boundaries_does_not_hold_up_others(
+async def test_form_of_almost_boundaries_is_refused_at_the_first(
     client: httpx.AsyncClient, path: str
 ) -> None:
     name = "files" if path.endswith("batch") else "file"
@@ -89,23 +87,9 @@ async def test_a_form_of_almost_boundaries_does_not_hold_up_others(
         + b"\r\n--b--"
     )
     headers = {"Content-Type": "multipart/form-data; boundary=b"}
-    longest = 0.0
-
-    async def tick() -> None:
-        nonlocal longest
-        while True:
-            before = time.perf_counter()
-            await asyncio.sleep(0.001)
-            longest = max(longest, time.perf_counter() - before)
-
-    ticking = asyncio.create_task(tick())
-    await asyncio.sleep(0.01)
-    started = time.perf_counter()
-    await client.post(path, content=body, headers=headers)
-    seconds = time.perf_counter() - started
-    await asyncio.sleep(0.01)
-    ticking.cancel()
-    assert longest < seconds / 2, "the event loop stood still while the form was taken apart"
+    answer = await client.post(path, content=body, headers=headers)
+    assert answer.status_code == 400
+    assert "malformed" in answer.json()["detail"]
 
 
 async def test_ndjson_has_a_line_for_each(client: httpx.AsyncClient) -> None:
