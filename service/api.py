@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Final
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from starlette._utils import get_route_path
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from service.application import Application
 from service.context import Service
 from service.envelope import Envelope
-from service.errors import InvalidParameter, RetinaserveError
+from service.errors import InvalidParameter, RetinaserveError, shown
 from service.inference_protocol import rest
 from service.observability.tracing import open_tracing
 from service.overload import OverloadGuard
@@ -32,6 +34,7 @@ from service.startup import Models
 from service.version import package_version
 
 _DESCRIPTION: Final = "Pictures in, detections out. Boxes are pixels of the original picture."
+_LONGEST_METHOD: Final = 32
 _FLUSH_SECONDS: Final = 2.0
 """How long the end of the server may wait for a collector of traces."""
 _CORS_REQUEST_HEADERS: Final = (
@@ -79,6 +82,7 @@ def create_app(settings: Settings, *, loading: Models | None = None) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,
     )
     app.state.service = service
     _add_layers(app, service)
@@ -119,16 +123,19 @@ def add_error_handlers(app: FastAPI, service: Service) -> None:
 
     async def own(request: Request, error: Exception) -> Response:
         assert isinstance(error, RetinaserveError)
-        return refusal(error, service.metrics, request.url.path)
+        return refusal(error, service.metrics, request.scope["path"])
 
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        allowed = (error.headers or {}).get("Allow")
-        remedy = "" if allowed is None else f"; use {allowed}"
+        path, remedy = request.scope["path"], ""
+        if (allowed := (error.headers or {}).get("Allow")) is not None:
+            remedy = f"; use {allowed}"
+        elif (known := _known_path(request)) is not None:
+            remedy = f"; use {shown(known)}"
         document = http_problem(
             error.status_code,
-            f"{request.method} {request.url.path}: {error.detail}{remedy}",
-            instance=request.url.path,
+            f"{request.method[:_LONGEST_METHOD]} {shown(path)}: {error.detail}{remedy}",
+            instance=path,
             request_id=request_id.get(),
         )
         return respond(document, dict(error.headers or {}))
@@ -142,9 +149,19 @@ def add_error_handlers(app: FastAPI, service: Service) -> None:
     app.add_exception_handler(RequestValidationError, validation)
 
 
+def _known_path(request: Request) -> str | None:
+    """Return the path that a request with slashes too many means; None where it means none."""
+    path = get_route_path(request.scope)
+    meant = re.sub("/+", "/", path).rstrip("/") or "/"
+    if meant == path:
+        return None
+    patterns = (getattr(route, "path_regex", None) for route in request.app.routes)
+    return meant if any(each is not None and each.match(meant) for each in patterns) else None
+
+
 def _describe(error: RequestValidationError) -> str:
     """Which parameters are wrong, and what would be right."""
     return "; ".join(
-        f"{'.'.join(str(part) for part in each['loc'][1:])}={each.get('input')!r}: {each['msg']}"
+        f"{shown('.'.join(map(str, each['loc'][1:])))}={shown(each.get('input'))}: {each['msg']}"
         for each in error.errors()
     )

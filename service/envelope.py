@@ -33,6 +33,26 @@ _METHODS: Final = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST"
 """Others a client may make up: metrics count them as one."""
 _CLIENT_GONE: Final = 499
 """Status in log and metrics of a request whose client did not wait; nothing is sent."""
+_LONGEST_TARGET: Final = 8192
+"""Bytes of a path with its query. It takes the event loop up to two milliseconds to parse them."""
+_LONGEST_PARSED: Final = 2048
+_PARSED: Final = frozenset(
+    {
+        b"accept",
+        b"access-control-request-headers",
+        b"authorization",
+        b"content-encoding",
+        b"content-type",
+        b"if-none-match",
+        b"range",
+        b"traceparent",
+        b"tracestate",
+        b"x-api-key",
+        b"x-deadline-ms",
+    }
+)
+"""Header fields whose values are parsed, which takes the event loop up to a millisecond for as many
+bytes. Others, such as cookies, may be as large as the server takes them."""
 
 
 class Envelope:
@@ -51,10 +71,14 @@ class Envelope:
         exchange = _Exchange(scope, receive, send)
         request_id.set(exchange.record.request_id)
         current.set(exchange.record)
-        span = self._begin_span(exchange)
+        excess = _excess(scope)
+        span = self._begin_span(exchange) if excess is None else None
         self._metrics.in_progress += 1
         try:
-            await self._answer(exchange)
+            if excess is None:
+                await self._answer(exchange)
+            else:
+                await exchange.send_problem(*excess)
         finally:
             self._metrics.in_progress -= 1
             self._finish(exchange, span)
@@ -177,8 +201,9 @@ class _Exchange:
         return template, method if template != _UNMATCHED and method in _METHODS else "any"
 
     def path(self) -> str:
-        """The path as it came, in ASCII."""
-        return bytes(self.scope.get("raw_path", b"")).decode("ascii", "backslashreplace")
+        """Return the path as it came, in ASCII; a long one is cut."""
+        raw = bytes(self.scope.get("raw_path", b""))
+        return raw[:_LONGEST_TARGET].decode("ascii", "backslashreplace")
 
     def attributes(self, template: str) -> dict[str, str | int]:
         """What OpenTelemetry's conventions want to know of a request."""
@@ -190,6 +215,20 @@ class _Exchange:
             "url.scheme": self.scope.get("scheme", "http"),
             "retinaserve.request_id": self.record.request_id,
         }
+
+
+def _excess(scope: Scope) -> tuple[int, str] | None:
+    """Return the status and the detail for a request with more to parse than is parsed."""
+    size = len(scope.get("raw_path") or b"") + len(scope["query_string"])
+    if size > _LONGEST_TARGET:
+        return 414, f"the path and the query have {size} bytes; at most {_LONGEST_TARGET} are taken"
+    for name, value in scope["headers"]:
+        if len(value) > _LONGEST_PARSED and name in _PARSED:
+            return 431, (
+                f"the header {name.decode()} has {len(value)} bytes; at most {_LONGEST_PARSED} are "
+                "taken"
+            )
+    return None
 
 
 def _route_of(scope: Scope, path: str) -> BaseRoute | None:

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import httpx
 import pytest
+from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 
+from service.admin import create_admin_app
 from service.api import create_app
 from service.errors import ArtifactError, DataError, DeviceError
 from service.observability.logs import JsonFormatter, TextFormatter
+from service.security.keys import new_key
 from service.settings import Settings
 from tests import tiny_model
 from tests.api.conftest import Start, running
@@ -263,3 +266,68 @@ async def test_what_nobody_foresaw_is_opaque(
     assert "secret" not in answer.text
     assert "job-3" in answer.json()["detail"]
     assert "ZeroDivisionError: secret" in caplog.text
+
+
+HOST = "evil.example"
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+
+
+def spelt(path: str) -> tuple[str, ...]:
+    """Return a path as it may be written wrongly, and rightly."""
+    return path, f"{path}/", f"/{path}", f"{path}//", path.replace("/", "//"), f"//{HOST}{path}"
+
+
+async def assert_no_answer_names_the_host(app: FastAPI, headers: dict[str, str]) -> None:
+    asked = {"Host": HOST, "X-Forwarded-Host": HOST, "X-Forwarded-Proto": "http", **headers}
+    templates = {getattr(route, "path", "") for route in app.routes} | {"/static", "/docs-assets"}
+    paths = {re.sub("{.*?}", "tiny", each) for each in templates}
+    assert len(paths) >= 8, "every route is there"
+    async with running(app) as client:
+        for path in sorted(spelling for each in paths for spelling in spelt(each)):
+            for method in METHODS:
+                url = httpx.URL("http://test").copy_with(raw_path=path.encode())
+                answer = await client.request(method, url, headers=asked)
+                assert not answer.is_redirect, (method, path)
+                told = str(answer.headers) + answer.text
+                # What the client wrote as a path is repeated as a path.
+                assert HOST not in told.replace(f"//{HOST}", ""), (method, path, told)
+                assert "location" not in answer.headers
+
+
+async def test_no_answer_redirects_or_believes_a_host(repository: Path) -> None:
+    app = create_app(Settings(models_dir=repository, device="cpu"))
+    await assert_no_answer_names_the_host(app, {})
+
+
+async def test_no_answer_of_the_admin_listener_redirects_or_believes_a_host(
+    repository: Path, tmp_path: Path
+) -> None:
+    keys = tmp_path / "keys.json"
+    key = new_key(keys, "operator", admin=True)
+    app = create_app(Settings(models_dir=repository, device="cpu", api_keys_file=keys))
+    service = app.state.service
+    assert service.keys is not None
+    admin = create_admin_app(service, service.keys)
+    async with app.router.lifespan_context(app):
+        admin.state.service = service
+        await assert_no_answer_names_the_host(admin, {"Authorization": f"Bearer {key}"})
+
+
+@pytest.mark.parametrize(
+    ("asked", "meant"),
+    [
+        ("/v1/detect/", "/v1/detect"),
+        ("//v1//detect", "/v1/detect"),
+        ("/v1/models/tiny/", "/v1/models/tiny"),
+        ("/docs/", "/docs"),
+    ],
+)
+async def test_path_with_slashes_too_many_is_told_the_right_one(
+    client: httpx.AsyncClient, asked: str, meant: str
+) -> None:
+    url = httpx.URL("http://test").copy_with(raw_path=asked.encode())
+    answer = await client.post(url)
+    if answer.status_code == 405:
+        answer = await client.get(url)
+    assert answer.status_code == 404
+    assert answer.json()["detail"].endswith(f"Not Found; use '{meant}'")

@@ -257,3 +257,85 @@ async def test_a_jpeg_larger_than_the_canvas_is_found_in_original_pixels(
     answer = await raw(client, encoded(large, "JPEG", quality=95))
     (found,) = answer.json()["detections"]
     assert found["box"] == {"x1": 512.0, "y1": 256.0, "x2": 1024.0, "y2": 768.0}
+
+
+LONG = "a" * 7000
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "body"),
+    [
+        ("/v1/detect?" + "&".join(f"x{i}=y" for i in range(250)), {}, b""),
+        ("/v1/detect?" + "&".join(f"x{i}" for i in range(1900)), {}, b""),
+        (f"/v1/detect?{LONG}=1", {}, b""),
+        (f"/v1/detect?{LONG}=1&{LONG[:1]}=1", {}, b""),
+        (f"/v1/detect?a{LONG[:1000]}=1&a{LONG[:1000]}=1", {}, b""),
+        (f"/v1/detect?score_threshold={LONG}", {}, b""),
+        (f"/v1/detect?tile={LONG}", {}, b""),
+        (f"/v1/detect?format={LONG}", {}, b""),
+        (f"/v1/detect?classes={LONG}", {}, b""),
+        ("/v1/detect?classes=" + "a," * 3500, {}, b""),
+        (f"/v1/detect?model={LONG}", {}, b""),
+        (f"/v1/detect?version={'9' * 7000}", {}, b""),
+        (f"/v1/detect?{LONG}{LONG}", {}, b""),
+        (f"/{LONG}", {}, b""),
+        (f"/{LONG}{LONG}", {}, b""),
+        (f"/v2/models/{LONG}/infer", {}, b""),
+        (f"/v2/models/tiny/versions/{LONG}/infer", {}, b""),
+        ("/v1/detect", {"Content-Encoding": LONG[:2000]}, b""),
+        ("/v1/detect", {"X-Deadline-Ms": LONG[:2000]}, b"x"),
+        ("/v1/detect/batch", {"Content-Type": LONG[:2000]}, b"x"),
+        *(
+            ("/v1/detect", {name: ";," * 30_000}, b"x")
+            for name in ("Accept", "Authorization", "Content-Type", "X-Deadline-Ms")
+        ),
+        (
+            "/v1/detect",
+            {"Content-Type": "multipart/form-data; boundary=b"},
+            b"".join(
+                b'--b\r\nContent-Disposition: form-data; name="%s"\r\n\r\nx\r\n' % (b"n" * 3900)
+                for _ in range(16)
+            )
+            + b"--b--\r\n",
+        ),
+        (
+            "/v1/detect/batch",
+            {"Content-Type": "application/json"},
+            b'{"images": [{"id": {"%s": 1}}]}' % (b"n" * 100_000),
+        ),
+    ],
+)
+async def test_errors_repeat_little_of_their_request(
+    client: httpx.AsyncClient, path: str, headers: dict[str, str], body: bytes
+) -> None:
+    answer = await client.post(path, headers=headers, content=body)
+    assert 400 <= answer.status_code < 500, answer.text
+    assert len(answer.content) < 1500, answer.text
+    assert sum(len(value) for value in answer.headers.values()) < 1500
+    await assert_still_serving(client)
+
+
+@pytest.mark.parametrize("name", ["Accept", "Range", "Traceparent", "Content-Type"])
+async def test_headers_that_are_parsed_have_a_bound(client: httpx.AsyncClient, name: str) -> None:
+    for path in ("/v1/models", "/static/sample.jpg", "/metrics"):
+        answer = await client.get(path, headers={name: "," * 2049})
+        assert answer.status_code == 431
+        assert answer.headers["content-type"] == "application/problem+json"
+        assert f"{name.lower()} has 2049 bytes; at most 2048" in answer.json()["detail"]
+        assert (await client.get(path, headers={name: "," * 2048})).status_code < 500
+    assert (await client.get("/v1/models", headers={"Cookie": "a=b;" * 8000})).status_code == 200
+
+
+async def test_paths_and_queries_have_a_bound(client: httpx.AsyncClient) -> None:
+    answer = await client.get("/v1/models?" + "a" * 8192)
+    assert answer.status_code == 414
+    assert "at most 8192" in answer.json()["detail"]
+    assert (await client.get("/v1/models?" + "a" * 8000)).status_code == 200
+
+
+async def test_queries_of_many_parameters_are_refused_before_they_are_parsed(
+    client: httpx.AsyncClient,
+) -> None:
+    answer = await client.post("/v1/detect?" + "a&" * 256)
+    assert answer.status_code == 422
+    assert "more than 256 parameters" in answer.json()["detail"]
