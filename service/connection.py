@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Final, Protocol
 
 import orjson
+from uvicorn.protocols.utils import is_ssl
 
 from service.crowd import Crowd
 from service.presence import Presence, announce
@@ -20,6 +21,7 @@ from service.problems import MEDIA_TYPE, http_problem
 HEAD_SECONDS: Final = 10.0
 """Longest time from a request's first byte (of a new connection: from its beginning) until its
 headers are complete."""
+_CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 HEAD_BYTES: Final = 65_536
 HEAD_FIELDS: Final = 100
 
@@ -36,9 +38,17 @@ _FRAMING_SHARE: Final = 0.25
 """Bytes of a body's framing (chunk sizes and extensions, trailers) that are taken: so many, and so
 many for each byte of the body. A body in chunks of single bytes costs the time of a large one."""
 
+_PROBE_SECONDS: Final = 0.5
+"""When a client that ended its side is first looked for; then after twice the time, and so on."""
+
 _STALL_SECONDS: Final = 20.0
 _STALL_BYTES: Final = 16_384
 """A client must take this many bytes of a waiting answer in that time."""
+
+
+def is_old(version: str) -> bool:
+    """Return whether an HTTP version has neither chunks nor 1xx answers."""
+    return version in ("0.9", "1.0")
 
 
 def refusal(status: int, detail: str) -> bytes:
@@ -61,6 +71,8 @@ class Cycle(Protocol):
     disconnected: bool
     response_started: bool
     response_complete: bool
+    chunked_encoding: bool | None
+    expected_content_length: int
     transport: Any
     send: Any
 
@@ -85,6 +97,8 @@ class Bounded(asyncio.Protocol):
         self._head_timer: asyncio.TimerHandle | None = None
         self._linger_timer: asyncio.TimerHandle | None = None
         self._stall_timer: asyncio.TimerHandle | None = None
+        self._probe_timer: asyncio.TimerHandle | None = None
+        self._half_closed = False
         self._lingering = False
         self._drained = 0
         self._framing = 0
@@ -107,7 +121,12 @@ class Bounded(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing is timed any more."""
-        for timer in (self._head_timer, self._linger_timer, self._stall_timer):
+        for timer in (
+            self._head_timer,
+            self._linger_timer,
+            self._stall_timer,
+            self._probe_timer,
+        ):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(exc)
@@ -134,6 +153,18 @@ class Bounded(asyncio.Protocol):
         elif self._head_timer is None:
             self._head_timer = self.loop.call_later(HEAD_SECONDS, self._head_is_late)
 
+    def eof_received(self) -> Any:
+        """Return whether to keep the connection open, for answers to requests that are whole.
+
+        A client may end its own side after its last request. TLS connections end as a whole.
+        """
+        unanswered = self._unanswered()
+        if not unanswered or self._lingering or self.cycle.more_body or is_ssl(self.transport):
+            return False
+        self._half_closed = True
+        self._probe_timer = self.loop.call_later(_PROBE_SECONDS, self._probe, _PROBE_SECONDS)
+        return True
+
     def adopt(self, cycle: Cycle) -> None:
         """See to it that an answer ends the connection well where nothing may follow it."""
         presence = Presence(cycle)
@@ -141,21 +172,34 @@ class Bounded(asyncio.Protocol):
         self._present.append((cycle, presence))
         send: Callable[[MutableMapping[str, Any]], Awaitable[None]] = cycle.send
         # Where two ends may disagree on the end of a body, nothing behind it is a request
-        # (RFC 9112, 6.1).
+        # (RFC 9112, 6.1); nor is what a client sends ahead through a tunnel that it does not get.
         names = {name for name, _ in cycle.scope["headers"]}
-        last = self._one_request or {b"content-length", b"transfer-encoding"} <= names
+        last = (
+            self._one_request
+            or {b"content-length", b"transfer-encoding"} <= names
+            or cycle.scope["method"] == "CONNECT"
+        )
         has_body = cycle.scope["method"] != "HEAD"
+        old = is_old(cycle.scope["http_version"])
         outlet = _Outlet(self, cycle)
 
         async def send_and_close(message: MutableMapping[str, Any]) -> None:
+            nonlocal old
             if not cycle.response_started:
                 headers = message.get("headers", ())
-                outlet.hold = has_body and any(name == b"content-length" for name, _ in headers)
+                has_length = any(name == b"content-length" for name, _ in headers)
+                outlet.hold = has_body and has_length
+                old = old and not has_length
+                if old:
+                    # HTTP/1.0 has no chunks: the body ends with the connection.
+                    cycle.chunked_encoding = False
                 if last or cycle.more_body:
                     message["headers"] = [
                         *(each for each in headers if each[0] != b"connection"),
                         (b"connection", b"close"),
                     ]
+            elif old:
+                cycle.expected_content_length = len(message.get("body", b""))
             await send(message)
 
         cycle.send = send_and_close
@@ -193,6 +237,8 @@ class Bounded(asyncio.Protocol):
             self.server_state.total_requests += 1
             return
         super().on_response_complete()  # type: ignore[misc]
+        if self._half_closed and not self._unanswered():
+            self.transport.close()
 
     def pause_writing(self) -> None:
         """The client reads slower than the answer is written."""
@@ -208,6 +254,17 @@ class Bounded(asyncio.Protocol):
 
     def _unanswered(self) -> list[tuple[Cycle, Presence]]:
         return [each for each in self._present if not each[0].response_complete]
+
+    def _probe(self, waited: float) -> None:
+        """Write to a client that ended its side `waited` seconds ago.
+
+        It may have closed the whole connection: only the reset that then answers a write tells.
+        """
+        for cycle, _ in self._unanswered()[:1]:
+            if not cycle.response_started and not is_old(cycle.scope["http_version"]):
+                # Any number of these may come before an answer (RFC 9110, 15.2).
+                self.transport.write(_CONTINUE)
+        self._probe_timer = self.loop.call_later(waited, self._probe, 2 * waited)
 
     def _head_is_late(self) -> None:
         self._head_timer = None

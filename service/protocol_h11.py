@@ -24,6 +24,9 @@ class H11(Bounded, H11Protocol):
         if self.cycle is not before:
             self.adopt(self.cycle)
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """Say nothing: h11 reads on as if another protocol was not asked for."""
+
     def send_400_response(self, msg: str) -> None:
         """Refuse what is no request."""
         error = sys.exception()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import struct
 import threading
@@ -267,11 +268,169 @@ def test_a_header_cannot_be_put_into_the_answer(port: int) -> None:
     assert statuses(received) == [404]
 
 
-def test_a_host_is_believed_by_nobody(port: int) -> None:
-    """No answer names another place by what the client called this one."""
-    for path in (b"/", b"/v1/detect/", b"/static", b"/docs"):
-        request = b"GET %s HTTP/1.1\r\nHost: evil.example\r\nConnection: close\r\n\r\n" % path
-        assert b"evil.example" not in ask(port, request).partition(b"\r\n\r\n")[2]
+HIDDEN = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+UPGRADES = {
+    "curl": ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABkAAQ"),
+    "java": ("Connection: Upgrade, HTTP2-Settings", "HTTP2-Settings: AAEAAEAA", "Upgrade: h2c"),
+    "websocket": ("Upgrade: websocket", "Connection: keep-alive, Upgrade", "Sec-WebSocket-Key: x"),
+    "nothing": ("Connection: Upgrade",),
+}
+
+
+@pytest.mark.parametrize("client", UPGRADES)
+def test_requests_that_ask_for_an_upgrade_are_served_with_their_body(
+    port: int, client: str
+) -> None:
+    headers = UPGRADES[client]
+    whole = post(*headers, f"Content-Length: {len(GOOD)}", body=GOOD)
+    in_chunks = post(*headers, "Transfer-Encoding: chunked", body=chunked(GOOD[:50], GOOD[50:]))
+    for request in (whole, in_chunks + b"\r\n"):
+        assert statuses(answers(port, request)) == [200, 404]
+        # The same, the body behind the headers, and the bytes one by one.
+        head, _, body = request.partition(b"\r\n\r\n")
+        assert statuses(answers(port, head + b"\r\n\r\n", body)) == [200, 404]
+        assert statuses(answers(port, *(bytes([each]) for each in request))) == [200, 404]
+        assert statuses(answers(port, request * 3)) == [200, 200, 200, 404]
+    assert_serving(port)
+
+
+def answers(port: int, *pieces: bytes) -> bytes:
+    """Return what comes for pieces that are sent one by one, and for a last request behind them."""
+    last = b"GET /last HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    with connect(port) as client:
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for piece in pieces:
+            client.sendall(piece)
+            time.sleep(0.02 if len(pieces) < 10 else 0)
+        client.sendall(last)
+        return read(client)
+
+
+@pytest.mark.parametrize("client", UPGRADES)
+@pytest.mark.parametrize("path", ["/v1/detect", "/nothing"])
+def test_body_of_a_request_that_asks_for_an_upgrade_is_no_request(
+    port: int, client: str, path: str
+) -> None:
+    length = f"Content-Length: {len(HIDDEN)}"
+    request = post(*UPGRADES[client], length, body=HIDDEN, path=path)
+    head, body = request[: -len(HIDDEN)], HIDDEN
+    for pieces in ((request,), (head, body), (head, body[:10], body[10:])):
+        assert 200 not in statuses(answers(port, *pieces))
+
+
+@pytest.mark.parametrize("client", UPGRADES)
+def test_upgrade_with_expect_waits_for_the_body(port: int, client: str) -> None:
+    head = post(*UPGRADES[client], f"Content-Length: {len(GOOD)}", "Expect: 100-continue")
+    with connect(port) as connection:
+        connection.sendall(head)
+        assert statuses(connection.recv(65536)) == [100]
+        connection.sendall(GOOD)
+        assert statuses(connection.recv(65536)) == [200]
+
+
+@pytest.mark.parametrize("headers", [(), (f"Content-Length: {len(HIDDEN)}",), UPGRADES["curl"]])
+def test_connect_is_refused_and_nothing_behind_it_is_answered(
+    port: int, headers: tuple[str, ...]
+) -> None:
+    begin = "\r\n".join(("CONNECT other:443 HTTP/1.1", "Host: other", *headers, "", "")).encode()
+    assert statuses(ask(port, begin + HIDDEN)) in ([404], [501])
+    with connect(port) as client:
+        client.sendall(begin)
+        received = read(client) if not headers else client.recv(65536)
+        assert statuses(received) in ([404], [501])
+
+
+def test_http2_without_asking_is_refused(port: int) -> None:
+    assert 200 not in statuses(ask(port, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"))
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_half_closed_connection_gets_its_answer_and_ends(port: int, pieces: int) -> None:
+    request = post(f"Content-Length: {len(GOOD)}", body=GOOD)
+    for each in (request, request * 3, b"GET /healthz HTTP/1.0\r\n\r\n"):
+        with connect(port) as client:
+            client.sendall(each)
+            if pieces == 2:
+                # Seen together with the request by the server, and after it.
+                time.sleep(0.01)
+            client.shutdown(socket.SHUT_WR)
+            received = read(client)
+        assert statuses(received) == [200] * (3 if each == request * 3 else 1)
+    assert_serving(port)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"GET /healthz HTTP/1.1\r\nHost: x\r\n",
+        post("Content-Length: 1000", body=b"x" * 999),
+        post("Transfer-Encoding: chunked", body=b"5\r\nabcde\r\n"),
+        post("Content-Length: 1000", "Expect: 100-continue"),
+        post("Content-Length: 1000", path="/nothing"),
+    ],
+)
+def test_half_closed_in_the_middle_of_a_request_is_its_end(port: int, sent: bytes) -> None:
+    with connect(port) as client:
+        client.sendall(sent)
+        client.shutdown(socket.SHUT_WR)
+        assert 200 not in statuses(read(client))
+    assert_serving(port)
+
+
+def test_half_closed_after_an_answer_ends_at_once(port: int) -> None:
+    with connect(port) as client:
+        client.sendall(HIDDEN)
+        assert statuses(client.recv(65536)) == [200]
+        client.shutdown(socket.SHUT_WR)
+        assert read(client) == b""
+
+
+def test_half_closed_with_a_next_request_begun_gets_the_answer_before(port: int) -> None:
+    with connect(port) as client:
+        client.sendall(post(f"Content-Length: {len(GOOD)}", body=GOOD) + b"GET /healthz HT")
+        client.shutdown(socket.SHUT_WR)
+        assert statuses(read(client)) == [200]
+
+
+def form(*images: bytes) -> bytes:
+    """Return a form for /v1/detect/batch, with the boundary "b"."""
+    begin = b'--b\r\nContent-Disposition: form-data; name="files"\r\n\r\n'
+    return b"".join(begin + each + b"\r\n" for each in images) + b"--b--\r\n"
+
+
+@pytest.mark.parametrize("connection", ["close", "keep-alive"])
+def test_http_1_0_gets_a_body_without_chunks_that_ends_with_the_connection(
+    port: int, connection: str
+) -> None:
+    body = form(GOOD, b"rubbish", GOOD)
+    head = (
+        "POST /v1/detect/batch HTTP/1.0",
+        f"Connection: {connection}",
+        "Accept: application/x-ndjson",
+        "Content-Type: multipart/form-data; boundary=b",
+        f"Content-Length: {len(body)}",
+        "Expect: 100-continue",
+    )
+    received = ask(port, "\r\n".join((*head, "", "")).encode() + body)
+    assert statuses(received) == [200]
+    headers, _, lines = received.partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in headers.lower()
+    assert b"connection: close" in headers.lower()
+    found = [json.loads(line) for line in lines.splitlines()]
+    assert sorted(each["status"] for each in found) == [200, 200, 415]
+
+
+def test_http_1_0_is_not_told_to_continue(port: int) -> None:
+    with connect(port) as client:
+        head = f"POST /v1/detect HTTP/1.0\r\nContent-Length: {len(GOOD)}\r\n"
+        client.sendall(head.encode() + b"Expect: 100-continue\r\n\r\n")
+        client.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            client.recv(1)
+        client.settimeout(30)
+        client.sendall(GOOD)
+        assert statuses(read(client)) == [200]
 
 
 def test_a_client_that_does_not_read_its_answer(port: int) -> None:
