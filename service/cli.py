@@ -25,6 +25,7 @@ from service.errors import (
     UnsupportedMedia,
 )
 from service.filenames import one_line
+from service.leaving import open_standard_files, stop_signals
 from service.options import devices_option, models_option
 
 COMMAND_GROUP: Final = "retinaserve.commands"
@@ -116,6 +117,7 @@ class Commands(click.Group):
 
 def main() -> None:
     """Entry point of the `retinaserve` command."""
+    open_standard_files()
     retinaserve(prog_name="retinaserve")
 
 
@@ -157,7 +159,7 @@ def serve(
     # The imports below take a second or two, and as process 1 of a container a process without a
     # handler does not even see the signal. At once, since a model may be loading in native code,
     # and Python would not end well beside that.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in stop_signals():
         signal.signal(number, lambda *_: os._exit(0))
     # What is imported stays: to look through it for garbage, again and again, only takes time.
     gc.disable()

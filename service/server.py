@@ -19,11 +19,11 @@ from typing import Any, Final, Literal, Protocol, cast
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.server import HANDLED_SIGNALS
 
 from service.connection import HEAD_SECONDS, Bounded
 from service.context import Service
 from service.crowd import Crowd
+from service.leaving import stop_signals
 from service.observability.metrics import Metrics
 
 _log = logging.getLogger("retinaserve.server")
@@ -132,7 +132,7 @@ class Server(HttpServer):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self.handle_exit) for number in HANDLED_SIGNALS}
+        before = {number: signal.signal(number, self.handle_exit) for number in stop_signals()}
         try:
             yield
         finally:

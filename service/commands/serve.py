@@ -8,16 +8,14 @@ import ipaddress
 import logging
 import socket
 import ssl
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-import click
-
 from service.errors import DataError
 from service.leaving import leave
 from service.listening import Doors, listen, url
+from service.observability.logs import LineWriter
 from service.process import prepare_process
 from service.registry import Registry
 from service.security.keys import read_keys
@@ -25,6 +23,7 @@ from service.settings import Settings, load_settings
 from service.startup import Models, open_models
 
 _log = logging.getLogger("retinaserve")
+_STDOUT: Final = 1
 _LONGEST_LOAD: Final = 60.0
 """Seconds that a start which failed may wait for the file that is being loaded."""
 
@@ -93,8 +92,12 @@ def _check_certificate(certificate: Path, key: Path | None) -> None:
 
 
 def _announce(models: Models, address: str) -> None:
-    click.echo(f"retinaserve serves {models.registry.default} on {models.hardware.name}: {address}")
-    sys.stdout.flush()
+    # A stdout that is closed or not read is no reason not to serve.
+    writer = LineWriter(_STDOUT, str)
+    writer.write(
+        f"retinaserve serves {models.registry.default} on {models.hardware.name}: {address}"
+    )
+    writer.close()
 
 
 def _listen_for_admins(settings: Settings, ports: contextlib.ExitStack) -> socket.socket | None:

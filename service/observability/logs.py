@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
-import sys
+import select
+import threading
 import time
+import traceback
 from collections.abc import Callable
+from queue import SimpleQueue
 from typing import Any, Final
 
 import orjson
@@ -33,6 +37,11 @@ _QUOTED: Final = re.compile(r'[\s"=]|^$')
 _OWN: Final = frozenset({"time", "level", "logger", "request_id", "message", "exception"})
 _SAID: Final = frozenset({"method", "path", "route", "status", "milliseconds"})
 """Fields that a request's message says already."""
+STDERR: Final = 2
+_MOST_LINES: Final = 4096
+"""Lines that wait for a reader of stderr, some MB of them. More are dropped."""
+_PATIENCE_SECONDS: Final = 1.0
+"""How long the end of the process waits for a reader that takes no line."""
 
 
 class _Formatter(structlog.stdlib.ProcessorFormatter):
@@ -60,9 +69,103 @@ class JsonFormatter(_Formatter):
         super().__init__(_json)
 
 
+class LineWriter:
+    """Writes lines to a file descriptor in a thread of its own. Any thread may hand it lines.
+
+    A pipe that is not read, and a terminal that is stopped, block a write for ever. Lines beyond
+    the first that wait are dropped; how many is written, as `notice` words it, once the others are.
+    """
+
+    def __init__(self, descriptor: int, notice: Callable[[int], str]) -> None:
+        self._descriptor = descriptor
+        self._notice = notice
+        # Its `put` may be called while it is in a `put`: a line can be logged anywhere, in a
+        # destructor too.
+        self._lines: SimpleQueue[str | None] = SimpleQueue()
+        self._dropped = self._told = 0
+        self._thread: threading.Thread | None = None
+
+    def write(self, line: str) -> None:
+        """Write a line, or drop it. Never blocks."""
+        if self._lines.qsize() >= _MOST_LINES:
+            self._dropped += 1
+            return
+        self._lines.put(line)
+        # None is left of it in a forked process.
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = threading.Thread(target=self._run, name="log-writer", daemon=True)
+            self._thread.start()
+
+    def close(self) -> None:
+        """Return once all lines are written, or none of them was for a second.
+
+        A line that comes yet is written all the same.
+        """
+        thread, before = self._thread, -1
+        if thread is None:
+            return
+        self._lines.put(None)
+        while thread.is_alive() and (waiting := self._lines.qsize()) != before:
+            before = waiting
+            thread.join(_PATIENCE_SECONDS)
+
+    def _run(self) -> None:
+        while (line := self._lines.get()) is not None:
+            self._write(line)
+            if self._lines.empty():
+                self._tell()
+        self._tell()
+
+    def _tell(self) -> None:
+        if dropped := self._dropped - self._told:
+            self._told += dropped
+            self._write(self._notice(dropped))
+
+    def _write(self, line: str) -> None:
+        rest = f"{line}\n".encode(errors="backslashreplace")
+        while rest:
+            try:
+                # Not sys.stderr: a thread that is blocked in it holds a lock, which Python needs
+                # for its end.
+                rest = rest[os.write(self._descriptor, rest) :]
+            except BlockingIOError:
+                # Another process that has the pipe, too, has changed its mode.
+                select.select([], [self._descriptor], [])
+            except OSError:
+                # The reader is gone, or the disk is full.
+                return
+
+
+class LogHandler(logging.Handler):
+    """Hands lines to a LineWriter, so that serving never waits for a reader of the log."""
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__()
+        self._writer = LineWriter(descriptor, self._notice)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record."""
+        try:
+            self._writer.write(self.format(record))
+        except Exception:
+            # Python's own way writes to stderr at once.
+            self._writer.write(f"a log record is lost: {traceback.format_exc()!r}")
+
+    def close(self) -> None:
+        """Wait for the writer; called at the end of the process."""
+        self._writer.close()
+        super().close()
+
+    def _notice(self, dropped: int) -> str:
+        text = "%d log lines were dropped: stderr was not read"
+        return self.format(
+            logging.LogRecord("retinaserve.log", logging.WARNING, "", 0, text, (dropped,), None)
+        )
+
+
 def configure_logging(log_format: str, level: str) -> None:
     """Send the lines of this process to stderr. For the command line, not for the factory."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = LogHandler(STDERR)
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
     logging.captureWarnings(capture=True)

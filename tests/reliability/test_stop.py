@@ -45,11 +45,12 @@ def refuses_connections(process: Process) -> bool:
     return False
 
 
-def test_work_in_flight_finishes(serve: Serve, slow_models: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
+def test_work_in_flight_finishes(serve: Serve, slow_models: Path, number: signal.Signals) -> None:
     process = serve(slow_models)
     answers: list[httpx.Response] = []
     thread = post_in_background(process, answers)
-    process.terminate()
+    process.popen.send_signal(number)
     until(lambda: refuses_connections(process))
     thread.join(30)
     (answer,) = answers
@@ -133,7 +134,7 @@ def test_idle_keep_alive_connections_do_not_hold_it_up(serve: Serve, quick_model
         assert time.monotonic() - signalled < 5.0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT])
 def test_a_signal_before_anything_is_loaded(quick_models: Path, number: signal.Signals) -> None:
     process = subprocess.Popen(
         command("serve", "--models", quick_models, "--port", 0),
@@ -142,7 +143,7 @@ def test_a_signal_before_anything_is_loaded(quick_models: Path, number: signal.S
         stderr=subprocess.DEVNULL,
     )
     status = Path(f"/proc/{process.pid}/status")
-    until(lambda: bool(caught_signals(status) & 1 << (signal.SIGTERM - 1)))
+    until(lambda: bool(caught_signals(status) & 1 << (signal.SIGQUIT - 1)))
     process.send_signal(number)
     assert process.wait(30) == 0
 
@@ -150,6 +151,23 @@ def test_a_signal_before_anything_is_loaded(quick_models: Path, number: signal.S
 def caught_signals(status: Path) -> int:
     (mask,) = (line for line in status.read_text().splitlines() if line.startswith("SigCgt:"))
     return int(mask.split()[1], 16)
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGQUIT])
+def test_a_signal_that_was_ignored_at_the_start_stays_so(
+    serve: Serve, quick_models: Path, number: signal.Signals
+) -> None:
+    """As `nohup` starts a command, and a shell one in the background."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        process = serve(quick_models)
+    finally:
+        signal.signal(number, before)
+    process.popen.send_signal(number)
+    for _ in range(3):
+        assert ready(process)
+    process.terminate()
+    assert process.exit_code() == 0
 
 
 def test_a_second_signal_means_now(serve: Serve, quick_models: Path) -> None:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import logging
+import os
 import re
 import sys
+import time
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from service.observability.logs import JsonFormatter, TextFormatter
+from service.observability import logs
+from service.observability.logs import JsonFormatter, LogHandler, TextFormatter
 from service.record import Record, current
 
 KEY = "rs_" + "aB3-_" * 9
@@ -110,3 +116,97 @@ def test_what_cannot_be_written_does_no_harm(formatter: logging.Formatter) -> No
     line = formatter.format(record("odd", thing=object(), bad="\ud800"))
     assert "odd" in line
     line.encode()
+
+
+def lines_of(reading: int, count: int) -> list[str]:
+    with os.fdopen(reading, encoding="utf-8", closefd=False) as stream:
+        return [stream.readline().rstrip("\n") for _ in range(count)]
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    """A pipe that holds one page: what to read, and what to write."""
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+    yield reading, writing
+    for each in (reading, writing):
+        with contextlib.suppress(OSError):
+            os.close(each)
+
+
+def test_lines_that_find_no_room_are_dropped_and_counted(
+    pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logs, "_MOST_LINES", 10)
+    monkeypatch.setattr(logs, "_PATIENCE_SECONDS", 0.05)
+    reading, writing = pipe
+    handler = LogHandler(writing)
+    handler.setFormatter(JsonFormatter())
+    # Larger than the pipe: it is being written, and the next ones wait.
+    handler.emit(record("x" * 10_000))
+    while handler._writer._lines.qsize():
+        time.sleep(0.001)
+    for number in range(25):
+        handler.emit(record("line %d", number))
+    got = [json.loads(each) for each in lines_of(reading, 12)]
+    assert [each["message"] for each in got[1:-1]] == [f"line {number}" for number in range(10)]
+    assert got[-1]["message"] == "15 log lines were dropped: stderr was not read"
+    assert got[-1]["level"] == "warning"
+    handler.emit(record("the next"))
+    handler.close()
+    assert "the next" in lines_of(reading, 1)[0]
+    assert not handler._writer._thread.is_alive()  # type: ignore[union-attr]
+
+
+def test_close_does_not_wait_for_a_reader_that_takes_nothing(
+    pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logs, "_PATIENCE_SECONDS", 0.05)
+    reading, writing = pipe
+    handler = LogHandler(writing)
+    handler.emit(record("%s", "x" * 10_000))
+    handler.close()
+    assert handler._writer._thread.is_alive()  # type: ignore[union-attr]
+    assert len(lines_of(reading, 1)[0]) == 10_000, "read late, it is whole"
+    handler.close()
+
+
+def test_writer_that_was_closed_writes_on(pipe: tuple[int, int]) -> None:
+    reading, writing = pipe
+    handler = LogHandler(writing)
+    for number in range(2):
+        handler.emit(record("line %d", number))
+        handler.close()
+    assert lines_of(reading, 2) == ["line 0", "line 1"]
+
+
+def test_stderr_in_non_blocking_mode_loses_nothing(pipe: tuple[int, int]) -> None:
+    reading, writing = pipe
+    os.set_blocking(writing, False)
+    handler = LogHandler(writing)
+    for number in range(100):
+        handler.emit(record("%0100d", number))
+    assert [int(each) for each in lines_of(reading, 100)] == list(range(100))
+    handler.close()
+
+
+def test_broken_stderr_is_no_error(
+    pipe: tuple[int, int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    reading, writing = pipe
+    os.close(reading)
+    handler = LogHandler(writing)
+    handler.emit(record("to a reader that is gone"))
+    handler.close()
+    os.close(writing)
+    handler.emit(record("to nothing"))
+    handler.close()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_record_that_cannot_be_formatted_is_told(pipe: tuple[int, int]) -> None:
+    reading, writing = pipe
+    handler = LogHandler(writing)
+    handler.emit(record("%d", "no number"))
+    assert "TypeError" in lines_of(reading, 1)[0]
+    handler.close()
