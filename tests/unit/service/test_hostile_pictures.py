@@ -17,7 +17,7 @@ from PIL import Image
 from service.canvas import Buckets, Size
 from service.decode_memory import DecodeMemory
 from service.errors import MalformedImage, TooLarge, UnsupportedMedia
-from service.imaging import prepare
+from service.imaging import decode, prepare
 from service.parts import MOST_SCANS, START_OF_SCAN, JpegReader, jpeg_file
 from tests.pictures import encoded, one_red
 
@@ -269,3 +269,34 @@ def test_errors_tell_nothing_of_the_machine(data: bytes) -> None:
         prepare(data, RULE)
     assert "/" not in str(raised.value)
     assert "0x" not in str(raised.value)
+
+
+def palette(*extra: bytes, depth: int = 8) -> bytes:
+    """A PNG whose pixels are places in a palette."""
+    header = struct.pack(">IIBBBBB", 64, 64, depth, 3, 0, 0, 0)
+    pixels = zlib.compress((b"\x00" + bytes(64 * depth // 8)) * 64)
+    parts = chunk(b"IHDR", header), *extra, chunk(b"IDAT", pixels), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        palette(),
+        palette(chunk(b"tRNS", b"\x00" * 16)),
+        palette(chunk(b"PLTE", b"")),
+        palette(chunk(b"PLTE", b"\x01\x02"), depth=1),
+        palette(chunk(b"PLTE", bytes(6)), chunk(b"tRNS", bytes(300))),
+    ],
+    ids=["no palette", "only transparency", "empty", "cut", "more transparency than colours"],
+)
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_a_decoder_asserts_is_the_files_fault(data: bytes, whole: bool) -> None:
+    memory = DecodeMemory(1 << 30)
+    # Such a file is refused, or its colours are black: never an error of another kind.
+    with contextlib.suppress(MalformedImage):
+        if whole:
+            decode(data, memory=memory)
+        else:
+            prepare(data, RULE, memory=memory)
+    assert memory.held == 0
