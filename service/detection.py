@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager, asynccontextmanager
 from functools import partial
 from typing import Final, Literal, NamedTuple
 
@@ -168,28 +168,33 @@ async def _tiled(request: _Request, tile: Tile) -> Answer:
         after=drawing.seconds,
         long=decode.long or drawing.long,
     )
+    with (
+        pipeline.admitted(request.model, limit, price, request.urgency) as booking,
+        service.pictures.more(price.window - 1),
+    ):
+        async with _until(limit), service.decoded_pictures:
+            started = time.monotonic()
+            canvases, seconds = await pipeline.run(
+                partial(_lay_out, request, tile),
+                request.model,
+                decode,
+                deadline=limit,
+                urgency=request.urgency,
+            )
+            found, timing = await _views(request, canvases, booking)
+        chosen = canvases.plan
+        service.metrics.tiles.inc(chosen.count)
+        timing = timing._replace(decode=seconds, queue=started - arrived + timing.queue)
+        answer = Answer(chosen.whole.original, found, timing, chosen.count)
+        return await _drawn(request, answer, drawing, booking)
+
+
+@asynccontextmanager
+async def _until(limit: float) -> AsyncIterator[None]:
+    """Raise DeadlineExceeded from what lasts longer."""
     try:
-        async with asyncio.timeout(max(0.0, limit - arrived)):
-            with (
-                pipeline.admitted(request.model, limit, price, request.urgency) as booking,
-                service.pictures.more(price.window - 1),
-            ):
-                async with service.decoded_pictures:
-                    started = time.monotonic()
-                    canvases, seconds = await pipeline.run(
-                        partial(_lay_out, request, tile),
-                        request.model,
-                        decode,
-                        deadline=limit,
-                        urgency=request.urgency,
-                    )
-                    found, timing = await _views(request, canvases, booking)
-                chosen = canvases.plan
-                service.metrics.tiles.inc(chosen.count)
-                waited = started - arrived + timing.queue
-                timing = timing._replace(decode=seconds, queue=waited)
-                answer = Answer(chosen.whole.original, found, timing, chosen.count)
-                return await _drawn(request, answer, drawing, booking)
+        async with asyncio.timeout(max(0.0, limit - time.monotonic())):
+            yield
     except TimeoutError:
         raise DeadlineExceeded("the deadline passed before every tile was done") from None
 
