@@ -378,6 +378,23 @@ def test_half_closed_in_the_middle_of_a_request_is_its_end(port: int, sent: byte
     assert_serving(port)
 
 
+def test_half_closed_client_is_looked_for_while_it_waits(serve: Serve, slow_models: Path) -> None:
+    """Only a write tells whether it has closed the whole connection."""
+    process = serve(slow_models, request_timeout_ms=600_000)
+    request = post(f"Content-Length: {len(GOOD)}", body=GOOD)
+    waiting = [request] * 10 + [request.replace(b"HTTP/1.1", b"HTTP/1.0")] * 2
+    clients = [connect(process.port) for _ in waiting]
+    for client, each in zip(clients, waiting, strict=True):
+        client.sendall(each)
+        client.shutdown(socket.SHUT_WR)
+    received = [statuses(read(client)) for client in clients]
+    assert all(each[-1] == 200 for each in received)
+    assert {100} == {status for each in received[:10] for status in each[:-1]}
+    assert received[10:] == [[200], [200]], "HTTP/1.0 has no such answer"
+    for client in clients:
+        client.close()
+
+
 def test_half_closed_after_an_answer_ends_at_once(port: int) -> None:
     with connect(port) as client:
         client.sendall(HIDDEN)
