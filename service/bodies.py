@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import binascii
+import re
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any, Final, NamedTuple
 
@@ -34,6 +35,9 @@ _LONGEST_BOUNDARY: Final = 256
 _LONGEST_PART_HEAD: Final = 4096
 _MOST_OPTIONS: Final = 16
 """Semicolons in a header; a file name may hold some."""
+
+_PADDING: Final = re.compile(rb"[ \t]+")
+"""May follow a boundary (RFC 2046, 5.1.1)."""
 
 _BASE64_STEP: Final = 1 << 20
 """Characters decoded at a time, a multiple of 4: the interpreter can switch threads between."""
@@ -161,7 +165,7 @@ def parse_multipart(body: Body, content_type: str, *, max_parts: int) -> list[Pa
     if body and first == -1:
         raise _malformed("the boundary of its Content-Type is not in it")
     at = first + len(delimiter)
-    while body[at : at + 2] != b"--":
+    while not body.startswith(b"--", at):
         end = body.find(delimiter, at)
         if end < 0:
             raise MalformedRequest("the multipart body ends before its closing boundary")
@@ -174,6 +178,8 @@ def parse_multipart(body: Body, content_type: str, *, max_parts: int) -> list[Pa
 
 def _part(body: Body, start: int, end: int) -> Part:
     """Read the part between two delimiters: CRLF, a header on each line, an empty line, data."""
+    padding = _PADDING.match(body, start)
+    start = start if padding is None else padding.end()
     blank = body.find(b"\r\n\r\n", start, min(end, start + _LONGEST_PART_HEAD))
     if not body.startswith(b"\r\n", start) or blank < 0:
         raise _malformed(

@@ -199,7 +199,7 @@ class Prediction:
     def learn(
         self,
         urgency: Urgency,
-        price: Price = Price(),
+        price: Price = ONE_IMAGE,
         *,
         predicted: float,
         actual: float,

@@ -98,8 +98,8 @@ class Settings(BaseSettings):
     """Largest picture, width x height, judged from its header."""
 
     decode_memory_bytes: int = Field(default=1_073_741_824, ge=1_048_576)
-    """Most memory of images while they are decoded, over all threads, an eighth of it for small ones
-    alone. Large ones wait for room; one that would not fit even alone gets 413."""
+    """Most memory of images while they are decoded, over all threads, an eighth of it for small
+    ones alone. Large ones wait for room; one that would not fit even alone gets 413."""
 
     max_batch_images: int = Field(default=64, ge=1)
     """Most pictures in one request to /v1/detect/batch."""

@@ -177,6 +177,13 @@ def test_multipart_lines_that_begin_with_the_boundary_are_no_data(data: bytes) -
         parse_multipart(body, "multipart/form-data; boundary=b", max_parts=16)
 
 
+def test_multipart_takes_white_space_behind_a_boundary() -> None:
+    part = b'Content-Disposition: form-data; name="file"\r\n\r\nabc\r\n'
+    body = b"--b \t\r\n" + part + b"--b  \r\n" + part + b"--b--\r\n"
+    found = parse_multipart(body, "multipart/form-data; boundary=b", max_parts=2)
+    assert [bytes(each.data) for each in found] == [b"abc", b"abc"]
+
+
 def test_a_large_part_is_a_view_of_the_body() -> None:
     body, content_type = form([("file", "a.jpg", bytes(5_000_000))])
     (part,) = parse_multipart(body, content_type, max_parts=1)
@@ -207,7 +214,7 @@ def test_too_many_parts() -> None:
         (part(";" * 17 + 'name="file"'), "multipart/form-data; boundary=b", "more than 16 param"),
         (part("x" * 4096 + '; name="f"'), "multipart/form-data; boundary=b", "within 4096 bytes"),
         (part("form-data", more="no colon\r\n"), "multipart/form-data; boundary=b", "not a header"),
-        (b"--b \t \r\n" + part("form-data")[5:], "multipart/form-data; boundary=b", "malformed"),
+        (b"--b \t \r\n" + part("form-data")[5:], "multipart/form-data; boundary=b", "has no name"),
         (b"--b\r\n--b--\r\n", "multipart/form-data; boundary=b", "malformed"),
     ],
 )
