@@ -33,8 +33,14 @@ class Header(NamedTuple):
 def read_header(data: bytes | memoryview) -> Header | None:
     """The header of a PNG, a WebP or an ordinary JPEG, within microseconds.
 
-    None for what must be looked at more closely (`imaging.examine`), and for what is no image.
+    None for what must be looked at more closely (`imaging.examine`), for what is no image, and for
+    an image without pixels: decoding will say what is wrong with it.
     """
+    header = _read_header(data)
+    return header if header is not None and header.size.area > 0 else None
+
+
+def _read_header(data: bytes | memoryview) -> Header | None:
     head = bytes(data[:WEBP_BYTES])
     if head.startswith(b"\xff\xd8\xff"):
         frame = ordinary_frame(data)
