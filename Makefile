@@ -14,9 +14,9 @@ CORES := $(shell nproc 2>/dev/null || echo 3)
 PARALLEL := --numprocesses $$(($(CORES) + 1)) --maxprocesses 4 --no-loadscope-reorder
 
 # What must be covered to 90 %: the detection maths, the imaging path, the batching.
-DETECTION := model_export/retinanet/anchors.py,model_export/retinanet/box_coding.py,model_export/retinanet/matching.py,model_export/losses.py,service/detector.py,service/results.py
-IMAGING := service/imaging.py,service/orientation.py,service/canvas.py,service/parts.py
-BATCHING := service/batching.py,service/inference.py,service/admission.py,service/cost.py,service/prediction.py,service/workers.py,service/overload.py
+DETECTION := model_export/retinanet/anchors.py,model_export/retinanet/box_coding.py,model_export/retinanet/matching.py,model_export/retinanet/losses.py,service/runtime/detector.py,service/engine/postprocessing.py
+IMAGING := service/imaging/decode.py,service/imaging/exif.py,service/imaging/canvas.py,service/imaging/limits.py
+BATCHING := service/engine/batch_queue.py,service/engine/inference.py,service/engine/admission.py,service/engine/cost.py,service/engine/prediction.py,service/engine/workers.py,service/http/middleware/overload.py
 SCALE_TESTS := tests/reliability/test_ray.py tests/reliability/test_bulk_ray.py
 COVERED_90 = $(TEST_VENV)/bin/python -m coverage report --fail-under=90 --include=
 
@@ -27,7 +27,7 @@ help:
 	@echo 'make serve   install the service and run the bundled model on http://localhost:$(PORT) (PORT=)'
 	@echo 'make test    install what the tests need and run them with coverage'
 	@echo 'make test-scale   install Ray and run the tests that need it, on a cluster of their own'
-	@echo 'make lint    ruff and mypy'
+	@echo 'make lint    ruff, mypy and the direction of imports'
 	@echo 'make format  let ruff rewrite the sources'
 	@echo 'make proto   compile the messages of the gRPC dialect'
 	@echo 'make lock    renew the lock files of the container images'
@@ -51,6 +51,7 @@ lint: $(TEST_VENV)/installed
 	$(TEST_VENV)/bin/python -m ruff check .
 	$(TEST_VENV)/bin/python -m ruff format --check .
 	$(TEST_VENV)/bin/python -m mypy
+	$(TEST_VENV)/bin/lint-imports
 
 format: $(TEST_VENV)/installed
 	$(TEST_VENV)/bin/python -m ruff check --fix-only .

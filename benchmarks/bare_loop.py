@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from service import devices
-from service.artifact import read_artifact
-from service.imaging import prepare
-from service.memory import keep_freed_memory
+from service.imaging.decode import prepare
+from service.runtime import devices
+from service.runtime.artifact import read_artifact
+from service.system.memory import keep_freed_memory
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ from near_free_model import write_near_free_model
 from report import Report, Table, add_options
 from serving import draw_pictures, run_script
 
-from service.artifact import scan_repository
+from service.runtime.artifact import scan_repository
 from service.settings import bundled_models
 
 RATIO = 0.9

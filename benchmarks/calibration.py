@@ -15,15 +15,15 @@ from pathlib import Path
 
 import numpy as np
 
-from model_export.calibration import calibrate
-from model_export.calibration_error import reliability
 from model_export.checkpoints import load_checkpoint
-from model_export.datasets import Sample, load
-from model_export.evaluation import SCORE, coco_metrics, detect, match
-from model_export.export import export, replace_weights
-from service import devices
-from service.artifact import read_artifact
-from service.detector import Detections
+from model_export.data.datasets import Sample, load
+from model_export.evaluation.calibration import calibrate
+from model_export.evaluation.calibration_error import reliability
+from model_export.evaluation.runner import SCORE, coco_metrics, detect, match
+from model_export.export.graph import export, replace_weights
+from service.runtime import devices
+from service.runtime.artifact import read_artifact
+from service.runtime.detector import Detections
 
 
 def found_by(model: Path, samples: Sequence[Sample], score: float) -> list[Detections]:

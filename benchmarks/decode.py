@@ -1,4 +1,4 @@
-"""What it costs to get from bytes to canvas, in core-milliseconds and memory: `service.imaging`.
+"""What it costs to get from bytes to canvas (`service.imaging.decode`): core-milliseconds, memory.
 
     python benchmarks/decode.py
     python benchmarks/decode.py --pictures FOLDER     # your own files beside the made ones
@@ -24,13 +24,13 @@ import numpy as np
 from PIL import Image
 from report import Report, add_options
 
-from service.artifact import read_artifact, scan_repository
-from service.canvas import Buckets, ShortSide
-from service.imaging import prepare
-from service.loading import return_free_memory
-from service.memory import keep_freed_memory
-from service.samples import draw_smear
+from service.engine.models.loading import return_free_memory
+from service.imaging.canvas import Buckets, ShortSide
+from service.imaging.decode import prepare
+from service.imaging.samples import draw_smear
+from service.runtime.artifact import read_artifact, scan_repository
 from service.settings import bundled_models
+from service.system.memory import keep_freed_memory
 
 SIZES = ((300, 225), (640, 480), (1280, 960), (1920, 1080), (4000, 3000), (6000, 4000))
 FULL_HD = 1920 * 1080

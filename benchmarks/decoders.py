@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from report import Report, add_options
 
-from service import resizing
-from service.canvas import Buckets, Size
-from service.imaging import prepare
+from service.imaging import resize as resizing
+from service.imaging.canvas import Buckets, Size
+from service.imaging.decode import prepare
 
 CANVAS = (512, 384)
 RULE = Buckets(sizes=(Size(384, 512),))

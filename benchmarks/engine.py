@@ -7,7 +7,7 @@
 For each canvas of the model and batches of 1, 2, 4 and 8, in turn within one run: a loop over the
 service's detector, and one over `InferenceSession.run` on the file as it is, with the same options.
 `floor.py` says what the arithmetic and the memory traffic of the file would take at the machine's
-own peak: the detector may be faster, as it multiplies less (`service/winograd.py`).
+own peak: the detector may be faster, as it multiplies less (`service/runtime/winograd.py`).
 
 The ResNet-50 is a RetinaNet of 91 classes as torchvision builds it, exported with random weights,
 which needs the training side.
@@ -29,12 +29,12 @@ import numpy as np
 import onnxruntime as ort
 from report import Report, Table, add_options
 
-from service.artifact import MODEL_FILE, Artifact, read_artifact, scan_repository
-from service.canvas import Buckets, Size
-from service.detector import OUTPUTS
-from service.devices import Device, fitted, open_detector, providers, session_options
-from service.imaging import cut
-from service.samples import draw_smear
+from service.imaging.canvas import Buckets, Size
+from service.imaging.decode import cut
+from service.imaging.samples import draw_smear
+from service.runtime.artifact import MODEL_FILE, Artifact, read_artifact, scan_repository
+from service.runtime.detector import OUTPUTS
+from service.runtime.devices import Device, fitted, open_detector, providers, session_options
 from service.settings import bundled_models
 
 BATCHES = (1, 2, 4, 8)
@@ -210,7 +210,7 @@ def write_resnet50(folder: Path) -> Path:
     # Only here what trains is needed.
     from random_network import random_network
 
-    from model_export.export import export
+    from model_export.export.graph import export
 
     path = folder / MODEL_FILE
     export(random_network("resnet50", RESNET50_CANVAS), path, name=RESNET50)

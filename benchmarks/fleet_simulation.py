@@ -6,8 +6,8 @@
 
 A discrete-event simulation. Pictures arrive at random and are shared out at random, as a balancer
 of connections does. A replica works at one picture at a time, the others wait in line, and it lets
-in by the service's own rule and its own code (`service.admission`): what it has learnt of the cost
-of a picture, stretched by its caution, has to fit the deadline. The autoscaler is Kubernetes',
+in by the service's own rule and its own code (`service.engine.admission`): what it has learnt of
+the cost of a picture, stretched by its caution, has to fit the deadline. The autoscaler is Kubernetes',
 with the numbers of `deploy/kubernetes/base/autoscaling.yaml`; a new replica serves after
 `--start-up` seconds.
 
@@ -31,8 +31,8 @@ from typing import Final
 import numpy as np
 from report import Report, Table, add_options
 
-from service.admission import WAY_BACK, Caution, refuse_late
-from service.cost import BatchCost
+from service.engine.admission import WAY_BACK, Caution, refuse_late
+from service.engine.cost import BatchCost
 from service.errors import Unavailable
 
 QUEUE: Final = 128

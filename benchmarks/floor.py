@@ -20,8 +20,8 @@ import onnx
 import onnx.parser
 import onnxruntime as ort
 
-from service.cpus import cpu_count
-from service.devices import Device, session_options
+from service.runtime.devices import Device, session_options
+from service.system.cpus import cpu_count
 
 SIDE = 2048
 """Of the matrices."""

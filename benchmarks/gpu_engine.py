@@ -31,21 +31,21 @@ from numpy.typing import NDArray
 from random_network import random_network
 from report import Report, add_options
 
-from model_export.export import export
-from model_export.precision import Precision
-from model_export.reduction import write_reduced
-from service import devices
-from service.artifact import MODEL_FILE, Artifact, Thresholds, read_artifact, write_metadata
-from service.canvas import Buckets, Size
-from service.cpus import cpu_count
-from service.detector import Detector, batch_buckets
+from model_export.export.graph import export
+from model_export.export.precision import Precision
+from model_export.export.reduced import write_reduced
 from service.errors import DeviceError
-from service.gpu.cuda import CaptureGate, HostMemory
-from service.gpu.engine import SLOTS
-from service.gpu.graph_split import split
-from service.gpu.split_detector import open_split
-from service.imaging import prepare
-from service.samples import draw_smear
+from service.imaging.canvas import Buckets, Size
+from service.imaging.decode import prepare
+from service.imaging.samples import draw_smear
+from service.runtime import devices
+from service.runtime.artifact import MODEL_FILE, Artifact, Thresholds, read_artifact, write_metadata
+from service.runtime.detector import Detector, batch_buckets
+from service.runtime.gpu.cuda import CaptureGate, HostMemory
+from service.runtime.gpu.engine import SLOTS
+from service.runtime.gpu.graph_split import split
+from service.runtime.gpu.split_detector import open_split
+from service.system.cpus import cpu_count
 
 CANVAS = Size(800, 800)
 LARGEST_BATCH = 32

@@ -12,9 +12,9 @@ import onnx
 import onnx.checker
 import onnx.parser
 
-from model_export.selection import append_selection, declare_inputs
-from service.artifact import MODEL_FILE, Metadata, Thresholds, set_metadata
-from service.canvas import Buckets, Size
+from model_export.export.nms import append_selection, declare_inputs
+from service.imaging.canvas import Buckets, Size
+from service.runtime.artifact import MODEL_FILE, Metadata, Thresholds, set_metadata
 
 CANVASES = (Size(384, 512), Size(512, 384), Size(448, 448))
 DETECTIONS = 15

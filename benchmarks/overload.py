@@ -25,8 +25,8 @@ import client
 import neighbours
 from serving import Running, draw_pictures, run_script, served
 
-from service.cpus import cpu_count
 from service.settings import bundled_models
+from service.system.cpus import cpu_count
 
 FACTORS = (0.5, 1.0, 2.0, 5.0, 10.0)
 CLIENTS = 16

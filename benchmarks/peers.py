@@ -36,7 +36,7 @@ from peer_servers import AS_IT_COMES, OURS, PEERS, Setup, Tree, keeping_memory, 
 from report import Report, add_options
 from serving import draw_pictures, run_script
 
-from service.artifact import scan_repository
+from service.runtime.artifact import scan_repository
 from service.settings import bundled_models
 
 CONNECTIONS = (1, 8, 16, 32)

@@ -15,11 +15,11 @@ import tempfile
 from pathlib import Path
 
 from model_export.checkpoints import load_checkpoint
-from model_export.datasets import Dataset, load
-from model_export.export import export
-from model_export.precision import Precision
-from model_export.reduction import RANGE_PICTURES, side_by_side, table, write_reduced
-from service import devices
+from model_export.data.datasets import Dataset, load
+from model_export.export.graph import export
+from model_export.export.precision import Precision
+from model_export.export.reduced import RANGE_PICTURES, side_by_side, table, write_reduced
+from service.runtime import devices
 
 TIMED_PICTURES = 12
 

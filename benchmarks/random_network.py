@@ -8,7 +8,7 @@ import torch
 
 from model_export.checkpoints import Checkpoint, Description
 from model_export.retinanet.model import ModelConfig, RetinaNet
-from service.canvas import Buckets, Size
+from service.imaging.canvas import Buckets, Size
 
 CLASSES = 91
 

@@ -26,7 +26,7 @@ from highest_rate import highest_rate
 from report import Report, Table, add_options
 from serving import Running, draw_pictures, run_script, served
 
-from service.artifact import scan_repository
+from service.runtime.artifact import scan_repository
 from service.settings import bundled_models
 
 CONNECTIONS = (1, 8, 32, 128)

@@ -29,7 +29,7 @@ import yaml
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "deploy/ray/serve.yaml"
-LAYERS = "service.ray_proxy:layers"
+LAYERS = "service.ray_serve.proxy:layers"
 PATIENCE = 120.0
 """Seconds; generous, since the machine may be busy with something else."""
 _STORE_BYTES = 100_000_000

@@ -30,7 +30,7 @@ from typing import Any, Literal
 import onnxruntime
 import psutil
 
-from service.cpus import cpu_count
+from service.system.cpus import cpu_count
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent

@@ -21,7 +21,7 @@ from near_free_model import write_near_free_model
 from report import Report, Table, add_options, trimmed
 from serving import Running, draw_pictures, run_script, served
 
-from service.artifact import scan_repository
+from service.runtime.artifact import scan_repository
 from service.settings import bundled_models
 
 CLIENTS = 16

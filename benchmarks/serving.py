@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from service.samples import draw_smear
+from service.imaging.samples import draw_smear
 
 HERE = Path(__file__).resolve().parent
 READY_SECONDS = 180

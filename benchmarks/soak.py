@@ -28,7 +28,7 @@ import httpx
 import numpy as np
 from serving import Running, served
 
-from service.samples import draw_smear
+from service.imaging.samples import draw_smear
 from service.settings import bundled_models
 
 GROWTH = 0.05

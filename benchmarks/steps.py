@@ -28,11 +28,11 @@ from PIL import Image
 from report import Report, Table, add_options
 from serving import THREADS, Running, draw_pictures, run_script, served
 
-from service import resizing
-from service.artifact import read_artifact
-from service.canvas import Buckets, Size
-from service.devices import Device, open_detector
-from service.imaging import open_picture, prepare
+from service.imaging import resize as resizing
+from service.imaging.canvas import Buckets, Size
+from service.imaging.decode import open_picture, prepare
+from service.runtime.artifact import read_artifact
+from service.runtime.devices import Device, open_detector
 
 CLIENTS = 16
 DELAY = 2

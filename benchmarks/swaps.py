@@ -27,10 +27,10 @@ from urllib.parse import urlsplit
 import onnx
 from serving import Running, served
 
-from service.artifact import read_artifact, scan_repository, set_metadata
-from service.canvas import Buckets, ShortSide, Size
-from service.samples import draw_smear
-from service.security.keys import new_key
+from service.http.auth.keys import new_key
+from service.imaging.canvas import Buckets, ShortSide, Size
+from service.imaging.samples import draw_smear
+from service.runtime.artifact import read_artifact, scan_repository, set_metadata
 from service.settings import bundled_models
 
 NAME = "model"

@@ -21,17 +21,17 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from model_export.datasets import load
-from model_export.evaluation import KEPT_DETECTIONS, SCORE, coco_metrics
-from model_export.samples import Sample
-from service import tiling
-from service.artifact import MAX_DETECTIONS_CAP, read_artifact
-from service.canvas import Size
-from service.detector import Detections, Detector
-from service.devices import open_detector, resolve
-from service.imaging import decode, open_picture
-from service.results import Selection
-from service.results import resolve as resolve_selection
+from model_export.data.datasets import load
+from model_export.data.samples import Sample
+from model_export.evaluation.runner import KEPT_DETECTIONS, SCORE, coco_metrics
+from service.engine import tiling
+from service.engine.postprocessing import Selection
+from service.engine.postprocessing import resolve as resolve_selection
+from service.imaging.canvas import Size
+from service.imaging.decode import decode, open_picture
+from service.runtime.artifact import MAX_DETECTIONS_CAP, read_artifact
+from service.runtime.detector import Detections, Detector
+from service.runtime.devices import open_detector, resolve
 from service.settings import bundled_models
 
 BUNDLED = bundled_models() / "blood-cells" / "1" / "model.onnx"

@@ -12,12 +12,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from model_export.export import export
+from model_export.export.graph import export
 from model_export.torchvision_import import convert
-from service import devices
-from service.artifact import read_artifact
-from service.canvas import ShortSide
-from service.detector import Detections
+from service.imaging.canvas import ShortSide
+from service.runtime import devices
+from service.runtime.artifact import read_artifact
+from service.runtime.detector import Detections
 from tests.unit.model_export.golden import parity
 
 CASES = ("v1", "v1_unpublished", "v2")

@@ -29,13 +29,13 @@ import lightning
 import torch
 
 from model_export.config import TrainConfig, load_config
-from model_export.datasets import Dataset, load
-from model_export.hardware import accelerator_for, precision_for
-from model_export.objective import detection_loss
+from model_export.data.datasets import Dataset, load
+from model_export.data.transforms import Batch, CanvasBatchSampler, CanvasCache, TrainingBatches
 from model_export.retinanet.model import RetinaNet
-from model_export.trainee import Trainee, parameter_groups
-from model_export.training import train
-from model_export.transforms import Batch, CanvasBatchSampler, CanvasCache, TrainingBatches
+from model_export.training.hardware import accelerator_for, precision_for
+from model_export.training.module import Trainee, parameter_groups
+from model_export.training.objective import detection_loss
+from model_export.training.trainer import train
 
 RECIPES = Path(__file__).resolve().parent.parent / "model_export" / "recipes"
 

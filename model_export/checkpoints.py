@@ -23,8 +23,8 @@ from torch import Tensor
 
 from model_export.retinanet.backbones import BACKBONES
 from model_export.retinanet.model import ModelConfig, RetinaNet
-from service.canvas import CanvasRule
 from service.errors import DataError
+from service.imaging.canvas import CanvasRule
 
 DESCRIPTION_KEY: Final = "retinaserve"
 AVERAGE_PREFIX: Final = "average.module."

@@ -11,12 +11,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from model_export.formats import FormatName
-from model_export.losses import BoxLoss, ClassificationLoss, Focal, SmoothL1
+from model_export.data.formats.registry import FormatName
+from model_export.data.transforms import Augmentation
+from model_export.retinanet.losses import BoxLoss, ClassificationLoss, Focal, SmoothL1
 from model_export.retinanet.model import ModelConfig
-from model_export.transforms import Augmentation
-from service.canvas import Buckets, CanvasRule, Size
 from service.errors import DataError
+from service.imaging.canvas import Buckets, CanvasRule, Size
 
 DEFAULT_CANVAS = Buckets(sizes=(Size(384, 512), Size(512, 384), Size(448, 448)))
 

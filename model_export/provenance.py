@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
-from model_export.datasets import Dataset
+from model_export.data.datasets import Dataset
 
 # The last part alone, at the beginning or behind a "=".
 _ABSOLUTE: Final = re.compile(r"(^|=)/(?:[^/]*/)*([^/]+)/*$")

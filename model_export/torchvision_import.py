@@ -18,8 +18,8 @@ from torch import Tensor
 from model_export.checkpoints import Checkpoint, Description
 from model_export.retinanet.anchors import AnchorConfig
 from model_export.retinanet.model import ModelConfig, RetinaNet
-from service.canvas import CanvasRule
 from service.errors import DataError
+from service.imaging.canvas import CanvasRule
 
 ANCHORS: Final = AnchorConfig(
     sizes=((32, 40, 50), (64, 80, 101), (128, 161, 203), (256, 322, 406), (512, 645, 812)),

@@ -13,7 +13,8 @@ from typing import Any, Final
 
 import click
 
-from service.bulk_cli import bulk
+from service.commands.bulk_cli import bulk
+from service.commands.options import devices_option, models_option
 from service.errors import (
     ArtifactError,
     DataError,
@@ -25,8 +26,7 @@ from service.errors import (
     UnsupportedMedia,
 )
 from service.filenames import one_line
-from service.leaving import open_standard_files, stop_signals
-from service.options import devices_option, models_option
+from service.system.leaving import open_standard_files, stop_signals
 
 COMMAND_GROUP: Final = "retinaserve.commands"
 _BAD_INPUT: Final = (
@@ -221,7 +221,7 @@ def detect(
     a spreadsheet would take for a formula has a quote in front.
     """
     from service.commands import detect as command
-    from service.tiling import parse_tile
+    from service.engine.tiling import parse_tile
 
     failed = command.run(
         paths,

@@ -12,12 +12,12 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.errors import DataError
-from service.security.rate_limit import RATE_PATTERN
 
 ENV_PREFIX: Final = "RETINASERVE_"
 _KUBERNETES_LINK: Final = re.compile(r"(.+_)?(SERVICE_(HOST|PORT)|PORT_\d+_(TCP|UDP|SCTP)).*")
 """What follows the prefix in variables that describe a Kubernetes service of that name."""
 
+RATE_PATTERN: Final = r"^[1-9][0-9]{0,8}/[smh]$"
 _ORIGIN: Final = re.compile(r"\*|https?://[^/?#\s@]+")
 
 

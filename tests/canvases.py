@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from service.canvas import Size
-from service.detector import Detections, Detector
+from service.imaging.canvas import Size
+from service.runtime.detector import Detections, Detector
 
 
 def noise(seed: int, count: int, canvas: Size) -> NDArray[np.uint8]:

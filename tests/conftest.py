@@ -18,22 +18,22 @@ TIERS = frozenset({"unit", "api", "e2e", "reliability"})
 
 _UNIT = "tests/unit/model_export"
 ONE_EXPORT = tuple(
-    f"{_UNIT}/test_{name}.py" for name in ("export", "reduction", "release", "verification")
+    f"{_UNIT}/export/test_{name}.py" for name in ("graph", "reduced", "pipeline", "verify")
 )
 """These files share one exported network, so one worker runs them all: an export takes long."""
 
 LONGEST_FIRST = (
     "tests/e2e/test_whole_path.py",
     "tests/e2e/test_tutorials.py",
-    f"{_UNIT}/test_cli.py",
+    f"{_UNIT}/commands/test_cli.py",
     *ONE_EXPORT,
     "tests/e2e/test_page.py",
     "tests/reliability/test_load.py",
     f"{_UNIT}/test_torchvision_parity.py",
-    f"{_UNIT}/test_distributed.py",
+    f"{_UNIT}/training/test_distributed.py",
     "tests/reliability/test_promises.py",
     "tests/reliability/test_connections.py",
-    f"{_UNIT}/test_training.py",
+    f"{_UNIT}/training/test_trainer.py",
 )
 """A long file that began last would leave all but one worker idle at the end."""
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from service.detector import Detections
-from service.samples import Box
+from service.imaging.samples import Box
+from service.runtime.detector import Detections
 
 
 def overlap(box: Box, others: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -12,9 +12,9 @@ import onnx
 import onnx.checker
 import onnx.parser
 
-from model_export.selection import append_selection, declare_inputs
-from service.artifact import MODEL_FILE, Metadata, Thresholds, set_metadata
-from service.canvas import Buckets, ShortSide
+from model_export.export.nms import append_selection, declare_inputs
+from service.imaging.canvas import Buckets, ShortSide
+from service.runtime.artifact import MODEL_FILE, Metadata, Thresholds, set_metadata
 from tests import tiny_model
 
 _TEXT = """

@@ -15,8 +15,8 @@ import onnx.checker
 import onnx.numpy_helper
 import onnx.parser
 
-from service.artifact import MODEL_FILE, Metadata, Metrics, Thresholds, set_metadata
-from service.canvas import Buckets, Size
+from service.imaging.canvas import Buckets, Size
+from service.runtime.artifact import MODEL_FILE, Metadata, Metrics, Thresholds, set_metadata
 
 CLASSES = ("red", "green", "blue")
 SIZES = (Size(96, 128), Size(128, 96), Size(96, 96))

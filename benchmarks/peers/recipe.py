@@ -16,11 +16,13 @@ import numpy as np
 import onnxruntime as ort
 import orjson
 
-from service import devices, memory, results
-from service.artifact import MAX_DETECTIONS_CAP, read_artifact
-from service.canvas import Size
-from service.detector import INPUTS, OUTPUTS, Detections
-from service.imaging import Prepared, prepare
+from service.engine import postprocessing as results
+from service.imaging.canvas import Size
+from service.imaging.decode import Prepared, prepare
+from service.runtime import devices
+from service.runtime.artifact import MAX_DETECTIONS_CAP, read_artifact
+from service.runtime.detector import INPUTS, OUTPUTS, Detections
+from service.system import memory
 
 ROUTE = "/v1/detect"
 

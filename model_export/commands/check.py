@@ -9,14 +9,14 @@ from typing import Any, Final
 
 import click
 
-from model_export import datasets
 from model_export.commands.data import used
 from model_export.commands.export import parse_canvas
 from model_export.config import DataConfig, TrainConfig, load_config
-from model_export.data_advice import Advice, advise
-from model_export.data_report import DataReport, summarise
-from model_export.datasets import Dataset
-from model_export.problems import BadData, Problem, describe_all
+from model_export.data import datasets
+from model_export.data.datasets import Dataset
+from model_export.data.problems import BadData, Problem, describe_all
+from model_export.data.report import DataReport, summarise
+from model_export.training.advice import Advice, advise
 from service.errors import DataError
 from service.filenames import refuse_to_replace
 

@@ -10,9 +10,9 @@ from typing import Any
 import click
 from pydantic import ValidationError
 
-from model_export import datasets
 from model_export.config import DataConfig, describe
-from model_export.datasets import Dataset
+from model_export.data import datasets
+from model_export.data.datasets import Dataset
 from service.errors import DataError
 
 

@@ -11,18 +11,18 @@ from typing import Any
 import click
 import numpy as np
 
-from model_export.answer import answer
-from model_export.calibration_error import MIN_SCORE, Reliability
 from model_export.commands.data import load, used
-from model_export.comparison import Comparison, Difference, compare
 from model_export.config import DataConfig
-from model_export.datasets import Dataset
-from model_export.evaluation import Evaluation, Timing, evaluate_file
-from model_export.measurement import Against, Measurement, describe_file, measure
-from service.artifact import read_artifact
-from service.detector import Detections
+from model_export.data.datasets import Dataset
+from model_export.evaluation.bootstrap import Comparison, Difference, compare
+from model_export.evaluation.calibration_error import MIN_SCORE, Reliability
+from model_export.evaluation.measurement import Against, Measurement, describe_file, measure
+from model_export.evaluation.runner import Evaluation, Timing, evaluate_file
+from model_export.evaluation.summary import answer
 from service.errors import DataError
 from service.filenames import refuse_to_replace
+from service.runtime.artifact import read_artifact
+from service.runtime.detector import Detections
 
 
 def run(
@@ -64,14 +64,14 @@ def _write(
 ) -> Iterator[Path]:
     """Write what is asked for; the paths as they are written."""
     if plots is not None:
-        from model_export.plots import save_plots
+        from model_export.evaluation.plots import save_plots
 
         yield from save_plots(measured, plots)
     if json_file is not None:
         text = json.dumps(answer(measured, against), indent=2, allow_nan=False)
         yield _write_text(json_file, text + "\n")
     if report is not None:
-        from model_export.report import render
+        from model_export.evaluation.report import render
 
         yield _write_text(report, render(measured, against))
 

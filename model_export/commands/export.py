@@ -13,22 +13,22 @@ from typing import Any
 import click
 from pydantic import ValidationError
 
-from model_export import datasets
-from model_export.calibration import FOLDS, Calibration
 from model_export.checkpoints import Checkpoint, load_checkpoint, save_weights
 from model_export.commands.data import load, used
 from model_export.commands.evaluate import table
 from model_export.config import DataConfig, describe
-from model_export.datasets import Dataset, Sample
-from model_export.precision import Precision
-from model_export.reduction import RANGE_PICTURES
-from model_export.reduction import table as reduction_table
-from model_export.release import VERIFIED_PICTURES, Reduction, release
-from service.artifact import MODEL_FILE, entry_of, read_artifact, why_skipped
-from service.canvas import Buckets, ShortSide, Size
+from model_export.data import datasets
+from model_export.data.datasets import Dataset, Sample
+from model_export.evaluation.calibration import FOLDS, Calibration
+from model_export.export.pipeline import VERIFIED_PICTURES, Reduction, release
+from model_export.export.precision import Precision
+from model_export.export.reduced import RANGE_PICTURES
+from model_export.export.reduced import table as reduction_table
 from service.errors import DataError
 from service.filenames import refuse_to_replace
-from service.samples import draw_smear
+from service.imaging.canvas import Buckets, ShortSide, Size
+from service.imaging.samples import draw_smear
+from service.runtime.artifact import MODEL_FILE, entry_of, read_artifact, why_skipped
 
 _SIZE = re.compile(r"(\d+)x(\d+)")
 _SHORT_SIDE = re.compile(r"short-side:(\d+),(\d+)")

@@ -10,9 +10,9 @@ import click
 from model_export.checkpoints import read_state_dict, save_weights
 from model_export.provenance import imported
 from model_export.torchvision_import import ARCHITECTURES, convert, read_labels
-from service.canvas import ShortSide
 from service.errors import DataError
 from service.filenames import refuse_to_replace
+from service.imaging.canvas import ShortSide
 
 
 def run(

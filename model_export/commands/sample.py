@@ -10,9 +10,9 @@ import click
 import numpy as np
 from tqdm import tqdm
 
-from model_export.voc import EDGES
+from model_export.data.formats.voc import EDGES
 from service.errors import DataError
-from service.samples import Box, draw_smear
+from service.imaging.samples import Box, draw_smear
 
 
 def run(folder: Path, *, pictures: int, width: int, height: int, seed: int) -> None:

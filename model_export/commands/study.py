@@ -13,7 +13,7 @@ from model_export.checkpoints import load_checkpoint
 from model_export.commands.data import load
 from model_export.commands.train import messages, parse_setting
 from model_export.config import TrainConfig, apply_overrides
-from model_export.hardware import accelerator_for
+from model_export.data.transforms import CanvasCache
 from model_export.study import (
     ablation,
     ablation_plot,
@@ -21,7 +21,7 @@ from model_export.study import (
     loss_curves,
     loss_distribution,
 )
-from model_export.transforms import CanvasCache
+from model_export.training.hardware import accelerator_for
 from service.errors import DataError
 
 

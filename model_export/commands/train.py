@@ -17,17 +17,17 @@ from tqdm import tqdm
 from model_export.checkpoints import Checkpoint, fetch_imagenet, load_checkpoint
 from model_export.commands.data import load, options
 from model_export.config import DataConfig, TrainConfig, dump_config, load_config
-from model_export.data_advice import advise
-from model_export.data_report import summarise
-from model_export.datasets import Dataset
-from model_export.distributed import launch, this_command, world
-from model_export.hardware import accelerator_for
+from model_export.data.datasets import Dataset
+from model_export.data.report import summarise
 from model_export.provenance import provenance, resumed
-from model_export.recording import METRICS
-from model_export.training import BEST, CONFIG, LAST, train
-from service.artifact import MODEL_FILE
+from model_export.training.advice import advise
+from model_export.training.callbacks import METRICS
+from model_export.training.distributed import launch, this_command, world
+from model_export.training.hardware import accelerator_for
+from model_export.training.trainer import BEST, CONFIG, LAST, train
 from service.errors import DataError
 from service.filenames import refuse_to_replace
+from service.runtime.artifact import MODEL_FILE
 from service.settings import bundled_models
 
 IMAGENET: Final = "imagenet"

@@ -23,11 +23,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from model_export.config import TrainConfig, apply_overrides, describe
-from model_export.datasets import Dataset
+from model_export.data.datasets import Dataset
 from model_export.provenance import provenance
-from model_export.recording import LAST, METRICS
-from model_export.trainee import TrainingError
-from model_export.training import train
+from model_export.training.callbacks import LAST, METRICS
+from model_export.training.module import TrainingError
+from model_export.training.trainer import train
 from service.errors import DataError
 
 RESULT: Final = "result.json"

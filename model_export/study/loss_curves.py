@@ -11,7 +11,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from model_export.losses import focal_loss, focal_star_loss
+from model_export.retinanet.losses import focal_loss, focal_star_loss
 from model_export.study.figures import panels, save, write_columns
 
 GAMMAS: Final = (0.0, 0.5, 1.0, 2.0, 5.0)

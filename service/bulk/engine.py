@@ -16,27 +16,27 @@ from typing import Final
 
 import pyarrow as pa
 
-from service.artifact import Artifact, Entry
-from service.batching import Policy, Urgency
 from service.bulk.feed import Feed, Part
 from service.bulk.parts import Counts, Found, Row, part_name, write_part
 from service.bulk.reading import Source
 from service.bulk.run import Run
-from service.canvas import Size
-from service.decode_memory import DecodeMemory
-from service.detector import Detections
-from service.devices import Hardware
+from service.engine.batch_queue import Policy, Urgency
+from service.engine.models.loading import open_servable
+from service.engine.pipeline import Pipeline
+from service.engine.postprocessing import resolve, select
+from service.engine.tile_views import detect_views
+from service.engine.tiling import Canvases, lay_out, merge, parse_tile, plan
+from service.engine.work import Outcome, Servable
 from service.errors import BulkFailed, InferenceFailed, RetinaserveError, Unavailable
 from service.filenames import one_line
-from service.imaging import Prepared, held_picture, prepare
-from service.loading import open_servable
-from service.pipeline import Pipeline
-from service.results import resolve, select
+from service.imaging.canvas import Size
+from service.imaging.decode import Prepared, held_picture, prepare
+from service.imaging.memory_budget import DecodeMemory
+from service.runtime.artifact import Artifact, Entry
+from service.runtime.cpu_concurrency import SideBySide
+from service.runtime.detector import Detections
+from service.runtime.devices import Hardware
 from service.settings import Settings
-from service.side_by_side import SideBySide
-from service.tiling import Canvases, lay_out, merge, parse_tile, plan
-from service.views import detect_views
-from service.work import Outcome, Servable
 
 _FOREVER: Final = 1e7
 """Seconds until a picture would be late: nobody waits for it."""

@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 
 from service.bulk.files import files_of, full_name, join, parent
 from service.bulk.walk import walk
-from service.commands.offline import PICTURE_SUFFIXES
 from service.errors import DataError
 from service.filenames import written
+from service.imaging.decode import SUFFIXES
 
 SCHEMA: Final = pa.schema(
     [
@@ -76,12 +76,12 @@ class Lister:
     def _wanted(self, name: str) -> bool:
         """Of what lies in a folder."""
         suffix = _suffix(name)
-        return suffix == ".parquet" if self._tables else suffix in PICTURE_SUFFIXES
+        return suffix == ".parquet" if self._tables else suffix in SUFFIXES
 
     def _nothing(self) -> str:
         if self._tables:
             return "no Parquet file there"
-        kinds = ", ".join(sorted(PICTURE_SUFFIXES))
+        kinds = ", ".join(sorted(SUFFIXES))
         return f"no picture there ({kinds}; for a folder of Parquet files give --column)"
 
     def _rows(self, name: str) -> Iterator[Item]:

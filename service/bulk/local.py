@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from service.artifact import Artifact
 from service.bulk.engine import Done, Engine, open_engine
 from service.bulk.progress import Progress
 from service.bulk.run import Run, Todo
 from service.bulk.stopping import until_signalled
-from service.cpus import cpu_count
-from service.devices import resolve
-from service.memory import keep_freed_memory
+from service.runtime.artifact import Artifact
+from service.runtime.devices import resolve
 from service.settings import Settings
+from service.system.cpus import cpu_count
+from service.system.memory import keep_freed_memory
 
 
 class LocalDetection:

@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from service.bulk.files import files_of, join
-from service.canvas import Size
-from service.detector import Detections
-from service.results import rounded
+from service.engine.postprocessing import rounded
+from service.imaging.canvas import Size
+from service.runtime.detector import Detections
 
 SCHEMA: Final = pa.schema(
     [

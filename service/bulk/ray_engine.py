@@ -21,17 +21,17 @@ from typing import Any, Final, Literal, NamedTuple
 
 import click
 
-from service.artifact import Artifact
 from service.bulk.engine import Done, Engine, open_engine
 from service.bulk.local import new_event_loop
 from service.bulk.parts import Counts, counts_of
 from service.bulk.progress import Progress
 from service.bulk.run import Run, Todo, open_run
 from service.bulk.stopping import stop_on_signals
-from service.devices import resolve
 from service.errors import BulkFailed, DeviceError, RetinaserveError
-from service.memory import keep_freed_memory
+from service.runtime.artifact import Artifact
+from service.runtime.devices import resolve
 from service.settings import Settings
+from service.system.memory import keep_freed_memory
 
 _CORES: Final = 2
 """CPUs of a detector where nobody says how many detectors there are to be: more of them wait for

@@ -35,11 +35,11 @@ from service.bulk.run import (
 from service.bulk.stopping import Stopped, stop_on_signals
 from service.bulk.walk import root_of
 from service.commands.offline import FoundModel, find_model
+from service.engine.postprocessing import resolve, split_classes
+from service.engine.tiling import parse_tile
 from service.errors import BulkFailed, DataError
 from service.filenames import written
-from service.results import resolve, split_classes
 from service.settings import Settings, load_settings
-from service.tiling import parse_tile
 from service.version import package_version
 
 

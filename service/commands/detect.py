@@ -18,22 +18,22 @@ import orjson
 from PIL import Image
 from tqdm import tqdm
 
-from service import results
-from service.annotate import Encoding, draw, encode
 from service.bulk.files import files_of, read_picture
 from service.bulk.walk import walk_folder
-from service.canvas import Buckets, ShortSide, Size
-from service.commands.offline import PICTURE_SUFFIXES, find_model
-from service.cpus import cpu_count
-from service.detector import Detections, Detector
-from service.devices import open_detector, resolve
+from service.commands.offline import find_model
+from service.engine import postprocessing as results
+from service.engine.drawing import Encoding, draw, encode
+from service.engine.postprocessing import Selection
+from service.engine.tiling import Canvases, Tile, detect, lay_out, plan
 from service.errors import DataError, InferenceFailed, RetinaserveError
 from service.filenames import csv_cell, identity, one_line, refuse_to_replace, written
-from service.imaging import decode, media_type, open_picture
-from service.problems import problem_of
-from service.results import Selection
+from service.http.problems import problem_of
+from service.imaging.canvas import Buckets, ShortSide, Size
+from service.imaging.decode import SUFFIXES, decode, media_type, open_picture
+from service.runtime.detector import Detections, Detector
+from service.runtime.devices import open_detector, resolve
 from service.settings import Settings, load_settings
-from service.tiling import Canvases, Tile, detect, lay_out, plan
+from service.system.cpus import cpu_count
 
 _ENCODINGS: Final[dict[str, Encoding]] = {
     "image/jpeg": "JPEG",
@@ -154,7 +154,7 @@ def find_pictures(paths: Sequence[Path]) -> list[Source]:
         if path.is_dir():
             found = [Path(name) for name in walk_folder(str(path), _is_image)]
             if not found:
-                kinds = ", ".join(sorted(PICTURE_SUFFIXES))
+                kinds = ", ".join(sorted(SUFFIXES))
                 raise DataError(f"{path}: no picture in this folder ({kinds})")
             pairs = [(p, p.relative_to(path)) for p in found]
         else:
@@ -235,7 +235,7 @@ def load_model(settings: Settings, model: str | None, score_threshold: float | N
 
 
 def _is_image(name: str) -> bool:
-    return Path(name).suffix.lower() in PICTURE_SUFFIXES
+    return Path(name).suffix.lower() in SUFFIXES
 
 
 def _unique(relative: Path, taken: set[Path]) -> Path:

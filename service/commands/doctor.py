@@ -12,9 +12,9 @@ from time import perf_counter
 import click
 import onnxruntime as ort
 
-from service.artifact import Entry, read_artifact, scan_repository
-from service.cpus import cpu_count
-from service.devices import (
+from service.errors import DeviceError, RetinaserveError
+from service.runtime.artifact import Entry, read_artifact, scan_repository
+from service.runtime.devices import (
     CUDA_PROVIDER,
     Device,
     Hardware,
@@ -24,8 +24,8 @@ from service.devices import (
     prove,
     resolve,
 )
-from service.errors import DeviceError, RetinaserveError
 from service.settings import Settings, load_settings
+from service.system.cpus import cpu_count
 
 
 def run(device: str | None) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 import click
 import orjson
 
-from service.artifact import Artifact, Metadata, Thresholds, read_artifact, write_metadata
-from service.canvas import Buckets
-from service.detector import Detector
-from service.devices import Device, open_detector
 from service.errors import InvalidParameter
+from service.imaging.canvas import Buckets
+from service.runtime.artifact import Artifact, Metadata, Thresholds, read_artifact, write_metadata
+from service.runtime.detector import Detector
+from service.runtime.devices import Device, open_detector
 
 
 def run(path: Path, changes: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from service.errors import DataError
-from service.security.keys import new_key, read_keys, revoke_key
+from service.http.auth.keys import new_key, read_keys, revoke_key
 from service.settings import load_settings
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
-from service.artifact import (
+from service.errors import DataError, UnknownModel, shown
+from service.runtime.artifact import (
     VERSION_RULE,
     Artifact,
     entry_of,
@@ -13,11 +14,7 @@ from service.artifact import (
     read_artifact,
     scan_repository,
 )
-from service.errors import DataError, UnknownModel, shown
 from service.settings import Settings
-
-PICTURE_SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".png", ".webp"})
-"""Of what is taken for a picture in a folder, in small letters."""
 
 
 class FoundModel(NamedTuple):

@@ -12,15 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from service.engine.models.registry import Registry
+from service.engine.models.startup import Models, open_models
+from service.engine.process import prepare_process
 from service.errors import DataError
-from service.leaving import leave
-from service.listening import Doors, listen, url
+from service.http.auth.keys import read_keys
+from service.http.listening import Doors, listen, url
 from service.observability.logs import LineWriter
-from service.process import prepare_process
-from service.registry import Registry
-from service.security.keys import read_keys
 from service.settings import Settings, load_settings
-from service.startup import Models, open_models
+from service.system.leaving import leave
 
 _log = logging.getLogger("retinaserve")
 _STDOUT: Final = 1
@@ -54,8 +54,8 @@ def run(
         models = open_models(settings)
         with _loading(models.registry):
             # To import the web framework takes about as long as to load a model.
-            from service.crowd import ask_for_descriptors
-            from service.hosting import open_server
+            from service.http.connections.descriptors import ask_for_descriptors
+            from service.http.hosting import open_server
 
             ask_for_descriptors()
             server, service = open_server(
@@ -127,7 +127,7 @@ def _listen_for_grpc(settings: Settings, ports: contextlib.ExitStack) -> socket.
     if settings.grpc_port is None:
         return None
     # protobuf is imported by those who need it only.
-    from service.inference_protocol.grpc_messages import check_installed
+    from service.http.oip.grpc_messages import check_installed
 
     check_installed()
     remedy = "choose another with RETINASERVE_GRPC_PORT"

@@ -23,8 +23,8 @@ import orjson
 import structlog
 from structlog.typing import EventDict, WrappedLogger
 
-from service.record import current
-from service.request_id import request_id
+from service.observability.record import current
+from service.observability.request_id import request_id
 
 _BEYOND_ASCII: Final = "\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff"
 _CONTROL: Final = re.compile(f"[\x00-\x1f{_BEYOND_ASCII}\ud800-\udfff]")

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from http import HTTPStatus
-from typing import Final
+from typing import Final, Protocol
 
 from prometheus_client import (
     CollectorRegistry,
@@ -22,13 +22,10 @@ from prometheus_client import (
     PlatformCollector,
     ProcessCollector,
 )
-from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from service.canvas import Size
-from service.detector import Detections
-from service.devices import Hardware
 from service.errors import DeadlineExceeded, RetinaserveError, Unavailable
+from service.imaging.canvas import Size
 from service.observability.model_metrics import (
     SECONDS,
     ModelKey,
@@ -36,12 +33,29 @@ from service.observability.model_metrics import (
     ModelMetricsCollector,
     Outcome,
 )
-from service.record import Passage, Seen, Stages, current
-from service.registry import Registry
-from service.work import Servable, Timing
+from service.observability.record import Passage, Seen, Stages, Timing, current
+from service.runtime.artifact import Metadata
+from service.runtime.detector import Detections
+from service.runtime.devices import Hardware
 
 _BYTES: Final = tuple(float(4**power) for power in range(5, 15))
 """1 KiB to 256 MiB."""
+
+
+class Model(Protocol):
+    """What the metrics say of a model version."""
+
+    @property
+    def name(self) -> str:
+        """Of the model."""
+
+    @property
+    def version(self) -> int:
+        """Its number."""
+
+    @property
+    def metadata(self) -> Metadata:
+        """Its classes above all."""
 
 
 class Metrics:
@@ -129,11 +143,11 @@ class Metrics:
         """As `count_reason`, where nothing is known but the HTTP status."""
         self.count_reason(HTTPStatus(status).phrase.lower().replace(" ", "-"))
 
-    def observe_batch(self, model: Servable, size: int) -> None:
+    def observe_batch(self, model: Model, size: int) -> None:
         """Record one inference. Any thread."""
         self._of(model).observe_batch(size)
 
-    def picture(self, model: Servable) -> Watched:
+    def picture(self, model: Model) -> Watched:
         """Count how a picture ends that is handed to a model; an exception tells, or `answered`."""
         return Watched(self._of(model), model)
 
@@ -141,13 +155,17 @@ class Metrics:
         self,
         *,
         hardware: Hardware,
-        registry: Registry,
+        models: Collector,
+        loaded: Callable[[], Iterable[tuple[ModelKey, tuple[str, ...]]]],
         waiting: Callable[[], int],
         held: Callable[[], int],
         bytes_held: Callable[[], int] = lambda: 0,
         wait: Callable[[], float] = lambda: 0.0,
     ) -> None:
-        """Add what is read at the moment of scraping."""
+        """Add what is read at the moment of scraping.
+
+        `models` tells how far each version got, `loaded` which are loaded, with their classes.
+        """
         gauges: tuple[tuple[str, str, Callable[[], float]], ...] = (
             ("queue_depth", "Pictures that wait now.", waiting),
             (
@@ -173,17 +191,17 @@ class Metrics:
             "1 when DEVICE=auto found no GPU and fell back to the CPU.",
             registry=self.registry,
         ).set(hardware.fallback is not None)
-        self.registry.register(_RegistryCollector(registry))
-        self._models.watch(lambda: _loaded(registry))
+        self.registry.register(models)
+        self._models.watch(loaded)
 
-    def _of(self, model: Servable) -> ModelMetrics:
+    def _of(self, model: Model) -> ModelMetrics:
         return self._models.of(model.name, model.version, model.metadata.classes)
 
 
 class Watched:
     """A picture on its way through a model."""
 
-    def __init__(self, numbers: ModelMetrics, model: Servable) -> None:
+    def __init__(self, numbers: ModelMetrics, model: Model) -> None:
         self.done = False
         self._numbers = numbers
         self._model = model
@@ -226,41 +244,6 @@ class Watched:
                     passage,
                 )
             )
-
-
-class _RegistryCollector(Collector):
-    """How far each version of each model got."""
-
-    def __init__(self, registry: Registry) -> None:
-        self._registry = registry
-
-    def collect(self) -> Iterable[Metric]:
-        """The samples of this moment."""
-        ready = GaugeMetricFamily(
-            "retinaserve_model_ready",
-            "1 when the version can serve.",
-            labels=("model", "version", "state", "sha256"),
-        )
-        seconds = GaugeMetricFamily(
-            "retinaserve_model_load_seconds",
-            "How long it took to load and warm the version.",
-            labels=("model", "version"),
-        )
-        for slot in self._registry.slots():
-            name = (slot.name, str(slot.version))
-            ready.add_metric((*name, slot.state, slot.sha256 or ""), float(slot.state == "ready"))
-            if slot.load_seconds is not None:
-                seconds.add_metric(name, slot.load_seconds)
-        yield ready
-        yield seconds
-
-
-def _loaded(registry: Registry) -> Iterator[tuple[ModelKey, tuple[str, ...]]]:
-    for slot in registry.slots():
-        # Taken once: the version may be unloaded between two looks.
-        servable = slot.servable
-        if servable is not None:
-            yield ModelKey(slot.name, slot.version), servable.metadata.classes
 
 
 def _outcome(error: BaseException) -> Outcome:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from service.record import Record, Seen
+from service.observability.record import Record, Seen
 
 if TYPE_CHECKING:
     from opentelemetry.propagators.textmap import TextMapPropagator

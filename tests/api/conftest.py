@@ -17,7 +17,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from service.api import create_app
+from service.http.app import create_app
 from service.settings import Settings
 from tests import tiny_model
 

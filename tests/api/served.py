@@ -12,11 +12,11 @@ from pathlib import Path
 import grpc
 import httpx
 
-from service.api import create_app
-from service.context import Service
-from service.inference_protocol.grpc_server import GrpcServer
-from service.listening import listen
-from service.server import Server
+from service.engine.service import Service
+from service.http.app import create_app
+from service.http.listening import listen
+from service.http.oip.grpc_server import GrpcServer
+from service.http.server import Server
 from service.settings import Settings
 
 PATIENCE = 60.0

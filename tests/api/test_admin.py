@@ -17,10 +17,10 @@ import onnx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.admin import AdminListener
-from service.api import create_app
-from service.listening import listen
-from service.security.keys import new_key
+from service.http.admin import AdminListener
+from service.http.app import create_app
+from service.http.auth.keys import new_key
+from service.http.listening import listen
 from service.settings import Settings
 from tests import tiny_model
 from tests.api.conftest import running
@@ -231,7 +231,7 @@ class WarmUp:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._begun, self._go = asyncio.Event(), asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        monkeypatch.setattr("service.detector.Detector.warm", lambda *_, **__: self._wait())
+        monkeypatch.setattr("service.runtime.detector.Detector.warm", lambda *_, **__: self._wait())
 
     async def begun(self) -> None:
         await asyncio.wait_for(self._begun.wait(), 60)

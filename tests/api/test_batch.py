@@ -9,8 +9,8 @@ from contextlib import ExitStack
 import httpx
 import pytest
 
-from service.batching import Urgency
-from service.routes.openapi import BatchAnswer
+from service.engine.batch_queue import Urgency
+from service.http.routes.openapi import BatchAnswer
 from tests.api.conftest import Start
 from tests.pictures import BLUE, GREEN, RED, encoded, one_red, squares
 

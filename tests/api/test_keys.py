@@ -9,7 +9,7 @@ import httpx
 import pytest
 from starlette.routing import Mount, Route
 
-from service.security.keys import new_key, revoke_key
+from service.http.auth.keys import new_key, revoke_key
 from tests.api.conftest import Start
 from tests.pictures import encoded, one_red
 
@@ -149,7 +149,7 @@ async def test_the_body_of_a_stranger_is_not_read(closed: httpx.AsyncClient) -> 
 async def test_a_revoked_key_and_its_name_in_the_state(
     start: Start, path: Path, key: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.security.keys._LOOK_EVERY", 0.0)
+    monkeypatch.setattr("service.http.auth.keys._LOOK_EVERY", 0.0)
     async with start(api_keys_file=path) as client:
         headers = {"X-API-Key": key}
         assert (await client.get("/v1/models", headers=headers)).status_code == 200

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service import detection
-from service.canvas import Size
-from service.context import Service
+from service.engine import detection
+from service.engine.service import Service
+from service.imaging.canvas import Size
 from tests import tiny_model
 from tests.api.conftest import Start
 from tests.api.inference_protocol import INFER, images

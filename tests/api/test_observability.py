@@ -16,8 +16,8 @@ import tritonclient.grpc as triton
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from service.http.auth.keys import new_key
 from service.observability.logs import JsonFormatter, TextFormatter
-from service.security.keys import new_key
 from tests import tiny_model
 from tests.api.conftest import Start
 from tests.api.served import served

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from service.http.auth.keys import new_key
 from service.observability.logs import JsonFormatter
-from service.security.keys import new_key
 from tests.api.conftest import Start
 from tests.pictures import encoded, one_red
 

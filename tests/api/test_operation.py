@@ -12,11 +12,11 @@ import pytest
 from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.admin import create_admin_app
-from service.api import create_app
 from service.errors import ArtifactError, DataError, DeviceError
+from service.http.admin import create_admin_app
+from service.http.app import create_app
+from service.http.auth.keys import new_key
 from service.observability.logs import JsonFormatter, TextFormatter
-from service.security.keys import new_key
 from service.settings import Settings
 from tests import tiny_model
 from tests.api.conftest import Start, running
@@ -72,7 +72,7 @@ async def test_not_ready_while_draining(start: Start) -> None:
 async def test_the_fallback_to_the_cpu_is_named(
     start: Start, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.devices.nvidia_driver", lambda: None)
+    monkeypatch.setattr("service.runtime.devices.nvidia_driver", lambda: None)
     with caplog.at_level(logging.WARNING, logger="retinaserve"):
         async with start(device="auto") as client:
             answer = await client.get("/readyz")
@@ -178,7 +178,7 @@ def test_what_can_never_serve_is_refused_at_once(repository: Path, tmp_path: Pat
 def test_a_device_that_is_asked_for_must_be_there(
     repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.devices.nvidia_driver", lambda: None)
+    monkeypatch.setattr("service.runtime.devices.nvidia_driver", lambda: None)
     with pytest.raises(DeviceError, match="cuda:0 cannot be used: no NVIDIA driver"):
         create_app(Settings(models_dir=repository, device="cuda"))
 
@@ -306,8 +306,8 @@ async def test_no_answer_of_the_admin_listener_redirects_or_believes_a_host(
     key = new_key(keys, "operator", admin=True)
     app = create_app(Settings(models_dir=repository, device="cpu", api_keys_file=keys))
     service = app.state.service
-    assert service.keys is not None
-    admin = create_admin_app(service, service.keys)
+    assert app.state.keys is not None
+    admin = create_admin_app(service, app.state.keys)
     async with app.router.lifespan_context(app):
         admin.state.service = service
         await assert_no_answer_names_the_host(admin, {"Authorization": f"Bearer {key}"})

@@ -7,10 +7,10 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 
-from service.batching import Urgency
-from service.canvas import Size
-from service.context import Service
-from service.prediction import Prediction
+from service.engine.batch_queue import Urgency
+from service.engine.prediction import Prediction
+from service.engine.service import Service
+from service.imaging.canvas import Size
 from tests.api.conftest import Start
 from tests.pictures import encoded, one_red
 

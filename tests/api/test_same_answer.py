@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from service import cli
-from service.samples import draw_smear
+from service.imaging.samples import draw_smear
 from service.settings import bundled_models
 from tests.api.conftest import Start
 from tests.pictures import encoded

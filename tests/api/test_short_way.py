@@ -9,7 +9,7 @@ import pytest
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.api import create_app
+from service.http.app import create_app
 from service.settings import Settings
 from tests.api.conftest import running
 from tests.pictures import encoded, one_red

@@ -18,11 +18,11 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from service import cli
-from service.artifact import read_artifact, scan_repository
-from service.canvas import Size
-from service.detector import Detections
-from service.routes.openapi import BatchAnswer, DetectAnswer
-from service.samples import Box, draw_smear
+from service.http.routes.openapi import BatchAnswer, DetectAnswer
+from service.imaging.canvas import Size
+from service.imaging.samples import Box, draw_smear
+from service.runtime.artifact import read_artifact, scan_repository
+from service.runtime.detector import Detections
 from service.settings import bundled_models
 from tests import tiny_model
 from tests.api.conftest import Start

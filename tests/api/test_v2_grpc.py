@@ -20,8 +20,8 @@ import tritonclient.grpc as triton
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.utils import InferenceServerException
 
-from service.inference_protocol import grpc_messages, grpc_methods, grpc_server, grpc_streams
-from service.security.keys import new_key
+from service.http.auth.keys import new_key
+from service.http.oip import grpc_messages, grpc_methods, grpc_server, grpc_streams
 from tests.api.inference_protocol import canvas, prefixed
 from tests.api.served import PATIENCE, Served, served
 from tests.certificates import make_certificate
@@ -501,7 +501,7 @@ def test_who_connects_and_says_nothing(repository: Path, monkeypatch: pytest.Mon
 def test_the_compiled_messages_are_those_of_the_sources(tmp_path: Path) -> None:
     from grpc_tools import protoc
 
-    folder = Path(str(files("service.inference_protocol")))
+    folder = Path(str(files("service.http.oip")))
     target = tmp_path / "messages.binpb"
     arguments = ["protoc", f"--proto_path={folder}", f"--descriptor_set_out={target}"]
     assert protoc.main([*arguments, "open_inference.proto", "health.proto"]) == 0

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from service.errors import MalformedRequest, TooLarge
-from service.inference_protocol.json_codec import parse
-from service.inference_protocol.tensors import Limits
+from service.http.oip.json_codec import parse
+from service.http.oip.tensors import Limits
 from tests.api.inference_protocol import (
     INFER,
     binary_pictures,

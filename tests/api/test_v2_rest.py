@@ -14,7 +14,7 @@ import onnxruntime as ort
 import pytest
 
 from service.errors import Unavailable
-from service.inference_protocol import rest
+from service.http.oip import rest
 from tests import tiny_model
 from tests.api.conftest import Start
 from tests.api.inference_protocol import (

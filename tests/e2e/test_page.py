@@ -14,8 +14,8 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
 
-from service.artifact import Thresholds
-from service.samples import draw_smear
+from service.imaging.samples import draw_smear
+from service.runtime.artifact import Thresholds
 from tests import tiny_model
 from tests.e2e.browser import (
     PATIENCE,

@@ -16,8 +16,8 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
 
-from service.artifact import Thresholds
-from service.security.keys import new_key, revoke_key
+from service.http.auth.keys import new_key, revoke_key
+from service.runtime.artifact import Thresholds
 from tests import tiny_model
 from tests.e2e.browser import PATIENCE, Page, copies, free_port, server, until
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from selenium import webdriver
 
-from service.annotate import class_colour
+from service.engine.drawing import class_colour
 from tests.e2e.browser import Page, Temper, copies, count, detect, proxy, until
 
 

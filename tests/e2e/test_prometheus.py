@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from service.slots import State
+from service.engine.models.versions import State
 from tests.e2e.browser import ROOT, answers, free_port, server, until
 from tests.pictures import encoded, one_red
 

@@ -24,27 +24,27 @@ import torch
 import yaml
 from click.testing import CliRunner, Result
 
-from model_export import evaluation
 from model_export.checkpoints import load_checkpoint
 from model_export.commands.train import bundled_checkpoint
-from model_export.datasets import Sample, load_voc
-from model_export.recording import detect_example
-from model_export.retinanet.model import RetinaNet
-from model_export.transforms import CanvasCache
-from model_export.verification import (
+from model_export.data.datasets import Sample, load_voc
+from model_export.data.transforms import CanvasCache
+from model_export.evaluation import runner as evaluation
+from model_export.export.verify import (
     BOX_TOLERANCE,
     NO_DIFFERENCE,
     SCORE,
     SCORE_TOLERANCE,
     compare,
 )
-from service import devices
-from service.artifact import MODEL_FILE, read_artifact
-from service.canvas import Size
+from model_export.retinanet.model import RetinaNet
+from model_export.training.callbacks import detect_example
 from service.cli import retinaserve
-from service.detector import Detections
 from service.errors import DataError
-from service.samples import draw_smear
+from service.imaging.canvas import Size
+from service.imaging.samples import draw_smear
+from service.runtime import devices
+from service.runtime.artifact import MODEL_FILE, read_artifact
+from service.runtime.detector import Detections
 from service.settings import bundled_models
 from tests.e2e import tutorial
 from tests.e2e.browser import ROOT, server

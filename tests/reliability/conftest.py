@@ -15,7 +15,7 @@ import httpx
 import psutil
 import pytest
 
-from service.canvas import Size
+from service.imaging.canvas import Size
 from tests import tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 
 from service.cli import main
-from service.detector import Detections, Detector
+from service.runtime.detector import Detections, Detector
 
 WEDGE: Final = (255, 0, 255)
 LOSE: Final = (0, 255, 255)

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import uvicorn
 
-from service.protocol_h11 import H11
-from service.protocol_httptools import HttpTools
+from service.http.connections.h11_protocol import H11
+from service.http.connections.httptools_protocol import HttpTools
 from tests.reliability.conftest import until
 
 TIMES = 10

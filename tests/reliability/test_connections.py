@@ -14,10 +14,10 @@ import httpx
 import pytest
 import uvicorn
 
-from service import connection
-from service.api import create_app
-from service.protocol_h11 import H11
-from service.protocol_httptools import HttpTools
+from service.http.app import create_app
+from service.http.connections import bounds as connection
+from service.http.connections.h11_protocol import H11
+from service.http.connections.httptools_protocol import HttpTools
 from service.settings import Settings
 from tests.pictures import encoded, one_red
 from tests.reliability.conftest import Serve, until

@@ -15,9 +15,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service import connection, server
-from service.api import create_app
-from service.listening import listen
+from service.http import server
+from service.http.app import create_app
+from service.http.connections import bounds as connection
+from service.http.listening import listen
 from service.settings import Settings
 from tests.certificates import make_certificate
 from tests.pictures import encoded, one_red

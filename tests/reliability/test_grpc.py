@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton
 
-from service.canvas import Size
 from service.errors import DataError
-from service.inference_protocol.grpc_messages import check_installed
+from service.http.oip.grpc_messages import check_installed
+from service.imaging.canvas import Size
 from tests import tiny_model
 from tests.reliability.conftest import Serve, command, environment, until
 

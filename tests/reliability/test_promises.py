@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx
 
-from service.canvas import Size
+from service.imaging.canvas import Size
 from tests import tiny_model
 from tests.pictures import encoded, one_red
 from tests.reliability.conftest import Process, Serve, until

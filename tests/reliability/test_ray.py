@@ -22,8 +22,8 @@ import httpx
 import pytest
 
 from benchmarks.ray_cluster import ROOT, Cluster, Load, Replica, Seen, wait_for
-from service.canvas import Size
-from service.ray_app import open_app
+from service.imaging.canvas import Size
+from service.ray_serve.app import open_app
 from service.settings import Settings, bundled_models
 from tests import tiny_model
 from tests.pictures import encoded, one_red

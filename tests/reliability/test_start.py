@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from service.cpus import cpu_count
+from service.system.cpus import cpu_count
 from tests import tiny_model
 from tests.pictures import encoded, one_red
 from tests.reliability.conftest import Serve, command, environment

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx
 
-from service.security.keys import new_key
+from service.http.auth.keys import new_key
 from tests import tiny_model
 from tests.pictures import encoded, one_red
 from tests.reliability.conftest import Process, Serve, until

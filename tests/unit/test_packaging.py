@@ -179,7 +179,7 @@ def test_importing_the_whole_service_loads_no_training_package() -> None:
         "for module in pkgutil.walk_packages(service.__path__, 'service.'):\n"
         "    if not module.name.endswith('__main__'):\n"
         "        importlib.import_module(module.name)\n"
-        "assert 'service.api' in sys.modules and 'service.cli' in sys.modules\n"
+        "assert 'service.http.app' in sys.modules and 'service.cli' in sys.modules\n"
         f"print(sorted(set(sys.modules) & {{*{TRAINING_ONLY!r}, 'model_export'}}))\n"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

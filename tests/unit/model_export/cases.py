@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 
-from model_export.datasets import Dataset
-from model_export.evaluation import coco_metrics
-from model_export.measurement import Measurement, ModelFile
-from model_export.samples import Sample
-from service.artifact import Metadata
-from service.canvas import Buckets, Size
-from service.detector import Detections
+from model_export.data.datasets import Dataset
+from model_export.data.samples import Sample
+from model_export.evaluation.measurement import Measurement, ModelFile
+from model_export.evaluation.runner import coco_metrics
+from service.imaging.canvas import Buckets, Size
+from service.runtime.artifact import Metadata
+from service.runtime.detector import Detections
 
 CLASSES = ("cell", "speck")
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from model_export.labels import LabelledPicture
-from model_export.voc_folder import read
+from model_export.data.formats.voc_folder import read
+from model_export.data.labels import LabelledPicture
 
 SPLITS = ("train", "val")
 

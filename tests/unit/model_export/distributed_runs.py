@@ -19,13 +19,13 @@ import torch.distributed as dist
 
 from model_export.checkpoints import Checkpoint, Description
 from model_export.config import OptimiserConfig, TrainConfig
-from model_export.datasets import Dataset, load_voc
-from model_export.distributed import SharedBatchNorm, world
+from model_export.data.datasets import Dataset, load_voc
+from model_export.data.transforms import Augmentation, Batch, Key, TrainingBatches
 from model_export.retinanet.anchors import AnchorConfig
 from model_export.retinanet.model import ModelConfig, RetinaNet
-from model_export.training import train
-from model_export.transforms import Augmentation, Batch, Key, TrainingBatches
-from service.canvas import Buckets, Size
+from model_export.training.distributed import SharedBatchNorm, world
+from model_export.training.trainer import train
+from service.imaging.canvas import Buckets, Size
 
 CONFIG = TrainConfig(
     model=ModelConfig(

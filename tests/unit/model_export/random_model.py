@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 
 from model_export.checkpoints import Checkpoint, Description
-from model_export.export import export
+from model_export.export.graph import export
 from model_export.retinanet.anchors import AnchorConfig
 from model_export.retinanet.model import ModelConfig, RetinaNet
-from service.artifact import Metadata, Thresholds
-from service.canvas import Buckets, Size
+from service.imaging.canvas import Buckets, Size
+from service.runtime.artifact import Metadata, Thresholds
 
 CLASSES = ("red", "green", "blue")
 CANVAS = Buckets(sizes=(Size(96, 128), Size(128, 96)))

@@ -10,8 +10,8 @@ import onnx
 import onnx.parser
 from PIL import Image
 
-from service.artifact import Metadata, set_metadata
-from service.canvas import Buckets, Size
+from service.imaging.canvas import Buckets, Size
+from service.runtime.artifact import Metadata, set_metadata
 
 _GRAPH = """
 <ir_version: 8, opset_import: ["" : 17]>

@@ -31,8 +31,8 @@ from model_export.checkpoints import (
 from model_export.retinanet.anchors import AnchorConfig
 from model_export.retinanet.backbones import BACKBONES, BackboneSpec
 from model_export.retinanet.model import ModelConfig, RetinaNet
-from service.canvas import Buckets, Size
 from service.errors import DataError
+from service.imaging.canvas import Buckets, Size
 
 CONFIG = ModelConfig(
     backbone="mobilenet_v2",

@@ -17,10 +17,10 @@ from model_export.config import (
     dump_config,
     load_config,
 )
-from model_export.losses import Focal, SmoothL1
+from model_export.retinanet.losses import Focal, SmoothL1
 from model_export.retinanet.model import ModelConfig
-from service.canvas import ShortSide, Size
 from service.errors import DataError
+from service.imaging.canvas import ShortSide, Size
 
 
 def test_the_defaults_are_the_paper_s_where_it_has_them() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from model_export.datasets import load_voc
+from model_export.data.datasets import load_voc
 from model_export.provenance import command, provenance, resumed
 from tests.unit.model_export import rectangles
 

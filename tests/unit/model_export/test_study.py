@@ -18,14 +18,14 @@ from PIL import Image
 
 from model_export.checkpoints import Checkpoint, Description, save_weights
 from model_export.commands.data import load
-from model_export.losses import FocalStar, Hinge, Ohem
-from model_export.recording import METRICS
+from model_export.commands.study_cli import study as command
+from model_export.retinanet.losses import FocalStar, Hinge, Ohem
 from model_export.retinanet.model import ModelConfig, RetinaNet
 from model_export.study import ablation, ablation_table, loss_curves, loss_distribution
-from model_export.study_cli import study as command
-from model_export.training import LAST, train
-from service.canvas import Buckets, Size
+from model_export.training.callbacks import METRICS
+from model_export.training.trainer import LAST, train
 from service.errors import DataError
+from service.imaging.canvas import Buckets, Size
 
 CONFIGS = sorted((Path(ablation.__file__).parent / "configs").glob("*.yaml"))
 BASE: dict[str, Any] = {

@@ -14,8 +14,8 @@ from click.testing import CliRunner, Result
 from torch import Tensor
 
 from model_export.checkpoints import load_backbone, load_checkpoint, read_state_dict
+from model_export.commands.import_cli import import_torchvision
 from model_export.config import TrainConfig
-from model_export.import_cli import import_torchvision
 from model_export.retinanet.backbones import BACKBONES
 from model_export.retinanet.model import ModelConfig, RetinaNet
 from model_export.torchvision_import import (
@@ -29,10 +29,10 @@ from model_export.torchvision_import import (
     read_labels,
     rename,
 )
-from model_export.trainee import Trainee
-from service.canvas import ShortSide
+from model_export.training.module import Trainee
 from service.cli import retinaserve
 from service.errors import DataError
+from service.imaging.canvas import ShortSide
 from tests.unit.model_export.golden import parity
 
 V1, V2 = ARCHITECTURES

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from model_export.checkpoints import Checkpoint, Description
-from model_export.export import export
+from model_export.export.graph import export
 from model_export.retinanet.anchors import AnchorConfig, level_base_anchors
 from model_export.retinanet.model import ModelConfig, RetinaNet
 from model_export.torchvision_import import ANCHORS, ARCHITECTURES, COCO_CLASSES, convert, rename
-from service import devices
-from service.artifact import read_artifact
-from service.canvas import ShortSide, Size
-from service.detector import Detections, Detector
+from service.imaging.canvas import ShortSide, Size
+from service.runtime import devices
+from service.runtime.artifact import read_artifact
+from service.runtime.detector import Detections, Detector
 from tests.unit.model_export.golden import parity
 from tests.unit.model_export.golden.parity import Difference, Run
 

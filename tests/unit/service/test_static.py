@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import service
-from service.annotate import class_colour
+from service.engine.drawing import class_colour
 
 STATIC = Path(service.__file__).with_name("static")
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from model_export.retinanet.model import RetinaNet
 from model_export.retinanet.postprocess import CandidateNetwork, suppress
-from service.canvas import MULTIPLE
-from service.detector import Detections
+from service.imaging.canvas import MULTIPLE
+from service.runtime.detector import Detections
 from tests.unit.model_export.golden import recipe
 
 SCORE = 0.05

@@ -1,0 +1,1 @@
+"""Labelled images: formats to samples, splits, problems, anchors that fit."""

@@ -1,0 +1,143 @@
+"""Labelled folders of any format to one sample type; bad data is found here, before training.
+
+Boxes are x1, y1, x2, y2 in pixels of the upright picture, continuous edges from 0 to the
+picture's side: VOC's xmin..xmax are taken as they are written.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from model_export.data.class_choice import ClassChoice
+from model_export.data.formats.registry import choose_format
+from model_export.data.labels import Reading
+from model_export.data.problems import (
+    LISTED_PROBLEMS,
+    Kind,
+    Problem,
+    describe_all,
+    refuse_fatal,
+)
+from model_export.data.samples import CLIP_TOLERANCE, MIN_SIDE, Sample, SampleReader, nearest
+from service.errors import DataError
+
+__all__ = ["CLIP_TOLERANCE", "MIN_SIDE", "Dataset", "Sample", "load", "load_voc", "split_names"]
+
+_THREADS: Final = 4
+_NAMED: Final = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """One split of a labelled folder."""
+
+    root: Path
+    split: str
+    classes: tuple[str, ...]
+    samples: tuple[Sample, ...]
+    problems: tuple[Problem, ...]
+    """None of them fatal."""
+
+
+def load(
+    root: Path,
+    split: str,
+    *,
+    format: str = "auto",  # noqa: A002 - what the option is called
+    classes: Sequence[str] | None = None,
+    keep: Sequence[str] | None = None,
+    remap: Mapping[str, str] | None = None,
+) -> Dataset:
+    """Read one split of a labelled folder in any of the formats.
+
+    `remap` gives classes new names, `keep` leaves out the objects of all others. Without `classes`
+    they are `keep`, or else the names found in the train split (in all of the folder where nobody
+    chose the splits), whichever split is read, by falling count and then by name: the same in
+    every format. Pictures without objects are negatives. Raises DataError with every problem that
+    stops training.
+    """
+    choice = ClassChoice(None if keep is None else tuple(keep), dict(remap or {}))
+    for name in keep or ():
+        if classes is not None and name not in classes:
+            raise DataError(f"{root}: {name!r} is not among the classes {', '.join(classes)}")
+    reading = choose_format(root, format).read(root, split, naming=classes is None)
+    problems = list(reading.problems)
+    if classes is None:
+        classes = _find_classes(root, reading, choice)
+    readers = [SampleReader(each, tuple(classes), choice) for each in reading.pictures]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        samples = list(pool.map(SampleReader.read, readers))
+    for reader in readers:
+        problems += reader.problems
+    problems += _left_out(root, readers)
+    refuse_fatal(problems, what=f"{root}, split {split!r}")
+    kept = tuple(sample for sample in samples if sample is not None)
+    if not kept:
+        raise DataError(
+            f"{root}: every picture of the split {split!r} is left out\n{describe_all(problems)}"
+        )
+    if not classes:
+        what = f"{root}: no object is labelled in the train split; label some"
+        raise DataError("\n".join([what, *map(str, problems[:LISTED_PROBLEMS])]))
+    return Dataset(root, split, tuple(classes), kept, tuple(problems))
+
+
+def load_voc(root: Path, split: str, *, classes: Sequence[str] | None = None) -> Dataset:
+    """`load` of a folder that is known to be Pascal VOC."""
+    return load(root, split, format="voc", classes=classes)
+
+
+def split_names(root: Path, *, format: str = "auto") -> tuple[str, ...]:  # noqa: A002 - as above
+    """The splits of a labelled folder. Raises DataError."""
+    return choose_format(root, format).split_names(root)
+
+
+def _find_classes(root: Path, reading: Reading, choice: ClassChoice) -> tuple[str, ...]:
+    """The class list that the labels themselves give. Raises DataError if a chosen one is not."""
+    written = reading.names
+    # Where annotations could not be read the names are not all there, and that is what to report.
+    sound = not any(problem.fatal for problem in reading.problems)
+    if sound:
+        for name in choice.remap:
+            _check_there(root, name, written, what="the class to rename")
+    counts = choice.count(written)
+    if choice.keep is None:
+        return tuple(sorted(counts, key=lambda name: (-counts[name], name)))
+    if sound:
+        renamed = ClassChoice(None, choice.remap).count(written)
+        for name in choice.keep:
+            _check_there(root, name, renamed, what="the class to keep")
+    return choice.keep
+
+
+def _check_there(root: Path, name: str, counts: Mapping[str, int], *, what: str) -> None:
+    if name in counts:
+        return
+    hint = nearest(name, counts)
+    known = ", ".join(sorted(counts, key=lambda each: -counts[each])[:_NAMED]) or "none"
+    meant = f"; did you mean {hint!r}?" if hint else ""
+    raise DataError(
+        f"{root}: no object of the train split is of {what}, {name!r}; there are {known}{meant}"
+    )
+
+
+def _left_out(root: Path, readers: Sequence[SampleReader]) -> list[Problem]:
+    counts: Counter[str] = Counter()
+    for reader in readers:
+        counts.update(reader.left_out)
+    if not counts:
+        return []
+    listed = ", ".join(f"{number} {name}" for name, number in counts.most_common(_NAMED))
+    if len(counts) > _NAMED:
+        listed += f", and of {len(counts) - _NAMED} classes more"
+    emptied = sum(reader.emptied for reader in readers)
+    what = (
+        f"{counts.total()} objects of classes that are not used left out ({listed}); {emptied} "
+        "pictures have no other and count as pictures without objects"
+    )
+    return [Problem(root, None, what, fatal=False, kind=Kind.UNUSED_CLASS)]

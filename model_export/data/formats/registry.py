@@ -1,0 +1,71 @@
+"""Which format a labelled folder is in."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final, Literal, Protocol, get_args
+
+from model_export.data.formats import coco_folder, voc_folder, yolo_folder
+from model_export.data.labels import Reading
+from service.errors import DataError
+
+FormatName = Literal["auto", "voc", "coco", "yolo"]
+FORMAT_NAMES: Final[tuple[str, ...]] = get_args(FormatName)
+
+_LISTED: Final = 12
+
+
+class Format(Protocol):
+    """What a module that reads a format offers."""
+
+    LOOKED_FOR: str
+    """What marks a folder of the format, in words."""
+
+    def evidence(self, root: Path) -> str | None:
+        """What in a folder speaks for the format; None if nothing does."""
+
+    def split_names(self, root: Path) -> tuple[str, ...]:
+        """The splits that there are. Raises DataError."""
+
+    def read(self, root: Path, split: str, *, naming: bool) -> Reading:
+        """Read one split; `naming`: also count the classes. Raises DataError."""
+
+
+_FORMATS: Final[dict[str, Format]] = {"voc": voc_folder, "coco": coco_folder, "yolo": yolo_folder}
+
+
+def choose_format(root: Path, name: str) -> Format:
+    """The format called `name`, or the one that a folder is in if that is "auto".
+
+    Raises DataError if there is no such folder, or if nothing or more than one format fits it.
+    """
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; name one with labelled pictures")
+    if name != "auto":
+        return _FORMATS[name]
+    found = {key: each.evidence(root) for key, each in _FORMATS.items()}
+    fitting = [key for key, what in found.items() if what is not None]
+    if len(fitting) == 1:
+        return _FORMATS[fitting[0]]
+    if fitting:
+        seen = "; ".join(f"{key}: {found[key]}" for key in fitting)
+        raise DataError(
+            f"{root}: labelled in more than one format ({seen}); choose one by --format"
+        )
+    looked_for = "; ".join(each.LOOKED_FOR for each in _FORMATS.values())
+    raise DataError(
+        f"{root}: no annotations here; looked for {looked_for}; found {', '.join(_contents(root))}"
+    )
+
+
+def _contents(root: Path) -> Iterator[str]:
+    """What lies in a folder, in a few words: folders by name, files by how many of a kind."""
+    paths = sorted(path for path in root.iterdir() if not path.name.startswith("."))
+    folders = [f"{path.name}/" for path in paths if path.is_dir()]
+    kinds = Counter(path.suffix.lower() or "without suffix" for path in paths if path.is_file())
+    words = folders + [f"{count} files {kind}" for kind, count in kinds.most_common()]
+    yield from words[:_LISTED] or ["nothing"]
+    if len(words) > _LISTED:
+        yield f"{len(words) - _LISTED} more"

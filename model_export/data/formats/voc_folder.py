@@ -1,0 +1,296 @@
+"""A folder of Pascal VOC files, or of NAME.xml beside NAME.jpg, to labelled pictures."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Final
+
+from model_export.data.formats import voc
+from model_export.data.labels import LabelledPicture, Reading
+from model_export.data.problems import Kind, Problem
+from model_export.data.splits import PICTURES, files, leaks, split_by_hash, split_called
+from service.errors import DataError
+from service.imaging import decode as imaging
+
+LOOKED_FOR: Final = "VOC: Annotations/*.xml with JPEGImages/*, or NAME.xml beside NAME.jpg"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A picture that belongs to the split, before anything of it was read."""
+
+    stem: str
+    annotation: Path
+    listed: tuple[Path, int] | None
+    """Split file and line that name it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """What lies in a labelled folder, by name alone."""
+
+    root: Path
+    annotations: Mapping[str, Path]
+    """By file stem."""
+    pictures: Mapping[str, tuple[Path, ...]]
+    """By file stem."""
+    lists: Path | None
+    """ImageSets/Main, or None where there is none."""
+
+
+def evidence(root: Path) -> str | None:
+    """What in a folder speaks for this format; None if nothing does."""
+    for name in ("Annotations", ""):
+        count = len(files(root / name, {".xml"})) if (root / name).is_dir() else 0
+        if count:
+            return f"{count} .xml in {name}/" if name else f"{count} .xml"
+    by_split = _split_folders(root)
+    return (
+        f".xml in {', '.join(f'{path.name}/' for path in by_split.values())}" if by_split else None
+    )
+
+
+def split_names(root: Path) -> tuple[str, ...]:
+    """The splits that there are. Raises DataError."""
+    by_split = _split_folders(root)
+    if by_split:
+        return tuple(by_split)
+    folder = open_folder(root)
+    if folder.lists is None:
+        return ("train", "val")
+    return tuple(path.stem for path in files(folder.lists, {".txt"}))
+
+
+def read(root: Path, split: str, *, naming: bool) -> Reading:
+    """Read one split; `naming`: also count the classes. Raises DataError.
+
+    Objects marked difficult are kept. Without ImageSets/Main and without a folder for each split
+    the pictures are split by a hash.
+    """
+    by_split = _split_folders(root)
+    if by_split:
+        return _read_split_folder(root, by_split, split, naming=naming)
+    folder = open_folder(root)
+    entries, problems = find_entries(folder, split)
+    problems += leaked(folder, entries, split)
+    naming_entries: list[Entry] = []
+    if naming:
+        naming_entries, found = find_naming_entries(folder)
+        problems = list(dict.fromkeys(problems + found))
+    return _read_entries(folder, entries, naming_entries, problems)
+
+
+def _read_split_folder(
+    root: Path, by_split: Mapping[str, Path], split: str, *, naming: bool
+) -> Reading:
+    wanted = split_called(split) or split
+    if wanted not in by_split:
+        raise DataError(f"{root}: no split {split!r}; there are folders for {', '.join(by_split)}")
+    folder = open_folder(by_split[wanted])
+    problems = _unlabelled(folder)
+    train = open_folder(by_split["train"]) if "train" in by_split else None
+    if wanted != "train" and train is not None:
+        problems += leaks(
+            {path: (path, None) for paths in folder.pictures.values() for path in paths},
+            [path for paths in train.pictures.values() for path in paths],
+        )
+    names: list[Entry] = []
+    if naming:
+        if train is None:
+            raise DataError(f"{root}: no folder train/, which names the classes; give them")
+        names = _all_entries(train)
+    return _read_entries(folder, _all_entries(folder), names, problems)
+
+
+def _read_entries(
+    folder: Folder, entries: list[Entry], naming: list[Entry], problems: list[Problem]
+) -> Reading:
+    annotations, found = _parse_all(dict.fromkeys([*entries, *naming]))
+    problems = problems + found
+    names = Counter(
+        item.name for entry in naming if entry in annotations for item in annotations[entry].objects
+    )
+    pictures: list[LabelledPicture] = []
+    for entry in entries:
+        if entry not in annotations:
+            continue
+        annotation = annotations[entry]
+        path = _picture(folder, entry, annotation)
+        if path is None:
+            what = f"no picture {entry.stem}.jpg (or .png, .webp); add it"
+            problems.append(Problem(entry.annotation, 1, what, fatal=True))
+            continue
+        pictures.append(
+            LabelledPicture(
+                picture=path,
+                annotation=entry.annotation,
+                objects=annotation.objects,
+                size=annotation.size,
+                size_line=annotation.size_line,
+                size_fields="<size>",
+            )
+        )
+    return Reading(tuple(pictures), names, tuple(problems))
+
+
+def _parse_all(entries: Iterable[Entry]) -> tuple[dict[Entry, voc.Annotation], list[Problem]]:
+    annotations: dict[Entry, voc.Annotation] = {}
+    problems: list[Problem] = []
+    for entry in entries:
+        try:
+            annotations[entry] = voc.parse(entry.annotation.read_bytes())
+        except voc.AnnotationError as error:
+            problems.append(Problem(entry.annotation, error.line, str(error), fatal=True))
+        except OSError as error:
+            what = f"cannot be read ({error.strerror})"
+            problems.append(Problem(entry.annotation, None, what, fatal=True))
+    return annotations, problems
+
+
+def _picture(folder: Folder, entry: Entry, annotation: voc.Annotation) -> Path | None:
+    # Tools write Windows paths here as well.
+    name = annotation.filename.replace("\\", "/").rsplit("/", 1)[-1]
+    same_stem = folder.pictures.get(entry.stem, ())
+    named = folder.pictures.get(Path(name).stem, ())
+    exact = [path for path in named if path.name == name]
+    if same_stem:
+        return next((path for path in same_stem if path.name == name), same_stem[0])
+    return exact[0] if exact else None
+
+
+def open_folder(root: Path) -> Folder:
+    """Look into a folder. Raises DataError if it is not laid out as Pascal VOC, nor flat."""
+    annotations, pictures, lists = (
+        root / "Annotations",
+        root / "JPEGImages",
+        root / "ImageSets" / "Main",
+    )
+    if not annotations.is_dir() or not pictures.is_dir():
+        if annotations.is_dir() != pictures.is_dir():
+            missing = pictures if annotations.is_dir() else annotations
+            raise DataError(f"{root}: {missing.name}/ is missing beside its other half; add it")
+        if not files(root, {".xml"}):
+            raise DataError(
+                f"{root}: no annotations here; expected Annotations/*.xml with JPEGImages/*, "
+                "or NAME.xml beside each picture"
+            )
+        annotations = pictures = root
+    by_stem: dict[str, list[Path]] = {}
+    for path in files(pictures, PICTURES):
+        by_stem.setdefault(path.stem, []).append(path)
+    if not by_stem:
+        raise DataError(f"{pictures}: no pictures here; it needs {imaging.ACCEPTED} files")
+    return Folder(
+        root=root,
+        annotations={path.stem: path for path in files(annotations, {".xml"})},
+        pictures={stem: tuple(paths) for stem, paths in by_stem.items()},
+        lists=lists if lists.is_dir() else None,
+    )
+
+
+def _split_folders(root: Path) -> dict[str, Path]:
+    """Folders named after splits that hold .xml files, where the root holds none itself."""
+    if (root / "Annotations").is_dir() or files(root, {".xml"}):
+        return {}
+    return {
+        split: path
+        for path in sorted(root.iterdir())
+        if path.is_dir() and (split := split_called(path.name)) and files(path, {".xml"})
+    }
+
+
+def find_entries(folder: Folder, split: str) -> tuple[list[Entry], list[Problem]]:
+    """The pictures of one split and what is wrong with their list. Raises DataError if empty."""
+    if folder.lists is not None:
+        return _listed_entries(folder, folder.lists, split)
+    members = split_by_hash(folder.root, folder.annotations, split, unsplit="ImageSets/Main")
+    entries = [each for each in _all_entries(folder) if each.stem in members]
+    return entries, _unlabelled(folder)
+
+
+def _all_entries(folder: Folder) -> list[Entry]:
+    return [Entry(stem, path, None) for stem, path in sorted(folder.annotations.items())]
+
+
+def _unlabelled(folder: Folder) -> list[Problem]:
+    return [
+        Problem(
+            folder.pictures[stem][0],
+            None,
+            f"no annotation {stem}.xml; if nothing is on it write one without <object>",
+            fatal=False,
+            kind=Kind.UNLABELLED,
+        )
+        for stem in sorted(folder.pictures.keys() - folder.annotations.keys())
+    ]
+
+
+def find_naming_entries(folder: Folder) -> tuple[list[Entry], list[Problem]]:
+    """The pictures whose objects name the classes: train's, so that every split agrees."""
+    if folder.lists is not None:
+        return find_entries(folder, "train")
+    # Nobody chose these splits, so a class may well have fallen into one of them alone.
+    return _all_entries(folder), []
+
+
+def _listed_entries(folder: Folder, lists: Path, split: str) -> tuple[list[Entry], list[Problem]]:
+    file = lists / f"{split}.txt"
+    if not file.is_file():
+        there = ", ".join(path.stem for path in files(lists, {".txt"})) or "none"
+        raise DataError(
+            f"{file}: no such split file (splits there: {there}); write it with one file stem "
+            "per line, or remove ImageSets to have a fifth of the pictures held out"
+        )
+    entries: dict[str, Entry] = {}
+    problems: list[Problem] = []
+    for number, stem in _read_list(file):
+        if stem in entries:
+            problems.append(
+                Problem(file, number, f"{stem} is listed twice", fatal=False, kind=Kind.TWICE)
+            )
+        elif stem not in folder.annotations:
+            missing = "annotation" if stem in folder.pictures else "picture and no annotation"
+            what = f"no {missing} is named {stem[:80]!r}; add it, or take the line out"
+            problems.append(Problem(file, number, what, fatal=True))
+        else:
+            entries[stem] = Entry(stem, folder.annotations[stem], (file, number))
+    if not entries and not problems:
+        raise DataError(f"{file}: names no picture; write one file stem per line")
+    return list(entries.values()), problems
+
+
+def _read_list(file: Path) -> list[tuple[int, str]]:
+    """(line, file stem) of a split file's lines, which may carry the suffix."""
+    try:
+        lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror})") from error
+    named: list[tuple[int, str]] = []
+    for number, line in enumerate(lines, start=1):
+        name = line.strip()
+        suffix = PurePath(name).suffix
+        stem = name.removesuffix(suffix) if suffix.lower() in PICTURES else name
+        if stem:
+            named.append((number, stem))
+    return named
+
+
+def leaked(folder: Folder, entries: Iterable[Entry], split: str) -> list[Problem]:
+    """A problem for each listed picture of another split that train has too."""
+    train = folder.lists / "train.txt" if folder.lists else None
+    if split == "train" or train is None or not train.is_file():
+        return []
+    stems = {stem for _, stem in _read_list(train)}
+    return [
+        Problem(
+            *entry.listed,
+            f"{entry.stem} is in train.txt too; take it out of one of them",
+            fatal=False,
+            kind=Kind.LEAKED,
+        )
+        for entry in entries
+        if entry.stem in stems and entry.listed is not None
+    ]

@@ -1,0 +1,175 @@
+"""What is written about one picture to a sample: boxes are checked here, whatever the format."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model_export.data.class_choice import ClassChoice
+from model_export.data.labels import Edges, LabelledObject, LabelledPicture
+from model_export.data.problems import Kind, Problem
+from service.errors import MalformedImage, RetinaserveError
+from service.imaging import decode as imaging
+from service.imaging.canvas import Size
+
+CLIP_TOLERANCE: Final = 2.0
+"""Pixels. Tools that count from 1 or round put edges this far outside; not worth a line each."""
+
+MIN_SIDE: Final = 1.0
+"""Pixels. A box with a shorter side is taken as a slip of the mouse, not as an object."""
+
+CROWD: Final = -1
+"""Label of a crowd's region among the objects that a network learns from."""
+
+_HEADER_BYTES: Final = 1 << 18
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One picture with its labels."""
+
+    path: Path
+    size: Size
+    """Of the upright picture, that is after EXIF orientation."""
+    boxes: NDArray[np.float32]
+    """(N, 4) x1, y1, x2, y2 in pixels of the upright picture; N may be 0."""
+    labels: NDArray[np.int64]
+    """(N,) index into the data set's classes."""
+    crowds: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 4), dtype=np.float32))
+    """(C, 4) regions of many objects that are not told apart: not trained on, and detections
+    inside count neither as hits nor as mistakes (COCO's iscrowd)."""
+    crowd_labels: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """(C,) index into the data set's classes."""
+
+
+class SampleReader:
+    """Turns what is written about one picture into a sample; collects what is wrong with it."""
+
+    def __init__(
+        self, labelled: LabelledPicture, classes: tuple[str, ...], choice: ClassChoice
+    ) -> None:
+        self._labelled = labelled
+        self._classes = classes
+        self._choice = choice
+        self.problems: list[Problem] = []
+        self.left_out: Counter[str] = Counter()
+        """Objects of each class, as it is written, that the choice of classes leaves out."""
+        self.emptied = False
+        """Whether the choice of classes left no object of some."""
+
+    def read(self) -> Sample | None:
+        """None if the picture is left out or unusable."""
+        path = self._labelled.picture
+        try:
+            size = _probe(path)
+        except (RetinaserveError, OSError) as error:
+            self.problems.append(Problem(path, None, f"{error}; replace it", fatal=True))
+            return None
+        if not self._size_agrees(size):
+            return None
+        boxes: list[Edges] = []
+        labels: list[int] = []
+        crowds: list[Edges] = []
+        crowd_labels: list[int] = []
+        for item in self._labelled.objects:
+            name = self._choice.name(item.name)
+            if item.crowd:
+                region = self._box(item, size)
+                if name in self._classes and region is not None:
+                    crowds.append(region)
+                    crowd_labels.append(self._classes.index(name))
+                continue
+            if name is None:
+                self.left_out[item.name] += 1
+                continue
+            label = self._label(item, name)
+            box = self._box(item, size)
+            if label is not None and box is not None:
+                boxes.append(box)
+                labels.append(label)
+        self.emptied = not boxes and bool(self.left_out)
+        return Sample(
+            path=path,
+            size=size,
+            boxes=np.array(boxes, dtype=np.float32).reshape(-1, 4),
+            labels=np.array(labels, dtype=np.int64),
+            crowds=np.array(crowds, dtype=np.float32).reshape(-1, 4),
+            crowd_labels=np.array(crowd_labels, dtype=np.int64),
+        )
+
+    def _note(self, line: int, what: str, *, fatal: bool, kind: Kind) -> None:
+        self.problems.append(Problem(self._labelled.annotation, line, what, fatal, kind))
+
+    def _size_agrees(self, size: Size) -> bool:
+        labelled = self._labelled.size
+        if labelled is None or labelled == (size.height, size.width):
+            return True
+        what = (
+            f"labelled at {labelled[1]:g} x {labelled[0]:g}, but the picture "
+            f"{self._labelled.picture.name} is {size.width} x {size.height}"
+        )
+        if labelled == (size.width, size.height):
+            what += " once turned upright (EXIF orientation)"
+        fields = self._labelled.size_fields
+        what += f": the boxes would be wrong; label it anew, or correct {fields} if the boxes fit"
+        self._note(self._labelled.size_line, what, fatal=False, kind=Kind.WRONG_SIZE)
+        return False
+
+    def _label(self, item: LabelledObject, name: str) -> int | None:
+        if name in self._classes:
+            return self._classes.index(name)
+        known = ", ".join(self._classes[:40]) or "none"
+        what = f"{item.tag}unknown class {name!r}; known: {known}"
+        hint = nearest(name, self._classes)
+        what += f"; did you mean {hint!r}?" if hint else "; rename it, or add it to the train split"
+        self._note(item.line, what, fatal=True, kind=Kind.UNKNOWN_CLASS)
+        return None
+
+    def _box(self, item: LabelledObject, size: Size) -> Edges | None:
+        x1, y1, x2, y2 = box = self._in_pixels(item.box, size)
+        text = f"{item.tag}box {x1:g},{y1:g},{x2:g},{y2:g} of {item.name!r}"
+        picture = f"the picture of {size.width} x {size.height}"
+        if x2 - x1 < MIN_SIDE or y2 - y1 < MIN_SIDE:
+            remedy = "draw it anew" if self._labelled.relative else "draw it anew, in pixels"
+            what = f"{text} is {x2 - x1:g} x {y2 - y1:g} px; {remedy}"
+            self._note(item.box_line, what, fatal=False, kind=Kind.NO_AREA)
+            return None
+        clipped = (max(x1, 0.0), max(y1, 0.0), min(x2, size.width), min(y2, size.height))
+        if clipped[2] - clipped[0] < MIN_SIDE or clipped[3] - clipped[1] < MIN_SIDE:
+            what = f"{text} lies outside {picture}; draw it anew"
+            self._note(item.box_line, what, fatal=False, kind=Kind.OUTSIDE)
+            return None
+        beyond = max(abs(a - b) for a, b in zip(box, clipped, strict=True))
+        if beyond > CLIP_TOLERANCE:
+            what = f"{text} reaches {beyond:g} px out of {picture}; clipped"
+            self._note(item.box_line, what, fatal=False, kind=Kind.CLIPPED)
+        return clipped
+
+    def _in_pixels(self, box: Edges, size: Size) -> Edges:
+        if not self._labelled.relative:
+            return box
+        x1, y1, x2, y2 = box
+        return x1 * size.width, y1 * size.height, x2 * size.width, y2 * size.height
+
+
+def nearest(name: str, known: Collection[str]) -> str | None:
+    """The known name that somebody may have meant, or None."""
+    near = difflib.get_close_matches(name.lower(), [each.lower() for each in known], n=1)
+    return next((each for each in known if [each.lower()] == near), None)
+
+
+def _probe(path: Path) -> Size:
+    with path.open("rb") as file:
+        head = file.read(_HEADER_BYTES)
+        try:
+            return imaging.probe(head)
+        except MalformedImage:
+            # Long EXIF blocks and colour profiles push the size further back.
+            return imaging.probe(head + file.read())

@@ -1,0 +1,110 @@
+"""Which pictures belong to a split: names of splits, a hash where nobody chose, leaks."""
+
+from __future__ import annotations
+
+import filecmp
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+from model_export.data.problems import Kind, Problem
+from service.errors import DataError
+
+PICTURES: Final = frozenset(
+    [".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jp2", ".avif", ".heic"]
+)
+"""More than are accepted, so that a TIFF is called unaccepted rather than missing."""
+
+_HELD_OUT: Final = 5
+_ALIASES: Final = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
+_AROUND: Final = re.compile(r"^instances[_-]|[_-]annotations$|[_-]?\d+$")
+
+
+def split_called(name: str) -> str | None:
+    """The split that a file or folder is named after, or None.
+
+    >>> split_called("instances_train2017"), split_called("valid"), split_called("labels")
+    ('train', 'val', None)
+    """
+    return _ALIASES.get(_AROUND.sub("", _AROUND.sub("", name.lower())))
+
+
+def files(folder: Path, suffixes: Iterable[str]) -> list[Path]:
+    """Files of a folder by name, with one of the lower-case suffixes. Raises DataError."""
+    wanted = frozenset(suffixes)
+    try:
+        # Files whose name begins with a dot are leftovers of editors and of macOS archives.
+        return sorted(
+            path
+            for path in folder.iterdir()
+            if path.suffix.lower() in wanted and not path.name.startswith(".")
+        )
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be listed ({error.strerror})") from error
+
+
+def split_by_hash(root: Path, stems: Iterable[str], split: str, *, unsplit: str) -> frozenset[str]:
+    """The file stems in a split that nobody chose: a fifth is "val", the rest "train".
+
+    Adding pictures moves no picture from one side to the other, tiny folders aside. `unsplit`
+    says what would have chosen the splits. Raises DataError if none is left.
+    """
+    if split not in ("train", "val"):
+        raise DataError(f"{root}: no split {split!r}; without {unsplit} there are train and val")
+    digest = {stem: int(hashlib.sha256(os.fsencode(stem)).hexdigest(), 16) for stem in stems}
+    held_out = {stem for stem in digest if digest[stem] % _HELD_OUT == 0}
+    if len(digest) >= 2 and len(held_out) in (0, len(digest)):
+        held_out ^= {min(digest, key=digest.__getitem__)}
+    members = frozenset(stem for stem in digest if (stem in held_out) == (split == "val"))
+    if not members:
+        raise DataError(
+            f"{root}: no picture falls into the split {split!r}; at least 2 annotated "
+            f"pictures are needed, {len(digest)} found"
+        )
+    return members
+
+
+def leaks(
+    members: Mapping[Path, tuple[Path, int | None]], training: Sequence[Path]
+) -> list[Problem]:
+    """A problem for each picture of a split that train has too.
+
+    `members` maps a picture to the file and line that put it into the split. Pictures are the same
+    if their paths are, or their names and their bytes.
+    """
+    paths = {path.resolve() for path in training}
+    named: dict[str, list[Path]] = {}
+    for path in training:
+        named.setdefault(path.name, []).append(path)
+    problems = []
+    for picture, (file, line) in members.items():
+        if picture.resolve() in paths:
+            what = f"{picture.name} is in train too"
+        else:
+            twin = next(
+                (path for path in named.get(picture.name, ()) if _same(path, picture)), None
+            )
+            if twin is None:
+                continue
+            what = f"{picture.name} is the same picture as {twin} of train"
+        what += "; take it out of one of them"
+        problems.append(Problem(file, line, what, fatal=False, kind=Kind.LEAKED))
+    return problems
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        return filecmp.cmp(one, other, shallow=False)
+    except OSError:
+        return False

@@ -1,0 +1,1 @@
+"""COCO metrics of a model file, thresholds, calibration, error analysis, reports."""

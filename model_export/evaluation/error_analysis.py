@@ -1,0 +1,194 @@
+"""What each detection turned out to be at the thresholds that a file recommends, and the worst.
+
+Detections and objects of a picture are paired at IoU 0.50 in falling score, as COCO does: each
+detection takes the free object of its class that it overlaps most. What is left over is told apart
+by the first of these that fits:
+
+- ignored: at least half of it lies in a region of its class that tells no objects apart;
+- confused: it overlaps a free object of another class by at least 0.50;
+- duplicate: it overlaps an object that is taken by at least 0.50;
+- misplaced: it overlaps a free object of its class by at least 0.10, but less than 0.50;
+- false: none of it.
+
+An object that no detection hit, confused or misplaced is missed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model_export.data.samples import Sample
+from model_export.evaluation.coco_metrics import overlaps, shares_inside
+from service.engine.postprocessing import Selection
+from service.runtime.detector import Detections
+
+HIT_IOU: Final = 0.5
+NEAR_IOU: Final = 0.1
+"""Less than this says nothing about what a detection was meant for."""
+
+
+class Outcome(StrEnum):
+    """What became of a detection, or of an object."""
+
+    HIT = "hit"
+    IGNORED = "ignored"
+    CONFUSED = "confused"
+    DUPLICATE = "duplicate"
+    MISPLACED = "misplaced"
+    FALSE = "false"
+    MISSED = "missed"
+
+
+MISTAKES: Final = (
+    Outcome.MISSED,
+    Outcome.FALSE,
+    Outcome.CONFUSED,
+    Outcome.MISPLACED,
+    Outcome.DUPLICATE,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What the detections of one picture turned out to be."""
+
+    shown: Detections
+    """Those above the thresholds."""
+    outcomes: tuple[Outcome, ...]
+    """(D,) of each detection shown."""
+    objects: NDArray[np.int64]
+    """(D,) the object that the outcome is about, -1 where there is none."""
+    missed: NDArray[np.int64]
+    """(M,) the objects that are missed."""
+    faint: NDArray[np.float64]
+    """(M,) best score of a detection of each missed object that no threshold let pass, or 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mistake:
+    """One detection that is wrong, or one object that is missed."""
+
+    outcome: Outcome
+    picture: int
+    score: float
+    """Of the detection; of a missed object, of the best detection that was held back."""
+    detection: int | None
+    """Index among those shown."""
+    thing: int | None
+    """Index among the picture's objects."""
+    iou: float | None
+
+
+def shown(found: Detections, selection: Selection) -> Detections:
+    """The detections that pass the thresholds, of those in original pixels."""
+    kept = found.pick(found.scores > selection.scores[found.labels])
+    return kept.pick(slice(selection.max_detections))
+
+
+def judge(sample: Sample, found: Detections, selection: Selection) -> Judgement:
+    """Tell what each detection of a picture is. `found` is in falling score."""
+    passing = shown(found, selection)
+    iou = overlaps(passing.boxes, sample.boxes)
+    own = passing.labels[:, np.newaxis] == sample.labels
+    outcomes = [Outcome.FALSE] * len(passing)
+    objects = np.full(len(passing), -1, dtype=np.int64)
+    free = np.ones(len(sample.labels), dtype=bool)
+    _claim(Outcome.HIT, np.where(own & (iou >= HIT_IOU), iou, 0.0), outcomes, objects, free)
+    for index, ignored in enumerate(_in_crowd(sample, passing)):
+        if ignored and outcomes[index] is Outcome.FALSE:
+            outcomes[index] = Outcome.IGNORED
+    other = np.where(~own & (iou >= HIT_IOU), iou, 0.0)
+    _claim(Outcome.CONFUSED, other, outcomes, objects, free)
+    again = np.where(~free & (iou >= HIT_IOU), iou, 0.0)
+    for index, row in enumerate(again):
+        if outcomes[index] is Outcome.FALSE and row.any():
+            outcomes[index], objects[index] = Outcome.DUPLICATE, int(row.argmax())
+    near = np.where(own & (iou >= NEAR_IOU), iou, 0.0)
+    _claim(Outcome.MISPLACED, near, outcomes, objects, free)
+    missed = np.flatnonzero(free)
+    held_back = found.pick(found.scores <= selection.scores[found.labels])
+    faint = _best_scores(held_back, sample, missed)
+    return Judgement(passing, tuple(outcomes), objects, missed, faint)
+
+
+def find_mistakes(samples: Sequence[Sample], judgements: Sequence[Judgement]) -> list[Mistake]:
+    """All mistakes, the worst first.
+
+    A wrong detection is the worse the higher it scores; a missed object the worse the less any
+    detection held back speaks for it, and then the larger it is.
+    """
+
+    def badness(mistake: Mistake) -> tuple[float, float]:
+        if mistake.outcome is not Outcome.MISSED:
+            return -mistake.score, 0.0
+        x1, y1, x2, y2 = samples[mistake.picture].boxes[mistake.thing]
+        return mistake.score, -float((x2 - x1) * (y2 - y1))
+
+    found = [
+        mistake
+        for picture, (sample, each) in enumerate(zip(samples, judgements, strict=True))
+        for mistake in _of_picture(picture, sample, each)
+    ]
+    return sorted(found, key=badness)
+
+
+def _of_picture(picture: int, sample: Sample, judgement: Judgement) -> Iterator[Mistake]:
+    for index, outcome in enumerate(judgement.outcomes):
+        if outcome in (Outcome.HIT, Outcome.IGNORED):
+            continue
+        thing = int(judgement.objects[index])
+        box = judgement.shown.boxes[index : index + 1]
+        yield Mistake(
+            outcome,
+            picture,
+            score=float(judgement.shown.scores[index]),
+            detection=index,
+            thing=None if thing < 0 else thing,
+            iou=None if thing < 0 else float(overlaps(box, sample.boxes[thing : thing + 1])[0, 0]),
+        )
+    for thing, score in zip(judgement.missed, judgement.faint, strict=True):
+        yield Mistake(Outcome.MISSED, picture, float(score), None, int(thing), None)
+
+
+def _claim(
+    outcome: Outcome,
+    iou: NDArray[np.float64],
+    outcomes: list[Outcome],
+    objects: NDArray[np.int64],
+    free: NDArray[np.bool_],
+) -> None:
+    """Let the detections left over, in falling score, each take the free object it overlaps most.
+
+    `iou` (D, N) is 0 where a pair is not allowed. Writes into the other three.
+    """
+    for index, row in enumerate(iou):
+        allowed = np.where(free, row, 0.0)
+        if outcomes[index] is not Outcome.FALSE or not allowed.any():
+            continue
+        # Of equal overlaps the last, as pycocotools does.
+        best = len(allowed) - 1 - int(allowed[::-1].argmax())
+        outcomes[index], objects[index] = outcome, best
+        free[best] = False
+
+
+def _in_crowd(sample: Sample, found: Detections) -> NDArray[np.bool_]:
+    """(D,) whether each detection lies in a region that does not tell objects of its class."""
+    own = found.labels[:, np.newaxis] == sample.crowd_labels
+    there: NDArray[np.bool_] = own & (shares_inside(found.boxes, sample.crowds) >= HIT_IOU)
+    return np.asarray(there.any(axis=1))
+
+
+def _best_scores(
+    found: Detections, sample: Sample, objects: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """(M,) best score among the detections that would hit each of the (M,) objects, 0 if none."""
+    own = found.labels[:, np.newaxis] == sample.labels[objects]
+    there = own & (overlaps(found.boxes, sample.boxes[objects]) >= HIT_IOU)
+    scores = np.where(there, found.scores[:, np.newaxis].astype(np.float64), 0.0)
+    return np.asarray(scores.max(axis=0, initial=0.0), dtype=np.float64)

@@ -1,0 +1,380 @@
+"""One evaluation as one HTML page: no other file, no script, nothing fetched.
+
+Whatever comes from a model file or from a data set (class names, file names, provenance) is
+escaped by the template, and the page's own policy lets nothing run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import jinja2
+import numpy as np
+import onnxruntime
+from markupsafe import Markup
+
+from model_export.evaluation import charts
+from model_export.evaluation import error_images as mistake_pictures
+from model_export.evaluation.bootstrap import Difference
+from model_export.evaluation.calibration_error import MIN_SCORE
+from model_export.evaluation.error_analysis import HIT_IOU, MISTAKES, NEAR_IOU, Mistake, Outcome
+from model_export.evaluation.measurement import Against, Measurement
+from model_export.evaluation.runner import KEPT_DETECTIONS, MAX_DETECTIONS, SCORE
+from service.imaging.canvas import Buckets, ShortSide
+
+SHOWN: Final = 12
+"""Pictures of each kind of mistake."""
+BUDGET: Final = 3_500_000
+"""Characters of all pictures together; the worst of each kind come first."""
+
+_SMALL_MULTIPLES: Final = 48
+"""Charts of single classes, where there are more classes than colours."""
+_CONFUSED: Final = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One mistake as it is shown."""
+
+    source: str
+    title: str
+    text: str
+    file: str
+
+
+@dataclass(frozen=True, slots=True)
+class Gallery:
+    """The mistakes of one kind."""
+
+    name: str
+    meaning: str
+    total: int
+    pictures: tuple[Picture, ...]
+
+
+_MEANINGS: Final = {
+    Outcome.MISSED: "Labelled, but nothing was detected there. First those that not even a low "
+    "score speaks for, large before small.",
+    Outcome.FALSE: "Detected where nothing is labelled. The highest-scoring ones are often labels "
+    "that somebody forgot.",
+    Outcome.CONFUSED: f"The right place (IoU at least {HIT_IOU:g}), the wrong class.",
+    Outcome.MISPLACED: f"The right class, but the boxes overlap by {NEAR_IOU:g} to {HIT_IOU:g} "
+    "only.",
+    Outcome.DUPLICATE: "A further detection of an object that was already found.",
+}
+
+
+def render(measured: Measurement, against: Against | None = None) -> str:
+    """The page. Raises DataError if a picture can no longer be read."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("model_export"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(fixed=_fixed, percent=_percent)
+    return environment.get_template("report.html").render(
+        **_context(measured), against=None if against is None else _against(against)
+    )
+
+
+def _context(measured: Measurement) -> dict[str, Any]:
+    evaluation, metadata = measured.evaluation, measured.model.metadata
+    return {
+        "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "model": measured.model,
+        "metadata": metadata,
+        "canvas": _canvas(metadata.canvas),
+        "dataset": measured.dataset,
+        "data_name": measured.dataset.root.resolve().name,
+        "data_digest": measured.data_digest,
+        "evaluation": evaluation,
+        "timing": evaluation.timing,
+        "overall": measured.overall_calibration,
+        "detected": int(measured.confusion.counts[:, :-1].sum()),
+        **_shares(measured),
+        "coco": _coco(measured),
+        "classes": list(_classes(measured)),
+        "curves": _curves(measured),
+        "reliability": charts.reliability(
+            measured.overall_calibration, label="Precision over score, all classes"
+        ),
+        "class_reliability": _class_reliability(measured),
+        "confusion": _confusion(measured),
+        "confused": list(_most_confused(measured)),
+        "galleries": _galleries(measured),
+        "provenance": _provenance(metadata.provenance),
+        "config": _config(metadata.provenance),
+        "onnxruntime": onnxruntime.__version__,
+        "constants": {
+            "score": SCORE,
+            "kept": KEPT_DETECTIONS,
+            "max_detections": MAX_DETECTIONS,
+            "min_score": MIN_SCORE,
+        },
+        "colours": {"labelled": mistake_pictures.LABELLED, "detected": mistake_pictures.DETECTED},
+    }
+
+
+def _canvas(rule: Buckets | ShortSide) -> str:
+    if isinstance(rule, ShortSide):
+        return f"shorter side {rule.short}, longer at most {rule.long} pixels"
+    sizes = ", ".join(f"{size.height}x{size.width}" for size in rule.sizes)
+    return f"{sizes} pixels (height x width), the one that fits best"
+
+
+def _shares(measured: Measurement) -> dict[str, float | None]:
+    """Recall and precision of all classes together at the file's own thresholds."""
+    counts = measured.confusion.counts
+    hits = int(np.trace(counts[:-1, :-1]))
+    objects, detected = int(counts[:-1].sum()), int(counts[:, :-1].sum())
+    return {
+        "recall": hits / objects if objects else None,
+        "precision": hits / detected if detected else None,
+    }
+
+
+def _coco(measured: Measurement) -> list[tuple[str, str, float | None]]:
+    each = measured.evaluation
+    return [
+        ("AP", "mean over IoU 0.50 to 0.95", each.ap),
+        ("AP50", "IoU 0.50", each.ap50),
+        ("AP75", "IoU 0.75", each.ap75),
+        ("AP small", "below 32² pixels", each.ap_small),
+        ("AP medium", "32² to 96² pixels", each.ap_medium),
+        ("AP large", "above 96² pixels", each.ap_large),
+        ("AR1", "one detection a class", each.ar1),
+        ("AR10", "ten detections a class", each.ar10),
+        ("AR100", "a hundred detections a class", each.ar100),
+        ("AR small", "below 32² pixels", each.ar_small),
+        ("AR medium", "32² to 96² pixels", each.ar_medium),
+        ("AR large", "above 96² pixels", each.ar_large),
+    ]
+
+
+def _classes(measured: Measurement) -> Iterator[dict[str, Any]]:
+    precision, recall = measured.confusion.precision(), measured.confusion.recall()
+    for label, name in enumerate(measured.classes):
+        points = measured.points[name]
+        usable = points is not None and points.f1.size > 0
+        yield {
+            "name": name,
+            "colour": label % charts.SERIES if len(measured.classes) <= charts.SERIES else 0,
+            "result": measured.evaluation.per_class[name],
+            "best_f1": float(points.f1.max()) if points is not None and usable else None,
+            "best_threshold": None if points is None else points.best_threshold(),
+            "threshold": float(measured.selection.scores[label]),
+            "precision": _finite(precision[label]),
+            "recall": _finite(recall[label]),
+            "d_ece": measured.calibration[name].error,
+        }
+
+
+def _curves(measured: Measurement) -> list[dict[str, Any]]:
+    """Precision-recall and F1 charts: of all classes in one, or of each where they are many."""
+    names = [name for name in measured.classes if _drawable(measured, name)]
+    if not names:
+        return []
+    if len(names) <= charts.SERIES:
+        return [_pair_of_charts(measured, names, title="")]
+    by_ap = sorted(names, key=lambda name: measured.evaluation.per_class[name].ap or 0.0)
+    return [_pair_of_charts(measured, [name], title=name) for name in by_ap[:_SMALL_MULTIPLES]]
+
+
+def _pair_of_charts(measured: Measurement, names: Sequence[str], *, title: str) -> dict[str, Any]:
+    of = f" of {title}" if title else ""
+    return {
+        "title": title,
+        "precision_recall": charts.lines(
+            [_precision_recall(measured, name) for name in names],
+            across="recall",
+            up="precision",
+            label=f"Precision over recall{of}",
+        ),
+        "f1": charts.lines(
+            [_f1(measured, name) for name in names],
+            across="score threshold",
+            up="F1",
+            label=f"F1 over score threshold{of}",
+        ),
+    }
+
+
+def _drawable(measured: Measurement, name: str) -> bool:
+    points = measured.points[name]
+    return points is not None and points.scores.size > 0
+
+
+def _precision_recall(measured: Measurement, name: str) -> charts.Line:
+    points = measured.points[name]
+    assert points is not None
+    threshold = float(measured.selection.scores[measured.classes.index(name)])
+    precision, recall, _ = points.at(threshold)
+    mark = None if precision is None else (recall, precision)
+    return charts.Line(
+        name, points.recall, points.precision, mark, f"{name} at the file's {threshold:.2f}"
+    )
+
+
+def _f1(measured: Measurement, name: str) -> charts.Line:
+    points = measured.points[name]
+    assert points is not None
+    best = points.best_threshold()
+    mark = None if best is None else (best, float(points.f1.max()))
+    note = "" if best is None else f"{name}: best F1 {points.f1.max():.3f} at {best:.2f}"
+    return charts.Line(name, points.scores, points.f1, mark, note)
+
+
+def _class_reliability(measured: Measurement) -> list[tuple[str, float | None, Markup]]:
+    if len(measured.classes) < 2:
+        return []
+    most = sorted(measured.classes, key=lambda name: -measured.calibration[name].total)
+    return [
+        (name, each.error, charts.reliability(each, label=f"Precision over score of {name}"))
+        for name, each in ((name, measured.calibration[name]) for name in most[:_SMALL_MULTIPLES])
+    ]
+
+
+def _confusion(measured: Measurement) -> list[tuple[str | None, list[tuple[int, float]]]]:
+    """Rows of counts and shares; the name of the last is None: no object there."""
+    counts, shares = measured.confusion.counts, measured.confusion.row_shares()
+    return [
+        (name, list(zip(row.tolist(), share.tolist(), strict=True)))
+        for name, row, share in zip([*measured.classes, None], counts, shares, strict=True)
+    ]
+
+
+def _most_confused(measured: Measurement) -> Iterator[tuple[str, str, int]]:
+    between = measured.confusion.counts[:-1, :-1].copy()
+    np.fill_diagonal(between, 0)
+    for flat in np.argsort(-between, axis=None, kind="stable")[:_CONFUSED]:
+        true, detected = np.unravel_index(flat, between.shape)
+        # What happened once says little.
+        if between[true, detected] > 1:
+            names = measured.classes[true], measured.classes[detected]
+            yield *names, int(between[true, detected])
+
+
+def _galleries(measured: Measurement) -> list[Gallery]:
+    totals = Counter(each.outcome for each in measured.mistakes)
+    chosen = {
+        kind: [each for each in measured.mistakes if each.outcome is kind][:SHOWN]
+        for kind in MISTAKES
+    }
+    drawn = mistake_pictures.draw_all(
+        [each for group in chosen.values() for each in group],
+        measured.dataset.samples,
+        measured.judgements,
+    )
+    fitting = _within_budget(chosen.values(), drawn)
+    return [
+        Gallery(
+            name=str(kind),
+            meaning=_MEANINGS[kind],
+            total=totals[kind],
+            pictures=tuple(
+                Picture(drawn[each], *_caption(measured, each)) for each in group if each in fitting
+            ),
+        )
+        for kind, group in chosen.items()
+    ]
+
+
+def _within_budget(
+    groups: Iterable[Sequence[Mistake]], drawn: Mapping[Mistake, str]
+) -> set[Mistake]:
+    """The worst of each kind, then the second of each, as far as the budget goes."""
+    left = BUDGET
+    fitting = set()
+    ranked = [(rank, each) for group in groups for rank, each in enumerate(group)]
+    for _, mistake in sorted(ranked, key=lambda pair: pair[0]):
+        left -= len(drawn[mistake])
+        if left < 0:
+            break
+        fitting.add(mistake)
+    return fitting
+
+
+def _caption(measured: Measurement, mistake: Mistake) -> tuple[str, str, str]:
+    """Title, explanation and file name."""
+    sample = measured.dataset.samples[mistake.picture]
+    judgement = measured.judgements[mistake.picture]
+    true = None if mistake.thing is None else measured.classes[sample.labels[mistake.thing]]
+    if mistake.detection is None:
+        held_back = f"the best detection there scores {mistake.score:.2f}, below the threshold"
+        text = held_back if mistake.score else f"no detection there, not even at {SCORE:g}"
+        return str(true), text, sample.path.name
+    name = measured.classes[judgement.shown.labels[mistake.detection]]
+    iou = "" if mistake.iou is None else f"IoU {mistake.iou:.2f}"
+    text = {
+        Outcome.FALSE: "nothing of the kind is labelled here",
+        Outcome.CONFUSED: f"labelled {true}, {iou}",
+        Outcome.MISPLACED: f"{iou} with the labelled box",
+        Outcome.DUPLICATE: f"{iou} with an object found already ({true})",
+    }[mistake.outcome]
+    return f"{name} {mistake.score:.2f}", text, sample.path.name
+
+
+def _against(against: Against) -> dict[str, Any]:
+    differences = against.comparison
+    rows = [
+        ("AP", differences.ap, 1),
+        ("AP50", differences.ap50, 1),
+        ("D-ECE", differences.d_ece, -1),
+    ]
+    given = [(name, each, sign) for name, each, sign in rows if each is not None]
+    reach = max(max(abs(each.low), abs(each.high), abs(each.value)) for _, each, _ in given) or 1.0
+    return {
+        "model": against.model,
+        "evaluation": against.evaluation,
+        "rows": [
+            (name, each, _verdict(each, sign), charts.interval(each, reach=reach))
+            for name, each, sign in given
+        ],
+    }
+
+
+def _verdict(difference: Difference, sign: int) -> str:
+    if not difference.beyond_chance:
+        return "open"
+    return "better" if sign * difference.value > 0 else "worse"
+
+
+def _provenance(provenance: dict[str, Any]) -> list[tuple[str, str]]:
+    """One line for each thing but the configuration, which is long."""
+    return [
+        (key.replace("_", " "), _in_words(value))
+        for key, value in provenance.items()
+        if key != "config" and value not in (None, [], {})
+    ]
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_in_words(each)}" for key, each in value.items())
+    if isinstance(value, list):
+        return "; ".join(map(_in_words, value))
+    return str(value)
+
+
+def _config(provenance: dict[str, Any]) -> str | None:
+    config = provenance.get("config")
+    return None if config is None else json.dumps(config, indent=2)
+
+
+def _finite(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+def _fixed(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"  # noqa: RUF001 - a dash, for no value
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.0f} %"  # noqa: RUF001

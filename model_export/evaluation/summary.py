@@ -1,0 +1,112 @@
+"""An evaluation as JSON, for machines. Numbers are in [0, 1], None is what cannot be measured.
+
+`schema` 1; keys are only ever added under the same number:
+
+- `model`: `name`, `file`, `sha256`, `bytes`, `calibrated`, `provenance` as in the file;
+- `data`: `name`, `split`, `pictures`, `objects`, `classes` in the order of the labels, and `sha256`
+  over file names, sizes and labels;
+- `metrics`: all fields of `evaluation.runner.Evaluation`: the twelve COCO figures (`ap`,
+  `ap50`, `ap75`, `ap_small` … `ar1`, `ar10`, `ar100`, `ar_small` …), `per_class`, `timing` in
+  milliseconds per picture;
+- `thresholds`: by class, the score threshold of highest F1 at IoU 0.50;
+- `operating_points`: by class, `best` (`threshold`, `precision`, `recall`, `f1` at that threshold)
+  and `recommended` (the same at the file's own threshold);
+- `calibration`: `min_score`, `overall` and `per_class`, each with `d_ece`, `bias` (mean score minus
+  precision), `detections` and `bins`;
+- `confusion`: `labels` of rows and columns; `counts[i][j]` objects of class i detected as j. The
+  last row holds detections without an object, the last column objects without a detection;
+- `mistakes`: how many of each kind at the recommended thresholds, by `error_analysis`;
+- `curves`: by class, `recall` and `precision`: COCO's interpolated precision at IoU 0.50;
+- `against`, with `--against` alone: `model`, `metrics`, and `difference` (this file minus that one)
+  of `ap`, `ap50`, `d_ece`, each with `value` and the ends `low` and `high` of its 95 % interval.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+from typing import Any, Final
+
+from model_export.evaluation.calibration_error import MIN_SCORE
+from model_export.evaluation.error_analysis import MISTAKES
+from model_export.evaluation.measurement import Against, Measurement, ModelFile
+from model_export.evaluation.thresholds import RECALLS, OperatingPoints
+
+SCHEMA: Final = 1
+
+
+def answer(measured: Measurement, against: Against | None = None) -> dict[str, Any]:
+    """Plain values, as the module says."""
+    dataset, evaluation = measured.dataset, measured.evaluation
+    kinds = Counter(each.outcome for each in measured.mistakes)
+    written: dict[str, Any] = {
+        "schema": SCHEMA,
+        "model": _model(measured.model),
+        "data": {
+            "name": dataset.root.resolve().name,
+            "split": dataset.split,
+            "pictures": evaluation.images,
+            "objects": evaluation.boxes,
+            "classes": list(dataset.classes),
+            "sha256": measured.data_digest,
+        },
+        "metrics": evaluation.to_dict(),
+        "thresholds": {
+            name: None if each is None else each.best_threshold()
+            for name, each in measured.points.items()
+        },
+        "operating_points": _operating_points(measured),
+        "calibration": {
+            "min_score": MIN_SCORE,
+            "overall": measured.overall_calibration.to_dict(),
+            "per_class": {name: each.to_dict() for name, each in measured.calibration.items()},
+        },
+        "confusion": {
+            "labels": [*dataset.classes, None],
+            "counts": measured.confusion.counts.tolist(),
+        },
+        "mistakes": {str(kind): kinds[kind] for kind in MISTAKES},
+        "curves": {
+            name: None if each is None else _curve(each) for name, each in measured.points.items()
+        },
+    }
+    if against is not None:
+        written["against"] = {
+            "model": _model(against.model),
+            "metrics": against.evaluation.to_dict(),
+            "difference": asdict(against.comparison),
+        }
+    return written
+
+
+def _model(model: ModelFile) -> dict[str, Any]:
+    return {
+        "name": model.metadata.name,
+        "file": model.path.name,
+        "sha256": model.sha256,
+        "bytes": model.size,
+        "calibrated": model.metadata.calibrated,
+        "provenance": model.metadata.provenance,
+    }
+
+
+def _operating_points(measured: Measurement) -> dict[str, Any]:
+    own = measured.selection.scores
+    return {
+        name: {
+            "best": None if each is None else _at(each, each.best_threshold()),
+            "recommended": None if each is None else _at(each, round(float(own[label]), 6)),
+        }
+        for label, (name, each) in enumerate(measured.points.items())
+    }
+
+
+def _at(points: OperatingPoints, threshold: float | None) -> dict[str, float | None] | None:
+    if threshold is None:
+        return None
+    precision, recall, f1 = points.at(threshold)
+    return {"threshold": threshold, "precision": precision, "recall": recall, "f1": f1}
+
+
+def _curve(points: OperatingPoints) -> dict[str, list[float]]:
+    return {"recall": RECALLS.tolist(), "precision": points.interpolated().tolist()}

@@ -1,0 +1,257 @@
+"""Canvas and anchors for a data set, and what they improve."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from model_export.config import TrainConfig
+from model_export.data.anchor_fit import Boxes, Fit, best_ious, fit_of, search
+from model_export.data.datasets import Dataset
+from model_export.data.samples import Sample
+from model_export.retinanet.anchors import AnchorConfig
+from service.errors import DataError
+from service.imaging.canvas import MULTIPLE, Buckets, ShortSide, Size
+
+CLEAR_SIDE: Final = 32.0
+"""Canvas pixels, root of the area: objects below are what COCO calls small."""
+
+CLEAR_SHARE: Final = 0.95
+"""Share of the boxes, the classes' mean, that a canvas must show clearly."""
+
+_SMALLEST_CANVAS: Final = 256
+_LARGEST_CANVAS: Final = 1024
+_SQUARE: Final = 1.15
+"""Pictures whose sides differ by less get a square canvas."""
+_RARE_SHAPE: Final = 0.02
+_SEARCHED: Final = 2000
+"""Boxes that the search looks at; the figures are of all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """Canvas and anchors, and how they suit the data."""
+
+    canvas: Buckets | ShortSide
+    anchors: AnchorConfig
+    balanced: Fit
+    """The mean over the classes, as AP is."""
+    overall: Fit
+    """Every box counts the same."""
+    clear: float
+    """Share of the boxes, the classes' mean, of at least CLEAR_SIDE on the canvas."""
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """What a data set asks for, beside what was set."""
+
+    before: Setup
+    after: Setup
+    canvas_kept: bool
+    """The canvas is the one that was asked for."""
+    smallest_canvas: Buckets
+    """The smallest one that shows the objects clearly, or the pictures' own size."""
+
+    def settings(self) -> dict[str, Any]:
+        """The part of a config that is recommended."""
+        anchors = self.after.anchors.model_dump(mode="json", include={"sizes", "ratios"})
+        return {
+            "canvas": self.after.canvas.model_dump(mode="json", include={"rule", "sizes"})
+            if isinstance(self.after.canvas, Buckets)
+            else self.after.canvas.model_dump(mode="json"),
+            "model": {"anchors": anchors},
+        }
+
+    def apply(self, config: TrainConfig) -> TrainConfig:
+        """The config with the recommendation in it."""
+        model = config.model.model_copy(update={"anchors": self.after.anchors})
+        return config.model_copy(update={"canvas": self.after.canvas, "model": model})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "settings": self.settings(),
+            "canvas_kept": self.canvas_kept,
+            "smallest_canvas": [list(size) for size in self.smallest_canvas.sizes],
+            "before": _figures(self.before),
+            "after": _figures(self.after),
+        }
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        before, after = self.before, self.after
+        yield f"recommended canvas: {_canvas(after.canvas)} (before: {_canvas(before.canvas)})"
+        yield _row("", "before", "after")
+        yield _row("anchors per cell", before.anchors.per_cell, after.anchors.per_cell)
+        yield _row("objects with an anchor at IoU 0.5", *_shares(before.overall, after.overall))
+        yield _row("  the mean over the classes", *_shares(before.balanced, after.balanced))
+        yield _row(
+            "  their best IoU, the mean",
+            f"{before.balanced.overlap:.3f}",
+            f"{after.balanced.overlap:.3f}",
+        )
+        yield _row(
+            f"  {CLEAR_SIDE:g} px and more, the mean", f"{before.clear:.1%}", f"{after.clear:.1%}"
+        )
+        if self.canvas_kept:
+            own = _canvas(self.smallest_canvas)
+            yield f"the canvas is the one asked for; of itself it would be {own}"
+        if after.clear < CLEAR_SHARE:
+            yield (
+                f"{1 - after.clear:.0%} of the objects stay below {CLEAR_SIDE:g} px: a larger "
+                "canvas (--canvas) has a finer grid; larger pictures, or tiles of these, show more"
+            )
+        yield "for --config (train --anchors auto takes the same):"
+        yield yaml.safe_dump(self.settings(), sort_keys=False, default_flow_style=None).rstrip()
+
+
+def advise(training: Dataset, config: TrainConfig) -> Advice:
+    """Canvas and anchors for a train split; a canvas that the config names is kept.
+
+    The canvas is the smallest that shows CLEAR_SHARE of the objects at CLEAR_SIDE, and no larger
+    than the pictures, which enlarging makes no clearer. Raises DataError without objects.
+    """
+    samples = [sample for sample in training.samples if len(sample.boxes)]
+    if not samples:
+        raise DataError(f"{training.root}: no object to choose anchors for; label some")
+    kept = "canvas" in config.model_fields_set
+    smallest = choose_canvas(training.samples)
+    canvas = config.canvas if kept else smallest
+    groups = _on_canvas(samples, canvas)
+    searched = _sample(groups)
+    if config.augmentation.transpose > 0:
+        searched += [_transposed(group) for group in searched]
+    anchors = search(searched, config.model.anchors)
+    return Advice(
+        before=_measure(samples, config.canvas, config.model.anchors),
+        after=_measure(samples, canvas, anchors),
+        canvas_kept=kept,
+        smallest_canvas=smallest,
+    )
+
+
+def choose_canvas(samples: Sequence[Sample]) -> Buckets:
+    """The smallest canvases, by the shapes of the pictures, that show the objects clearly."""
+    sides = np.array([sample.size for sample in samples], dtype=np.float64)
+    own = float(np.percentile(sides.min(axis=1), 90))
+    largest = min(_up(own), _LARGEST_CANVAS)
+    chosen = _buckets(sides, largest)
+    labelled = [sample for sample in samples if len(sample.boxes)]
+    for short in range(min(_SMALLEST_CANVAS, largest), largest, MULTIPLE):
+        rule = _buckets(sides, short)
+        if _clear_share(_on_canvas(labelled, rule)) >= CLEAR_SHARE:
+            return rule
+    return chosen
+
+
+def _buckets(sides: NDArray[np.float64], short: int) -> Buckets:
+    """A canvas for lying, upright and square pictures, as far as they occur, commonest first."""
+    aspects = sides[:, 1] / sides[:, 0]
+    kinds = np.sign(np.log(aspects)) * (np.abs(np.log(aspects)) > np.log(_SQUARE))
+    sizes: dict[Size, int] = {}
+    for kind in (1, -1, 0):
+        members = aspects[kinds == kind]
+        if len(members) < max(1, _RARE_SHAPE * len(aspects)):
+            continue
+        aspect = float(np.median(members))
+        long = max(short, MULTIPLE * round(short * max(aspect, 1 / aspect) / MULTIPLE))
+        size = {1: Size(short, long), -1: Size(long, short), 0: Size(short, short)}[kind]
+        sizes[size] = len(members)
+    return Buckets(sizes=tuple(sorted(sizes, key=lambda size: -sizes[size])))
+
+
+def _up(side: float) -> int:
+    return MULTIPLE * max(1, int(np.ceil(side / MULTIPLE)))
+
+
+def _on_canvas(samples: Sequence[Sample], rule: Buckets | ShortSide) -> list[Boxes]:
+    """The boxes of each canvas; a class's weights sum up to 1 over all of them."""
+    counts = np.bincount(np.concatenate([sample.labels for sample in samples]))
+    members: dict[Size, list[tuple[NDArray[np.float32], NDArray[np.float64]]]] = {}
+    for sample in samples:
+        placed = rule.fit(sample.size)
+        there = placed.to_canvas(sample.boxes), 1 / counts[sample.labels]
+        members.setdefault(placed.canvas, []).append(there)
+    return [
+        Boxes(canvas, np.concatenate([b for b, _ in each]), np.concatenate([w for _, w in each]))
+        for canvas, each in members.items()
+    ]
+
+
+def _measure(
+    samples: Sequence[Sample], canvas: Buckets | ShortSide, anchors: AnchorConfig
+) -> Setup:
+    groups = _on_canvas(samples, canvas)
+    ious = np.concatenate([best_ious(group.boxes, group.canvas, anchors) for group in groups])
+    weights = np.concatenate([group.weights for group in groups])
+    return Setup(
+        canvas=canvas,
+        anchors=anchors,
+        balanced=fit_of(ious, weights),
+        overall=fit_of(ious, np.ones(len(ious))),
+        clear=_clear_share(groups),
+    )
+
+
+def _clear_share(groups: Sequence[Boxes]) -> float:
+    boxes = np.concatenate([group.boxes for group in groups])
+    weights = np.concatenate([group.weights for group in groups])
+    areas = (boxes[:, 2:].astype(np.float64) - boxes[:, :2]).prod(axis=1)
+    return float(weights[areas >= CLEAR_SIDE**2].sum() / weights.sum())
+
+
+def _sample(groups: Sequence[Boxes]) -> list[Boxes]:
+    """At most about _SEARCHED of the boxes, drawn so that rare classes stay; the same each time."""
+    weights = np.concatenate([group.weights for group in groups])
+    if len(weights) <= _SEARCHED:
+        return list(groups)
+    # Drawing by weight makes every class as likely, so those drawn count the same.
+    drawn = np.random.default_rng(0).choice(
+        len(weights), _SEARCHED, replace=True, p=weights / weights.sum()
+    )
+    times = np.bincount(drawn, minlength=len(weights)).astype(np.float64)
+    sampled: list[Boxes] = []
+    first = 0
+    for group in groups:
+        own = times[first : first + len(group.boxes)]
+        first += len(group.boxes)
+        if own.any():
+            sampled.append(Boxes(group.canvas, group.boxes[own > 0], own[own > 0]))
+    return sampled
+
+
+def _transposed(group: Boxes) -> Boxes:
+    swapped = Size(group.canvas.width, group.canvas.height)
+    return Boxes(swapped, group.boxes[:, [1, 0, 3, 2]], group.weights)
+
+
+def _canvas(rule: Buckets | ShortSide) -> str:
+    if isinstance(rule, ShortSide):
+        return f"short-side:{rule.short},{rule.long}"
+    return ",".join(f"{size.height}x{size.width}" for size in rule.sizes)
+
+
+def _shares(*fits: Fit) -> tuple[str, ...]:
+    return tuple(f"{fit.reached:.1%}" for fit in fits)
+
+
+def _row(name: str, before: object, after: object) -> str:
+    return f"{name:<34}  {before!s:>9}  {after!s:>9}"
+
+
+def _figures(setup: Setup) -> dict[str, Any]:
+    return {
+        "anchors_per_cell": setup.anchors.per_cell,
+        "reached": setup.overall.reached,
+        "reached_mean_over_classes": setup.balanced.reached,
+        "mean_best_iou": setup.balanced.overlap,
+        "clear": setup.clear,
+    }

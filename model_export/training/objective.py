@@ -1,0 +1,112 @@
+"""What training minimises: a loss of classes over anchors plus box regression of the foreground."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model_export.config import LossConfig, MatchingConfig
+from model_export.data.samples import CROWD
+from model_export.retinanet.matching import BACKGROUND, IGNORED, box_iou, match, share_inside
+from model_export.retinanet.model import Level
+from model_export.training.distributed import add_up, processes
+
+CROWD_SHARE: Final = 0.5
+"""Of an anchor's area; with so much of it in a crowd it is no background."""
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """The two parts of the loss, each a scalar."""
+
+    classification: Tensor
+    regression: Tensor
+
+
+def assign(
+    anchors: Tensor, boxes: Sequence[Tensor], labels: Sequence[Tensor], matching: MatchingConfig
+) -> list[Tensor]:
+    """For each picture with objects `boxes` [(n, 4)] what `match` says of anchors (A, 4).
+
+    What is labelled CROWD claims no anchor, and those that lie in it by half and would be
+    background are ignored: there are objects in it.
+    """
+    return [
+        _assign(anchors, objects, classes == CROWD, matching)
+        for objects, classes in zip(boxes, labels, strict=True)
+    ]
+
+
+def _assign(anchors: Tensor, boxes: Tensor, crowd: Tensor, matching: MatchingConfig) -> Tensor:
+    matched = match(
+        box_iou(boxes, anchors).masked_fill(crowd[:, None], 0.0),
+        foreground=matching.foreground,
+        background=matching.background,
+        low_quality_matches=matching.low_quality_matches,
+    )
+    inside = (share_inside(anchors, boxes[crowd]) >= CROWD_SHARE).any(dim=1)
+    return matched.masked_fill(inside & (matched == BACKGROUND), IGNORED)
+
+
+def normaliser(assigned: Sequence[Tensor]) -> Tensor:
+    """What the sums over all anchors are multiplied by, a float32 scalar.
+
+    1 / the number of foreground anchors in the whole batch, over all processes, and at least 1
+    (Focal Loss, section 4), times the number of processes: their gradients are averaged.
+    """
+    counts = [(matched >= 0).sum(dtype=torch.float32) for matched in assigned]
+    return processes() / add_up(torch.stack(counts).sum()).clamp(min=1.0)
+
+
+def detection_loss(
+    levels: Sequence[Level],
+    boxes: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    *,
+    matching: MatchingConfig,
+    loss: LossConfig,
+) -> Losses:
+    """Loss of a batch of B pictures with objects `boxes` [(n, 4)] and `labels` [(n,)].
+
+    Both parts are sums over all anchors times the `normaliser` of this batch.
+    """
+    assigned = assign(torch.cat([level.anchors for level in levels]), boxes, labels, matching)
+    return assigned_loss(levels, assigned, boxes, labels, loss=loss, scale=normaliser(assigned))
+
+
+def assigned_loss(
+    levels: Sequence[Level],
+    assigned: Sequence[Tensor],
+    boxes: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    *,
+    loss: LossConfig,
+    scale: Tensor,
+) -> Losses:
+    """The sums over all anchors, as `assign` gave them their objects, times `scale`."""
+    logits = torch.cat([level.logits for level in levels], dim=1)
+    deltas = torch.cat([level.deltas for level in levels], dim=1)
+    anchors = torch.cat([level.anchors for level in levels])
+    classification = logits.new_zeros((), dtype=torch.float32)
+    regression = logits.new_zeros((), dtype=torch.float32)
+    pictures = zip(assigned, boxes, labels, strict=True)
+    for index, (matched, objects, classes) in enumerate(pictures):
+        used = matched != IGNORED
+        foreground = matched >= 0
+        targets = torch.zeros_like(logits[index], dtype=torch.float32)
+        targets[foreground, classes[matched[foreground]]] = 1.0
+        elements = loss.classification.elements(logits[index], targets)
+        counted = loss.classification.counted(elements.detach(), targets, anchors, used)
+        classification = classification + (elements * counted[:, None]).sum()
+        if objects.numel():
+            wanted = objects[matched[foreground]]
+            boxes_loss = loss.box(deltas[index][foreground], anchors[foreground], wanted)
+            regression = regression + boxes_loss.sum()
+    # Touching every delta keeps the regression head in the graph of a batch without objects.
+    nothing = F.relu(deltas.float().sum() * 0.0)
+    return Losses(classification * scale, (regression * loss.box_weight + nothing) * scale)

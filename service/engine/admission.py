@@ -1,0 +1,172 @@
+"""Who is let in: bounds on what the service holds, and the prediction of when work will be done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from service.engine.batch_queue import Urgency
+from service.errors import Unavailable
+
+_START: Final = 1.1
+"""How much longer than predicted work is taken to last before anything was seen."""
+_MOST: Final = 4.0
+_RISE: Final = 0.1
+"""Least step of the ratio up when work lasted longer; else half of what was missing."""
+_FALL: Final = 0.0002
+"""Share of the ratio's excess over 1 that goes when work did not last longer, a tenth of it at
+least: it settles where some 0.2 % last longer. A ratio that is too high makes queues shorter and
+keeps no device idle; one that is too low breaks promises."""
+_SPARED: Final = 4
+"""One in so many places is never taken by bulk."""
+WAY_BACK: Final = 0.02
+"""Seconds from a device to the client: the event loop, and writing the answer."""
+_SMALL_CHANGE: Final = 0.05
+"""Seconds that are added to both sides of a comparison: being 20 ms late on 20 ms is no pattern."""
+
+
+class Caution:
+    """How far predictions are to be stretched so that few of them turn out too short.
+
+    >>> caution = Caution()
+    >>> round(caution.stretch(1.0), 2)
+    1.1
+    """
+
+    def __init__(self, *, fall: float = _FALL) -> None:
+        """`fall` is the share of the excess that goes when work did not last longer."""
+        self.ratio = _START
+        self._fall = fall
+
+    def stretch(self, seconds: float) -> float:
+        """A careful prediction, from a plain one."""
+        return seconds * self.ratio
+
+    def observe(self, *, predicted: float, actual: float) -> None:
+        """Work whose plain prediction was `predicted` seconds took `actual` seconds."""
+        seen = (actual + _SMALL_CHANGE) / (predicted + _SMALL_CHANGE)
+        if seen > self.ratio:
+            self.ratio += max(_RISE, (seen - self.ratio) / 2)
+        else:
+            self.ratio -= self._fall * max(self.ratio - 1.0, 0.1)
+        self.ratio = min(max(self.ratio, 1.0), _MOST)
+
+
+def refuse_late(*, finish: float, left: float, alone: float) -> None:
+    """Raise Unavailable when work that would take `finish` seconds has only `left` seconds.
+
+    `alone` is the least that it would take on an idle service.
+    """
+    if finish <= left:
+        return
+    if alone > left:
+        raise Unavailable(
+            f"the deadline, {_ms(left)} away, cannot be met: a picture takes at least "
+            f"{_ms(alone)} here; allow more time in X-Deadline-Ms",
+            reason="deadline-too-short",
+        )
+    raise Unavailable(
+        f"the deadline, {_ms(left)} away, cannot be met: the answer is expected in "
+        f"{_ms(finish)}; try again later, or allow more time",
+        reason="deadline",
+        retry_after=finish - left,
+    )
+
+
+class Admission:
+    """Bounds how many pictures, and bytes of them, the service holds. One event loop's."""
+
+    def __init__(
+        self,
+        limit: int,
+        *,
+        bytes_limit: int | None = None,
+        pause: Callable[[], float] | None = None,
+    ) -> None:
+        """`pause` tells how many seconds it will take until there is room."""
+        self.limit = limit
+        self.bytes_limit = bytes_limit
+        self.bulk_limit = limit - limit // _SPARED
+        """Bulk leaves places to those who wait for one picture."""
+        self.held = 0
+        self.bulk_held = 0
+        self.bytes_held = 0
+        self._pause = pause or (lambda: 1.0)
+
+    def check(self, places: int = 1, size: int = 0, urgency: Urgency = Urgency.INTERACTIVE) -> None:
+        """Raise Unavailable when there is no room, before anything was spent on the request."""
+        if self.held + places > self.limit:
+            raise Unavailable(
+                f"the queue is full ({self.limit} pictures); try again in a moment",
+                reason="queue-full",
+                retry_after=self._pause(),
+            )
+        if urgency is Urgency.BULK and self.bulk_held + places > self.bulk_limit:
+            raise Unavailable(
+                f"batches hold {self.bulk_held} of {self.limit} places, the rest is for single "
+                "pictures; try again in a moment",
+                reason="queue-full",
+                retry_after=self._pause(),
+            )
+        # What is larger than the bound passes when it is alone: its size has a bound of its own.
+        crowded = self.bytes_limit is not None and self.bytes_held + size > self.bytes_limit
+        if crowded and size and self.bytes_held:
+            raise Unavailable(
+                f"the queue holds {self.bytes_held} bytes of pictures and has no room for {size} "
+                f"more (at most {self.bytes_limit}); try again in a moment",
+                reason="queue-bytes",
+                retry_after=self._pause(),
+            )
+
+    def slot(self, size: int = 0, urgency: Urgency = Urgency.INTERACTIVE) -> Place:
+        """To hold the place of a picture of so many bytes. Raises Unavailable without room."""
+        self.check(1, size, urgency)
+        return Place(self, 1, size, bulk=int(urgency is Urgency.BULK))
+
+    def body(self, size: int) -> Place:
+        """To hold the bytes of a request of many pictures, which then need only places.
+
+        Raises Unavailable without room.
+        """
+        self.check(0, size)
+        return self.hold(0, size)
+
+    def more(self, places: int) -> Place:
+        """To hold further places, for a request of several canvases.
+
+        Raises Unavailable without room for all of them.
+        """
+        self.check(places)
+        return self.hold(places, 0)
+
+    def hold(self, places: int, size: int) -> Place:
+        """To hold what has been checked already."""
+        return Place(self, places, size)
+
+
+class Place:
+    """What is held while a `with` block runs."""
+
+    __slots__ = ("_admission", "_bulk", "_places", "_size")
+
+    def __init__(self, admission: Admission, places: int, size: int, *, bulk: int = 0) -> None:
+        self._admission = admission
+        self._places = places
+        self._size = size
+        self._bulk = bulk
+
+    def __enter__(self) -> None:
+        self._change(1)
+
+    def __exit__(self, *_: object) -> None:
+        self._change(-1)
+
+    def _change(self, sign: int) -> None:
+        held = self._admission
+        held.held += sign * self._places
+        held.bytes_held += sign * self._size
+        held.bulk_held += sign * self._bulk
+
+
+def _ms(seconds: float) -> str:
+    return f"{max(0.0, seconds) * 1e3:.0f} ms"

@@ -1,0 +1,53 @@
+"""What takes longest to be ready: the devices, and the models on them.
+
+Nothing here needs the web framework, so models can load while that is being imported.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from service.engine.models.registry import Registry, open_registry
+from service.runtime.cpu_concurrency import SideBySide
+from service.runtime.devices import Hardware, resolve
+from service.settings import Settings
+from service.system.cpus import cpu_count
+
+
+class Models(NamedTuple):
+    """Devices that are proved, and the models that are to run on them."""
+
+    hardware: Hardware
+    registry: Registry
+    max_batch_size: int
+    """Most canvases in one inference: MAX_BATCH_SIZE, or what suits the devices."""
+    cpus: int
+    """How many CPUs may be kept busy: CPUS, or all that this process has."""
+    side_by_side: SideBySide
+    """How many inferences share a CPU."""
+
+
+def open_models(settings: Settings, hardware: Hardware | None = None) -> Models:
+    """Prove the devices and look the model repository through; nothing is loaded yet.
+
+    Raises DeviceError, ArtifactError or DataError.
+    """
+    cpus = settings.cpus or cpu_count()
+    if hardware is None:
+        hardware = resolve(
+            settings.device,
+            memory_limit=settings.gpu_memory_bytes,
+            tf32=settings.gpu_tf32,
+            winograd=settings.cpu_winograd,
+            threads=cpus,
+        )
+    batch = settings.max_batch_size or max(device.default_batch_size for device in hardware.devices)
+    side_by_side = SideBySide(settings.cpu_inferences, cores=cpus)
+    registry = open_registry(
+        settings.models_dir,
+        devices=hardware.devices,
+        default=settings.default_model,
+        batch=batch,
+        side_by_side=side_by_side,
+    )
+    return Models(hardware, registry, batch, cpus, side_by_side)

@@ -1,0 +1,25 @@
+"""What a process that serves sets up for all of itself, whoever started it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+from service.observability.logs import configure_logging
+from service.settings import Settings, unknown_variables
+from service.system.memory import keep_freed_memory
+
+_log = logging.getLogger("retinaserve")
+
+
+def prepare_process(settings: Settings) -> None:
+    """Memory, log and warnings. Not for an application that somebody else embeds."""
+    keep_freed_memory()
+    configure_logging(settings.log_format, settings.log_level)
+    # Pillow words its warnings after each odd picture. Python would write every new wording past
+    # the log, and remember it for ever.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    for name in unknown_variables(os.environ):
+        # Whoever sets, say, a rate limit must not believe that there is one.
+        _log.warning("%s is no setting of this version and does nothing", name)

@@ -1,0 +1,1 @@
+"""All that knows HTTP: the application, its server, its routes."""

@@ -1,0 +1,64 @@
+"""Who comes in, for every protocol: keys first, then the rate limit."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable
+from typing import Final
+
+from service.errors import Unauthorized
+from service.http.auth.keys import Key, KeyStore
+from service.http.auth.rate_limit import RateLimiter
+
+_IPV6_NETWORK: Final = 64
+"""Bits of an IPv6 address that name its network; within it one machine has every address."""
+
+
+class Gate:
+    """Knows the keys and how often each was used. One event loop's.
+
+    Nothing is kept of calls without a good key: a key has 256 random bits, so there is no guessing
+    to slow down, and nobody can lock another out or fill the memory by failing.
+    """
+
+    def __init__(self, keys: KeyStore | None, rate_limit: str | None) -> None:
+        """`rate_limit` as RateLimiter takes it. Raises DataError."""
+        self._keys = keys
+        self._limiter = None if rate_limit is None else RateLimiter(rate_limit)
+
+    def enter(self, presented: Iterable[str], address: str) -> Key | None:
+        """Let a caller in by any of the keys that he presents; None where there are no keys.
+
+        Without keys callers are told apart by their `address`. Raises Unauthorized or RateLimited.
+        """
+        key = None if self._keys is None else self._authenticate(self._keys, presented)
+        if self._limiter is not None:
+            self._limiter.take(_network(address) if key is None else key.name)
+        return key
+
+    def _authenticate(self, keys: KeyStore, presented: Iterable[str]) -> Key:
+        tried = False
+        for each in presented:
+            tried = True
+            key = keys.find(each)
+            if key is not None:
+                return key
+        if tried:
+            raise Unauthorized("the key is none of this service's, or was revoked")
+        raise Unauthorized(
+            "this service needs a key; send it as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'"
+        )
+
+
+def _network(address: str) -> str:
+    """What a caller without a key is told apart by."""
+    try:
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return "unknown"
+    if isinstance(parsed, ipaddress.IPv6Address):
+        if parsed.ipv4_mapped is not None:
+            return str(parsed.ipv4_mapped)
+        network = ipaddress.ip_network((parsed, _IPV6_NETWORK), strict=False)
+        return str(network)
+    return str(parsed)

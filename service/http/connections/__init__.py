@@ -1,0 +1,1 @@
+"""What every connection is held to, under both of the parsers of uvicorn."""

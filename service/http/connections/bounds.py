@@ -1,0 +1,335 @@
+"""What every HTTP connection is held to, whichever of uvicorn's parsers reads it.
+
+uvicorn waits for a request's headers for ever, takes any number and size of them, and reads what
+is left of a body after the answer without end. Here each of these has a bound.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any, Final, Protocol
+
+import orjson
+from uvicorn.protocols.utils import is_ssl
+
+from service.http.connections.client import Presence, announce
+from service.http.connections.descriptors import Crowd
+from service.http.problems import MEDIA_TYPE, http_problem
+
+HEAD_SECONDS: Final = 10.0
+"""Longest time from a request's first byte (of a new connection: from its beginning) until its
+headers are complete."""
+_CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+HEAD_BYTES: Final = 65_536
+HEAD_FIELDS: Final = 100
+
+_DRAIN_BYTES: Final = 65_536
+"""What is still read of a body after an answer that did not wait for it."""
+_LINGER_SECONDS: Final = 2.0
+"""How long such a connection stays: closed with bytes unread, it would be reset, and a reset can
+overtake the answer."""
+_LAST_SECONDS: Final = 0.5
+"""How long it stays once nothing more is read of it."""
+
+_FRAMING_BYTES: Final = 131_072
+_FRAMING_SHARE: Final = 0.25
+"""Bytes of a body's framing (chunk sizes and extensions, trailers) that are taken: so many, and so
+many for each byte of the body. A body in chunks of single bytes costs the time of a large one."""
+
+_PROBE_SECONDS: Final = 0.5
+"""When a client that ended its side is first looked for; then after twice the time, and so on."""
+
+_STALL_SECONDS: Final = 20.0
+_STALL_BYTES: Final = 16_384
+"""A client must take this many bytes of a waiting answer in that time."""
+
+
+def is_old(version: str) -> bool:
+    """Return whether an HTTP version has neither chunks nor 1xx answers."""
+    return version in ("0.9", "1.0")
+
+
+def refusal(status: int, detail: str) -> bytes:
+    """The answer to what is no request."""
+    document = http_problem(status, detail, instance="", request_id="-")
+    content = orjson.dumps(document)
+    head = (
+        f"HTTP/1.1 {status} {document['title']}\r\ncontent-type: {MEDIA_TYPE}\r\n"
+        f"content-length: {len(content)}\r\nconnection: close\r\n\r\n"
+    )
+    return head.encode() + content
+
+
+class Cycle(Protocol):
+    """The parts of uvicorn's RequestResponseCycle that are used here."""
+
+    scope: Any
+    body: bytearray
+    more_body: bool
+    disconnected: bool
+    response_started: bool
+    response_complete: bool
+    chunked_encoding: bool | None
+    expected_content_length: int
+    transport: Any
+    send: Any
+
+
+class Bounded(asyncio.Protocol):
+    """Mixed in before one of uvicorn's protocols, which tells it of each request by `adopt`."""
+
+    transport: asyncio.Transport
+    loop: asyncio.AbstractEventLoop
+    app: Any
+    cycle: Any
+    flow: Any
+    server_state: Any
+
+    def __init__(self, *args: Any, crowd: Crowd | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._crowd = crowd
+        self._idle_since = time.monotonic()
+        self._present: list[tuple[Cycle, Presence]] = []
+        """Requests in hand. They may be several: one can be sent before the last is answered."""
+        self._one_request = False
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._linger_timer: asyncio.TimerHandle | None = None
+        self._stall_timer: asyncio.TimerHandle | None = None
+        self._probe_timer: asyncio.TimerHandle | None = None
+        self._half_closed = False
+        self._lingering = False
+        self._drained = 0
+        self._framing = 0
+        self._body = 0
+
+    def head_is_open(self, received: int) -> bool:
+        """Whether the bytes that were just `received` began headers and did not complete them."""
+        raise NotImplementedError
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """The client may take its time for everything but saying what it wants."""
+        super().connection_made(transport)
+        if self._crowd is not None:
+            descriptor = transport.get_extra_info("socket").fileno()
+            others = (each for each in self.server_state.connections if each is not self)
+            if not self._crowd.has_room(descriptor, others):
+                self.app = self._crowd.probes_only(self.app)
+                self._one_request = True
+        self._head_timer = self.loop.call_later(HEAD_SECONDS, self._head_is_late)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nothing is timed any more."""
+        for timer in (
+            self._head_timer,
+            self._linger_timer,
+            self._stall_timer,
+            self._probe_timer,
+        ):
+            if timer is not None:
+                timer.cancel()
+        super().connection_lost(exc)
+        for cycle, presence in self._unanswered():
+            # uvicorn tells only the newest of several; the others would answer into the void.
+            cycle.disconnected = True
+            presence.leave()
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes of a request, or of a body that nobody wants any more."""
+        if self._lingering:
+            self._drain(len(data))
+            return
+        cycle = self.cycle
+        before = 0 if cycle is None else len(cycle.body)
+        super().data_received(data)
+        if self.transport.is_closing():
+            return
+        self._count_framing(cycle, before, len(data))
+        if not self.head_is_open(len(data)):
+            if self._head_timer is not None:
+                self._head_timer.cancel()
+                self._head_timer = None
+        elif self._head_timer is None:
+            self._head_timer = self.loop.call_later(HEAD_SECONDS, self._head_is_late)
+
+    def eof_received(self) -> Any:
+        """Return whether to keep the connection open, for answers to requests that are whole.
+
+        A client may end its own side after its last request. TLS connections end as a whole.
+        """
+        unanswered = self._unanswered()
+        if not unanswered or self._lingering or self.cycle.more_body or is_ssl(self.transport):
+            return False
+        self._half_closed = True
+        self._probe_timer = self.loop.call_later(_PROBE_SECONDS, self._probe, _PROBE_SECONDS)
+        return True
+
+    def adopt(self, cycle: Cycle) -> None:
+        """See to it that an answer ends the connection well where nothing may follow it."""
+        presence = Presence(cycle)
+        announce(cycle.scope, presence)
+        self._present.append((cycle, presence))
+        send: Callable[[MutableMapping[str, Any]], Awaitable[None]] = cycle.send
+        # Where two ends may disagree on the end of a body, nothing behind it is a request
+        # (RFC 9112, 6.1); nor is what a client sends ahead through a tunnel that it does not get.
+        names = {name for name, _ in cycle.scope["headers"]}
+        last = (
+            self._one_request
+            or {b"content-length", b"transfer-encoding"} <= names
+            or cycle.scope["method"] == "CONNECT"
+        )
+        has_body = cycle.scope["method"] != "HEAD"
+        old = is_old(cycle.scope["http_version"])
+        outlet = _Outlet(self, cycle)
+
+        async def send_and_close(message: MutableMapping[str, Any]) -> None:
+            nonlocal old
+            if not cycle.response_started:
+                headers = message.get("headers", ())
+                has_length = any(name == b"content-length" for name, _ in headers)
+                outlet.hold = has_body and has_length
+                old = old and not has_length
+                if old:
+                    # HTTP/1.0 has no chunks: the body ends with the connection.
+                    cycle.chunked_encoding = False
+                if last or cycle.more_body:
+                    message["headers"] = [
+                        *(each for each in headers if each[0] != b"connection"),
+                        (b"connection", b"close"),
+                    ]
+            elif old:
+                cycle.expected_content_length = len(message.get("body", b""))
+            await send(message)
+
+        cycle.send = send_and_close
+        cycle.transport = outlet
+
+    def refuse(self, status: int, detail: str) -> None:
+        """Answer what is no request, unless that would come in the middle of another answer."""
+        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+            self.transport.write(refusal(status, detail))
+        self.transport.close()
+
+    def linger(self) -> None:
+        """Say that no more will be sent, and give the client the time to read what was."""
+        self._lingering = True
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.flow.resume_reading()
+        self._linger_timer = self.loop.call_later(_LINGER_SECONDS, self.transport.close)
+
+    @property
+    def idle_since(self) -> float | None:
+        """Since when it waits for a whole head, on `time.monotonic`; None: there is a request."""
+        idle = self.cycle is None or self.cycle.response_complete
+        return self._idle_since if idle else None
+
+    def make_way(self) -> None:
+        """End at once."""
+        self.transport.abort()
+
+    def on_response_complete(self) -> None:
+        """After an answer: there is no next request on a connection that only lingers."""
+        self._idle_since = time.monotonic()
+        self._present = self._unanswered()
+        if self._lingering:
+            self.server_state.total_requests += 1
+            return
+        super().on_response_complete()  # type: ignore[misc]
+        if self._half_closed and not self._unanswered():
+            self.transport.close()
+
+    def pause_writing(self) -> None:
+        """The client reads slower than the answer is written."""
+        super().pause_writing()
+        self._watch_stall()
+
+    def resume_writing(self) -> None:
+        """The client has caught up."""
+        super().resume_writing()
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
+            self._stall_timer = None
+
+    def _unanswered(self) -> list[tuple[Cycle, Presence]]:
+        return [each for each in self._present if not each[0].response_complete]
+
+    def _probe(self, waited: float) -> None:
+        """Write to a client that ended its side `waited` seconds ago.
+
+        It may have closed the whole connection: only the reset that then answers a write tells.
+        """
+        for cycle, _ in self._unanswered()[:1]:
+            if not cycle.response_started and not is_old(cycle.scope["http_version"]):
+                # Any number of these may come before an answer (RFC 9110, 15.2).
+                self.transport.write(_CONTINUE)
+        self._probe_timer = self.loop.call_later(waited, self._probe, 2 * waited)
+
+    def _head_is_late(self) -> None:
+        self._head_timer = None
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
+        else:
+            # The beginning of a next request, behind one that is being answered.
+            self._head_timer = self.loop.call_later(HEAD_SECONDS, self._head_is_late)
+
+    def _drain(self, size: int) -> None:
+        self._drained += size
+        if self._drained > _DRAIN_BYTES and self._linger_timer is not None:
+            self.flow.pause_reading()
+            self._linger_timer.cancel()
+            self._linger_timer = self.loop.call_later(_LAST_SECONDS, self.transport.close)
+
+    def _count_framing(self, cycle: Cycle | None, before: int, received: int) -> None:
+        if cycle is None or cycle is not self.cycle or not cycle.more_body:
+            self._framing = self._body = 0
+            return
+        body = len(cycle.body) - before
+        self._body += body
+        self._framing += received - body
+        if self._framing > _FRAMING_BYTES + _FRAMING_SHARE * self._body:
+            self.transport.abort()
+
+    def _watch_stall(self) -> None:
+        size = self.transport.get_write_buffer_size()
+        self._stall_timer = self.loop.call_later(_STALL_SECONDS, self._look_at_stall, size)
+
+    def _look_at_stall(self, before: int) -> None:
+        if self.transport.get_write_buffer_size() > before - _STALL_BYTES:
+            self.transport.abort()
+        else:
+            self._watch_stall()
+
+
+class _Outlet:
+    """A request's view of the transport: the head of an answer leaves with the first of its body.
+
+    And closing early becomes lingering.
+    """
+
+    def __init__(self, connection: Bounded, cycle: Cycle) -> None:
+        self._connection = connection
+        self._cycle = cycle
+        self._held = b""
+        self.hold = False
+        """Whether what is written next waits for what follows at once."""
+
+    def write(self, data: bytes) -> None:
+        if self.hold:
+            # Twice through the kernel, and twice waking the client, costs more than a copy.
+            self._held, self.hold = data, False
+            return
+        held, self._held = self._held, b""
+        self._connection.transport.write(held + data)
+
+    def is_closing(self) -> bool:
+        return self._connection.transport.is_closing()
+
+    def close(self) -> None:
+        if self._held:
+            self.write(b"")
+        if self._cycle.more_body and self._cycle.response_complete:
+            self._connection.linger()
+        else:
+            self._connection.transport.close()

@@ -1,0 +1,175 @@
+"""The REST dialect: /v2 and everything below it, translated to the data plane and back."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
+from typing import Any, Final
+
+import orjson
+from fastapi import FastAPI, Request, Response
+
+from service.engine.service import Service
+from service.engine.work import Servable
+from service.errors import MalformedRequest
+from service.http.bodies import read_body
+from service.http.oip import descriptions, metadata
+from service.http.oip.data_plane import earlier, find_model, infer, limits_of
+from service.http.oip.json_codec import HEADER_LENGTH, Parsed, parse, write
+from service.http.parameters import deadline
+from service.http.routes.detect import WhileConnected, receive_body, take_apart
+
+_SMALL_BODY: Final = 64 * 1024
+_BIG_BODY: Final = 1 << 20
+"""From this size on bodies are taken apart one after another. JSON becomes up to 45 times as large,
+and to read it holds the interpreter's lock: side by side takes no less time."""
+_MANY_DETECTIONS: Final = 200
+"""From this number on an answer is worth a thread."""
+
+
+class RestRoutes:
+    """Answers of the protocol. Errors are raised; below /v2 they become {"error": "…"}."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._big_bodies = asyncio.Semaphore(1)
+
+    async def server(self) -> Response:
+        """Name, version and extensions of this server."""
+        return _json(metadata.server())
+
+    async def live(self) -> Response:
+        """Alive; 503 only once the device is lost for good."""
+        fatal = self._service.pipeline.fatal
+        return _state({"live": fatal is None}, fatal)
+
+    async def ready(self) -> Response:
+        """Ready for requests: the default model is warm and no drain has begun."""
+        reason = self._service.not_ready()
+        return _state({"ready": reason is None}, reason)
+
+    async def model(self, name: str) -> Response:
+        """Inputs, outputs and versions of a model."""
+        return _json(metadata.model(self._service, name))
+
+    async def model_version(self, name: str, version: str) -> Response:
+        """Inputs and outputs of one version of a model."""
+        return _json(metadata.model(self._service, name, version))
+
+    async def model_ready(self, name: str) -> Response:
+        """Whether some version of a model serves."""
+        return self._model_ready(name, "")
+
+    async def model_version_ready(self, name: str, version: str) -> Response:
+        """Whether one version of a model serves."""
+        return self._model_ready(name, version)
+
+    async def config(self, name: str) -> Response:
+        """A model in the words of Triton's model configuration."""
+        return _json(metadata.config(self._service, name))
+
+    async def config_version(self, name: str, version: str) -> Response:
+        """One version of a model in the words of Triton's model configuration."""
+        return _json(metadata.config(self._service, name, version))
+
+    async def index(self, request: Request) -> Response:
+        """Every version of every model; {"ready": true} leaves out what does not serve."""
+        settings = self._service.settings
+        body = await read_body(
+            request.headers,
+            request.receive,
+            limit=_SMALL_BODY,
+            timeout=settings.body_timeout_ms / 1e3,
+        )
+        try:
+            document = orjson.loads(body or b"{}")
+        except orjson.JSONDecodeError as error:
+            raise MalformedRequest(f"the request is not valid JSON: {error}") from error
+        if not isinstance(document, dict) or not isinstance(document.get("ready", False), bool):
+            raise MalformedRequest('the request must be {} or {"ready": true}')
+        return _json(metadata.index(self._service, ready=document.get("ready", False)))
+
+    async def infer(self, request: Request, name: str) -> Response:
+        """Inference on a model's highest version that is ready."""
+        return await self._infer(request, find_model(self._service, name))
+
+    async def infer_version(self, request: Request, name: str, version: str) -> Response:
+        """Inference on one version of a model."""
+        return await self._infer(request, find_model(self._service, name, version))
+
+    async def _infer(self, request: Request, model: Servable) -> Response:
+        service, arrived = self._service, time.monotonic()
+        body = await receive_body(service, request, request.headers)
+        limit = deadline(
+            request.headers,
+            arrived=arrived,
+            read=time.monotonic(),
+            limit_ms=service.settings.request_timeout_ms,
+        )
+        with service.pictures.slot(len(body)), WhileConnected(request):
+            async with self._big_bodies if len(body) >= _BIG_BODY else nullcontext():
+                parsed = await take_apart(
+                    service,
+                    parse,
+                    body,
+                    request.headers.get(HEADER_LENGTH),
+                    limits_of(service, model),
+                )
+            limit = earlier(limit, parsed.request.parameters, arrived=arrived)
+            outputs = await infer(service, model, parsed.request, limit)
+            if len(outputs["scores"]) < _MANY_DETECTIONS:
+                return _answer(parsed, outputs, model)
+            return await service.off_loop(_answer, parsed, outputs, model)
+
+    def _model_ready(self, name: str, version: str) -> Response:
+        reason = metadata.model_ready(self._service, name, version)
+        return _state({"name": name, "ready": reason is None}, reason)
+
+
+def add_routes(app: FastAPI, service: Service) -> None:
+    """Add the routes to an application."""
+    routes = RestRoutes(service)
+    model, versioned = "/v2/models/{name}", "/v2/models/{name}/versions/{version}"
+    operations: tuple[tuple[str, str, Callable[..., Awaitable[Response]], dict[str, Any]], ...] = (
+        ("GET", "/v2", routes.server, descriptions.server()),
+        ("GET", "/v2/health/live", routes.live, descriptions.live()),
+        ("GET", "/v2/health/ready", routes.ready, descriptions.ready()),
+        ("GET", model, routes.model, descriptions.model()),
+        ("GET", versioned, routes.model_version, descriptions.model()),
+        ("GET", f"{model}/ready", routes.model_ready, descriptions.model_ready()),
+        ("GET", f"{versioned}/ready", routes.model_version_ready, descriptions.model_ready()),
+        ("GET", f"{model}/config", routes.config, descriptions.config()),
+        ("GET", f"{versioned}/config", routes.config_version, descriptions.config()),
+        ("POST", f"{model}/infer", routes.infer, descriptions.infer()),
+        ("POST", f"{versioned}/infer", routes.infer_version, descriptions.infer()),
+        ("POST", "/v2/repository/index", routes.index, descriptions.index()),
+    )
+    for method, path, endpoint, about in operations:
+        app.add_api_route(path, endpoint, methods=[method], **about)
+
+
+def _answer(parsed: Parsed, outputs: dict[str, Any], model: Servable) -> Response:
+    content, header_length = write(parsed, outputs, model=model.name, version=model.version)
+    if header_length is None:
+        return Response(content, media_type="application/json")
+    return Response(
+        content,
+        media_type="application/octet-stream",
+        headers={HEADER_LENGTH: str(header_length)},
+    )
+
+
+def _state(document: dict[str, Any], reason: str | None) -> Response:
+    headers = {"Cache-Control": "no-store"}
+    if reason is None:
+        return _json(document, headers=headers)
+    headers["Retry-After"] = "1"
+    return _json(document | {"error": reason}, status=503, headers=headers)
+
+
+def _json(
+    document: object, *, status: int = 200, headers: dict[str, str] | None = None
+) -> Response:
+    return Response(orjson.dumps(document), status, media_type="application/json", headers=headers)

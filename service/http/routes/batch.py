@@ -1,0 +1,220 @@
+"""POST /v1/detect/batch: many pictures in one request, none of which can fail another."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Final, NamedTuple
+
+import orjson
+from fastapi import FastAPI, Request, Response
+from starlette.responses import StreamingResponse
+
+from service.engine import postprocessing as results
+from service.engine.batch_queue import Urgency
+from service.engine.detection import detect_one
+from service.engine.postprocessing import Selection
+from service.engine.service import Service
+from service.engine.tiling import Tile
+from service.engine.work import Servable
+from service.errors import (
+    InvalidParameter,
+    MalformedRequest,
+    RetinaserveError,
+    UnsupportedMedia,
+    shown,
+    shown_list,
+)
+from service.http.bodies import Body, decode_base64, parse_json, parse_multipart
+from service.http.parameters import BatchQuery, deadline, parse_query
+from service.http.problems import problem_of
+from service.http.routes import openapi
+from service.http.routes.detect import (
+    WhileConnected,
+    model_json,
+    receive_body,
+    take_apart,
+)
+from service.observability.request_id import request_id
+
+_log = logging.getLogger("retinaserve.batch")
+
+NDJSON: Final = "application/x-ndjson"
+_SPARE_PARTS: Final = 16
+"""Parts of other names that a form may carry along."""
+
+
+class Picture(NamedTuple):
+    """One picture of a request, as it was sent."""
+
+    id: str
+    content: object
+    """A memoryview of the bytes; or what JSON gave, base64 if all is well."""
+
+
+class BatchRoute:
+    """Translates a request of many pictures to the pipeline and back."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def answer(self, request: Request) -> Response:
+        """One request."""
+        service, arrived = self._service, time.monotonic()
+        query = parse_query(request, BatchQuery)
+        model = service.registry.get(query.model, query.version)
+        selection = query.selection(model.metadata)
+        body = await receive_body(service, request, request.headers)
+        size = len(body)
+        # All of the pictures are in memory from now on, not only those that have a place.
+        service.pictures.check(0, size)
+        pictures = await self._pictures(request.headers.get("content-type", ""), body)
+        # Base64 has been copied out of it.
+        del body
+        limit = deadline(
+            request.headers,
+            arrived=arrived,
+            read=time.monotonic(),
+            limit_ms=service.settings.request_timeout_ms,
+        )
+        run = _Run(service, model, selection, limit, query.tile, request.scope["path"])
+        if NDJSON in request.headers.get("accept", "").lower():
+            return StreamingResponse(run.lines(pictures, size), media_type=NDJSON)
+        with service.pictures.body(size), WhileConnected(request):
+            answers = [answer async for answer in run.answers(pictures)]
+            answers.sort(key=lambda answer: int(answer["index"]))
+            content = await service.off_loop(
+                orjson.dumps, {"results": answers, "model": model_json(model)}
+            )
+        return Response(content, media_type="application/json")
+
+    async def _pictures(self, content_type: str, body: Body) -> list[Picture]:
+        kind = content_type.partition(";")[0].strip().lower()
+        most = self._service.settings.max_batch_images
+        if kind == "multipart/form-data":
+            pictures = await take_apart(self._service, _form_pictures, body, content_type, most)
+        elif kind == "application/json":
+            pictures = await take_apart(self._service, _json_pictures, body)
+        else:
+            raise UnsupportedMedia(
+                f"Content-Type {shown(content_type)} is not accepted here; send "
+                "multipart/form-data with parts named 'files', or application/json"
+            )
+        if not 1 <= len(pictures) <= most:
+            raise InvalidParameter(f"{len(pictures)} pictures in one request; send 1 to {most}")
+        return pictures
+
+
+def add_routes(app: FastAPI, service: Service) -> None:
+    """Add the route to an application."""
+    app.add_api_route(
+        "/v1/detect/batch",
+        BatchRoute(service).answer,
+        methods=["POST"],
+        **openapi.batch(),
+    )
+
+
+class _Run:
+    """One request's pictures on their way, a window of them at a time."""
+
+    def __init__(
+        self,
+        service: Service,
+        model: Servable,
+        selection: Selection,
+        limit: float,
+        tile: Tile,
+        path: str,
+    ) -> None:
+        self._service = service
+        self._model = model
+        self._selection = selection
+        self._limit = limit
+        self._tile = tile
+        self._path = path
+        # A tiled picture fills the window alone, and pictures of one request must not take the
+        # places that another one's tiles need.
+        self._window = asyncio.Semaphore(service.batch_window if tile == "off" else 1)
+
+    async def answers(self, pictures: Sequence[Picture]) -> AsyncIterator[dict[str, Any]]:
+        """One answer for each picture, as each finishes."""
+        tasks = [
+            asyncio.create_task(self._answer(index, picture))
+            for index, picture in enumerate(pictures)
+        ]
+        try:
+            for finished in asyncio.as_completed(tasks):
+                yield await finished
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def lines(self, pictures: Sequence[Picture], size: int) -> AsyncIterator[bytes]:
+        """The answers as newline-delimited JSON. All the pictures have `size` bytes."""
+        # Here and not around the response: a generator that nobody begins has nothing to end.
+        with self._service.pictures.hold(0, size):
+            async for answer in self.answers(pictures):
+                yield orjson.dumps(answer) + b"\n"
+
+    async def _answer(self, index: int, picture: Picture) -> dict[str, Any]:
+        answer: dict[str, Any] = {"index": index, "id": picture.id}
+        try:
+            async with self._window:
+                return answer | {"status": 200} | await self._detect(picture)
+        except RetinaserveError as error:
+            failure = error
+        except Exception:
+            _log.exception("picture %d of a batch failed in a way that nobody foresaw", index)
+            failure = RetinaserveError("the server failed on this picture; its log says why")
+        self._service.metrics.count_refusal(failure)
+        document = problem_of(failure, instance=self._path, request_id=request_id.get())
+        return answer | {"status": failure.status, "error": document}
+
+    async def _detect(self, picture: Picture) -> dict[str, Any]:
+        service, model = self._service, self._model
+        content = picture.content
+        with service.pictures.slot(urgency=Urgency.BULK):
+            if not isinstance(content, memoryview):
+                content = memoryview(await service.off_loop(decode_base64, content))
+            answer = await detect_one(
+                service,
+                content,
+                model,
+                self._selection,
+                self._limit,
+                self._tile,
+                Urgency.BULK,
+            )
+            return {
+                "image": results.image(answer.image, answer.canvases),
+                "detections": results.native(answer.found, model.metadata.classes),
+            }
+
+
+def _form_pictures(body: Body, content_type: str, most: int) -> list[Picture]:
+    parts = parse_multipart(body, content_type, max_parts=most + _SPARE_PARTS)
+    files = [part for part in parts if part.name == "files"]
+    if not files:
+        names = shown_list([part.name for part in parts])
+        raise MalformedRequest(f"send parts named 'files'; the body holds {names}")
+    return [Picture(part.filename or str(i), part.data) for i, part in enumerate(files)]
+
+
+def _json_pictures(body: Body) -> list[Picture]:
+    images = parse_json(body).get("images")
+    if not isinstance(images, list):
+        raise MalformedRequest('the JSON body must be {"images": [{"id": …, "image": "<base64>"}]}')
+    return [_json_picture(index, entry) for index, entry in enumerate(images)]
+
+
+def _json_picture(index: int, entry: object) -> Picture:
+    if not isinstance(entry, dict):
+        raise MalformedRequest(f'images[{index}] must be {{"image": "<base64>"}}')
+    name = entry.get("id")
+    if not isinstance(name, str | int | None):
+        raise MalformedRequest(f"images[{index}].id must be a string")
+    # What is no base64 is this picture's own error, not the request's.
+    return Picture(str(index if name is None else name), entry.get("image"))

@@ -1,0 +1,358 @@
+"""What /openapi.json says of the detection routes: shapes, examples, errors.
+
+The models here are documentation. Answers are written straight to JSON, so they cost no request
+anything; the tests hold real answers against them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from fastapi import FastAPI
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.responses import Response
+
+from service.http.parameters import BatchQuery, DetectQuery, describe_query
+
+
+class Box(BaseModel):
+    """Pixels of the original picture, EXIF orientation applied."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+
+
+class Detection(BaseModel):
+    """One object."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    label: str
+    class_id: int
+    score: float
+    box: Box
+
+
+class ModelName(BaseModel):
+    """The model that made an answer."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    version: int
+
+
+class ImageSize(BaseModel):
+    """Size of the original picture, EXIF orientation applied."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    width: int
+    height: int
+    tiles: int | None = None
+    """Canvases that the picture took, the whole picture's included; only where `tile` was asked
+    for. 1: it went onto one canvas, as without."""
+
+
+class TimingMs(BaseModel):
+    """Milliseconds in each stage."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    decode: float
+    queue: float
+    inference: float
+    total: float
+
+
+class DetectAnswer(BaseModel):
+    """Objects of one picture, in falling score."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: ModelName
+    image: ImageSize
+    detections: list[Detection]
+    timing_ms: TimingMs
+
+
+class CocoDetection(BaseModel):
+    """One object, by `format=coco`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    image_id: int
+    category_id: int
+    bbox: tuple[float, float, float, float]
+    """x, y, width, height."""
+    score: float
+
+
+class RoboflowDetection(BaseModel):
+    """One object, by `format=roboflow`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    x: float
+    """Of the centre, as y."""
+    y: float
+    width: float
+    height: float
+    confidence: float
+    class_: str = Field(alias="class")
+    class_id: int
+
+
+class RoboflowSize(BaseModel):
+    """Size of the original picture."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    width: int
+    height: int
+
+
+class RoboflowAnswer(BaseModel):
+    """Objects of one picture, by `format=roboflow`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    image: RoboflowSize
+    predictions: list[RoboflowDetection]
+
+
+class HuggingFaceBox(BaseModel):
+    """Pixels of the original picture."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    xmin: float
+    ymin: float
+    xmax: float
+    ymax: float
+
+
+class HuggingFaceDetection(BaseModel):
+    """One object, by `format=hf`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    label: str
+    score: float
+    box: HuggingFaceBox
+
+
+AnyAnswer = DetectAnswer | RoboflowAnswer | list[CocoDetection] | list[HuggingFaceDetection]
+"""One picture's answer, whatever its format."""
+
+
+class Problem(BaseModel):
+    """RFC 9457 problem details."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    instance: str
+    request_id: str
+
+
+class PictureAnswer(BaseModel):
+    """One picture of a batch: objects, or the reason why there are none."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    index: int
+    id: str
+    status: int
+    image: ImageSize | None = None
+    detections: list[Detection] | None = None
+    error: Problem | None = None
+
+
+class BatchAnswer(BaseModel):
+    """Answers in the order of the pictures."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    results: list[PictureAnswer]
+    model: ModelName
+
+
+_PROBLEMS: Final = {
+    400: "Malformed, truncated or empty picture or body.",
+    401: "Key missing or wrong.",
+    404: "No such model or version.",
+    408: "The body came too slowly.",
+    413: "Too many bytes, pixels or tiles.",
+    415: "Not a JPEG, PNG or WebP (by content), or an encoded body.",
+    422: "A parameter is out of range or unknown.",
+    429: "This key calls too often; see Retry-After.",
+    503: "Queue full, loading or draining; see Retry-After.",
+    504: "Accepted, but late.",
+}
+
+_OF_EVERY_ROUTE: Final = (401, 429)
+
+_PICTURE: Final = {
+    "model": {"name": "blood-cells", "version": 1},
+    "image": {"width": 640, "height": 480},
+    "detections": [
+        {
+            "label": "RBC",
+            "class_id": 0,
+            "score": 0.97,
+            "box": {"x1": 12.3, "y1": 40.0, "x2": 118.9, "y2": 150.2},
+        }
+    ],
+    "timing_ms": {"decode": 2.1, "queue": 0.4, "inference": 41.0, "total": 44.2},
+}
+_BASE64: Final = {"type": "string", "format": "byte", "description": "base64 of the picture"}
+_BINARY: Final = {"type": "string", "format": "binary"}
+DEADLINE: Final = {
+    "name": "X-Deadline-Ms",
+    "in": "header",
+    "schema": {"type": "integer", "minimum": 1},
+    "description": "Answer within this time or with 504; at most REQUEST_TIMEOUT_MS.",
+}
+REQUEST_ID: Final = {
+    "name": "X-Request-Id",
+    "in": "header",
+    "schema": {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,128}$"},
+    "description": "Comes back with the answer and stands in the log.",
+}
+
+
+def detect() -> dict[str, Any]:
+    """Arguments that describe POST /v1/detect to FastAPI."""
+    return {
+        "summary": "Objects in one picture",
+        "operation_id": "detect",
+        "tags": ["detection"],
+        "response_class": Response,
+        "responses": {
+            200: {
+                "model": AnyAnswer,
+                "description": "The objects, shaped as `format` says; or, by Accept, the picture "
+                "with boxes drawn.",
+                "content": {
+                    "application/json": {"example": _PICTURE},
+                    "image/jpeg": {"schema": _BINARY},
+                    "image/png": {"schema": _BINARY},
+                },
+            }
+        }
+        | problems(),
+        "openapi_extra": {
+            "parameters": [*describe_query(DetectQuery), DEADLINE, REQUEST_ID],
+            "requestBody": {
+                "required": True,
+                "content": {
+                    f"image/{kind}": {"schema": _BINARY} for kind in ("jpeg", "png", "webp")
+                }
+                | {
+                    "multipart/form-data": {
+                        "schema": _object(file=_BINARY),
+                    },
+                    "application/json": {"schema": _object(image=_BASE64)},
+                },
+            },
+        },
+    }
+
+
+def batch() -> dict[str, Any]:
+    """Arguments that describe POST /v1/detect/batch to FastAPI."""
+    good = (
+        {"index": 0, "id": "a"}
+        | {"status": 200}
+        | {name: _PICTURE[name] for name in ("image", "detections")}
+    )
+    bad = {
+        "index": 1,
+        "id": "b",
+        "status": 415,
+        "error": {
+            "type": "urn:retinaserve:problem:unsupported-media-type",
+            "title": "Unsupported media type",
+            "status": 415,
+            "detail": "not an accepted image type; send JPEG, PNG or WebP (judged by content)",
+            "instance": "/v1/detect/batch",
+            "request_id": "5f1c0e7a9b3d4c55",
+        },
+    }
+    example = {"results": [good, bad], "model": _PICTURE["model"]}
+    images = {"type": "array", "items": _object(optional={"id": {"type": "string"}}, image=_BASE64)}
+    return {
+        "summary": "Objects in many pictures",
+        "operation_id": "detect_batch",
+        "tags": ["detection"],
+        "response_class": Response,
+        "responses": {
+            200: {
+                "model": BatchAnswer,
+                "description": "One result for each picture; NDJSON streams them as they finish.",
+                "content": {
+                    "application/json": {"example": example},
+                    "application/x-ndjson": {"schema": {"type": "string"}},
+                },
+            }
+        }
+        | problems(),
+        "openapi_extra": {
+            "parameters": [*describe_query(BatchQuery), DEADLINE, REQUEST_ID],
+            "requestBody": {
+                "required": True,
+                "content": {
+                    "multipart/form-data": {
+                        "schema": _object(files={"type": "array", "items": _BINARY})
+                    },
+                    "application/json": {"schema": _object(images=images)},
+                },
+            },
+        },
+    }
+
+
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The errors of a route: these and those of every route; all that there are by default."""
+    schema = {"$ref": "#/components/schemas/Problem"}
+    return {
+        status: {
+            "model": Problem,
+            "description": text,
+            "content": {"application/problem+json": {"schema": schema}},
+        }
+        for status, text in _PROBLEMS.items()
+        if not statuses or status in (*statuses, *_OF_EVERY_ROUTE)
+    }
+
+
+def describe_keys(app: FastAPI) -> None:
+    """Let the documentation ask for a key, for both ways to send it."""
+    plain = app.openapi
+
+    def with_keys() -> dict[str, Any]:
+        document = plain()
+        document.setdefault("components", {})["securitySchemes"] = {
+            "bearer": {"type": "http", "scheme": "bearer"},
+            "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+        }
+        document["security"] = [{"bearer": []}, {"header": []}]
+        return document
+
+    app.openapi = with_keys  # type: ignore[method-assign]
+
+
+def _object(optional: dict[str, Any] | None = None, **required: Any) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "required": list(required),
+        "properties": {**(optional or {}), **required},
+    }

@@ -1,0 +1,1 @@
+"""Bytes to canvas: decoding, EXIF, resizing, letterbox geometry, limits and memory."""

@@ -1,0 +1,143 @@
+"""What one request did, gathered where it happens and told by whoever answers it."""
+
+from __future__ import annotations
+
+import time
+from contextvars import ContextVar
+from typing import Any, Final, NamedTuple
+
+
+class Timing(NamedTuple):
+    """Seconds that a picture spent in each stage."""
+
+    decode: float
+    queue: float
+    """Waiting, for a decode thread and for a device."""
+    inference: float
+
+
+class Stages(NamedTuple):
+    """Seconds that a picture, or several together, spent in each stage."""
+
+    decode: float
+    queue: float
+    """Waiting, for a decode thread and for a device."""
+    inference: float
+    postprocess: float
+    """From the device's result to the answer, an answer of one canvas being written by then."""
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return sum(self)
+
+
+class Passage(NamedTuple):
+    """When a picture reached each stage, on the clock of `time.monotonic`, and in what company."""
+
+    arrived: float
+    decoding: float
+    inferring: float
+    batch_size: int
+
+
+class Seen(NamedTuple):
+    """One answered picture."""
+
+    model: str
+    version: int
+    width: int
+    height: int
+    detections: int
+    stages: Stages
+    finished: float
+    """On the clock of `time.monotonic`."""
+    passage: Passage | None
+    """None where a picture was several canvases, which overlap."""
+
+
+class Record:
+    """One request, whatever protocol it came by."""
+
+    __slots__ = (
+        "body_bytes",
+        "body_finished",
+        "key",
+        "pictures",
+        "reasons",
+        "request_id",
+        "span_id",
+        "started",
+        "trace_id",
+    )
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+        self.started = time.monotonic()
+        self.key: str | None = None
+        """Name of the API key that came with it."""
+        self.body_bytes = 0
+        self.body_finished: float | None = None
+        self.pictures: list[Seen] = []
+        self.reasons: dict[str, None] = {}
+        """Why the request, or pictures of it, got an error: words of our own, in order."""
+        self.trace_id: str | None = None
+        self.span_id: str | None = None
+
+    def stages(self) -> Stages:
+        """The sums over the request's pictures."""
+        return Stages(*map(sum, zip(*(seen.stages for seen in self.pictures), strict=True)))
+
+    def fields(self) -> dict[str, Any]:
+        """What a log line says of the request's work."""
+        fields: dict[str, Any] = {} if self.key is None else {"key": self.key}
+        if self.body_bytes:
+            fields["body_bytes"] = self.body_bytes
+            if self.body_finished is not None:
+                fields["body_ms"] = _ms(self.body_finished - self.started)
+        if self.pictures:
+            last = self.pictures[-1]
+            fields |= {
+                "model": last.model,
+                "version": last.version,
+                "pictures": len(self.pictures),
+                "width": last.width,
+                "height": last.height,
+                "detections": sum(seen.detections for seen in self.pictures),
+            }
+            fields |= {
+                f"{name}_ms": _ms(seconds) for name, seconds in self.stages()._asdict().items()
+            }
+        if self.reasons:
+            fields["reason"] = ",".join(self.reasons)
+        return fields
+
+    def server_timing(self) -> str | None:
+        """The value of a Server-Timing header; None for an answer without pictures."""
+        if not self.pictures:
+            return None
+        total = time.monotonic() - self.started
+        body = (self.body_finished or self.started) - self.started
+        count = len(self.pictures)
+        if count == 1:
+            stages, shape = self.pictures[0].stages, _TIMING_OF_ONE
+        else:
+            stages, shape = self.stages(), _timing(f';desc="sum of {count} pictures"')
+        return shape % tuple(1e3 * seconds for seconds in (body, *stages, total))
+
+
+current: Final[ContextVar[Record | None]] = ContextVar("record", default=None)
+"""The request that the current task works for."""
+
+
+def _timing(note: str) -> str:
+    """A format of the header. Stages of several pictures overlap; `note` says it: sums."""
+    stages = [f"{name};dur=%.2f{note}" for name in Stages._fields]
+    return ", ".join(["body;dur=%.2f", *stages, "total;dur=%.2f"])
+
+
+_TIMING_OF_ONE: Final = _timing("")
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1e3, 2)

@@ -1,0 +1,132 @@
+"""A detector for GPUs: the model file split at its seam."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from service.errors import ArtifactError, DeviceError
+from service.imaging.canvas import Size
+from service.runtime.artifact import MAX_DETECTIONS_CAP, Artifact
+from service.runtime.detector import INPUTS, Canvases, Detections, Detector, signature, thresholds
+from service.runtime.gpu.cuda import CaptureGate, Memory, OutOfMemory, is_out_of_memory
+from service.runtime.gpu.engine import Engine, OpenSession, first_line
+from service.runtime.gpu.graph_split import Parts
+
+
+class SplitDetector(Detector):
+    """A model file on one device, split at its seam. Two threads at a time may call."""
+
+    def __init__(self, artifact: Artifact, engine: Engine, *, remedy: str) -> None:
+        """`remedy` is what an operator can do about too little memory."""
+        self.metadata = artifact.metadata
+        self._engine = engine
+        self._remedy = remedy
+        # The thread lives as long as the engine is used, and must not keep the detector alive.
+        end = weakref.finalize(self, engine.end)
+        end.atexit = False
+
+    @property
+    def providers(self) -> list[str]:
+        """The execution providers that the network's session really uses, first choice first."""
+        return list(self._engine.network.get_providers())
+
+    def inputs(self) -> list[str]:
+        """Name, type and shape of every input, those with defaults marked, for people."""
+        given = [value for value in self._engine.network.get_inputs() if value.name in INPUTS[:2]]
+        given += [value for value in self._engine.selection.get_inputs() if value.name in INPUTS]
+        return [
+            signature(value) + (" (has a default)" if value.name != INPUTS[0] else "")
+            for value in given
+        ]
+
+    def outputs(self) -> list[str]:
+        """Name, type and shape of every output, for people."""
+        return [signature(value) for value in self._engine.selection.get_outputs()]
+
+    def __call__(
+        self,
+        canvases: Canvases,
+        image_sizes: NDArray[np.int64],
+        *,
+        score_threshold: float,
+        iou_threshold: float,
+        max_detections: int = MAX_DETECTIONS_CAP,
+    ) -> list[Detections]:
+        """Detect on canvases of pictures of size (B, 2); boxes in canvas pixels."""
+        limits = thresholds(score_threshold, iou_threshold, max_detections)
+        most = self._engine.buckets[-1]
+        found: list[Detections] = []
+        for start in range(0, len(canvases), most):
+            some = slice(start, start + most)
+            found += self._engine.detect(canvases[some], image_sizes[some], limits)
+        return found
+
+    def warm(self, canvas: Size, batch: int = 1) -> None:
+        """Make every buffer for a shape, then run once on empty canvases.
+
+        Raises DeviceError that names the setting when the device has too little memory.
+        """
+        try:
+            self._engine.prepare(canvas, batch)
+            super().warm(canvas, batch)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise too_little_memory(
+                error, self._engine.memory, canvas, batch, remedy=self._remedy
+            ) from error
+
+
+def open_split(
+    artifact: Artifact,
+    parts: Parts,
+    *,
+    open_network: OpenSession,
+    open_graphs: OpenSession,
+    host_options: ort.SessionOptions,
+    memory: Memory,
+    gate: CaptureGate,
+    buckets: Sequence[int],
+    remedy: str,
+) -> SplitDetector:
+    """A detector of a split model. Raises ArtifactError, or DeviceError for too little memory."""
+    rule = artifact.metadata.canvas
+    largest = rule.largest()
+    try:
+        engine = Engine(
+            parts,
+            open_network=open_network,
+            open_graphs=open_graphs,
+            host_options=host_options,
+            memory=memory,
+            gate=gate,
+            canvases=rule.all_canvases(),
+            area=largest.area,
+            buckets=buckets,
+        )
+    except Exception as error:
+        # onnxruntime's errors share no base class that it documents.
+        if is_out_of_memory(error):
+            raise too_little_memory(error, memory, largest, buckets[-1], remedy=remedy) from error
+        if isinstance(error, DeviceError):
+            raise
+        raise ArtifactError(f"{artifact.path}: onnxruntime cannot load it: {error}") from error
+    return SplitDetector(artifact, engine, remedy=remedy)
+
+
+def too_little_memory(
+    error: Exception, memory: Memory, canvas: Size, batch: int, *, remedy: str
+) -> OutOfMemory:
+    """What to tell an operator whose device has too little memory."""
+    left = memory.left()
+    rest = "" if left is None else f", {left.free >> 20} of its {left.total >> 20} MiB are free"
+    kind, index = memory.device
+    return OutOfMemory(
+        f"{kind}:{index} has too little memory for {batch} canvases of "
+        f"{canvas.height}x{canvas.width}{rest}: {remedy} ({first_line(error)})"
+    )

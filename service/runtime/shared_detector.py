@@ -1,0 +1,81 @@
+"""A CPU's detector for several callers at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.runtime.artifact import MAX_DETECTIONS_CAP
+from service.runtime.detector import Canvases, Detections, Detector
+
+
+class SharedDetector(Detector):
+    """Two sessions of one model file: all threads for a call that comes alone, few for others.
+
+    Threads that share the work of a call wait for each other, which costs time that other calls
+    could use: so under load, when there is always another call, all of them have few. Which session
+    answers makes no difference to the answer.
+    """
+
+    def __init__(self, alone: Detector, beside: Detector) -> None:
+        """`alone` takes a call that finds none at work; `beside` takes what comes meanwhile."""
+        self.metadata = alone.metadata
+        self._alone = alone
+        self._beside = beside
+        self._running = 0
+        self._lock = threading.Lock()
+        """Held while `_running` changes."""
+
+    @property
+    def providers(self) -> list[str]:
+        """The execution providers that the sessions really use, first choice first."""
+        return self._alone.providers
+
+    def inputs(self) -> list[str]:
+        """Name, type and shape of every input, those with defaults marked, for people."""
+        return self._alone.inputs()
+
+    def outputs(self) -> list[str]:
+        """Name, type and shape of every output, for people."""
+        return self._alone.outputs()
+
+    def __call__(
+        self,
+        canvases: Canvases,
+        image_sizes: NDArray[np.int64],
+        *,
+        score_threshold: float,
+        iou_threshold: float,
+        max_detections: int = MAX_DETECTIONS_CAP,
+    ) -> list[Detections]:
+        """Detect on canvases of pictures of size (B, 2); boxes in canvas pixels."""
+        with self._choose() as detector:
+            return detector(
+                canvases,
+                image_sizes,
+                score_threshold=score_threshold,
+                iou_threshold=iou_threshold,
+                max_detections=max_detections,
+            )
+
+    def suited(self, *, lone: bool) -> Detector:
+        """The session for a call of whoever knows whether there is other work.
+
+        Better than to look for other calls: between two of them, under load, there may be none.
+        """
+        return self._alone if lone else self._beside
+
+    @contextlib.contextmanager
+    def _choose(self) -> Iterator[Detector]:
+        with self._lock:
+            detector = self._beside if self._running else self._alone
+            self._running += 1
+        try:
+            yield detector
+        finally:
+            with self._lock:
+                self._running -= 1

@@ -1,0 +1,1 @@
+"""The process and the machine: CPUs, memory, standard files."""

@@ -1,0 +1,417 @@
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+from model_export.checkpoints import load_checkpoint
+from model_export.commands.export import default_name, parse_canvas
+from model_export.commands.train import parse_setting
+from model_export.provenance import git_commit
+from service.cli import retinaserve
+from service.imaging.canvas import Buckets, ShortSide, Size
+from service.runtime.artifact import read_artifact
+from tests.unit.model_export import rectangles
+
+TINY = {
+    "model": {"backbone": "resnet18", "fpn_channels": 8, "head_width": 8, "head_depth": 0},
+    "canvas": {"rule": "buckets", "sizes": [[96, 128], [128, 96]]},
+    "augmentation": {"mosaic": 0.0},
+    "batch_size": 2,
+    "epochs": 1,
+    "validate_every": 1,
+    "workers": 0,
+    "precision": "32",
+}
+
+
+def call(*arguments: object) -> Result:
+    """The `retinaserve` command, as its entry point runs it."""
+    return CliRunner().invoke(retinaserve, [str(each) for each in arguments])
+
+
+def check_refused(result: Result, *words: str) -> None:
+    """Exit 2, and the last line of stderr gives the reason."""
+    assert result.exit_code == 2, result.output
+    reason = result.stderr.strip().splitlines()[-1]
+    for word in words:
+        assert word in reason
+
+
+# --- help, and without the extra -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "export"])
+def test_help_shows_an_example(command):
+    result = call(command, "--help")
+    assert result.exit_code == 0
+    assert f"Example:\n    retinaserve {command} " in result.stdout
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "export"])
+def test_without_the_train_extra(command, tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    arguments = {
+        "train": ["--data", str(tmp_path), "--output", str(tmp_path / "run")],
+        "evaluate": [str(file), "--data", str(tmp_path)],
+        "export": [str(file), "--output", str(tmp_path / "m.onnx")],
+    }[command]
+    # An import of a name that is None in sys.modules fails as if it was not installed.
+    script = (
+        "import sys\n"
+        "for name in ('torch', 'lightning', 'pycocotools', 'matplotlib', 'yaml', 'safetensors',"
+        " 'onnxscript', 'jinja2'):\n"
+        "    sys.modules[name] = None\n"
+        "from service.cli import main\n"
+        f"sys.argv[1:] = {[command, *arguments]!r}\n"
+        "main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "pip install 'retinaserve[train]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# --- evaluate ------------------------------------------------------------------------------------
+
+
+def test_evaluate_prints_and_writes_everything(rectangles_model, rectangles_data, tmp_path):
+    figures, answer = tmp_path / "figures", tmp_path / "new" / "answer.json"
+    report = tmp_path / "new" / "report.html"
+    result = call(
+        "evaluate",
+        rectangles_model,
+        *("--data", rectangles_data, "--device", "cpu"),
+        *("--against", rectangles_model, "--plots", figures, "--json", answer),
+        *("--report", report),
+    )
+    assert result.exit_code == 0, result.output
+    assert "10 pictures, 9 objects" in result.stdout
+    assert "session alone" in result.stdout
+    assert "D-ECE 0.1000 of 9 detections above 0.05" in result.stdout
+    assert "AP    +0.0000  [+0.0000, +0.0000]" in result.stdout
+    values = json.loads(answer.read_text())
+    assert values["metrics"]["ap50"] == pytest.approx(1.0)
+    assert values["metrics"]["per_class"]["red"]["count"] == 5
+    assert values["model"]["sha256"] == read_artifact(rectangles_model).sha256
+    assert values["thresholds"]["green"] == pytest.approx(0.455, abs=1e-4)
+    assert values["against"]["difference"]["ap"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert len(list(figures.glob("*.png"))) == 5
+    assert "no difference to be seen" in report.read_text()
+    assert "picture-0.png" not in report.read_text(), "every rectangle is found"
+
+
+def test_evaluate_where_nothing_can_be_written(rectangles_model, rectangles_data, tmp_path):
+    (tmp_path / "file").touch()
+    result = call(
+        "evaluate", rectangles_model, "--data", rectangles_data, "--device", "cpu",
+        "--report", tmp_path / "file" / "report.html",
+    )  # fmt: skip
+    check_refused(result, "report.html: cannot be written", "name another file")
+
+
+def test_evaluate_against_a_file_with_another_class_order(
+    rectangles_model, rectangles_data, tmp_path
+):
+    turned = rectangles.write_model(tmp_path / "turned.onnx", classes=("green", "red"))
+    result = call(
+        "evaluate", rectangles_model, "--data", rectangles_data, "--against", turned,
+        "--device", "cpu",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "AP50  +0.0000  [+0.0000, +0.0000]" in result.stdout
+
+
+def test_evaluate_against_other_classes_is_refused(rectangles_model, rectangles_data, tmp_path):
+    other = rectangles.write_model(tmp_path / "other.onnx", classes=("red", "green", "blue"))
+    result = call(
+        "evaluate", rectangles_model, "--data", rectangles_data, "--against", other,
+        "--device", "cpu",
+    )  # fmt: skip
+    check_refused(result, "other.onnx", "red, green, blue", "same classes")
+
+
+def test_evaluate_on_classes_that_the_file_does_not_know(rectangles_model, tmp_path):
+    data = rectangles.draw_data(tmp_path / "animals", names=("cat", "dog"))
+    result = call("evaluate", rectangles_model, "--data", data)
+    check_refused(result, "the classes of", "rectangles.onnx are red, green")
+    # By file and line, before the reason.
+    assert "picture-0.xml:1: unknown class 'cat'; known: red, green" in result.stderr
+
+
+def test_evaluate_something_else_than_a_model(rectangles_data, tmp_path):
+    text = tmp_path / "text.onnx"
+    text.write_text("not a model")
+    check_refused(call("evaluate", text, "--data", rectangles_data), "text.onnx", "not an ONNX")
+
+
+def test_evaluate_a_split_that_is_not_there(rectangles_model, rectangles_data):
+    result = call("evaluate", rectangles_model, "--data", rectangles_data, "--split", "test")
+    check_refused(result, "test.txt", "train, val")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["evaluate", "missing.onnx", "--data", "."],
+        ["evaluate"],
+        ["train", "--data", "missing", "--output", "run"],
+        ["train", "--data", ".", "--output", "run", "--epochs", "0"],
+        ["train", "--data", ".", "--output", "run", "--weights", "w.pth", "--init", "c.ckpt"],
+        ["export", "missing.ckpt", "--output", "m.onnx"],
+    ],
+)
+def test_wrong_usage(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = call(*arguments)
+    assert result.exit_code == 2
+    assert "Error: " in result.stderr
+
+
+# --- train and export ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return rectangles.draw_data(tmp_path_factory.mktemp("data") / "rectangles")
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory) -> tuple[Path, Result]:
+    """A run of one epoch with a tiny network, and what the command printed."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    result = call(
+        "train",
+        *("--data", data, "--output", folder / "run", "--config", folder / "tiny.yaml"),
+        *("--set", "optimiser.lr=0.005", "--seed", 3, "--device", "cpu"),
+        *("--licence", "data: MIT", "--licence", "weights: Apache-2.0"),
+    )
+    assert result.exit_code == 0, result.output
+    return folder / "run", result
+
+
+@pytest.fixture(scope="module")
+def exported(data, trained, untraced_exporter, tmp_path_factory) -> tuple[Path, Result]:
+    """That run's last checkpoint as a model file, measured."""
+    output = tmp_path_factory.mktemp("models") / "cells" / "2" / "model.onnx"
+    result = call(
+        *("export", trained[0] / "last.ckpt", "--output", output, "--data", data),
+        *("--save-weights", output.parent / "checkpoint.safetensors"),
+    )
+    assert result.exit_code == 0, result.output
+    return output, result
+
+
+def test_train_writes_a_run(trained):
+    run, result = trained
+    for name in ("last.ckpt", "best.ckpt", "metrics.csv", "config.yaml", "curves.png"):
+        assert (run / name).stat().st_size > 0
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert (config["optimiser"]["lr"], config["seed"], config["epochs"]) == (0.005, 3, 1)
+    assert config["model"]["backbone"] == "resnet18"
+    assert "train: 6 pictures, 1 of them without objects; 5 objects" in result.stdout
+    assert "no anchor" in result.stdout
+
+
+def test_train_notes_where_the_model_comes_from(trained):
+    noted = load_checkpoint(trained[0] / "last.ckpt").description.provenance
+    assert noted["licences"] == ["data: MIT", "weights: Apache-2.0"]
+    assert noted["data"] == {"name": "rectangles", "pictures": 6}
+    assert noted["config"]["seed"] == 3
+    assert noted["weights"] is None
+
+
+def test_train_does_not_overwrite_a_run(data, trained):
+    run, _ = trained
+    before = (run / "last.ckpt").read_bytes()
+    check_refused(call("train", "--data", data, "--output", run), "holds a run already", "--resume")
+    assert (run / "last.ckpt").read_bytes() == before
+
+
+def test_resume_goes_on(data, trained, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("last.ckpt", "config.yaml", "metrics.csv"):
+        (run / name).write_bytes((trained[0] / name).read_bytes())
+    result = call(
+        "train", "--data", data, "--output", run, "--resume", "--epochs", 2, "--device", "cpu"
+    )
+    assert result.exit_code == 0, result.output
+    with (run / "metrics.csv").open(newline="") as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2"]
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert (config["epochs"], config["optimiser"]["lr"]) == (2, 0.005)
+
+
+def test_resume_without_a_run(data, tmp_path):
+    result = call("train", "--data", data, "--output", tmp_path / "run", "--resume")
+    check_refused(result, "last.ckpt", "nothing to resume")
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_keeps_what_the_run_began_with(data, trained):
+    result = call("train", "--data", data, "--output", trained[0], "--resume", "--init", "bundled")
+    check_refused(result, "--init does not go with --resume")
+
+
+def test_resume_on_other_classes_is_refused(trained, tmp_path):
+    other = rectangles.draw_data(tmp_path / "animals", names=("cat", "dog"))
+    result = call("train", "--data", other, "--output", trained[0], "--resume")
+    check_refused(result, "cat, dog", "the run began with red, green")
+
+
+def test_init_takes_network_and_canvas_from_the_checkpoint(trained, tmp_path):
+    other = rectangles.draw_data(tmp_path / "animals", names=("cat", "dog"))
+    settings = ["epochs=1", "batch_size=2", "workers=0", 'precision="32"']
+    result = call(
+        "train",
+        *("--data", other, "--output", tmp_path / "run", "--init", trained[0] / "last.ckpt"),
+        *(part for each in settings for part in ("--set", each)),
+        *("--device", "cpu"),
+    )
+    assert result.exit_code == 0, result.output
+    description = load_checkpoint(tmp_path / "run" / "last.ckpt").description
+    assert description.classes == ("cat", "dog")
+    assert description.model.fpn_channels == 8
+    assert description.canvas.sizes == (Size(96, 128), Size(128, 96))
+    assert description.provenance["init"]["file"] == "last.ckpt"
+
+
+def test_init_of_another_network_is_refused(data, trained, tmp_path):
+    checkpoint = trained[0] / "last.ckpt"
+    result = call(
+        "train", "--data", data, "--output", tmp_path / "run", "--init", checkpoint,
+        "--backbone", "resnet34",
+    )  # fmt: skip
+    check_refused(result, "its network is resnet18", "--backbone")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--backbone", "vgg", ["unknown backbone 'vgg'", "resnet18"]),
+        ("--set", "optimiser.speed=3", ["optimiser.speed"]),
+        ("--set", "epochs", ["expected KEY=VALUE"]),
+        ("--weights", "missing.pth", ["missing.pth", "no such file"]),
+        ("--init", "missing.ckpt", ["missing.ckpt", "no such checkpoint"]),
+    ],
+)
+def test_train_names_what_is_wrong(option, value, words, data, tmp_path):
+    result = call("train", "--data", data, "--output", tmp_path / "run", option, value)
+    check_refused(result, *words)
+    assert not (tmp_path / "run" / "last.ckpt").exists()
+
+
+def test_bad_data_stops_before_training(tmp_path):
+    root = rectangles.draw_data(tmp_path / "data")
+    (root / "JPEGImages" / "picture-13.png").unlink()
+    (root / "JPEGImages" / "picture-15.png").write_bytes(b"")
+    result = call("train", "--data", root, "--output", tmp_path / "run")
+    check_refused(result, "2 problems stop training")
+    assert "picture-13.xml" in result.stderr
+    assert "picture-15.png" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_export_describes_and_verifies(exported):
+    output, result = exported
+    metadata = read_artifact(output).metadata
+    assert metadata.name == "cells"
+    assert metadata.classes == ("red", "green")
+    assert (metadata.metrics.dataset, metadata.metrics.split) == ("rectangles", "val")
+    assert metadata.provenance["licences"] == ["data: MIT", "weights: Apache-2.0"]
+    assert "6 pictures, canvases 96x128" in result.stdout
+    assert "score thresholds: 0.3" in result.stdout
+    written = sorted(path.name for path in output.parent.iterdir())
+    assert written == ["checkpoint.safetensors", "model.onnx", "model.sha256"]
+
+
+def test_exported_file_is_evaluated(exported, data):
+    output, _ = exported
+    result = call("evaluate", output, "--data", data, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert "10 pictures, 9 objects" in result.stdout
+
+
+def test_export_without_data_and_with_another_canvas(exported, tmp_path):
+    # A bare safetensors file, as the bundled model's.
+    weights = exported[0].with_name("checkpoint.safetensors")
+    output = tmp_path / "small.onnx"
+    result = call(
+        "export", weights, "--output", output, "--canvas", "64x96",
+        "--score-threshold", "0.25", "--licence", "CC0",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "canvases 64x96" in result.stdout
+    metadata = read_artifact(output).metadata
+    assert metadata.name == "small"
+    assert metadata.canvas == Buckets(sizes=(Size(64, 96),))
+    assert metadata.thresholds.score == 0.25
+    assert metadata.metrics is None
+    assert metadata.provenance["licences"] == ["CC0"]
+    # The checksum in the folder is of the exported file, and keeps no other from being read.
+    assert read_artifact(rectangles.write_model(tmp_path / "other.onnx")).metadata.classes
+
+
+def test_weights_are_saved_as_safetensors_only(trained, tmp_path):
+    result = call(
+        *("export", trained[0] / "last.ckpt", "--output", tmp_path / "m.onnx"),
+        *("--save-weights", tmp_path / "m.ckpt"),
+    )
+    assert result.exit_code == 2
+    assert "ends in .safetensors" in result.stderr
+    assert not any(tmp_path.iterdir())
+
+
+def test_export_of_something_else(tmp_path):
+    text = tmp_path / "text.ckpt"
+    text.write_text("not a checkpoint")
+    result = call("export", text, "--output", tmp_path / "m.onnx")
+    check_refused(result, "text.ckpt", "not a checkpoint")
+    assert not (tmp_path / "m.onnx").exists()
+
+
+def test_export_with_a_canvas_that_is_none(trained, tmp_path):
+    checkpoint = trained[0] / "last.ckpt"
+    result = call("export", checkpoint, "--output", tmp_path / "m.onnx", "--canvas", "100x100")
+    check_refused(result, "100x100", "multiple of 32")
+
+
+# --- what the options are made of ----------------------------------------------------------------
+
+
+def test_parse_canvas():
+    assert parse_canvas("384x512, 512x384") == Buckets(sizes=(Size(384, 512), Size(512, 384)))
+    assert parse_canvas("short-side:800,1333") == ShortSide(short=800, long=1333)
+    for wrong in ("", "384", "384x512,", "384x500", "short-side:0,10", "800"):
+        with pytest.raises(click.BadParameter, match="multiples of 32"):
+            parse_canvas(wrong)
+
+
+def test_parse_setting():
+    assert parse_setting("optimiser.lr=0.005") == ("optimiser.lr", 0.005)
+    assert parse_setting("canvas.sizes=[[64, 96]]") == ("canvas.sizes", [[64, 96]])
+    assert parse_setting("max_minutes=null") == ("max_minutes", None)
+    for wrong in ("epochs", "=3", "key=[1"):
+        with pytest.raises(click.BadParameter):
+            parse_setting(wrong)
+
+
+def test_default_name():
+    assert default_name(Path("models/cells/3/model.onnx")) == "cells"
+    assert default_name(Path("out/cells.onnx")) == "cells"
+
+
+def test_commit_of_the_sources_and_of_nothing(tmp_path):
+    commit = git_commit(Path(__file__))
+    assert commit is None or len(commit.removesuffix("-dirty")) == 40
+    assert git_commit(tmp_path / "file.py") is None

@@ -1,0 +1,214 @@
+"""The loader's thread, and what a load leaves behind."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from service.engine.models import loading as module
+from service.engine.models.loading import Loader, open_servable
+from service.engine.work import Servable
+from service.errors import ArtifactError
+from service.imaging.canvas import Size
+from service.runtime.artifact import Entry, read_artifact
+from service.runtime.cpu_concurrency import SideBySide
+from service.runtime.detector import Detector, batch_buckets
+from service.runtime.devices import Device, open_detector
+from tests import tiny_model
+
+SECONDS = 60.0
+CPU = Device("cpu")
+
+
+def test_a_job_that_fails_keeps_no_other_from_its_turn(caplog: pytest.LogCaptureFixture) -> None:
+    order: list[int] = []
+    done = threading.Event()
+    loader = Loader()
+    loader.submit(lambda: order.append(1))
+    loader.submit(lambda: order.append(2 // 0))
+    loader.submit(lambda: order.append(3))
+    loader.submit(done.set)
+    with caplog.at_level(logging.ERROR):
+        loader.start()
+        assert done.wait(SECONDS)
+    loader.close(SECONDS)
+    assert order == [1, 3]
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_closing_does_not_wait_for_ever() -> None:
+    go = threading.Event()
+    loader = Loader()
+    loader.start()
+    loader.submit(lambda: assert_waited(go))
+    loader.close(0.01)
+    go.set()
+    loader.close(SECONDS)
+
+
+def assert_waited(go: threading.Event) -> None:
+    assert go.wait(SECONDS)
+
+
+@pytest.mark.parametrize(
+    ("largest", "sizes"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (16, [1, 2, 4, 8, 16])]
+)
+def test_batches_to_warm(largest: int, sizes: list[int]) -> None:
+    assert batch_buckets(largest) == sizes
+
+
+def test_elsewhere_than_on_a_cpu_every_canvas_runs_on_every_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = read_artifact(tiny_model.save(tmp_path))
+    detectors = tuple(open_detector(artifact, CPU) for _ in range(2))
+    warmed: set[tuple[Detector, Size, int]] = set()
+    monkeypatch.setattr(Detector, "warm", lambda self, *given: warmed.add((self, *given)))
+    servable = Servable("tiny", 1, artifact, detectors)
+    module._warm(servable, (1, 2), on_cpu=False)
+    assert warmed == {
+        (detector, canvas, batch)
+        for detector in detectors
+        for canvas in tiny_model.SIZES
+        for batch in (1, 2)
+    }
+    assert all(servable.costs.of(canvas).fastest > 0 for canvas in tiny_model.SIZES)
+
+
+@pytest.mark.parametrize("device", [CPU, Device("cuda")])
+@pytest.mark.parametrize(
+    ("output", "why"),
+    [("labels", "labels are 2 to 4"), ("image_index", "image_index is 2 to 3 in a batch of 2")],
+)
+def test_what_a_file_answers_is_looked_at_before_it_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: Device, output: str, why: str
+) -> None:
+    path = tiny_model.save(tmp_path)
+    model = onnx.load(path)
+    (node,) = [node for node in model.graph.node if node.output[0] == output]
+    node.output[0] = "before"
+    beyond = onnx.helper.make_tensor("beyond", onnx.TensorProto.INT64, [], [2])
+    model.graph.initializer.append(beyond)
+    model.graph.node.append(onnx.helper.make_node("Add", ["before", "beyond"], [output]))
+    onnx.save(model, path)
+    # What is looked at does not depend on where it was computed.
+    monkeypatch.setattr(
+        module, "open_detector", lambda artifact, _, **given: open_detector(artifact, CPU, **given)
+    )
+    entry, side_by_side = Entry("tiny", 1, path), SideBySide(1, cores=1)
+    with pytest.raises(ArtifactError, match=why):
+        open_servable(
+            entry, read_artifact(path), devices=(device,), batch=2, side_by_side=side_by_side
+        )
+
+
+def opened(path: Path, side_by_side: SideBySide) -> Servable:
+    artifact, entry = read_artifact(path), Entry("tiny", 1, path)
+    return open_servable(entry, artifact, devices=(CPU,), batch=1, side_by_side=side_by_side)
+
+
+def test_the_second_session_is_opened_beside_the_first_and_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny_model.save(tmp_path)
+    both = threading.Barrier(2)
+    threads: list[int | None] = []
+
+    def together(artifact: Any, device: Device, **given: Any) -> Detector:
+        both.wait(SECONDS)
+        threads.append(device.threads)
+        return open_detector(artifact, device, **given)
+
+    monkeypatch.setattr(module, "open_detector", together)
+    servable = opened(path, SideBySide(2, cores=4))
+    assert sorted(threads, key=str) == [2, None]
+    assert len(servable.detectors) == 2
+
+
+def test_a_large_file_is_opened_once_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny_model.save(tmp_path)
+    opening: list[threading.Thread] = []
+
+    def noted(artifact: Any, device: Device, **given: Any) -> Detector:
+        opening.append(threading.current_thread())
+        return open_detector(artifact, device, **given)
+
+    monkeypatch.setattr(module, "open_detector", noted)
+    monkeypatch.setattr(module, "_OPENED_TOGETHER", path.stat().st_size - 1)
+    assert len(opened(path, SideBySide(2, cores=4)).detectors) == 2
+    assert opening == [threading.current_thread()] * 2
+
+
+@pytest.mark.parametrize(
+    ("asked", "cores", "needed"),
+    [
+        (None, 1, None),
+        (3, 1, None),
+        (1, 8, None),
+        (None, 2, (1, 2)),
+        (None, 8, (4, 2)),
+        (4, 8, (2, 4)),
+        (8, 4, (1, 8)),
+    ],
+)
+def test_what_surely_will_be_needed(
+    asked: int | None, cores: int, needed: tuple[int, int] | None
+) -> None:
+    assert SideBySide(asked, cores=cores).surely == needed
+
+
+def test_what_a_first_run_sets_up_both_sessions_set_up_side_by_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny_model.save(tmp_path)
+    first = threading.Barrier(4)
+    runs: list[Detector] = []
+    counting = threading.Lock()
+
+    def together(run: Callable[[Detector, Size, int], None]) -> Callable[..., None]:
+        def counted(self: Detector, canvas: Size, batch: int = 1) -> None:
+            with counting:
+                runs.append(self)
+                number = len(runs)
+            if number <= 4:
+                first.wait(SECONDS)
+            run(self, canvas, batch)
+
+        return counted
+
+    monkeypatch.setattr(Detector, "warm", together(Detector.warm))
+    monkeypatch.setattr(Detector, "prove", together(Detector.prove))
+    opened(path, SideBySide(3, cores=4))
+    assert len(set(runs[:4])) == 2, "one run of the lone session, one for each caller beside it"
+    assert len(runs) == 5
+    assert runs.count(runs[4]) == 2, "then the lone one runs by itself, and is timed"
+
+
+def test_a_file_that_does_not_load_ends_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny_model.save(tmp_path)
+    begun = threading.Event()
+    ended = threading.Event()
+
+    def fail(artifact: Any, device: Device, **given: Any) -> Detector:
+        if device.threads is None:
+            assert begun.wait(SECONDS)
+            raise ArtifactError("bad file")
+        begun.set()
+        detector = open_detector(artifact, device, **given)
+        ended.set()
+        return detector
+
+    monkeypatch.setattr(module, "open_detector", fail)
+    with pytest.raises(ArtifactError, match="bad file"):
+        opened(path, SideBySide(2, cores=2))
+    assert ended.is_set(), "nothing is left in native code"

@@ -1,0 +1,138 @@
+"""Who is let in: places, bytes, deadlines, and how careful predictions become."""
+
+from __future__ import annotations
+
+import random
+from contextlib import ExitStack
+
+import pytest
+
+from service.engine.admission import Admission, Caution, refuse_late
+from service.engine.batch_queue import Urgency
+from service.errors import Unavailable
+
+
+def test_places_are_counted_and_given_back() -> None:
+    admission = Admission(2)
+    with admission.slot(), admission.slot():
+        assert admission.held == 2
+        with pytest.raises(Unavailable, match="2 pictures") as refused, admission.slot():
+            pytest.fail("there was no room")
+        assert refused.value.reason == "queue-full"
+        assert refused.value.retry_after > 0
+    with pytest.raises(ZeroDivisionError), admission.slot():
+        raise ZeroDivisionError
+    assert admission.held == 0
+    admission.check()
+
+
+def test_bytes_are_counted_and_given_back() -> None:
+    admission = Admission(10, bytes_limit=100)
+    with admission.slot(60):
+        with admission.slot(40):
+            assert admission.bytes_held == 100
+            with pytest.raises(Unavailable, match="100 bytes") as refused, admission.slot(1):
+                pytest.fail("there was no room")
+            assert refused.value.reason == "queue-bytes"
+        with admission.slot(40):
+            pass
+    assert (admission.held, admission.bytes_held) == (0, 0)
+
+
+def test_a_picture_larger_than_all_the_bytes_passes_alone() -> None:
+    admission = Admission(10, bytes_limit=100)
+    with admission.slot(500), pytest.raises(Unavailable), admission.slot(1):
+        pytest.fail("there was no room")
+
+
+def test_a_refusal_says_how_long_the_queue_will_take() -> None:
+    admission = Admission(1, pause=lambda: 7.5)
+    with admission.slot(), pytest.raises(Unavailable) as refused, admission.slot():
+        pytest.fail("there was no room")
+    assert refused.value.retry_after == 7.5
+
+
+def test_what_will_be_done_in_time_is_let_in() -> None:
+    refuse_late(finish=1.0, left=1.0, alone=0.5)
+
+
+def test_what_will_be_late_is_told_when_to_come_again() -> None:
+    with pytest.raises(Unavailable, match="expected in 3500 ms") as refused:
+        refuse_late(finish=3.5, left=1.0, alone=0.5)
+    assert refused.value.reason == "deadline"
+    assert refused.value.retry_after == 2.5, "by then so much of the queue is done"
+
+
+def test_a_hopeless_deadline_is_told_what_would_do() -> None:
+    with pytest.raises(Unavailable, match="takes at least 500 ms here") as refused:
+        refuse_late(finish=0.5, left=0.2, alone=0.5)
+    assert refused.value.reason == "deadline-too-short"
+
+
+def test_caution_settles_where_few_predictions_are_too_short() -> None:
+    caution, dice = Caution(), random.Random(0)
+    late = 0
+    for turn in range(40_000):
+        # Long enough for the seconds that make short work no pattern to make no difference.
+        actual = dice.uniform(50.0, 200.0)
+        if turn >= 2_000:
+            late += actual > caution.stretch(100.0)
+        caution.observe(predicted=100.0, actual=actual)
+    assert late / 38_000 < 0.004
+    assert caution.ratio < 2.2, "and no more careful than that takes"
+
+
+def test_caution_comes_down_when_all_is_quick_and_has_bounds() -> None:
+    caution = Caution()
+    for _ in range(100):
+        caution.observe(predicted=1.0, actual=100.0)
+    assert caution.ratio == 4.0
+    for _ in range(100_000):
+        caution.observe(predicted=1.0, actual=0.1)
+    assert caution.ratio == 1.0
+
+
+def test_a_hiccup_on_something_short_is_no_pattern() -> None:
+    caution = Caution()
+    caution.observe(predicted=0.001, actual=0.005)
+    assert caution.ratio < 1.1
+
+
+def test_bulk_leaves_places_to_others() -> None:
+    admission = Admission(8)
+    with ExitStack() as held:
+        for _ in range(6):
+            held.enter_context(admission.slot(urgency=Urgency.BULK))
+        with pytest.raises(Unavailable, match="6 of 8") as refused:
+            held.enter_context(admission.slot(urgency=Urgency.BULK))
+        assert refused.value.reason == "queue-full"
+        admission.check()
+        for _ in range(2):
+            held.enter_context(admission.slot())
+        with pytest.raises(Unavailable, match="8 pictures"):
+            admission.check()
+    for urgency in Urgency:
+        admission.check(urgency=urgency)
+
+
+def test_the_smallest_queue_takes_bulk_too() -> None:
+    admission = Admission(1)
+    with admission.slot(urgency=Urgency.BULK), pytest.raises(Unavailable):
+        admission.check()
+    assert admission.held == 0
+
+
+def test_the_bytes_of_a_whole_request_count_while_it_lasts() -> None:
+    admission = Admission(10, bytes_limit=100)
+    with admission.body(70):
+        assert (admission.held, admission.bytes_held) == (0, 70)
+        with pytest.raises(Unavailable) as refused, admission.body(40):
+            pytest.fail("there was no room")
+        assert refused.value.reason == "queue-bytes"
+        with pytest.raises(Unavailable), admission.slot(40):
+            pytest.fail("there was no room")
+        with admission.slot(30):
+            pass
+    with admission.body(500), admission.slot():
+        assert admission.held == 1, "its own pictures have been counted"
+    assert (admission.held, admission.bytes_held) == (0, 0)

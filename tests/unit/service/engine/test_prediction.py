@@ -1,0 +1,394 @@
+"""When a picture will have its turn, and whether that is in time: sums that were done by hand."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from service.engine import prediction as module
+from service.engine.admission import WAY_BACK
+from service.engine.batch_queue import BatchQueue, Policy, Urgency
+from service.engine.prediction import Prediction, Price
+from service.engine.work import NOTHING_KNOWN, BatchKey, DecodeKey, Estimate, Servable, Work
+from service.engine.workers import Worker
+from service.errors import Unavailable
+from service.imaging.canvas import Size
+
+CANVAS, LARGE = Size(96, 128), Size(960, 1280)
+NOW = 1_000.0
+
+
+@dataclass(eq=False)
+class Item:
+    """As much of a picture's work as predictions look at."""
+
+    key: Any
+    model: Servable
+    urgency: Urgency = Urgency.INTERACTIVE
+    deadline: float = float("inf")
+    abandoned: bool = False
+    prepared: Any = None
+    """What a decode thread made of it."""
+    estimate: Estimate = NOTHING_KNOWN
+    infers: bool = True
+
+    @property
+    def seconds(self) -> float:
+        return self.estimate.seconds
+
+
+@pytest.fixture
+def model() -> Servable:
+    """10 ms for a picture of a batch, 30 ms for the batch."""
+    made = Servable("tiny", 1, cast(Any, None), ())
+    for pictures in (1, 8):
+        made.costs.observe(CANVAS, pictures, 0.010 * pictures + 0.030)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def _still(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: NOW))
+
+
+class Line:
+    """The queues and threads of a pipeline, none of them started, and what is predicted of them."""
+
+    def __init__(self, *, devices: int = 1, callers: int = 1, batch: int = 8) -> None:
+        self.arrived: BatchQueue[Work] = BatchQueue(Policy())
+        self.ready: BatchQueue[Work] = BatchQueue(Policy())
+        self.devices = [_idle(f"device-{i}") for i in range(devices * callers)]
+        self.decoders = [_idle(f"decode-{i}") for i in range(2)]
+        self.prediction = Prediction(
+            arrived=self.arrived,
+            ready=self.ready,
+            decoders=self.decoders,
+            devices=self.devices,
+            count=devices,
+            max_batch_size=batch,
+        )
+
+
+def _idle(name: str) -> Worker[Work]:
+    return Worker(name, lambda _: None)
+
+
+def ready(
+    line: Line,
+    model: Servable,
+    count: int,
+    urgency: Urgency = Urgency.INTERACTIVE,
+    canvas: Size = CANVAS,
+) -> None:
+    """Pictures that wait for a device."""
+    for _ in range(count):
+        line.ready.push(cast(Any, Item(BatchKey(model, canvas, 0.5), model, urgency)))
+
+
+def arrived(
+    line: Line,
+    model: Servable,
+    count: int,
+    *,
+    seconds: float = 0.0,
+    canvas: Size = CANVAS,
+    infers: bool = True,
+) -> None:
+    """Images that wait for a decode thread."""
+    estimate = Estimate(canvas, "png", 1.0, seconds)
+    key = DecodeKey(model, canvas, infers, estimate.long)
+    for _ in range(count):
+        line.arrived.push(cast(Any, Item(key, model, estimate=estimate, infers=infers)))
+
+
+def decoding(line: Line, thread: int, model: Servable, seconds: float, *, since: float) -> None:
+    """An image that a decode thread is at."""
+    worker = line.decoders[thread]
+    worker.held = [cast(Any, Item(None, model, estimate=Estimate(CANVAS, "png", 1.0, seconds)))]
+    worker.since = since
+
+
+def in_hand(line: Line, device: int, model: Servable, count: int, *, since: float) -> None:
+    """A batch that a device is at."""
+    worker = line.devices[device]
+    worker.held = [cast(Any, Item(BatchKey(model, CANVAS, 0.5), model))] * count
+    worker.since = since
+
+
+def test_nobody_waits_where_nothing_is_to_be_done() -> None:
+    assert Line().prediction.wait() == 0.0
+    assert Line(devices=3).prediction.wait(Urgency.BULK) == 0.0
+
+
+def test_what_waits_is_done_in_batches(model: Servable) -> None:
+    line = Line()
+    ready(line, model, 8)
+    assert line.prediction.wait() == pytest.approx(0.110), "one batch of 8, and none of 0"
+    ready(line, model, 2)
+    assert line.prediction.wait() == pytest.approx(0.110 + 0.050)
+    arrived(line, model, 3)
+    assert line.prediction.wait() == pytest.approx(0.110 + 0.050 + 0.060)
+
+
+def test_a_lone_picture_counts_once(model: Servable) -> None:
+    line = Line(batch=1)
+    ready(line, model, 1)
+    assert line.prediction.wait() == pytest.approx(0.040)
+    ready(line, model, 2)
+    assert line.prediction.wait() == pytest.approx(0.120)
+
+
+def test_each_canvas_has_its_own_cost(model: Servable) -> None:
+    line = Line(batch=1)
+    model.costs.observe(LARGE, 1, 1.0)
+    ready(line, model, 2)
+    ready(line, model, 1, canvas=LARGE)
+    assert line.prediction.wait() == pytest.approx(1.080)
+    arrived(line, model, 1)
+    assert line.prediction.wait() == pytest.approx(1.120), "what waits is priced by its own canvas"
+    arrived(line, model, 1, canvas=LARGE)
+    assert line.prediction.wait() == pytest.approx(2.120)
+    needed = line.prediction.admit(model, NOW + 9, Price(Size(64, 64)))
+    assert needed == pytest.approx(2.120 + 0.040)
+
+
+def test_the_rest_of_a_batch_in_hand(model: Servable) -> None:
+    line = Line()
+    in_hand(line, 0, model, 8, since=NOW - 0.050)
+    assert line.prediction.wait() == pytest.approx(0.060)
+    ready(line, model, 1)
+    assert line.prediction.wait() == pytest.approx(0.100)
+
+
+def test_a_batch_that_is_late_is_thought_to_be_late_again(model: Servable) -> None:
+    line = Line()
+    in_hand(line, 0, model, 8, since=NOW - 0.510)
+    assert line.prediction.wait() == pytest.approx(0.400)
+    in_hand(line, 0, model, 8, since=NOW - 5.110)
+    with pytest.raises(Unavailable) as refused:
+        line.prediction.admit(model, NOW + 1.0)
+    assert refused.value.reason == "deadline", "it hangs, and who waited would wait in vain"
+    in_hand(line, 0, model, 8, since=NOW - 3600.0)
+    assert line.prediction.wait() == 30.0, "no more is made of it"
+
+
+def test_a_request_that_was_just_checked_is_not_looked_at_again(
+    model: Servable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = Line(batch=1)
+    ready(line, model, 2)
+    alone = 0.040
+    line.prediction.check(1.0, Urgency.INTERACTIVE)
+    # Nobody came but from thread to thread.
+    ready(line, model, 1)
+    assert line.prediction.admit(model, NOW + 1.0) == pytest.approx(2 * alone + alone)
+    assert line.prediction.admit(model, NOW + 1.0, urgency=Urgency.BULK) == pytest.approx(
+        3 * alone + alone
+    ), "the check was of another urgency"
+    arrived(line, model, 1)
+    assert line.prediction.admit(model, NOW + 1.0) == pytest.approx(4 * alone + alone)
+    line.prediction.check(1.0, Urgency.INTERACTIVE)
+    ready(line, model, 1)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: NOW + 0.003))
+    assert line.prediction.admit(model, NOW + 1.0) == pytest.approx(5 * alone + alone)
+
+
+def test_bulk_learns_for_itself_how_often_it_is_overtaken(model: Servable) -> None:
+    line = Line()
+    ready(line, model, 8, Urgency.BULK)
+    for _ in range(20):
+        line.prediction._cautions[Urgency.BULK, "single"].observe(predicted=0.1, actual=1.0)
+    line.prediction.check(0.120, Urgency.INTERACTIVE)
+    line.prediction.admit(model, NOW + 1.1 * 0.050)
+    with pytest.raises(Unavailable):
+        line.prediction.check(0.120, Urgency.BULK)
+
+
+def test_several_devices_share_the_work(model: Servable) -> None:
+    line = Line(devices=2)
+    in_hand(line, 0, model, 8, since=NOW)
+    ready(line, model, 9)
+    assert line.prediction.wait() == pytest.approx((0.110 + 0.110 + 0.040) / 2)
+
+
+def test_batches_side_by_side_share_a_device(model: Servable) -> None:
+    line = Line(callers=2)
+    in_hand(line, 1, model, 8, since=NOW - 0.050)
+    assert line.prediction.wait() == pytest.approx(0.060), "it had the device for itself"
+    in_hand(line, 0, model, 8, since=NOW - 0.050)
+    assert line.prediction.wait() == pytest.approx(2 * (0.110 - 0.025))
+    ready(line, model, 8)
+    assert line.prediction.wait() == pytest.approx(2 * (0.110 - 0.025) + 0.110)
+    assert Line(callers=2).prediction.admit(model, NOW + 9, Price(canvases=3)) == pytest.approx(
+        0.060
+    )
+
+
+def test_a_decode_thread_that_infers_counts_as_one_of_the_devices(model: Servable) -> None:
+    line = Line(callers=2)
+    item = Item(BatchKey(model, CANVAS, 0.5), model)
+    line.decoders[0].held = [cast(Any, item)]
+    line.decoders[0].since = NOW - 0.010
+    assert line.prediction.wait() == pytest.approx(0.040), "all of it is still to come"
+    item.prepared = object()
+    assert line.prediction.wait() == pytest.approx(0.040 - 0.010)
+    in_hand(line, 0, model, 1, since=NOW - 0.010)
+    assert line.prediction.wait() == pytest.approx(2 * (0.040 - 0.005)), "they share the device"
+
+
+def test_several_devices_may_have_several_threads_each(model: Servable) -> None:
+    line = Line(devices=2, callers=2)
+    for number in (0, 1, 3):
+        in_hand(line, number, model, 8, since=NOW - 0.050)
+    assert line.prediction.wait() == pytest.approx((0.110 - 0.025) + 0.060 / 2)
+
+
+def test_bulk_has_its_share_and_no_more(model: Servable) -> None:
+    line = Line()
+    ready(line, model, 80, Urgency.BULK)
+    assert line.prediction.wait() == 0.0, "all of it is overtaken"
+    ready(line, model, 16)
+    assert line.prediction.wait() == pytest.approx(0.220 + 0.220 / 7)
+    assert line.prediction.wait(Urgency.BULK) == pytest.approx(0.220 + 1.100)
+
+
+def test_bulk_that_is_little_takes_little(model: Servable) -> None:
+    line = Line()
+    ready(line, model, 1, Urgency.BULK)
+    ready(line, model, 80)
+    assert line.prediction.wait() == pytest.approx(1.100 + 0.040)
+
+
+def test_where_decoding_takes_longer_it_decides(model: Servable) -> None:
+    line = Line()
+    arrived(line, model, 6, seconds=0.200)
+    assert line.prediction.wait() == pytest.approx(6 * 0.200 / 2)
+    ready(line, model, 8)
+    assert line.prediction.wait() == pytest.approx(6 * 0.200 / 2), "decoded already"
+
+
+def test_what_an_image_needs(model: Servable) -> None:
+    line, price = Line(), Price(CANVAS, decode=0.005)
+    assert line.prediction.admit(model, NOW + 9, price) == pytest.approx(0.005 + 0.040)
+    ready(line, model, 8)
+    assert line.prediction.admit(model, NOW + 9, price) == pytest.approx(0.110 + 0.005 + 0.040)
+
+
+def test_what_is_long_keeps_only_what_is_long_waiting(model: Servable) -> None:
+    line = Line()
+    decoding(line, 0, model, 5.0, since=NOW - 1.0)
+    arrived(line, model, 2, seconds=3.0)
+    assert line.prediction.wait() == 0.0, "a thread is left for short work"
+    assert line.prediction.wait(long=True) == pytest.approx(4.0 + 2 * 3.0)
+    arrived(line, model, 4, seconds=0.1)
+    assert line.prediction.wait() == pytest.approx(0.4), "by that one thread"
+    long = Price(CANVAS, decode=5.0, long=True)
+    with pytest.raises(Unavailable) as refused:
+        line.prediction.admit(model, NOW + 10.0, long)
+    assert refused.value.reason == "deadline"
+    line.prediction.admit(model, NOW + 60.0, long)
+    line.prediction.admit(model, NOW + 1.0, Price(CANVAS, decode=0.005))
+
+
+def test_work_that_infers_nothing_takes_no_device(model: Servable) -> None:
+    line = Line()
+    arrived(line, model, 2, seconds=0.1, infers=False)
+    assert line.prediction.wait() == pytest.approx(0.1)
+
+
+def test_an_idle_service_refuses_what_alone_takes_too_long(model: Servable) -> None:
+    line, drawn = Line(), Price(CANVAS, decode=0.1, after=16.0, long=True)
+    with pytest.raises(Unavailable) as refused:
+        line.prediction.admit(model, NOW + 9.0, drawn)
+    assert refused.value.reason == "deadline-too-short"
+    line.prediction.admit(model, NOW + 17.0, drawn)
+
+
+def test_drawing_that_was_promised_counts_before_it_is_in_a_queue(model: Servable) -> None:
+    line, drawn = Line(), Price(CANVAS, after=4.0, long=True)
+    line.prediction.admit(model, NOW + 9.0, drawn)
+    with line.prediction.booked(thread=4.0), line.prediction.booked(thread=4.0):
+        ready(line, model, 1)
+        with pytest.raises(Unavailable):
+            line.prediction.admit(model, NOW + 9.0, drawn)
+        line.prediction.admit(model, NOW + 9.0, Price(CANVAS))
+    line.prediction.admit(model, NOW + 9.0, drawn)
+
+
+def test_requests_of_many_canvases_share_with_each_other_and_with_single_ones(
+    model: Servable,
+) -> None:
+    line, many = Line(batch=1), Price(CANVAS, canvases=100, window=4)
+    alone = 100 * 0.040
+    assert line.prediction.admit(model, NOW + 99, many) == pytest.approx(alone)
+    with line.prediction.booked(device=alone):
+        assert line.prediction.admit(model, NOW + 99, many) == pytest.approx(2 * alone)
+        ready(line, model, 4)
+        assert line.prediction.admit(model, NOW + 99, many) == pytest.approx(0.160 + 2 * alone), (
+            "those that wait are the other request's own"
+        )
+        single = line.prediction.admit(model, NOW + 99, Price(CANVAS))
+        assert single == pytest.approx(0.160 + 0.040), "a single image waits for no tile to come"
+        ready(line, model, 4)
+        assert line.prediction.admit(model, NOW + 99, many) == pytest.approx(
+            0.320 + 2 * (2 * alone)
+        ), "four single images in the pipeline take every second turn"
+
+
+def test_many_pictures_go_in_batches_and_to_every_device(model: Servable) -> None:
+    assert Line().prediction.admit(model, NOW + 9, Price(canvases=16)) == pytest.approx(0.220)
+    assert Line(devices=2).prediction.admit(model, NOW + 9, Price(canvases=16)) == pytest.approx(
+        0.110
+    )
+    assert Line(devices=2).prediction.admit(model, NOW + 9, Price(canvases=3)) == pytest.approx(
+        0.050
+    )
+    assert Line(batch=1).prediction.admit(model, NOW + 9, Price(canvases=16)) == pytest.approx(
+        0.640
+    )
+
+
+def test_who_would_be_late_is_told_when_to_come_again(model: Servable) -> None:
+    line = Line()
+    ready(line, model, 8)
+    careful = 1.1 * (0.110 + 0.040) + WAY_BACK
+    line.prediction.admit(model, NOW + careful + 0.001)
+    with pytest.raises(Unavailable) as refused:
+        line.prediction.admit(model, NOW + careful - 0.010)
+    assert refused.value.reason == "deadline"
+    assert refused.value.retry_after == pytest.approx(0.010)
+
+
+def test_an_idle_service_lets_in_what_is_not_hopeless(model: Servable) -> None:
+    line = Line()
+    line.prediction.admit(model, NOW + 0.014)
+    with pytest.raises(Unavailable) as refused:
+        line.prediction.admit(model, NOW + 0.013)
+    assert refused.value.reason == "deadline-too-short", (
+        "8 pictures took 110 ms, so one takes 13.75"
+    )
+
+
+def test_an_idle_service_tries_again_after_a_while(
+    model: Servable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = Servable("tiny", 1, cast(Any, None), ())
+    slow.costs.observe(CANVAS, 1, 20.0)
+    with pytest.raises(Unavailable):
+        Line().prediction.admit(slow, NOW + 0.5)
+    later = time.monotonic() + 60.0
+    monkeypatch.setattr("service.engine.cost.time", SimpleNamespace(monotonic=lambda: later))
+    Line().prediction.admit(slow, NOW + 0.5)
+
+
+def test_the_queue_alone_refuses_by_its_wait(model: Servable) -> None:
+    line = Line()
+    line.prediction.check(0.0, Urgency.INTERACTIVE)
+    ready(line, model, 8)
+    line.prediction.check(0.122, Urgency.INTERACTIVE)
+    with pytest.raises(Unavailable):
+        line.prediction.check(0.120, Urgency.INTERACTIVE)

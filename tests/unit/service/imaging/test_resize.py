@@ -1,0 +1,87 @@
+"""Scaling: what Pillow's bilinear filter gives, whichever way it is computed."""
+
+from __future__ import annotations
+
+import platform
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image
+
+from service.imaging import resize as resizing
+from service.imaging.canvas import Size
+from service.imaging.resize import resize
+from service.imaging.samples import draw_smear
+
+SIDES = st.integers(min_value=1, max_value=300)
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    dice = np.random.default_rng(seed)
+    return Image.fromarray(dice.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def pillow(picture: Image.Image, size: Size) -> NDArray[np.int64]:
+    wanted = (size.width, size.height)
+    return np.asarray(picture.resize(wanted, Image.Resampling.BILINEAR)).astype(np.int64)
+
+
+@pytest.mark.skipif(
+    sys.platform == "linux" and platform.machine() != "x86_64",
+    reason="nobody builds the vectorised way for Linux on this processor",
+)
+def test_this_machine_has_the_vectorised_build() -> None:
+    """Or nothing here is compared. Where there is none the other tests hold as well."""
+    assert resizing.vectorised is not None
+
+
+@pytest.mark.parametrize(
+    "size", [(384, 512), (448, 597), (120, 160), (33, 7), (1, 1), (900, 1300), (480, 200)]
+)
+def test_drawn_cells_at_other_sizes(size: tuple[int, int]) -> None:
+    picture, _ = draw_smear(3)
+    found = resize(picture, Size(*size))
+    difference = np.abs(found.astype(np.int64) - pillow(picture, Size(*size)))
+    assert found.shape == (*size, 3)
+    assert found.dtype == np.uint8
+    assert difference.max() <= 2
+    assert difference.mean() < 0.1
+
+
+@settings(max_examples=60, deadline=None)
+@given(SIDES, SIDES, SIDES, SIDES)
+def test_noise_between_any_two_sizes(
+    width: int, height: int, to_width: int, to_height: int
+) -> None:
+    """The hardest picture there is: neighbours have nothing in common."""
+    picture, size = noise(width, height), Size(to_height, to_width)
+    difference = np.abs(resize(picture, size).astype(np.int64) - pillow(picture, size))
+    assert difference.max() <= 2
+
+
+def test_a_picture_of_the_size_that_is_asked_for_stays_as_it_is() -> None:
+    picture = noise(64, 48)
+    assert np.array_equal(resize(picture, Size(48, 64)), np.asarray(picture))
+
+
+@pytest.mark.parametrize("shade", [0, 1, 127, 254, 255])
+def test_a_plain_picture_stays_plain(shade: int) -> None:
+    picture = Image.new("RGB", (301, 203), (shade, 255 - shade, shade))
+    found = resize(picture, Size(96, 128))
+    assert np.array_equal(found, np.broadcast_to([shade, 255 - shade, shade], (96, 128, 3)))
+
+
+def test_a_very_large_picture_is_scaled_without_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resizing, "LARGEST_COPIED", 100 * 100 - 1)
+    picture = noise(100, 100)
+    assert np.array_equal(resize(picture, Size(50, 40)), pillow(picture, Size(50, 40)))
+
+
+def test_without_the_vectorised_build_it_is_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resizing, "vectorised", None)
+    picture = noise(120, 90)
+    assert np.array_equal(resize(picture, Size(50, 40)), pillow(picture, Size(50, 40)))

@@ -1,0 +1,49 @@
+"""The allocator's settings, in processes of their own: they last as long as the process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+_FAULTS = """
+import resource
+from service.system.memory import keep_freed_memory
+
+print(keep_freed_memory())
+blocks = []
+for size in (1, 3):
+    bytearray(size << 20)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(50):
+        bytearray(size << 20)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def run(**environment: str) -> list[str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    done = subprocess.run(
+        [sys.executable, "-c", _FAULTS],
+        env=kept | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.split()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's settings")
+def test_freed_pictures_are_not_fetched_from_the_kernel_again() -> None:
+    done, *faults = run()
+    assert done == "True"
+    # Each of the 50 would cost a fault for every 4 KiB.
+    assert all(int(each) < 50 for each in faults)
+
+
+def test_whoever_set_the_allocator_up_keeps_his_settings() -> None:
+    done, *faults = run(MALLOC_TRIM_THRESHOLD_="131072", MALLOC_MMAP_THRESHOLD_="131072")
+    assert done == "False"
+    assert int(faults[0]) > 50
