@@ -58,7 +58,7 @@ format: $(TEST_VENV)/installed
 	$(TEST_VENV)/bin/python -m ruff format .
 
 proto: $(TEST_VENV)/installed
-	cd service/inference_protocol && ../../$(TEST_VENV)/bin/python -m grpc_tools.protoc \
+	cd service/http/oip && ../../../$(TEST_VENV)/bin/python -m grpc_tools.protoc \
 		--proto_path=. --descriptor_set_out=messages.binpb open_inference.proto health.proto
 
 # The stamp is newer than pyproject.toml once everything is installed, so a second run starts at once.

@@ -7,8 +7,8 @@
 A discrete-event simulation. Pictures arrive at random and are shared out at random, as a balancer
 of connections does. A replica works at one picture at a time, the others wait in line, and it lets
 in by the service's own rule and its own code (`service.engine.admission`): what it has learnt of
-the cost of a picture, stretched by its caution, has to fit the deadline. The autoscaler is Kubernetes',
-with the numbers of `deploy/kubernetes/base/autoscaling.yaml`; a new replica serves after
+the cost of an image, stretched by its caution, has to fit the deadline. The autoscaler is
+Kubernetes', with the numbers of `deploy/kubernetes/base/autoscaling.yaml`; a new replica serves after
 `--start-up` seconds.
 
 `--check` sends random arrivals to two real services that share this machine's cores, measures

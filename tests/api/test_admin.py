@@ -49,7 +49,7 @@ def both(models: Path) -> AbstractAsyncContextManager[Doors]:
     client_key = new_key(keys, "camera", admin=False)
     app = create_app(Settings(models_dir=models, device="cpu", api_keys_file=keys))
     listener = listen("127.0.0.1", 0)
-    companion = AdminListener(app.state.service, listener)
+    companion = AdminListener(app.state.service, app.state.keys, listener)
 
     @asynccontextmanager
     async def opened() -> AsyncIterator[Doors]:

@@ -122,5 +122,5 @@ def test_the_page_s_sample_is_what_the_generator_draws() -> None:
 
 
 def test_it_needs_no_torch() -> None:
-    code = "import sys, service.samples; sys.exit('torch' in sys.modules)"
+    code = "import sys, service.imaging.samples; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

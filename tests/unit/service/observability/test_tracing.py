@@ -61,7 +61,7 @@ def test_what_it_cannot_do_is_said_once_and_does_no_harm(
 def test_off_it_needs_no_sdk_and_imports_none() -> None:
     code = (
         "import sys; sys.modules['opentelemetry.sdk'] = None\n"
-        "import service.api; from service.observability.tracing import open_tracing\n"
+        "import service.http.app; from service.observability.tracing import open_tracing\n"
         "assert open_tracing({}, version='1') is None\n"
     )
     run = subprocess.run(
