@@ -21,7 +21,7 @@ def files_left_at_home(home: Path, code: str, **variables: str) -> list[str]:
 
 
 def test_the_service_leaves_no_device_id(tmp_path: Path) -> None:
-    assert files_left_at_home(tmp_path, "import service.detector") == []
+    assert files_left_at_home(tmp_path, "import service.runtime.detector") == []
 
 
 def test_an_operator_may_ask_for_the_reports(tmp_path: Path) -> None:
