@@ -8,7 +8,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from service.image_header import read_header
+from service.imaging.header import read_header
 from tests.pictures import encoded, png_header
 
 
