@@ -1,11 +1,15 @@
-"""Mutated pictures and malformed forms against a real server: no 5xx, no hang, no growth.
+"""Broken and hostile requests against a real server: no 5xx, no hang, no growth, bounded memory.
 
     python benchmarks/fuzz.py --count 20000
-    python benchmarks/fuzz.py --url http://localhost:8000 --seed 7 --first 1234 --count 1
+    python benchmarks/fuzz.py --seed 7 --first 1234 --count 1
+    python benchmarks/fuzz.py --url http://localhost:8000 --grpc localhost:8001
 
-Every body is made from the seed and its number alone, so a finding is repeated by `--first NUMBER
---count 1`. Bodies that fail are kept in `--keep DIR`. Without --url a server is started, of the
-bundled model or of `--models DIR`, and its memory watched after a warm-up of a fifth of the bodies.
+Images, forms, JSON, headers, query strings, tensors and gRPC messages. Each is made from the seed
+and its number alone, so a finding is repeated by `--first NUMBER --count 1`. Bodies that fail are
+kept in `--keep DIR`. Without --url a server is started, of the bundled model or of `--models DIR`,
+and its memory watched (Linux): its peak, and from `GROWTH_CASES` requests on its growth after a
+warm-up of a fifth of them. That server decodes within `DECODE_MEMORY_BYTES`, less than half of what
+it may take in all, so that an image which takes more than was reckoned is found.
 """
 
 from __future__ import annotations
@@ -13,248 +17,251 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import io
 import os
 import random
 import re
+import socket
+import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
+import fuzz_bodies
+import fuzz_protocols
+import grpc
 import httpx
 import psutil
-from PIL import Image
+from fuzz_bodies import CLOSED, Case, Source
 
-EXPECTED = frozenset({200, 400, 408, 413, 415, 422, 503})
-"""503 only with Retry-After; everything else that begins with 5 is a finding."""
+EXPECTED = frozenset({"200", "400", "408", "413", "415", "422", "503"}) | {
+    f"gRPC {name}"
+    for name in ("OK", "INVALID_ARGUMENT", "NOT_FOUND", "RESOURCE_EXHAUSTED", "UNAVAILABLE")
+}
+"""503 and UNAVAILABLE only with Retry-After; a kind of case may allow more."""
 HANG_SECONDS = 60.0
+SLOW_PROBE_SECONDS = 1.0
+PROBE_PAUSE_SECONDS = 0.1
 GROWTH_BYTES = 48 << 20
-INTERESTING = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF)
-BOUNDARY = b"----fuzz"
+GROWTH_CASES = 10_000
+"""The warm-up of fewer does not fill the allocators of all threads."""
+PEAK_BYTES = 300_000_000
+"""Above what the idle server has."""
+DECODE_MEMORY_BYTES = 128 << 20
+
+KINDS: tuple[tuple[int, Callable[[Source, random.Random], Case]], ...] = (
+    (34, fuzz_bodies.image),
+    (4, fuzz_bodies.large_image),
+    (13, fuzz_bodies.form),
+    (7, fuzz_bodies.document),
+    (5, fuzz_protocols.query),
+    (6, fuzz_protocols.headers),
+    (7, fuzz_protocols.bare_bytes),
+    (10, fuzz_protocols.tensors),
+    (2, fuzz_protocols.about_models),
+    (12, fuzz_protocols.message),
+)
+"""With their shares."""
 
 
-@dataclass(frozen=True)
-class Case:
-    """One request."""
-
-    number: int
-    path: str
-    content_type: str
-    body: bytes
+def cases(seed: int, first: int, count: int, *, model: str) -> Iterator[tuple[int, Case]]:
+    """Requests by number; each is the same whatever others are made."""
+    source = Source(model)
+    shares, makers = zip(*KINDS, strict=True)
+    for number in range(first, first + count):
+        rng = random.Random(f"{seed}-{number}")
+        (make,) = rng.choices(makers, shares)
+        yield number, make(source, rng)
 
 
 @dataclass
 class Report:
     """What came back."""
 
-    statuses: Counter[int] = field(default_factory=Counter)
+    statuses: Counter[str] = field(default_factory=Counter)
     findings: list[str] = field(default_factory=list)
     slowest: float = 0.0
+    slowest_case: int | None = None
+    slowest_probe: float = 0.0
+
+    def add(self, other: Report) -> None:
+        self.statuses.update(other.statuses)
+        self.findings += other.findings
+        if other.slowest > self.slowest:
+            self.slowest, self.slowest_case = other.slowest, other.slowest_case
+        self.slowest_probe = max(self.slowest_probe, other.slowest_probe)
 
 
-def seeds() -> list[bytes]:
-    """Small valid files of each kind, with every sort of extra that a file may carry."""
-    picture = Image.frombytes("RGB", (48, 40), random.Random(0).randbytes(48 * 40 * 3))
-    exif = Image.Exif()
-    exif[0x0112], exif[0x010E] = 6, "a cell " * 20
-    frames = [picture.rotate(90 * turn) for turn in range(1, 3)]
-    profile = bytes(range(256)) * 8
-    return [
-        _save(picture, "JPEG"),
-        _save(picture, "JPEG", progressive=True, exif=exif, icc_profile=profile),
-        _save(picture.convert("L"), "JPEG", quality=30),
-        _save(picture.convert("CMYK"), "JPEG"),
-        _save(picture, "JPEG", restart_marker_blocks=2, comment=b"x" * 300),
-        _save(picture, "PNG", exif=exif, icc_profile=profile),
-        _save(picture.convert("RGBA"), "PNG"),
-        _save(picture.quantize(16), "PNG", transparency=3),
-        _save(picture.convert("1"), "PNG"),
-        _save(picture.convert("I;16"), "PNG"),
-        _save(picture, "PNG", save_all=True, append_images=frames),
-        _save(picture, "WEBP", exif=exif.tobytes(), icc_profile=profile),
-        _save(picture.convert("RGBA"), "WEBP", lossless=True),
-        _save(picture, "WEBP", save_all=True, append_images=frames),
-    ]
+class Answer(NamedTuple):
+    """What came back for one case."""
+
+    status: str
+    retry_after: bool
+    detail: str
 
 
-def cases(seed: int, first: int, count: int) -> Iterator[Case]:
-    """Requests by number; each is the same whatever others are made."""
-    files = seeds()
-    for number in range(first, first + count):
-        yield _case(random.Random(f"{seed}-{number}"), number, files)
-
-
-def _case(rng: random.Random, number: int, files: list[bytes]) -> Case:
-    picture = mutate(rng, rng.choice(files), files)
-    kind = rng.random()
-    if kind < 0.7:
-        tile = "?tile=auto" if rng.random() < 0.1 else ""
-        return Case(number, f"/v1/detect{tile}", "application/octet-stream", picture)
-    if kind < 0.85:
-        path, name = rng.choice((("/v1/detect", b"file"), ("/v1/detect/batch", b"files")))
-        return Case(number, path, *form(rng, name, picture))
-    if kind < 0.95:
-        path = rng.choice(("/v1/detect", "/v1/detect/batch"))
-        return Case(number, path, "application/json", document(rng, picture))
-    accept = rng.choice(("image/png", "image/jpeg"))
-    return Case(number, f"/v1/detect#{accept}", "image/png", picture)
-
-
-def mutate(rng: random.Random, data: bytes, files: list[bytes]) -> bytes:
-    """The file with a few things wrong."""
-    result = bytearray(data)
-    for _ in range(rng.choice((0, 1, 1, 2, 4, 8, 32))):
-        if not result:
-            break
-        rng.choice(_MUTATIONS)(rng, result)
-    if rng.random() < 0.05:
-        other = rng.choice(files)
-        result += other[rng.randrange(len(other)) :]
-    return bytes(result)
-
-
-def _flip(rng: random.Random, data: bytearray) -> None:
-    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-
-
-def _flip_in_header(rng: random.Random, data: bytearray) -> None:
-    data[rng.randrange(min(len(data), 80))] = rng.randrange(256)
-
-
-def _number(rng: random.Random, data: bytearray) -> None:
-    width = rng.choice((1, 2, 4))
-    value = rng.choice(INTERESTING) & ((1 << 8 * width) - 1)
-    start = rng.randrange(min(len(data), rng.choice((40, len(data)))))
-    data[start : start + width] = value.to_bytes(width, rng.choice(("big", "little")))
-
-
-def _cut(rng: random.Random, data: bytearray) -> None:
-    del data[rng.randrange(len(data)) :]
-
-
-def _remove(rng: random.Random, data: bytearray) -> None:
-    start = rng.randrange(len(data))
-    del data[start : start + rng.randrange(1, 64)]
-
-
-def _repeat(rng: random.Random, data: bytearray) -> None:
-    start = rng.randrange(len(data))
-    piece = data[start : start + rng.randrange(1, 256)]
-    data[start:start] = piece * rng.choice((1, 2, 50))
-
-
-def _insert(rng: random.Random, data: bytearray) -> None:
-    start = rng.randrange(len(data))
-    data[start:start] = rng.randbytes(rng.randrange(1, 64))
-
-
-_MUTATIONS: tuple[Callable[[random.Random, bytearray], None], ...] = (
-    *(_flip, _flip, _flip_in_header, _number, _number),
-    *(_cut, _remove, _repeat, _insert),
-)
-
-
-def form(rng: random.Random, name: bytes, picture: bytes) -> tuple[str, bytes]:
-    """A multipart body that is good, or bad in some way; with its Content-Type."""
-    head = (
-        b'Content-Disposition: form-data; name="%s"; filename="a.jpg"\r\n'
-        b"Content-Type: image/jpeg\r\n\r\n" % name
-    )
-    part = b"--" + BOUNDARY + b"\r\n" + head + picture + b"\r\n"
-    body = part * rng.choice((1, 1, 2, 5, 100)) + b"--" + BOUNDARY + b"--\r\n"
-    wrong = rng.randrange(8)
-    if wrong == 0:
-        body = mutate(rng, body, [body])
-    elif wrong == 1:
-        body = body.replace(b"\r\n", b"\n")
-    elif wrong == 2:
-        body = body.replace(b"form-data", rng.randbytes(6))
-    elif wrong == 3:
-        body = b"--" + BOUNDARY + b"\r\n" + b"X: y\r\n" * 2000 + body
-    elif wrong == 4:
-        body = (b"\r\n--" + BOUNDARY[:-1]) * 500 + body
-    elif wrong == 5:
-        body = body[: rng.randrange(len(body))]
-    elif wrong == 6:
-        body = body.replace(b'filename="a.jpg"', b"filename*=" + rng.randbytes(20).hex().encode())
-    boundary = rng.choice(("----fuzz", "----fuzz", "----fuzz", '"', "x" * 80, ""))
-    return f"multipart/form-data; boundary={boundary}", body
-
-
-def document(rng: random.Random, picture: bytes) -> bytes:
-    """A JSON body that is good, or bad in some way."""
-    import base64
-
-    text = base64.b64encode(picture)
-    body = rng.choice(
-        (
-            b'{"image": "%s"}' % text,
-            b'{"images": [{"id": "a", "image": "%s"}, {"image": "%s"}]}' % (text, text[:-3]),
-            b'{"images": [%s]}' % b",".join([b'{"image": 1}'] * 70),
-            b'{"image": %s"%s"%s}' % (b"[" * 2000, text, b"]" * 2000),
-            b'{"images": {"image": "%s"}}' % text,
-        )
-    )
-    return mutate(rng, body, [body]) if rng.random() < 0.4 else body
-
-
-async def run(url: str, chosen: Iterator[Case], *, clients: int, keep: Path | None) -> Report:
-    """Send the requests, so many at a time."""
+async def run(
+    url: str,
+    chosen: Iterator[tuple[int, Case]],
+    *,
+    grpc_address: str | None,
+    clients: int,
+    keep: Path | None,
+) -> Report:
+    """Send the requests, `clients` at a time."""
     report = Report()
     # A client checks that the server still serves, and its own connection may be closed.
-    async with httpx.AsyncClient(base_url=url, timeout=HANG_SECONDS, verify=False) as client:
+    async with (
+        httpx.AsyncClient(base_url=url, timeout=HANG_SECONDS, verify=False) as client,
+        grpc.aio.insecure_channel(grpc_address or url) as channel,
+    ):
 
         async def work() -> None:
-            for case in chosen:
-                await _send(client, case, report, keep)
+            for number, case in chosen:
+                started = time.perf_counter()
+                finding = await _finding(_ask(client, channel, case), case, report)
+                seconds = time.perf_counter() - started
+                if seconds > report.slowest:
+                    report.slowest, report.slowest_case = seconds, number
+                if finding is not None:
+                    report.findings.append(f"number {number}, {case.path[:80]}: {finding}")
+                    if keep is not None:
+                        _keep(keep / f"{number}.body", case.body)
 
-        await asyncio.gather(*(work() for _ in range(clients)))
+        with _probed(url, report):
+            await asyncio.gather(*(work() for _ in range(clients)))
     return report
 
 
-async def _send(client: httpx.AsyncClient, case: Case, report: Report, keep: Path | None) -> None:
-    path, _, accept = case.path.partition("#")
-    headers = {"Content-Type": case.content_type} | ({"Accept": accept} if accept else {})
-    started = time.perf_counter()
-    finding = None
+def _keep(file: Path, body: bytes) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(body)
+
+
+async def _finding(asked: Awaitable[Answer], case: Case, report: Report) -> str | None:
+    """What is wrong with the answer."""
     try:
-        answer = await client.post(path, content=case.body, headers=headers)
-    except httpx.TimeoutException:
-        finding = f"no answer within {HANG_SECONDS:g} s"
-    except httpx.TransportError as error:
-        finding = f"the connection broke: {error!r}"
-    else:
-        report.statuses[answer.status_code] += 1
-        if answer.status_code not in EXPECTED:
-            finding = f"{answer.status_code} {answer.text[:200]}"
-        elif answer.status_code == 503 and "retry-after" not in answer.headers:
-            finding = "503 without Retry-After"
-        elif '"status":500' in answer.text:
-            finding = f"a picture of a batch: {answer.text[:300]}"
-    report.slowest = max(report.slowest, time.perf_counter() - started)
-    if finding is not None:
-        report.findings.append(f"number {case.number}, {case.path}: {finding}")
-        if keep is not None:
-            _keep(keep, case)
+        answer = await asyncio.wait_for(asked, HANG_SECONDS)
+    except (TimeoutError, httpx.TimeoutException):
+        return f"no answer within {HANG_SECONDS:g} s"
+    except (OSError, httpx.TransportError) as error:
+        return f"the connection broke: {error!r}"
+    report.statuses[answer.status] += 1
+    if answer.status not in EXPECTED | case.also:
+        return f"{answer.status} {answer.detail[:200]}"
+    if answer.status in ("503", "gRPC UNAVAILABLE") and not answer.retry_after:
+        return f"{answer.status} without Retry-After: {answer.detail[:200]}"
+    if '"status":500' in answer.detail:
+        return f"an image of a batch: {answer.detail[:300]}"
+    return None
 
 
-def _keep(folder: Path, case: Case) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{case.number}.body").write_bytes(case.body)
+def _ask(client: httpx.AsyncClient, channel: grpc.aio.Channel, case: Case) -> Awaitable[Answer]:
+    if case.way == "grpc":
+        return _ask_grpc(channel, case)
+    return _ask_socket(client.base_url, case) if case.way == "socket" else _ask_http(client, case)
+
+
+async def _ask_http(client: httpx.AsyncClient, case: Case) -> Answer:
+    headers = [(name.encode(), value.strip().encode("latin-1")) for name, value in case.headers]
+    answer = await client.request(case.method, case.path, content=case.body, headers=headers)
+    text = "" if answer.headers.get("content-type", "").startswith("image/") else answer.text
+    return Answer(str(answer.status_code), "retry-after" in answer.headers, text)
+
+
+async def _ask_socket(url: httpx.URL, case: Case) -> Answer:
+    context = None
+    if url.scheme == "https":
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    reader, writer = await asyncio.open_connection(url.host, url.port, ssl=context)
+
+    async def send() -> None:
+        # The server may have answered and closed before all of it was sent.
+        with contextlib.suppress(OSError):
+            writer.write(case.body)
+            await writer.drain()
+            if writer.can_write_eof():
+                writer.write_eof()
+
+    try:
+        _, content = await asyncio.gather(send(), reader.read())
+    except ConnectionError:
+        return Answer(CLOSED, retry_after=False, detail="")
+    finally:
+        writer.close()
+    # The worst of several.
+    status = max(re.findall(rb"^HTTP/1\.1 ([2-9]\d\d)", content, re.MULTILINE), default=b"")
+    text = content.decode("latin-1")
+    return Answer(status.decode() or CLOSED, "\r\nretry-after:" in text.lower(), text)
+
+
+async def _ask_grpc(channel: grpc.aio.Channel, case: Case) -> Answer:
+    call = channel.unary_unary(case.path)(case.body, metadata=case.headers)
+    try:
+        await call
+    except grpc.aio.AioRpcError as error:
+        trailing = dict(error.trailing_metadata())
+        return Answer(f"gRPC {error.code().name}", "retry-after" in trailing, str(error.details()))
+    return Answer("gRPC OK", retry_after=False, detail="")
 
 
 @contextlib.contextmanager
-def server(models: Path | None) -> Iterator[tuple[str, psutil.Process]]:
-    """A server on a free port."""
+def _probed(url: str, report: Report) -> Iterator[None]:
+    """Ask for /healthz ten times a second, in a thread: making requests takes time, too."""
+    done = threading.Event()
+
+    def probe() -> None:
+        with httpx.Client(base_url=url, timeout=HANG_SECONDS, verify=False) as client:
+            while not done.wait(PROBE_PAUSE_SECONDS):
+                started = time.perf_counter()
+                try:
+                    status = str(client.get("/healthz").status_code)
+                except httpx.TransportError as error:
+                    status = repr(error)
+                report.slowest_probe = max(report.slowest_probe, time.perf_counter() - started)
+                if status != "200":
+                    report.findings.append(f"/healthz: {status}")
+                    return
+
+    thread = threading.Thread(target=probe)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+class Running(NamedTuple):
+    """A server that was started."""
+
+    url: str
+    grpc_address: str
+    process: psutil.Process
+
+
+@contextlib.contextmanager
+def server(models: Path | None) -> Iterator[Running]:
+    """A server on free ports."""
     command = [sys.executable, "-m", "service.cli", "serve", "--port", "0", "--device", "cpu"]
     if models is not None:
         command += ["--models", str(models)]
     root = Path(__file__).resolve().parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(root), "RETINASERVE_LOG_LEVEL": "error"}
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        grpc_port = free.getsockname()[1]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(root),
+        "RETINASERVE_LOG_LEVEL": "error",
+        "RETINASERVE_GRPC_PORT": str(grpc_port),
+        "RETINASERVE_DECODE_MEMORY_BYTES": str(DECODE_MEMORY_BYTES),
+    }
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
@@ -262,18 +269,17 @@ def server(models: Path | None) -> Iterator[tuple[str, psutil.Process]]:
             url = url.replace("localhost", "127.0.0.1")
             while httpx.get(f"{url}/readyz").status_code != 200:
                 time.sleep(0.5)
-            yield url, psutil.Process(process.pid)
+            yield Running(url, f"127.0.0.1:{grpc_port}", psutil.Process(process.pid))
         finally:
             process.terminate()
             process.wait(60)
 
 
-def _print(report: Report) -> None:
-    for status, count in sorted(report.statuses.items()):
-        print(f"{status}: {count}")
-    print(f"slowest answer: {report.slowest:.2f} s")
-    for finding in report.findings[:20]:
-        print(f"FINDING {finding}")
+def peak_bytes(pid: int) -> int:
+    """Most memory that a process has had (Linux)."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    assert found is not None
+    return int(found[1]) << 10
 
 
 def main() -> None:
@@ -283,39 +289,56 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--clients", type=int, default=4)
-    parser.add_argument("--url")
-    parser.add_argument("--keep", type=Path)
-    parser.add_argument("--models", type=Path)
+    parser.add_argument("--url", help="of a server that runs; its memory is not watched")
+    parser.add_argument("--grpc", metavar="HOST:PORT", help="of that server; default: no messages")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="for the bodies of findings")
+    parser.add_argument("--models", type=Path, help="repository of the server that is started")
+    parser.add_argument("--strict", action="store_true", help="a slow /healthz is a finding")
     given = parser.parse_args()
 
-    def some(first: int, count: int, url: str) -> Report:
-        chosen = cases(given.seed, first, count)
-        return asyncio.run(run(url, chosen, clients=given.clients, keep=given.keep))
+    def some(first: int, count: int, url: str, grpc_address: str | None) -> Report:
+        model = httpx.get(f"{url}/v1/models", verify=False).json()["models"][0]["name"]
+        chosen = cases(given.seed, first, count, model=model)
+        if grpc_address is None:
+            chosen = ((number, case) for number, case in chosen if case.way != "grpc")
+        return asyncio.run(
+            run(url, chosen, grpc_address=grpc_address, clients=given.clients, keep=given.keep)
+        )
 
     if given.url:
-        report = some(given.first, given.count, given.url)
-        _print(report)
-        sys.exit(1 if report.findings else 0)
-    warm_up = given.count // 5
-    with server(given.models) as (url, process):
-        early = some(given.first, warm_up, url)
-        before = process.memory_info().rss
-        late = some(given.first + warm_up, given.count - warm_up, url)
-        after = process.memory_info().rss
-        files = process.num_fds()
-        alive = httpx.get(f"{url}/healthz").status_code == 200
-    late.statuses.update(early.statuses)
-    late.findings[:0] = early.findings
-    _print(late)
-    print(f"memory: {before >> 20} MiB after the warm-up, {after >> 20} MiB at the end")
-    print(f"open files at the end: {files}; alive: {alive}")
-    sys.exit(1 if late.findings or not alive or after - before > GROWTH_BYTES else 0)
-
-
-def _save(picture: Image.Image, kind: str, **options: object) -> bytes:
-    target = io.BytesIO()
-    picture.save(target, kind, **options)
-    return target.getvalue()
+        report = some(given.first, given.count, given.url, given.grpc)
+        memory = "not watched"
+    else:
+        warm_up = given.count // 5
+        with server(given.models) as (url, grpc_address, process):
+            idle = process.memory_info().rss
+            report = some(given.first, warm_up, url, grpc_address)
+            early = process.memory_info().rss
+            report.add(some(given.first + warm_up, given.count - warm_up, url, grpc_address))
+            late, peak, files = (
+                process.memory_info().rss,
+                peak_bytes(process.pid),
+                process.num_fds(),
+            )
+        memory = (
+            f"{idle / 1e6:.0f} MB idle, {early / 1e6:.0f} MB after the warm-up, "
+            f"{late / 1e6:.0f} MB at the end, {peak / 1e6:.0f} MB at its peak: "
+            f"{(peak - idle) / 1e6:.0f} MB above idle; {files} open files"
+        )
+        if given.count >= GROWTH_CASES and late - early > GROWTH_BYTES:
+            report.findings.append(f"memory grew by more than {GROWTH_BYTES / 1e6:.0f} MB")
+        if peak - idle > PEAK_BYTES:
+            report.findings.append(f"memory rose by more than {PEAK_BYTES / 1e6:.0f} MB")
+    if given.strict and report.slowest_probe > SLOW_PROBE_SECONDS:
+        report.findings.append(f"/healthz took more than {SLOW_PROBE_SECONDS:g} s")
+    for status, count in sorted(report.statuses.items()):
+        print(f"{status}: {count}")
+    print(f"slowest answer: {report.slowest:.2f} s, number {report.slowest_case}")
+    print(f"slowest /healthz beside: {report.slowest_probe:.2f} s")
+    print(f"memory: {memory}")
+    for finding in report.findings:
+        print(f"FINDING {finding}")
+    sys.exit(1 if report.findings else 0)
 
 
 if __name__ == "__main__":
