@@ -1,6 +1,6 @@
-"""The least that serving a picture can cost: decode, letterbox and session in one plain loop.
+"""The least that serving an image can cost: decode, letterbox and session in one plain loop.
 
-    python benchmarks/bare_loop.py MODEL.onnx PICTURES --seconds 20
+    python benchmarks/bare_loop.py MODEL.onnx IMAGES --seconds 20
 
 Prints one JSON object. It uses the service's own imaging and session, with the same threads.
 """
@@ -26,7 +26,7 @@ from service.system.memory import keep_freed_memory
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
-    parser.add_argument("pictures", type=Path, help="folder of JPEG pictures")
+    parser.add_argument("images", type=Path, help="folder of JPEG images")
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--loops", type=int, default=1, help="side by side, with one session")
@@ -37,7 +37,7 @@ def main() -> None:
     rule = artifact.metadata.canvas
     thresholds = artifact.metadata.thresholds
     detector = devices.open_detector(artifact, devices.resolve(arguments.device).devices[0])
-    pictures = [path.read_bytes() for path in sorted(arguments.pictures.glob("*.jpg"))]
+    images = [path.read_bytes() for path in sorted(arguments.images.glob("*.jpg"))]
     score = min([thresholds.score, *thresholds.per_class.values()])
 
     def one(data: bytes) -> float:
@@ -53,13 +53,13 @@ def main() -> None:
         )
         return decoded - begun
 
-    for data in pictures[:10]:
+    for data in images[:10]:
         one(data)
     started, busy = time.perf_counter(), _cpu_seconds()
 
     def loop(first: int) -> list[float]:
         decoding = []
-        for data in itertools.cycle(pictures[first:] + pictures[:first]):
+        for data in itertools.cycle(images[first:] + images[:first]):
             decoding.append(one(data))
             if time.perf_counter() - started >= arguments.seconds:
                 break
@@ -70,7 +70,7 @@ def main() -> None:
     elapsed, count = time.perf_counter() - started, len(decoding)
     cpu = _cpu_seconds() - busy
     result = {
-        "pictures": count,
+        "images": count,
         "per_second": count / elapsed,
         "cpu_ms": 1e3 * cpu / count,
         "decode_cpu_ms": 1e3 * sum(decoding) / count,

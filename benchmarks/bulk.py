@@ -1,10 +1,10 @@
-"""`retinaserve bulk` over many pictures: killed half-way, resumed, its memory and its rate.
+"""`retinaserve bulk` over many images: killed half-way, resumed, its memory and its rate.
 
-    python benchmarks/bulk.py --pictures ../shared/data/bccd/JPEGImages
+    python benchmarks/bulk.py --images ../shared/data/bccd/JPEGImages
     python benchmarks/bulk.py --only near-free   # or --only bundled, --count N
 
 The JPEGs of a folder (without one, 20 drawn ones of 640 x 480) get as many names as there are to be
-pictures: 20,000, or N. The command runs in a process of its own, is killed by SIGKILL once half of
+images: 20,000, or N. The command runs in a process of its own, is killed by SIGKILL once half of
 the parts are there, and started again. Its rate is that of the second half, beside two bare loops
 of decoding, letterbox and session that share one session (`bare_loop.py --loops 2`): every few
 seconds the command is frozen (SIGSTOP) while they run, so that what else the machine does counts
@@ -30,7 +30,7 @@ import psutil
 import pyarrow.parquet as pq
 from near_free_model import write_near_free_model
 from report import Report, Table, add_options
-from serving import draw_pictures, run_script
+from serving import draw_images, run_script
 
 from service.runtime.artifact import scan_repository
 from service.settings import bundled_models
@@ -47,8 +47,8 @@ ROWS = 6
 """Of memory in the table, for each half."""
 
 
-def name_pictures(sources: Path, folder: Path, count: int) -> Path:
-    """`count` names for the pictures of a folder, in folders of a thousand; the folder."""
+def name_images(sources: Path, folder: Path, count: int) -> Path:
+    """`count` names for the images of a folder, in folders of a thousand; the folder."""
     found = sorted(sources.glob("*.jpg"))
     for number in range(count):
         target = folder / f"{number // 1000:03d}" / f"{number:06d}.jpg"
@@ -103,9 +103,9 @@ class Watched:
         self._started += time.monotonic() - frozen
 
     def each(self, size: int) -> tuple[float, float]:
-        """Pictures a second, and core-milliseconds for each, from the first new part to the last.
+        """Images a second, and core-milliseconds for each, from the first new part to the last.
 
-        `size` is how many pictures a part has.
+        `size` is how many images a part has.
         """
         begun = next(look for look in self.looks if look.parts > self.looks[0].parts)
         done = next(look for look in self.looks if look.parts == self.looks[-1].parts)
@@ -118,14 +118,14 @@ def measure(
     memory: Table,
     name: str,
     models: Path,
-    pictures: Path,
+    images: Path,
     sources: Path,
     output: Path,
 ) -> None:
     """One model."""
-    count = len(list(pictures.rglob("*.jpg")))
+    count = len(list(images.rglob("*.jpg")))
     size = max(1, count // PARTS)
-    arguments = [str(pictures), "--output", str(output), "--part-size", str(size)]
+    arguments = [str(images), "--output", str(output), "--part-size", str(size)]
     arguments += ["--models", str(models), "--device", "cpu"]
     model = scan_repository(models)[-1].path
 
@@ -147,7 +147,7 @@ def measure(
             second.interrupted(bare)
     second.popen.communicate()
     if not loops:
-        # Few pictures are done before its first slice is over.
+        # Few images are done before its first slice is over.
         bare()
     if second.popen.returncode:
         raise SystemExit(f"{name}: the second half ended with status {second.popen.returncode}")
@@ -159,12 +159,12 @@ def measure(
     fifth = len(second.looks) // 5
     steady = [look.resident for look in second.looks]
     rows = Counter(pq.read_table(output, columns=["path"])["path"].to_pylist())
-    wanted = {str(path) for path in pictures.rglob("*.jpg")}
+    wanted = {str(path) for path in images.rglob("*.jpg")}
     for title, figure in (
         ("lost", len(wanted - rows.keys())),
         ("doubled", rows.total() - len(rows)),
     ):
-        report.figure(f"{name}: pictures {title}", [figure], better="lower", bound=0, ratio=False)
+        report.figure(f"{name}: images {title}", [figure], better="lower", bound=0, ratio=False)
     report.figure(
         f"{name}: resident memory, the most in the last fifth over the most in the second",
         [max(steady[-fifth:]) / max(steady[fifth : 2 * fifth])],
@@ -173,7 +173,7 @@ def measure(
     )
     rate, cpu_ms = second.each(size)
     rates = [each["per_second"] for each in loops]
-    report.figure(f"{name}: pictures/s", [rate], better="higher", ratio=False)
+    report.figure(f"{name}: images/s", [rate], better="higher", ratio=False)
     report.figure(f"{name}: two bare loops, /s", rates, better="higher", ratio=False)
     report.figure(
         f"{name}: rate over two bare loops side by side",
@@ -184,7 +184,7 @@ def measure(
     # Says more than the rate where the machine has other work.
     bare_ms = statistics.fmean(each["cpu_ms"] for each in loops)
     report.figure(
-        f"{name}: CPU time of the bare loops over the command's, each picture",
+        f"{name}: CPU time of the bare loops over the command's, each image",
         [bare_ms / cpu_ms],
         better="higher",
     )
@@ -193,32 +193,32 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=list(QUICK_COUNTS))
-    parser.add_argument("--count", type=int, help="names of pictures; default: 20,000")
-    parser.add_argument("--pictures", type=Path, help="folder of .jpg files; default: drawn ones")
+    parser.add_argument("--count", type=int, help="names of images; default: 20,000")
+    parser.add_argument("--images", type=Path, help="folder of .jpg files; default: drawn ones")
     add_options(parser)
     arguments = parser.parse_args()
-    if arguments.pictures and not any(arguments.pictures.glob("*.jpg")):
-        parser.error(f"--pictures {arguments.pictures}: no .jpg file lies in it")
+    if arguments.images and not any(arguments.images.glob("*.jpg")):
+        parser.error(f"--images {arguments.images}: no .jpg file lies in it")
     report = Report("bulk", "Bulk detection, killed half-way and resumed", arguments)
     memory = report.table(
-        {"model": "", "half": "", "s": ".1f", "pictures done": "d", "resident MB": ".0f"}
+        {"model": "", "half": "", "s": ".1f", "images done": "d", "resident MB": ".0f"}
     )
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch).resolve()
         sources = folder / "sources"
-        if arguments.pictures:
+        if arguments.images:
             # Names are hard links, which stay within a file system.
             sources.mkdir()
-            for path in arguments.pictures.glob("*.jpg"):
+            for path in arguments.images.glob("*.jpg"):
                 shutil.copy(path, sources)
         else:
-            draw_pictures(sources)
+            draw_images(sources)
         write_near_free_model(folder / "models")
         for name in [arguments.only] if arguments.only else QUICK_COUNTS:
             count = arguments.count or (QUICK_COUNTS[name] if report.quick else COUNT)
-            pictures = name_pictures(sources, folder / name / "in", count)
+            images = name_images(sources, folder / name / "in", count)
             models = folder / "models" if name == "near-free" else bundled_models()
-            measure(report, memory, name, models, pictures, sources, folder / name / "out")
+            measure(report, memory, name, models, images, sources, folder / name / "out")
     report.close()
 
 

@@ -1,8 +1,8 @@
-"""What calibration does on pictures that it was not fitted on, by the calibrated file itself.
+"""What calibration does on images that it was not fitted on, by the calibrated file itself.
 
     python benchmarks/calibration.py service/models/blood-cells/1/checkpoint.safetensors --data bccd
 
-Halves a split picture by picture, calibrates on each half, and measures the calibrated file on the
+Halves a split image by image, calibrates on each half, and measures the calibrated file on the
 other one: calibration error of detections above score 0.05, AP at score 0 with 300 detections.
 """
 
@@ -47,7 +47,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--data", type=Path, required=True, help="labelled pictures")
+    parser.add_argument("--data", type=Path, required=True, help="labelled images")
     parser.add_argument("--split", default="val", help="not the one that was trained on")
     arguments = parser.parse_args()
     checkpoint = load_checkpoint(arguments.checkpoint)
@@ -66,7 +66,7 @@ def main() -> None:
             before, after = (row(each, held_out, classes) for each in (plain, calibrated))
             maps = zip(classes, score_map.scales, score_map.offsets, strict=True)
             print(
-                f"{len(held_out):4} pictures  {before[0]:12.4f}  {after[0]:6.4f}  "
+                f"{len(held_out):4} images  {before[0]:12.4f}  {after[0]:6.4f}  "
                 f"{before[1]:10.3f}  {after[1]:7.3f}  "
                 + ", ".join(f"{name} {scale:.2f} {offset:+.2f}" for name, scale, offset in maps)
             )

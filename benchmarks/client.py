@@ -1,4 +1,4 @@
-"""What generators of load share: pictures as requests, connections that are kept, what it cost."""
+"""What generators of load share: images as requests, connections that are kept, what it cost."""
 
 from __future__ import annotations
 
@@ -61,18 +61,18 @@ def parser(documentation: str | None) -> argparse.ArgumentParser:
     """The options of every generator."""
     options = argparse.ArgumentParser(description=documentation)
     options.add_argument("url")
-    options.add_argument("pictures", type=Path, help="folder of JPEG pictures")
+    options.add_argument("images", type=Path, help="folder of JPEG images")
     options.add_argument("--seconds", type=float, default=20.0)
     return options
 
 
 def requests(url: str, folder: Path, *headers: str) -> list[bytes]:
-    """One HTTP request for each picture of a folder."""
+    """One HTTP request for each image of a folder."""
     parts = urlsplit(url)
     lines = [f"POST {parts.path} HTTP/1.1", f"Host: {parts.hostname}", "Content-Type: image/jpeg"]
     head = "\r\n".join([*lines, *headers])
-    pictures = [path.read_bytes() for path in sorted(folder.glob("*.jpg"))]
-    return [f"{head}\r\nContent-Length: {len(each)}\r\n\r\n".encode() + each for each in pictures]
+    images = [path.read_bytes() for path in sorted(folder.glob("*.jpg"))]
+    return [f"{head}\r\nContent-Length: {len(each)}\r\n\r\n".encode() + each for each in images]
 
 
 def retry_after(head: bytes) -> float:

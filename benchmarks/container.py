@@ -92,11 +92,11 @@ def post(url: str, body: bytes, content_type: str) -> tuple[int, dict[str, Any]]
         return error.code, json.loads(error.read() or b"{}")
 
 
-def post_multipart(url: str, picture: bytes) -> tuple[int, dict[str, Any]]:
-    """The picture as the field `file` of a form."""
+def post_multipart(url: str, image: bytes) -> tuple[int, dict[str, Any]]:
+    """The image as the field `file` of a form."""
     edge = secrets.token_hex(16)
     head = f'--{edge}\r\nContent-Disposition: form-data; name="file"; filename="a.jpg"\r\n\r\n'
-    body = head.encode() + picture + f"\r\n--{edge}--\r\n".encode()
+    body = head.encode() + image + f"\r\n--{edge}--\r\n".encode()
     return post(url, body, f"multipart/form-data; boundary={edge}")
 
 
@@ -146,9 +146,9 @@ def check_running(engine: Engine, base: str, probe: list[str], uid: int, report:
 def check_stop(engine: Engine, base: str, report: Report) -> None:
     """SIGTERM while a request is under way: it is answered, and the service ends with 0."""
     statuses: list[int] = []
-    picture = noise_jpeg(3_000_000)
+    image = noise_jpeg(3_000_000)
     client = threading.Thread(
-        target=lambda: statuses.append(post_multipart(f"{base}/v1/detect", picture)[0])
+        target=lambda: statuses.append(post_multipart(f"{base}/v1/detect", image)[0])
     )
     client.start()
     time.sleep(0.02)

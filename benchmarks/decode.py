@@ -1,12 +1,12 @@
 """What it costs to get from bytes to canvas (`service.imaging.decode`): core-milliseconds, memory.
 
     python benchmarks/decode.py
-    python benchmarks/decode.py --pictures FOLDER     # your own files beside the made ones
+    python benchmarks/decode.py --images FOLDER     # your own files beside the made ones
 
-From 300 pixels to 24 megapixels, in each accepted format. A drawn picture is made in two kinds:
+From 300 pixels to 24 megapixels, in each accepted format. A drawn image is made in two kinds:
 `smooth`, which compresses to next to nothing, and `camera`, the same with a sensor's noise, which
 gives a JPEG the bytes that a camera's has. Sizes, formats and kinds take turns; core-milliseconds
-are the median over the rounds. Memory is what one picture adds at its peak to a process that holds
+are the median over the rounds. Memory is what one image adds at its peak to a process that holds
 nothing yet. `decoders.py` compares other decoders.
 """
 
@@ -69,11 +69,11 @@ def made(sizes: Sequence[tuple[int, int]], formats: Sequence[str] = (*FORMATS,))
         smooth = drawn.resize((width, height), Image.Resampling.BICUBIC)
         noise = dice.standard_normal((height, width), dtype=np.float32)[..., np.newaxis] * NOISE
         noisy = (np.asarray(smooth) + noise).clip(0, 255).astype(np.uint8)
-        for picture, kind in ((smooth, "smooth"), (Image.fromarray(noisy), "camera")):
+        for image, kind in ((smooth, "smooth"), (Image.fromarray(noisy), "camera")):
             for name in formats:
                 written, options = FORMATS[name]
                 file = io.BytesIO()
-                picture.save(file, written, **options)
+                image.save(file, written, **options)
                 yield Case(
                     f"{width} x {height}", f"{name}, {kind}", file.getvalue(), width * height
                 )
@@ -82,9 +82,9 @@ def made(sizes: Sequence[tuple[int, int]], formats: Sequence[str] = (*FORMATS,))
 def given(folder: Path) -> Iterator[Case]:
     """The files of a folder."""
     for path in sorted(folder.iterdir()):
-        with Image.open(path) as picture:
-            width, height = picture.size
-            kind = f"{picture.format}, {path.name}"
+        with Image.open(path) as image:
+            width, height = image.size
+            kind = f"{image.format}, {path.name}"
         yield Case(f"{width} x {height}", kind, path.read_bytes(), width * height)
 
 
@@ -122,7 +122,7 @@ def criteria(report: Report, measured: list[tuple[Case, float]]) -> None:
     """The figures. Bounds are for what cameras write: baseline, and with their noise.
 
     A progressive file is decoded scan by scan whatever size is asked for, and the file of a smooth
-    picture has hardly any bytes to be measured by.
+    image has hardly any bytes to be measured by.
     """
     for kind in ("JPEG, camera", "JPEG, smooth", "JPEG, progressive, camera"):
         chosen = [(case, took) for case, took in measured if case.kind == kind]
@@ -146,12 +146,12 @@ def criteria(report: Report, measured: list[tuple[Case, float]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", type=Path, default=bundled_models(), help="whose canvases")
-    parser.add_argument("--pictures", type=Path, help="folder of files to measure too")
+    parser.add_argument("--images", type=Path, help="folder of files to measure too")
     add_options(parser)
     arguments = parser.parse_args()
     rule = read_artifact(scan_repository(arguments.models)[-1].path).metadata.canvas
     cases = list(made(SIZES))
-    cases += given(arguments.pictures) if arguments.pictures else []
+    cases += given(arguments.images) if arguments.images else []
     report = Report("decode", "Bytes to canvas", arguments)
     memory = [peak_mb(case.data, rule) for case in cases]
     keep_freed_memory()

@@ -41,16 +41,16 @@ BATCHES = (1, 2, 4, 8)
 DEVICE = Device("cpu")
 RESNET50 = "resnet50"
 RESNET50_CANVAS = Size(800, 1088)
-"""What torchvision's rule makes of a picture of 3 : 4, rounded."""
+"""What torchvision's rule makes of an image of 3 : 4, rounded."""
 
 
 def inputs(artifact: Artifact, canvas: Size, batch: int) -> dict[str, Any]:
-    """Drawn pictures that fill the canvas, and the model's own thresholds."""
+    """Drawn images that fill the canvas, and the model's own thresholds."""
     thresholds = artifact.metadata.thresholds
     placed = Buckets(sizes=(canvas,)).fit(canvas)
     drawn = [draw_smear(seed, width=canvas.width, height=canvas.height)[0] for seed in range(batch)]
     return {
-        "images": np.stack([cut(picture, (0, 0), placed).canvas for picture in drawn]),
+        "images": np.stack([cut(image, (0, 0), placed).canvas for image in drawn]),
         "image_sizes": np.tile(np.array([canvas], dtype=np.int64), (batch, 1)),
         "score_threshold": np.array([thresholds.score], dtype=np.float32),
         "iou_threshold": np.array([thresholds.iou], dtype=np.float32),
@@ -187,7 +187,7 @@ def main() -> None:
             "bare, of peak arithmetic": ".0%",
         },
         f"Peak of the same cores: {peak.operations / 1e9:.0f} GFLOP/s (matrix product), "
-        f"{peak.bytes / 1e9:.1f} GB/s (copying). Times are for each picture",
+        f"{peak.bytes / 1e9:.1f} GB/s (copying). Times are for each image",
     )
     artifact = read_artifact(scan_repository(arguments.models)[-1].path)
     own = measure(table, peak, artifact, batches, rounds=rounds, seconds=seconds)

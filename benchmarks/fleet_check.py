@@ -19,7 +19,7 @@ from load import load
 from poisson import Seen as RealSeen
 from poisson import poisson
 from report import Report
-from serving import Running, draw_pictures, served
+from serving import Running, draw_images, served
 
 from service.settings import bundled_models
 
@@ -27,7 +27,7 @@ REPLICAS = 2
 LOADS = (0.8, 1.5)
 BOUND = 0.2
 SLICES = 12
-"""Of each load, with a look at what a picture takes between them: a machine that shares its cores
+"""Of each load, with a look at what an image takes between them: a machine that shares its cores
 is not the same for long."""
 OFTEN = 20
 """So many fleets are simulated: the simulation's own chance counts for less."""
@@ -53,15 +53,15 @@ def check(arguments: argparse.Namespace) -> None:
     deadline = arguments.deadline
     columns = {"load": ".1f", "": "", "sent": "d", "p50, ms": ".0f", "p99, ms": ".0f"}
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
-        pictures = draw_pictures(Path(scratch) / "pictures")
+        images = draw_images(Path(scratch) / "images")
         cores = sorted(os.sched_getaffinity(0))[:REPLICAS]
         if len(cores) < REPLICAS:
             raise SystemExit(f"{REPLICAS} cores are needed, there is {len(cores)}")
         urls = [stack.enter_context(replica(core)).url for core in cores]
-        before = client.run(_alone(urls, pictures, seconds / 2))
+        before = client.run(_alone(urls, images, seconds / 2))
         fleets = Fleets(deadline)
         table = report.table(
-            columns | {"refused, %": ".1f", "late, %": ".2f", "a picture, ms": ".1f"},
+            columns | {"refused, %": ".1f", "late, %": ".2f", "an image, ms": ".1f"},
             f"The deadline is {1e3 * deadline:g} ms",
         )
         for number, factor in enumerate(LOADS):
@@ -69,8 +69,8 @@ def check(arguments: argparse.Namespace) -> None:
             real, simulated, costs = RealSeen(), Seen(), []
             for turn in range(slices):
                 seed = REPLICAS * (number * slices + turn)
-                _add(real, client.run(_real(urls, pictures, rate, seconds, deadline, seed)))
-                after = client.run(_alone(urls, pictures, seconds / 2))
+                _add(real, client.run(_real(urls, images, rate, seconds, deadline, seed)))
+                after = client.run(_alone(urls, images, seconds / 2))
                 fleets.run(simulated, before + after, rate, seconds)
                 costs += before + after
                 before = after
@@ -101,7 +101,7 @@ class Fleets:
         self._fleets: list[Fleet] = []
 
     def run(self, whole: Seen, costs: list[float], rate: float, seconds: float) -> None:
-        """One slice; `costs` is what pictures took just before it and just after."""
+        """One slice; `costs` is what images took just before it and just after."""
         self._costs = costs
         self._fleets = self._fleets or [self._make(seed=seed) for seed in range(OFTEN)]
         for fleet in self._fleets:
@@ -123,11 +123,11 @@ def _figure(report: Report, name: str, real: float, simulated: float) -> None:
     )
 
 
-async def _alone(urls: list[str], pictures: Path, seconds: float) -> list[float]:
-    """How long a picture takes where none waits, on every replica at the same time."""
+async def _alone(urls: list[str], images: Path, seconds: float) -> list[float]:
+    """How long an image takes where none waits, on every replica at the same time."""
     found = await asyncio.gather(
         *(
-            load(url, client.requests(url, pictures), clients=1, seconds=seconds, limit=None)
+            load(url, client.requests(url, images), clients=1, seconds=seconds, limit=None)
             for url in urls
         )
     )
@@ -135,7 +135,7 @@ async def _alone(urls: list[str], pictures: Path, seconds: float) -> list[float]
 
 
 async def _real(
-    urls: list[str], pictures: Path, rate: float, seconds: float, deadline: float, seed: int
+    urls: list[str], images: Path, rate: float, seconds: float, deadline: float, seed: int
 ) -> RealSeen:
     """Random arrivals that are shared out at random: random arrivals at each."""
     header = f"X-Deadline-Ms: {round(1e3 * deadline)}"
@@ -143,7 +143,7 @@ async def _real(
         *(
             poisson(
                 url,
-                client.requests(url, pictures, header),
+                client.requests(url, images, header),
                 rate=rate / len(urls),
                 seconds=seconds,
                 seed=1 + seed + index,

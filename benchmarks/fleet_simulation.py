@@ -1,18 +1,18 @@
 """A fleet of replicas, simulated: how many it takes, what a crowd does to it, how soon it grows.
 
     python benchmarks/fleet_simulation.py                    # 1 to 1,000 replicas, flash crowds
-    python benchmarks/fleet_simulation.py --seconds 0.05     # another cost of a picture
+    python benchmarks/fleet_simulation.py --seconds 0.05     # another cost of an image
     python benchmarks/fleet_simulation.py --check            # beside two real replicas
 
-A discrete-event simulation. Pictures arrive at random and are shared out at random, as a balancer
-of connections does. A replica works at one picture at a time, the others wait in line, and it lets
+A discrete-event simulation. Images arrive at random and are shared out at random, as a balancer
+of connections does. A replica works at one image at a time, the others wait in line, and it lets
 in by the service's own rule and its own code (`service.engine.admission`): what it has learnt of
 the cost of an image, stretched by its caution, has to fit the deadline. The autoscaler is
-Kubernetes', with the numbers of `deploy/kubernetes/base/autoscaling.yaml`; a new replica serves after
-`--start-up` seconds.
+Kubernetes', with the numbers of `deploy/kubernetes/base/autoscaling.yaml`; a new replica serves
+after `--start-up` seconds.
 
 `--check` sends random arrivals to two real services that share this machine's cores, measures
-between slices of them how long a picture takes just then, and simulates the same: the 99th
+between slices of them how long an image takes just then, and simulates the same: the 99th
 percentile of accepted requests and the share of refusals have to agree within 20 %.
 """
 
@@ -36,7 +36,7 @@ from service.engine.cost import BatchCost
 from service.errors import Unavailable
 
 QUEUE: Final = 128
-"""Pictures that a replica holds at most, as MAX_QUEUE_SIZE."""
+"""Images that a replica holds at most, as MAX_QUEUE_SIZE."""
 SYNC_SECONDS: Final = 15.0
 """How often the autoscaler looks."""
 TARGET_WAIT: Final = 0.5
@@ -46,13 +46,13 @@ SHRINK_SECONDS, SHRINK_PERIOD = 300.0, 60.0
 FLEETS: Final = (1, 2, 10, 100, 1000)
 
 Draw = Callable[[random.Random], float]
-"""Seconds that a picture takes."""
+"""Seconds that an image takes."""
 Rate = Callable[[float], float]
-"""Pictures a second at a time."""
+"""Images a second at a time."""
 
 
 class Replica:
-    """One service with one device, which does one picture after the other."""
+    """One service with one device, which does one image after the other."""
 
     def __init__(self) -> None:
         self.cost = BatchCost()
@@ -62,7 +62,7 @@ class Replica:
         self._caution = Caution()
 
     def wait(self, now: float) -> float:
-        """How long a picture that came now would wait, by what the replica knows."""
+        """How long an image that came now would wait, by what the replica knows."""
         if not self.line:
             return 0.0
         mean = self.cost.seconds(1)
@@ -70,7 +70,7 @@ class Replica:
         return (rest if rest > 0 else -rest) + (len(self.line) - 1) * mean
 
     def admits(self, now: float, deadline: float) -> bool:
-        """Let a picture in, or refuse it."""
+        """Let an image in, or refuse it."""
         if len(self.line) >= QUEUE:
             return False
         wait = self.wait(now)
@@ -93,7 +93,7 @@ class Replica:
 
 @dataclass
 class Seen:
-    """What came of all pictures."""
+    """What came of all images."""
 
     sent: int = 0
     refused: int = 0
@@ -103,7 +103,7 @@ class Seen:
     """(time, replicas) whenever their number changed."""
 
     def percentile(self, q: float) -> float:
-        """Milliseconds of accepted pictures."""
+        """Milliseconds of accepted images."""
         if not self.latencies:
             return math.nan
         return 1e3 * float(np.percentile(self.latencies, q, method="higher"))
@@ -140,7 +140,7 @@ class Fleet:
         self._advice: deque[tuple[float, int]] = deque()
 
     def run(self, rate: Rate, *, highest: float, seconds: float) -> Seen:
-        """Pictures at `rate`, which is never above `highest`, for so long; then what is left."""
+        """Images at `rate`, which is never above `highest`, for so long; then what is left."""
         for due in self._arrivals(rate, highest, seconds):
             self._until(due)
             self._arrive(due)
@@ -232,7 +232,7 @@ def spread_around(seconds: float, spread: float = 0.1) -> Draw:
 def sizes(table: Table, draw: Draw, mean: float, deadline: float, quick: bool) -> None:
     """Fleets that do not grow, at loads around what they can do."""
     for count in FLEETS[: 3 if quick else None]:
-        # About as many pictures for each: large fleets need less time to show the same.
+        # About as many images for each: large fleets need less time to show the same.
         seconds = max(20.0, (20_000 if quick else 200_000) * mean / count)
         for load in (0.7, 0.9, 1.0, 1.5, 3.0):
             fleet = Fleet(draw, deadline=deadline, scaling=Scaling(count, count, 0.0))
@@ -268,7 +268,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seconds", type=float, default=0.09, help="that a picture takes")
+    parser.add_argument("--seconds", type=float, default=0.09, help="that an image takes")
     parser.add_argument("--deadline", type=float, default=1.0, help="seconds")
     parser.add_argument("--start-up", type=float, nargs="+", default=[5.0, 30.0, 120.0])
     parser.add_argument("--check", action="store_true", help="beside two real replicas")
@@ -283,7 +283,7 @@ def main() -> None:
     mean, deadline = arguments.seconds, arguments.deadline
     draw = spread_around(mean)
     columns = {"replicas": "d", "load": ".1f", "sent": "d", "p50, ms": ".0f", "p99, ms": ".0f"}
-    title = f"a picture takes {1e3 * mean:g} ms, the deadline is {1e3 * deadline:g} ms"
+    title = f"an image takes {1e3 * mean:g} ms, the deadline is {1e3 * deadline:g} ms"
     sizes(
         report.table(columns | {"refused, %": ".2f", "late, %": ".3f"}, title),
         *(draw, mean, deadline, report.quick),

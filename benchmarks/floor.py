@@ -32,7 +32,7 @@ FLOAT_BYTES = 4
 
 
 class Demand(NamedTuple):
-    """What one picture asks for."""
+    """What one image asks for."""
 
     operations: float
     """Floating-point; a multiplication and its addition are two."""
@@ -56,7 +56,7 @@ class Peak(NamedTuple):
 
 
 def count(content: bytes, inputs: dict[str, Any]) -> Demand:
-    """The demand of a picture, by a run with `inputs` of a batch of one."""
+    """The demand of an image, by a run with `inputs` of a batch of one."""
     model = onnx.load_model_from_string(content)
     nodes = [node for node in model.graph.node if node.op_type in COUNTED]
     known = {each.name: tuple(each.dims) for each in model.graph.initializer}

@@ -5,7 +5,7 @@
     python benchmarks/gpu_engine.py --rehearse      # every step, small, on the CPU
 
 Without --model it exports a network of random weights and 91 classes, which computes what a trained
-one does; the score threshold is set to about 15 detections a picture, so that selection has what it
+one does; the score threshold is set to about 15 detections an image, so that selection has what it
 usually has. The engine is driven by as many threads as the service drives it with. `--rehearse`
 shows on a machine without a GPU that all of it works; its figures say nothing and are not kept.
 """
@@ -50,12 +50,12 @@ from service.system.cpus import cpu_count
 CANVAS = Size(800, 800)
 LARGEST_BATCH = 32
 DETECTIONS = 15
-PICTURES = 40
+IMAGES = 40
 CLIENTS = (1, 8, 32, 128)
 SINGLE_MS = 5.0
-"""What a single picture may take."""
+"""What a single image may take."""
 FLOOR = 500.0
-"""Pictures a second that the engine must reach; the goal is 1,200."""
+"""Images a second that the engine must reach; the goal is 1,200."""
 HTTP_SHARE = 0.7
 """Of the engine, or of what decoding allows where that is less."""
 P99_MS = 100.0
@@ -72,12 +72,12 @@ class Setup:
     rounds: int
 
 
-def write_model(repository: Path, backbone: str, canvas: Size, pictures: list[bytes]) -> Path:
+def write_model(repository: Path, backbone: str, canvas: Size, images: list[bytes]) -> Path:
     """Export in float32, then reduce to float16, as `retinaserve export` does."""
     full = repository.parent / "full" / MODEL_FILE
     export(random_network(backbone, canvas), full, name="gpu-engine")
     path = repository / "gpu-engine" / "1" / MODEL_FILE
-    write_reduced(full, path, Precision.FP16, pictures[:4])
+    write_reduced(full, path, Precision.FP16, images[:4])
     return path
 
 
@@ -122,23 +122,23 @@ def call(
 
 
 def per_second(detect: Callable[[int], int], batch: int, callers: int, seconds: float) -> float:
-    """Pictures a second, with so many threads calling."""
+    """Images a second, with so many threads calling."""
     done = threading.Event()
 
     def loop(_: int) -> int:
-        pictures = 0
+        images = 0
         while not done.is_set():
             detect(batch)
-            pictures += batch
-        return pictures
+            images += batch
+        return images
 
     with ThreadPoolExecutor(callers) as threads:
         started = time.perf_counter()
         loops = [threads.submit(loop, number) for number in range(callers)]
         done.wait(seconds)
         done.set()
-        pictures = sum(each.result() for each in loops)
-        return pictures / (time.perf_counter() - started)
+        images = sum(each.result() for each in loops)
+        return images / (time.perf_counter() - started)
 
 
 def latencies(detect: Callable[[int], int], batch: int, seconds: float) -> list[float]:
@@ -153,7 +153,7 @@ def latencies(detect: Callable[[int], int], batch: int, seconds: float) -> list[
 
 
 def score_for(detector: Detector, canvases: list[NDArray[np.uint8]], wanted: int) -> float:
-    """The score threshold above which a picture has about so many detections."""
+    """The score threshold above which an image has about so many detections."""
     sizes = np.array([canvases[0].shape[:2]], dtype=np.int64)
     lowest = [
         float(
@@ -167,7 +167,7 @@ def score_for(detector: Detector, canvases: list[NDArray[np.uint8]], wanted: int
 def measure_engine(
     report: Report, setup: Setup, artifact: Artifact, canvases: list[NDArray[np.uint8]]
 ) -> tuple[float, float]:
-    """By batch, beside the unsplit file in one session. Pictures a second, and the threshold."""
+    """By batch, beside the unsplit file in one session. Images a second, and the threshold."""
     engine = open_engine(artifact, setup.device, max(setup.batches))
     whole = Detector(
         artifact,
@@ -183,10 +183,10 @@ def measure_engine(
     table = report.table(
         {
             "batch": "d",
-            "pictures/s": ".1f",
+            "images/s": ".1f",
             "one caller, ms": ".2f",
             "p99 ms": ".2f",
-            "whole file, pictures/s": ".1f",
+            "whole file, images/s": ".1f",
             "detections": ".1f",
         },
         f"Engine, {setup.canvas.height} x {setup.canvas.width}, {SLOTS} callers; "
@@ -222,11 +222,11 @@ def measure_engine(
         best,
         better="higher",
         bound=FLOOR if asked else None,
-        unit="pictures/s",
+        unit="images/s",
         ratio=False,
     )
     report.figure(
-        "single picture, median",
+        "single image, median",
         [statistics.median(single)],
         better="lower",
         bound=SINGLE_MS if asked else None,
@@ -236,9 +236,9 @@ def measure_engine(
     return statistics.median(best), score
 
 
-def decoding(pictures: list[bytes], rule: Buckets, seconds: float) -> float:
-    """Pictures a second that all cores together decode and place."""
-    turn = itertools.cycle(pictures)
+def decoding(images: list[bytes], rule: Buckets, seconds: float) -> float:
+    """Images a second that all cores together decode and place."""
+    turn = itertools.cycle(images)
     return per_second(lambda _: len(prepare(next(turn), rule).canvas), 1, cpu_count(), seconds)
 
 
@@ -251,11 +251,11 @@ def measure_http(
     except ImportError as error:
         print(f"\nHTTP is left out: {error}", flush=True)
         return
-    pictures = [path.read_bytes() for path in sorted(folder.glob("*.jpg"))]
-    decoded = decoding(pictures, Buckets(sizes=(setup.canvas,)), setup.seconds)
+    images = [path.read_bytes() for path in sorted(folder.glob("*.jpg"))]
+    decoded = decoding(images, Buckets(sizes=(setup.canvas,)), setup.seconds)
     table = report.table(
-        {"connections": "d", "pictures/s": ".1f", "p50 ms": ".1f", "p99 ms": ".1f"},
-        f"HTTP; decoding alone does {decoded:.0f} pictures/s on {cpu_count()} cores",
+        {"connections": "d", "images/s": ".1f", "p50 ms": ".1f", "p99 ms": ".1f"},
+        f"HTTP; decoding alone does {decoded:.0f} images/s on {cpu_count()} cores",
     )
     shares, tails = [], []
     with serving.served(
@@ -299,9 +299,9 @@ def gpu_name(device: devices.Device) -> str:
 def draw(folder: Path, canvas: Size) -> Path:
     """JPEGs a little larger than the canvas, as cameras have it."""
     folder.mkdir(parents=True)
-    for seed in range(PICTURES):
-        picture, _ = draw_smear(seed, width=canvas.width * 5 // 4, height=canvas.height * 5 // 4)
-        picture.save(folder / f"{seed:02d}.jpg", quality=90)
+    for seed in range(IMAGES):
+        image, _ = draw_smear(seed, width=canvas.width * 5 // 4, height=canvas.height * 5 // 4)
+        image.save(folder / f"{seed:02d}.jpg", quality=90)
     return folder
 
 
@@ -329,13 +329,13 @@ def main() -> None:
     arguments = parser.parse_args()
     setup = chosen(arguments)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = draw(Path(scratch) / "pictures", setup.canvas)
-        pictures = [path.read_bytes() for path in sorted(folder.glob("*.jpg"))]
+        folder = draw(Path(scratch) / "images", setup.canvas)
+        images = [path.read_bytes() for path in sorted(folder.glob("*.jpg"))]
         repository = Path(scratch) / "models"
         path = repository / "gpu-engine" / "1" / MODEL_FILE
         if arguments.model is None:
             backbone = "resnet18" if arguments.rehearse else "resnet50"
-            write_model(repository, backbone, setup.canvas, pictures)
+            write_model(repository, backbone, setup.canvas, images)
         else:
             path.parent.mkdir(parents=True)
             shutil.copyfile(arguments.model, path)
@@ -346,7 +346,7 @@ def main() -> None:
         print(f"GPU: {gpu_name(setup.device)}; torch {torch.__version__}", flush=True)
         report.machine["GPU"] = gpu_name(setup.device)
         rule = Buckets(sizes=(setup.canvas,))
-        canvases = [prepare(each, rule).canvas for each in pictures]
+        canvases = [prepare(each, rule).canvas for each in images]
         rate, score = measure_engine(report, setup, artifact, canvases)
         thresholds = Thresholds(score=min(1.0, score))
         write_metadata(path, artifact.metadata.model_copy(update={"thresholds": thresholds}))

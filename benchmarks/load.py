@@ -1,8 +1,8 @@
 """Closed-loop load on one URL over keep-alive connections, light enough to share the machine.
 
-    python benchmarks/load.py http://127.0.0.1:8000/v1/detect PICTURES --clients 16 --seconds 20
+    python benchmarks/load.py http://127.0.0.1:8000/v1/detect IMAGES --clients 16 --seconds 20
 
-Each client sends its next picture when the answer to the last is there; one that is refused waits
+Each client sends its next image when the answer to the last is there; one that is refused waits
 as long as it is told to. Latencies are those of good answers. Prints one JSON object.
 """
 
@@ -64,7 +64,7 @@ def main() -> None:
     seen = client.run(
         load(
             arguments.url,
-            client.requests(arguments.url, arguments.pictures),
+            client.requests(arguments.url, arguments.images),
             clients=arguments.clients,
             seconds=arguments.seconds,
             limit=arguments.limit,

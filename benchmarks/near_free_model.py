@@ -1,6 +1,6 @@
 """A stand-in for a network that costs next to nothing, so that what is left is the service.
 
-It keeps the model file's inputs, outputs and selection, and answers 15 detections a picture; only
+It keeps the model file's inputs, outputs and selection, and answers 15 detections an image; only
 the network is replaced by a look at one pixel in 32 x 32.
 """
 

@@ -1,7 +1,7 @@
 """What becomes of promises when far more is asked than can be done.
 
-    python benchmarks/overload.py                       # bundled model, drawn pictures
-    python benchmarks/overload.py --pictures FOLDER     # your own JPEGs
+    python benchmarks/overload.py                       # bundled model, drawn images
+    python benchmarks/overload.py --images FOLDER     # your own JPEGs
     python benchmarks/overload.py --mixed               # light clients beside one that is dear
 
 First the capacity: answers a second under 16 closed-loop clients. Then open-loop arrivals at 0.5 to
@@ -23,7 +23,7 @@ from typing import Any
 
 import client
 import neighbours
-from serving import Running, draw_pictures, run_script, served
+from serving import Running, draw_images, run_script, served
 
 from service.settings import bundled_models
 from service.system.cpus import cpu_count
@@ -58,7 +58,7 @@ class PeakMemory:
 
 def row(
     server: Running,
-    pictures: Path,
+    images: Path,
     *,
     factor: float,
     capacity: float,
@@ -69,7 +69,7 @@ def row(
     before, loop_before = server.cpu_seconds(), server.loop_seconds()
     with PeakMemory(server) as memory:
         seen = run_script(
-            *("poisson.py", server.url, pictures, "--rate", factor * capacity),
+            *("poisson.py", server.url, images, "--rate", factor * capacity),
             *("--seconds", seconds, "--deadline", deadline),
         )
     cpu = server.cpu_seconds() - before
@@ -135,11 +135,9 @@ def show(each: dict[str, Any]) -> str:
 def beside_neighbours(arguments: argparse.Namespace) -> list[str]:
     """Light clients beside each kind of neighbour; what does not hold."""
     with tempfile.TemporaryDirectory() as scratch:
-        pictures = arguments.pictures or draw_pictures(Path(scratch) / "pictures")
+        images = arguments.images or draw_images(Path(scratch) / "images")
         with served(arguments.models) as server:
-            light = client.requests(
-                server.url, pictures, f"X-Deadline-Ms: {neighbours.DEADLINE_MS}"
-            )
+            light = client.requests(server.url, images, f"X-Deadline-Ms: {neighbours.DEADLINE_MS}")
             found = neighbours.mixed(
                 server,
                 light,
@@ -154,7 +152,7 @@ def beside_neighbours(arguments: argparse.Namespace) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", type=Path, default=bundled_models())
-    parser.add_argument("--pictures", type=Path, help="folder of JPEG pictures")
+    parser.add_argument("--images", type=Path, help="folder of JPEG images")
     parser.add_argument("--seconds", type=float, default=30.0, help="of each load")
     parser.add_argument("--deadline", type=int, default=1000, help="milliseconds")
     parser.add_argument("--mixed", action="store_true", help="what neighbours.py describes")
@@ -162,11 +160,11 @@ def main() -> None:
     if arguments.mixed:
         raise SystemExit(bool(beside_neighbours(arguments)))
     with tempfile.TemporaryDirectory() as scratch:
-        pictures = arguments.pictures or draw_pictures(Path(scratch) / "pictures")
+        images = arguments.images or draw_images(Path(scratch) / "images")
         with served(arguments.models) as server:
-            run_script("load.py", server.url, pictures, "--clients", CLIENTS, "--seconds", 3)
+            run_script("load.py", server.url, images, "--clients", CLIENTS, "--seconds", 3)
             loaded = run_script(
-                *("load.py", server.url, pictures, "--clients", CLIENTS),
+                *("load.py", server.url, images, "--clients", CLIENTS),
                 *("--seconds", arguments.seconds),
             )
             capacity = loaded["per_second"]
@@ -182,7 +180,7 @@ def main() -> None:
                 rows.append(
                     row(
                         server,
-                        pictures,
+                        images,
                         factor=factor,
                         capacity=capacity,
                         seconds=arguments.seconds,

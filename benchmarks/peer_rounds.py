@@ -30,7 +30,7 @@ class Measured:
         return statistics.median(self.values(connections, what))
 
     def spread(self, connections: int) -> float:
-        """Half of the range of pictures/s over the rounds, as a part of their median."""
+        """Half of the range of images/s over the rounds, as a part of their median."""
         values = self.values(connections, "per_second")
         return (max(values) - min(values)) / 2 / statistics.median(values)
 

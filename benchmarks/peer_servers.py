@@ -105,7 +105,7 @@ one gains nothing where several run side by side, so it is tried where one alone
 
 
 def keeping_memory(setup: Setup) -> Setup:
-    """The same peer, its allocator told to keep what pictures leave behind, as ours does."""
+    """The same peer, its allocator told to keep what images leave behind, as ours does."""
     return replace(setup, environment=setup.environment | {"PEER_KEEP_MEMORY": "1"})
 
 
@@ -146,9 +146,9 @@ class Tree(NamedTuple):
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.resume()
 
-    def answer(self, picture: bytes) -> dict[str, Any]:
+    def answer(self, image: bytes) -> dict[str, Any]:
         headers = {"Content-Type": "image/jpeg"}
-        request = urllib.request.Request(self.url, data=picture, headers=headers)
+        request = urllib.request.Request(self.url, data=image, headers=headers)
         with urllib.request.urlopen(request, timeout=READY_SECONDS) as response:
             found: dict[str, Any] = json.loads(response.read())
         return found
@@ -156,9 +156,9 @@ class Tree(NamedTuple):
 
 @contextlib.contextmanager
 def running(
-    setup: Setup, *, python: Path, repository: Path, model: Path, picture: bytes, scratch: Path
+    setup: Setup, *, python: Path, repository: Path, model: Path, image: bytes, scratch: Path
 ) -> Iterator[Tree]:
-    """Start a server with the interpreter `python`; ready once it has answered `picture`."""
+    """Start a server with the interpreter `python`; ready once it has answered `image`."""
     port = free_port()
     # By the mark, which children inherit, all of them are found in the end, orphans too.
     environment = os.environ | {"PYTHONPATH": str(HERE.parent), MARK: str(port)}
@@ -181,7 +181,7 @@ def running(
         )
     tree = Tree(psutil.Process(process.pid), f"http://127.0.0.1:{port}{ROUTE}")
     try:
-        _wait_for(tree, process, picture, log)
+        _wait_for(tree, process, image, log)
         yield tree
     finally:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -189,12 +189,12 @@ def running(
         _stop(process, str(port))
 
 
-def _wait_for(tree: Tree, process: psutil.Popen, picture: bytes, log: Path) -> None:
+def _wait_for(tree: Tree, process: psutil.Popen, image: bytes, log: Path) -> None:
     limit = time.monotonic() + READY_SECONDS
     while True:
         # Answers that are not JSON are refusals on the way up.
         with contextlib.suppress(OSError, json.JSONDecodeError):
-            tree.answer(picture)
+            tree.answer(image)
             return
         if time.monotonic() > limit or process.poll() is not None:
             told = log.read_text(errors="replace")[-2000:]

@@ -8,7 +8,7 @@
 All servers, ours too, run with the same interpreter and the same libraries, and the peers share one
 recipe (`peers/recipe.py`): our decoding, our session options, our JSON. Each peer runs in the one
 of its set-ups (`peer_servers.py`) that proves fastest at 16 connections just before; ours runs as
-it comes. Before anything is measured, every server has to find in a picture what ours finds.
+it comes. Before anything is measured, every server has to find in an image what ours finds.
 
 In each round every server is started, warmed up and frozen (SIGSTOP, its whole process tree). Then
 for each number of connections they are loaded one after the other, each thawed for its turn: nobody
@@ -34,7 +34,7 @@ from near_free_model import write_near_free_model
 from peer_rounds import Detections, Load, Measured, allowed, must_agree, ratios, together
 from peer_servers import AS_IT_COMES, OURS, PEERS, Setup, Tree, keeping_memory, running
 from report import Report, add_options
-from serving import draw_pictures, run_script
+from serving import draw_images, run_script
 
 from service.runtime.artifact import scan_repository
 from service.settings import bundled_models
@@ -50,7 +50,7 @@ DISTRIBUTIONS = ("fastapi", "litserve", "bentoml", "ray", "uvicorn", "onnxruntim
 COLUMNS = {
     "server": "",
     "connections": "d",
-    "pictures/s": ".1f",
+    "images/s": ".1f",
     "lowest": ".1f",
     "highest": ".1f",
     "p50, ms": ".1f",
@@ -58,14 +58,14 @@ COLUMNS = {
     "core-ms": ".2f",
     "cores": ".2f",
     "MB": ".0f",
-    "ours: pictures/s": ".2f",
+    "ours: images/s": ".2f",
     "ours: p99": ".2f",
 }
 MEDIANS = ("p50_ms", "p99_ms", "cpu_ms", "busy", "resident")
 SETUP_COLUMNS = {
     "peer": "",
     "set-up": "",
-    "pictures/s": ".1f",
+    "images/s": ".1f",
     "p50, ms": ".1f",
     "p99, ms": ".1f",
     "core-ms": ".2f",
@@ -86,15 +86,15 @@ class Plan:
 
 @dataclass(frozen=True)
 class Task:
-    """A model file and the pictures for it."""
+    """A model file and the images for it."""
 
     name: str
     repository: Path
-    pictures: Path
+    images: Path
 
     @property
-    def picture(self) -> bytes:
-        return min(self.pictures.glob("*.jpg")).read_bytes()
+    def image(self) -> bytes:
+        return min(self.images.glob("*.jpg")).read_bytes()
 
 
 def measure(plan: Plan, task: Task, servers: Mapping[str, Setup]) -> dict[str, Measured]:
@@ -135,7 +135,7 @@ def started(plan: Plan, task: Task, setup: Setup) -> Iterator[Tree]:
             python=plan.python,
             repository=task.repository,
             model=model,
-            picture=task.picture,
+            image=task.image,
             scratch=Path(scratch),
         ) as server,
     ):
@@ -144,7 +144,7 @@ def started(plan: Plan, task: Task, setup: Setup) -> Iterator[Tree]:
 
 def load(task: Task, server: Tree, connections: int, seconds: float) -> Load:
     arguments = ("--clients", connections, "--seconds", seconds, "--latencies")
-    return run_script("load.py", server.url, task.pictures, *arguments)
+    return run_script("load.py", server.url, task.images, *arguments)
 
 
 def one_turn(plan: Plan, task: Task, server: Tree, connections: int, name: str) -> Load:
@@ -159,7 +159,7 @@ def one_turn(plan: Plan, task: Task, server: Tree, connections: int, name: str) 
 
 
 def detections(server: Tree, task: Task) -> Detections:
-    found: Detections = server.answer(task.picture)["detections"]
+    found: Detections = server.answer(task.image)["detections"]
     return found
 
 
@@ -203,7 +203,7 @@ def judge_real(report: Report, found: Mapping[str, Measured], plan: Plan) -> Non
     for connections in plan.connections:
         for peer in peers:
             report.figure(
-                f"real: pictures/s over {peer.name}'s, {connections} connections",
+                f"real: images/s over {peer.name}'s, {connections} connections",
                 ratios(ours, peer, connections, "per_second"),
                 better="higher",
                 bound=allowed(ours, peer, connections),
@@ -224,7 +224,7 @@ def judge_near_free(report: Report, found: Mapping[str, Measured], plan: Plan) -
     for name, bound in NEAR_FREE_BOUNDS.items():
         if name in found and DECIDING in plan.connections:
             report.figure(
-                f"near-free: pictures/s over {name}'s, {DECIDING} connections",
+                f"near-free: images/s over {name}'s, {DECIDING} connections",
                 ratios(ours, found[name], DECIDING, "per_second"),
                 better="higher",
                 bound=bound,
@@ -271,11 +271,11 @@ def main() -> None:
     trial = replace(plan, connections=(DECIDING,))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        pictures = draw_pictures(folder / "pictures")
+        images = draw_images(folder / "images")
         write_near_free_model(folder / "near-free")
         repositories = {"real": bundled_models(), "near-free": folder / "near-free"}
         for name in arguments.model:
-            task = Task(name, repositories[name], pictures)
+            task = Task(name, repositories[name], images)
             if arguments.setups == "all":
                 fastest(report, trial, task, arguments.only)
                 continue
@@ -310,7 +310,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--keep-memory",
         action="store_true",
-        help="tell the peers' allocator, as ours does its own, to keep what pictures leave behind",
+        help="tell the peers' allocator, as ours does its own, to keep what images leave behind",
     )
     add_options(parser)
     return parser

@@ -1,6 +1,6 @@
 """Open-loop load: requests come at random, at a rate that does not care how the service is doing.
 
-    python benchmarks/poisson.py http://127.0.0.1:8000/v1/detect PICTURES --rate 50 --seconds 20
+    python benchmarks/poisson.py http://127.0.0.1:8000/v1/detect IMAGES --rate 50 --seconds 20
 
 Latency counts from the moment at which a request was due, so that a generator that falls behind
 does not flatter the service; how far it fell behind is in the answer. Prints one JSON object.
@@ -74,7 +74,7 @@ def main() -> None:
     seen = client.run(
         poisson(
             arguments.url,
-            client.requests(arguments.url, arguments.pictures, *headers),
+            client.requests(arguments.url, arguments.images, *headers),
             rate=arguments.rate,
             seconds=arguments.seconds,
             seed=arguments.seed,

@@ -3,7 +3,7 @@
     python benchmarks/precision.py service/models/blood-cells/1/checkpoint.safetensors --data bccd
 
 Exports the checkpoint once, writes the other two files from that one, and prints AP, size, time of
-the session and CPU time per picture. The files take turns, so that what else runs on the machine
+the session and CPU time per image. The files take turns, so that what else runs on the machine
 slows all of them. On CPUs onnxruntime computes most of fp16 in float32, between casts: there its
 time says nothing.
 """
@@ -18,10 +18,10 @@ from model_export.checkpoints import load_checkpoint
 from model_export.data.datasets import Dataset, load
 from model_export.export.graph import export
 from model_export.export.precision import Precision
-from model_export.export.reduced import RANGE_PICTURES, side_by_side, table, write_reduced
+from model_export.export.reduced import RANGE_IMAGES, side_by_side, table, write_reduced
 from service.runtime import devices
 
-TIMED_PICTURES = 12
+TIMED_IMAGES = 12
 
 
 def evenly(data: Dataset, count: int) -> list[bytes]:
@@ -34,23 +34,23 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--data", type=Path, required=True, help="labelled pictures")
+    parser.add_argument("--data", type=Path, required=True, help="labelled images")
     parser.add_argument("--split", default="val", help="where AP is measured")
     parser.add_argument("--ranges", default="train", help="where int8 learns its ranges")
     arguments = parser.parse_args()
     checkpoint = load_checkpoint(arguments.checkpoint)
     classes = checkpoint.description.classes
     held_out = load(arguments.data, arguments.split, classes=classes)
-    ranges = evenly(load(arguments.data, arguments.ranges, classes=classes), RANGE_PICTURES)
+    ranges = evenly(load(arguments.data, arguments.ranges, classes=classes), RANGE_IMAGES)
     with tempfile.TemporaryDirectory() as scratch:
         files = {each: Path(scratch) / each / "model.onnx" for each in Precision}
         full = files[Precision.FP32]
         export(checkpoint, full, name="fp32")
         for precision in (Precision.FP16, Precision.INT8):
             write_reduced(full, files[precision], precision, ranges)
-        rows, _ = side_by_side(files, held_out, evenly(held_out, TIMED_PICTURES))
+        rows, _ = side_by_side(files, held_out, evenly(held_out, TIMED_IMAGES))
     device = devices.resolve("auto").devices[0].name
-    print(f"{arguments.checkpoint.name}, {len(held_out.samples)} pictures, on {device}")
+    print(f"{arguments.checkpoint.name}, {len(held_out.samples)} images, on {device}")
     for line in table(rows):
         print(line)
 

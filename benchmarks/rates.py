@@ -2,10 +2,10 @@
 
     python benchmarks/rates.py
 
-Closed loop: 1, 8, 32 and 128 connections, each sending its next picture when the answer to the last
+Closed loop: 1, 8, 32 and 128 connections, each sending its next image when the answer to the last
 is there, in turn with a bare loop of the same work. Open loop, in the manner of MLPerf's Server
 scenario: Poisson arrivals, latency from the moment at which a request was due, and the highest rate
-at which the 99th percentile stays within 20 times the latency of a single picture. A refused
+at which the 99th percentile stays within 20 times the latency of a single image. A refused
 request counts as one that never came back. The rate is found by bisection, each step with arrivals
 of its own, then has to hold once more over a longer time; where it does not, it is lowered.
 """
@@ -24,7 +24,7 @@ from typing import Any
 
 from highest_rate import highest_rate
 from report import Report, Table, add_options
-from serving import Running, draw_pictures, run_script, served
+from serving import Running, draw_images, run_script, served
 
 from service.runtime.artifact import scan_repository
 from service.settings import bundled_models
@@ -37,22 +37,20 @@ LONG = 5
 """Times as long as the others is the trial that settles a rate."""
 
 
-def closed(server: Running, pictures: Path, clients: int, seconds: float) -> dict[str, Any]:
+def closed(server: Running, images: Path, clients: int, seconds: float) -> dict[str, Any]:
     """One load, with what it cost the service."""
     before = server.cpu_seconds()
-    load = run_script(
-        *("load.py", server.url, pictures, "--clients", clients, "--seconds", seconds)
-    )
+    load = run_script(*("load.py", server.url, images, "--clients", clients, "--seconds", seconds))
     good = max(1, load["statuses"].get("200", 0))
     return load | {"cpu_ms": 1e3 * (server.cpu_seconds() - before) / good}
 
 
 def closed_loop(
-    report: Report, server: Running, model: Path, pictures: Path, rounds: int, seconds: float
+    report: Report, server: Running, model: Path, images: Path, rounds: int, seconds: float
 ) -> None:
     """Throughput and latency at each number of connections, medians over the rounds."""
     table = report.table(
-        {"connections": "d", "pictures/s": ".1f", "over bare loop": ".3f", "p50, ms": ".0f"}
+        {"connections": "d", "images/s": ".1f", "over bare loop": ".3f", "p50, ms": ".0f"}
         | {"p99, ms": ".0f", "server core-ms": ".2f", "not 200": "d"},
         "Closed loop",
     )
@@ -60,8 +58,8 @@ def closed_loop(
     for clients in CONNECTIONS:
         loads, ratios = [], []
         for _ in range(rounds):
-            bare = run_script("bare_loop.py", model, pictures, "--seconds", seconds / 2)
-            loads.append(closed(server, pictures, clients, seconds))
+            bare = run_script("bare_loop.py", model, images, "--seconds", seconds / 2)
+            loads.append(closed(server, images, clients, seconds))
             ratios.append(loads[-1]["good_per_second"] / bare["per_second"])
         named = ("good_per_second", "p50_ms", "p99_ms", "cpu_ms")
         median = {name: statistics.median(each[name] for each in loads) for name in named}
@@ -78,9 +76,9 @@ def closed_loop(
 class Trials:
     """Trials of rates, each with other arrivals."""
 
-    def __init__(self, server: Running, pictures: Path, table: Table, bound_ms: float) -> None:
+    def __init__(self, server: Running, images: Path, table: Table, bound_ms: float) -> None:
         self._server = server
-        self._pictures = pictures
+        self._images = images
         self._table = table
         self._bound_ms = bound_ms
         self._seeds: Iterator[int] = itertools.count(1)
@@ -88,7 +86,7 @@ class Trials:
     def run(self, rate: float, seconds: float) -> bool:
         """Whether the 99th percentile of all requests stays within the bound."""
         seen = run_script(
-            *("poisson.py", self._server.url, self._pictures, "--rate", rate),
+            *("poisson.py", self._server.url, self._images, "--rate", rate),
             *("--seconds", seconds, "--seed", next(self._seeds)),
         )
         p99 = seen["p99_of_all_ms"]
@@ -102,28 +100,28 @@ class Trials:
 
 
 def open_loop(
-    report: Report, server: Running, pictures: Path, *, rounds: int, steps: int, seconds: float
+    report: Report, server: Running, images: Path, *, rounds: int, steps: int, seconds: float
 ) -> None:
     """The rate that can be promised, against the closed-loop maximum beside it."""
-    single = closed(server, pictures, 1, seconds)["p50_ms"]
+    single = closed(server, images, 1, seconds)["p50_ms"]
     bound_ms = LATENCY_FACTOR * single
     table = report.table(
         {"rate": ".2f", "seconds": ".0f", "sent": "d", "p50, ms": ".0f", "p99 of all, ms": ".0f"}
         | {"client lag p99, ms": ".1f", "not 200": "d", "held": ""},
-        f"Open loop, Poisson arrivals; a single picture takes {single:.1f} ms, so the 99th "
+        f"Open loop, Poisson arrivals; a single image takes {single:.1f} ms, so the 99th "
         f"percentile may be {bound_ms:.0f} ms",
     )
-    trials = Trials(server, pictures, table, bound_ms)
+    trials = Trials(server, images, table, bound_ms)
     searches: list[tuple[float, float, float, float]] = []
     for _ in range(rounds):
-        before = closed(server, pictures, SATURATING, seconds)["good_per_second"]
+        before = closed(server, images, SATURATING, seconds)["good_per_second"]
         rate = highest_rate(
             partial(trials.run, seconds=seconds),
             partial(trials.run, seconds=LONG * seconds),
             maximum=before,
             steps=steps,
         )
-        after = closed(server, pictures, SATURATING, seconds)["good_per_second"]
+        after = closed(server, images, SATURATING, seconds)["good_per_second"]
         searches.append((before, after, rate, 2 * rate / (before + after)))
     searched = report.table(
         {"closed loop before, /s": ".2f", "after, /s": ".2f", "highest rate, /s": ".2f"}
@@ -132,7 +130,7 @@ def open_loop(
     for search in searches:
         searched.row(*search)
     report.figure(
-        f"open-loop rate with p99 within {LATENCY_FACTOR:g} single pictures, over the closed-loop "
+        f"open-loop rate with p99 within {LATENCY_FACTOR:g} single images, over the closed-loop "
         f"maximum at {SATURATING} connections",
         [share for *_, share in searches],
         better="higher",
@@ -143,22 +141,22 @@ def open_loop(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", type=Path, default=bundled_models())
-    parser.add_argument("--pictures", type=Path, help="folder of JPEGs; default: drawn 640x480")
+    parser.add_argument("--images", type=Path, help="folder of JPEGs; default: drawn 640x480")
     add_options(parser)
     arguments = parser.parse_args()
     model = scan_repository(arguments.models)[-1].path
     with contextlib.ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryDirectory())
         server = stack.enter_context(served(arguments.models))
-        pictures = arguments.pictures or draw_pictures(Path(scratch) / "pictures")
-        closed(server, pictures, SATURATING, 3)
+        images = arguments.images or draw_images(Path(scratch) / "images")
+        closed(server, images, SATURATING, 3)
         report = Report("service", "Closed loop and random arrivals", arguments)
         if arguments.quick:
-            closed_loop(report, server, model, pictures, 1, 3)
-            open_loop(report, server, pictures, rounds=1, steps=2, seconds=4)
+            closed_loop(report, server, model, images, 1, 3)
+            open_loop(report, server, images, rounds=1, steps=2, seconds=4)
         else:
-            closed_loop(report, server, model, pictures, 3, 6)
-            open_loop(report, server, pictures, rounds=2, steps=4, seconds=12)
+            closed_loop(report, server, model, images, 3, 6)
+            open_loop(report, server, images, rounds=2, steps=4, seconds=12)
     report.close()
 
 

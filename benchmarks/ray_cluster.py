@@ -251,7 +251,7 @@ class Seen:
 
     at: float
     """When it came, on `time.monotonic`."""
-    picture: int
+    image: int
     status: int
     """0: the connection broke."""
     body: Any
@@ -259,12 +259,12 @@ class Seen:
 
 
 class Load:
-    """Closed-loop clients that post pictures until the block ends; refused ones wait as told."""
+    """Closed-loop clients that post images until the block ends; refused ones wait as told."""
 
-    def __init__(self, url: str, pictures: Sequence[bytes], *, clients: int = 4) -> None:
+    def __init__(self, url: str, images: Sequence[bytes], *, clients: int = 4) -> None:
         self.seen: list[Seen] = []
         self._url = url
-        self._pictures = pictures
+        self._images = images
         self._over = threading.Event()
         self._threads = [
             threading.Thread(target=self._post, args=(each,)) for each in range(clients)
@@ -281,20 +281,20 @@ class Load:
             thread.join()
 
     def wait_for_answers(self, count: int, *, seconds: float = PATIENCE) -> None:
-        """Return once so many more pictures were answered with 200."""
+        """Return once so many more images were answered with 200."""
         before = self.good()
         wait_for(lambda: self.good() >= before + count, f"{count} good answers", seconds=seconds)
 
     def good(self) -> int:
-        """Pictures that were answered with 200."""
+        """Images that were answered with 200."""
         return sum(each.status == httpx.codes.OK for each in list(self.seen))
 
     def _post(self, number: int) -> None:
         turn = number
         with httpx.Client(timeout=PATIENCE, verify=False) as client:
             while not self._over.is_set():
-                picture = turn % len(self._pictures)
-                seen = _exchange(client, self._url, self._pictures[picture], picture)
+                image = turn % len(self._images)
+                seen = _exchange(client, self._url, self._images[image], image)
                 self.seen.append(seen)
                 if seen.status == httpx.codes.OK:
                     turn += len(self._threads)
@@ -303,15 +303,15 @@ class Load:
                     self._over.wait(min(wait, _LONGEST_WAIT))
 
 
-def _exchange(client: httpx.Client, url: str, content: bytes, picture: int) -> Seen:
+def _exchange(client: httpx.Client, url: str, content: bytes, image: int) -> Seen:
     try:
         answer = client.post(f"{url}/v1/detect", content=content)
     except httpx.TransportError as error:
-        return Seen(time.monotonic(), picture, 0, repr(error), None)
+        return Seen(time.monotonic(), image, 0, repr(error), None)
     kind = answer.headers.get("content-type", "")
     body = answer.json() if "json" in kind else answer.text
     return Seen(
-        time.monotonic(), picture, answer.status_code, body, answer.headers.get("retry-after")
+        time.monotonic(), image, answer.status_code, body, answer.headers.get("retry-after")
     )
 
 

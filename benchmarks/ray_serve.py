@@ -1,7 +1,7 @@
 """What Ray Serve makes of replicas, and how long it takes to replace what dies.
 
     python benchmarks/ray_serve.py                       # needs the extra `scale`
-    python benchmarks/ray_serve.py --pictures FOLDER     # your own JPEGs
+    python benchmarks/ray_serve.py --images FOLDER     # your own JPEGs
 
 A cluster of two nodes on this machine, the bundled model, replicas of one CPU each. First closed
 loops of 16 clients on the service alone with one CPU, then through Ray's proxy on one replica and
@@ -25,7 +25,7 @@ from typing import Any
 
 from ray_cluster import Cluster, Load, Replica
 from report import Report, Table, add_options
-from serving import draw_pictures, run_script, served
+from serving import draw_images, run_script, served
 
 from service.settings import bundled_models
 
@@ -50,12 +50,10 @@ def deploy(cluster: Cluster, replicas: int) -> list[Replica]:
     return cluster.wait_for_replicas(replicas)
 
 
-def throughput(
-    report: Report, cluster: Cluster, pictures: Path, rounds: int, seconds: float
-) -> None:
+def throughput(report: Report, cluster: Cluster, images: Path, rounds: int, seconds: float) -> None:
     """Closed loops, in turn."""
     table = report.table(
-        {"round": "d", "served by": "s", "pictures/s": ".1f", "p50, ms": ".0f", "p99, ms": ".0f"}
+        {"round": "d", "served by": "s", "images/s": ".1f", "p50, ms": ".0f", "p99, ms": ".0f"}
         | {"client core-ms": ".2f", "not 200": "d"},
         f"{CLIENTS} closed-loop clients",
     )
@@ -63,24 +61,22 @@ def throughput(
     for number in range(1, rounds + 1):
         # Ray's own processes are there all the time.
         with served(bundled_models(), cpus=1, cpu_inferences=1) as alone:
-            bare = one_load(table, number, "the service alone, 1 CPU", alone.url, pictures, seconds)
+            bare = one_load(table, number, "the service alone, 1 CPU", alone.url, images, seconds)
         rates = []
         for replicas in (1, 2):
             deploy(cluster, replicas)
             name = f"Ray, {replicas} x 1 CPU"
             url = f"{cluster.url}/v1/detect"
-            rates.append(one_load(table, number, name, url, pictures, seconds))
+            rates.append(one_load(table, number, name, url, images, seconds))
         more.append(rates[1] / rates[0])
         cost.append(rates[0] / bare)
     report.figure("two replicas over one", more, better="higher")
     report.figure("one replica over the service alone", cost, better="higher")
 
 
-def one_load(
-    table: Table, number: int, name: str, url: str, pictures: Path, seconds: float
-) -> float:
+def one_load(table: Table, number: int, name: str, url: str, images: Path, seconds: float) -> float:
     """Good answers a second."""
-    found = run_script("load.py", url, pictures, "--clients", CLIENTS, "--seconds", seconds)
+    found = run_script("load.py", url, images, "--clients", CLIENTS, "--seconds", seconds)
     table.row(
         *(number, name, found["good_per_second"], found["p50_ms"], found["p99_ms"]),
         *(found["client_cpu_ms"], found["requests"] - found["statuses"].get("200", 0)),
@@ -88,7 +84,7 @@ def one_load(
     return float(found["good_per_second"])
 
 
-def recovery(report: Report, cluster: Cluster, pictures: list[bytes], rounds: int) -> None:
+def recovery(report: Report, cluster: Cluster, images: list[bytes], rounds: int) -> None:
     """Kill a replica, then a node, and count."""
     table = report.table(
         {"killed": "s", "replaced after, s": ".1f", "longest without an answer, s": ".1f"}
@@ -100,10 +96,10 @@ def recovery(report: Report, cluster: Cluster, pictures: list[bytes], rounds: in
     for _ in range(rounds):
         (victim,) = spread(cluster, node)
         kill = partial(os.kill, victim.pid, signal.SIGKILL)
-        found["replica"].append(one_death(table, cluster, pictures, "a replica", kill, [victim]))
+        found["replica"].append(one_death(table, cluster, images, "a replica", kill, [victim]))
         kill = partial(cluster.kill_node, node)
         gone = [each for each in cluster.replicas() if each.address == address(node)]
-        found["node"].append(one_death(table, cluster, pictures, "a node", kill, gone))
+        found["node"].append(one_death(table, cluster, images, "a node", kill, gone))
         cluster.add_node(NODE_CPUS)
         node += 1
     for name, seconds in found.items():
@@ -131,13 +127,13 @@ def address(node: int) -> str:
 def one_death(
     table: Table,
     cluster: Cluster,
-    pictures: list[bytes],
+    images: list[bytes],
     name: str,
     kill: Callable[[], None],
     gone: list[Replica],
 ) -> float:
     """Seconds from the death until there are two replicas again, under load all the time."""
-    with Load(cluster.url, pictures) as load:
+    with Load(cluster.url, images) as load:
         load.wait_for_answers(CALM)
         killed = time.monotonic()
         kill()
@@ -155,15 +151,15 @@ def one_death(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--pictures", type=Path, help="folder of JPEGs; default: drawn ones")
+    parser.add_argument("--images", type=Path, help="folder of JPEGs; default: drawn ones")
     add_options(parser)
     arguments = parser.parse_args()
     report = Report("ray_serve", "Ray Serve on two nodes of one machine", arguments)
     rounds, seconds = (2, 8.0) if report.quick else (4, 15.0)
     with tempfile.TemporaryDirectory() as folder, Cluster((HEAD_CPUS, NODE_CPUS)) as cluster:
-        pictures = arguments.pictures or draw_pictures(Path(folder) / "pictures")
-        throughput(report, cluster, pictures, rounds, seconds)
-        contents = [path.read_bytes() for path in sorted(pictures.glob("*.jpg"))]
+        images = arguments.images or draw_images(Path(folder) / "images")
+        throughput(report, cluster, images, rounds, seconds)
+        contents = [path.read_bytes() for path in sorted(images.glob("*.jpg"))]
         recovery(report, cluster, contents, rounds)
     report.close()
 

@@ -1,7 +1,7 @@
 """What a benchmark found, written once: a Markdown table for people, JSON to compare with later.
 
     report = Report("engine", "Detector beside a bare session", arguments)
-    table = report.table({"canvas": "", "batch": "d", "pictures/s": ".1f"})
+    table = report.table({"canvas": "", "batch": "d", "images/s": ".1f"})
     table.row("384 x 512", 1, 19.03)
     report.figure("detector over bare session", [0.99, 1.0, 0.98], better="higher", bound=0.95)
     report.close()

@@ -43,7 +43,7 @@ def main() -> None:
     given = parser.parse_args()
     program = str(Path(sys.executable).with_name("schemathesis"))
     command = [program, "--config-file", "schemathesis.toml", "run"]
-    # Pictures make its data slow to generate on a busy machine, which says nothing of the service.
+    # Images make its data slow to generate on a busy machine, which says nothing of the service.
     command += ["--checks", CHECKS, "--suppress-health-check", "all", "--no-color"]
     command += ["--max-examples", str(given.examples), "--seed", str(given.seed)]
     if given.path:

@@ -1,7 +1,7 @@
 """How much of the bare runtime is left behind HTTP, and what a request costs beside it.
 
-    python benchmarks/service_efficiency.py                     # bundled model, drawn pictures
-    python benchmarks/service_efficiency.py --pictures FOLDER   # your own JPEGs
+    python benchmarks/service_efficiency.py                     # bundled model, drawn images
+    python benchmarks/service_efficiency.py --images FOLDER   # your own JPEGs
 
 Alternates, in one run, between a bare loop (decode, letterbox, session; the same threads), two such
 loops side by side, and the service under 16 closed-loop clients; then does the same with a
@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from near_free_model import write_near_free_model
 from report import Report, Table, add_options, trimmed
-from serving import Running, draw_pictures, run_script, served
+from serving import Running, draw_images, run_script, served
 
 from service.runtime.artifact import scan_repository
 from service.settings import bundled_models
@@ -30,10 +30,10 @@ EXTRA_MS = 0.8
 
 
 class Round(NamedTuple):
-    """A bare loop and the service after it; core-milliseconds are for each picture."""
+    """A bare loop and the service after it; core-milliseconds are for each image."""
 
     ratio: float
-    """Pictures a second by HTTP over those of the bare loop."""
+    """Images a second by HTTP over those of the bare loop."""
     over_two: float
     """The same over those of two such loops side by side, with one session."""
     extra: float
@@ -47,17 +47,17 @@ class Round(NamedTuple):
 
 
 def measure(
-    server: Running, model: Path, pictures: Path, table: Table, seconds: float, *, flip: bool
+    server: Running, model: Path, images: Path, table: Table, seconds: float, *, flip: bool
 ) -> Round:
     """One round; `flip` lets the service go first."""
 
     def alone(loops: int = 1) -> dict[str, float]:
-        return run_script("bare_loop.py", model, pictures, "--seconds", seconds, "--loops", loops)
+        return run_script("bare_loop.py", model, images, "--seconds", seconds, "--loops", loops)
 
     two = alone(2)
     first = None if flip else alone()
     before, threads = server.cpu_seconds(), server.thread_seconds()
-    load = run_script("load.py", server.url, pictures, "--clients", CLIENTS, "--seconds", seconds)
+    load = run_script("load.py", server.url, images, "--clients", CLIENTS, "--seconds", seconds)
     if set(load["statuses"]) != {"200"}:
         raise SystemExit(f"not every answer was 200: {load['statuses']}")
     count = load["requests"]
@@ -87,12 +87,12 @@ def measure(
 
 
 def compare(
-    server: Running, model: Path, pictures: Path, table: Table, *, rounds: int, seconds: float
+    server: Running, model: Path, images: Path, table: Table, *, rounds: int, seconds: float
 ) -> list[Round]:
     """Alternate bare loop and service."""
-    run_script("load.py", server.url, pictures, "--clients", CLIENTS, "--seconds", 2)
+    run_script("load.py", server.url, images, "--clients", CLIENTS, "--seconds", 2)
     return [
-        measure(server, model, pictures, table, seconds, flip=bool(number % 2))
+        measure(server, model, images, table, seconds, flip=bool(number % 2))
         for number in range(rounds)
     ]
 
@@ -112,7 +112,7 @@ def table_of(report: Report, title: str) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, help="repository folder; default: the bundled one")
-    parser.add_argument("--pictures", type=Path, help="folder of JPEGs; default: drawn 640x480")
+    parser.add_argument("--images", type=Path, help="folder of JPEGs; default: drawn 640x480")
     parser.add_argument("--rounds", type=int, help="with the real network")
     parser.add_argument("--seconds", type=float, help="of each half of such a round")
     parser.add_argument("--free-rounds", type=int, help="with the near-free network")
@@ -124,17 +124,17 @@ def main() -> None:
     repository = arguments.model or bundled_models()
     report = Report("ceiling", "What HTTP leaves of the bare loop", arguments)
     with tempfile.TemporaryDirectory() as scratch:
-        pictures = arguments.pictures or draw_pictures(Path(scratch) / "pictures")
+        images = arguments.images or draw_images(Path(scratch) / "images")
         model = scan_repository(repository)[-1].path
         table = table_of(report, model.parent.parent.name)
         with served(repository) as server:
-            real = compare(server, model, pictures, table, rounds=rounds, seconds=seconds)
+            real = compare(server, model, images, table, rounds=rounds, seconds=seconds)
         free = write_near_free_model(Path(scratch) / "models")
         table = table_of(report, "near-free network")
         with served(Path(scratch) / "models") as server:
-            light = compare(server, free, pictures, table, rounds=free_rounds, seconds=2.0)
+            light = compare(server, free, images, table, rounds=free_rounds, seconds=2.0)
     report.figure(
-        "pictures/s through HTTP over bare loop",
+        "images/s through HTTP over bare loop",
         trimmed([each.ratio for each in real]),
         better="higher",
         bound=RATIO,

@@ -98,7 +98,7 @@ def served(models: Path, **settings: object) -> Iterator[Running]:
         process.wait(timeout=20)
 
 
-def draw_pictures(folder: Path, count: int = 20) -> Path:
+def draw_images(folder: Path, count: int = 20) -> Path:
     """Write drawn JPEGs of 640 x 480 into a new folder; the folder."""
     folder.mkdir(parents=True)
     for seed in range(count):

@@ -2,7 +2,7 @@
 
     python benchmarks/soak.py --minutes 60
 
-Good clients (one picture, many, tiles, drawn answers, the inference protocol), bad ones (rubbish,
+Good clients (one image, many, tiles, drawn answers, the inference protocol), bad ones (rubbish,
 wrong parameters, unknown paths), slow ones (a byte now and then) and vanishing ones (gone while the
 body arrives or the answer is made) at once. Sampled every few seconds. In the end the load stops,
 and what the service still holds is compared with what it held before.
@@ -48,7 +48,7 @@ class Sample(NamedTuple):
     descriptors: int
     threads: int
     held: float
-    """Pictures."""
+    """Images."""
 
 
 class Load:
@@ -58,7 +58,7 @@ class Load:
         parts = urlsplit(server.url)
         self._base = f"{parts.scheme}://{parts.netloc}"
         self._address = (parts.hostname or "127.0.0.1", parts.port or 80)
-        self._pictures = _pictures()
+        self._images = _images()
         self._dice = random.Random(0)
         self.statuses: collections.Counter[str] = collections.Counter()
         self.refusals: list[str] = []
@@ -97,33 +97,33 @@ class Load:
     async def _good(self, client: httpx.AsyncClient) -> None:
         query = self._dice.choice(("", "?format=coco", "?score_threshold=0.01", "?tile=auto"))
         accept = self._dice.choice(("*/*", "*/*", "*/*", "image/jpeg", "image/png"))
-        body = self._dice.choice(self._pictures)
+        body = self._dice.choice(self._images)
         headers = {"Accept": accept}
         self._count(await client.post(f"/v1/detect{query}", content=body, headers=headers))
 
     async def _many(self, client: httpx.AsyncClient) -> None:
-        files = [("files", (f"{i}", each)) for i, each in enumerate(self._pictures)]
-        files.append(("files", ("rubbish", b"no picture")))
+        files = [("files", (f"{i}", each)) for i, each in enumerate(self._images)]
+        files.append(("files", ("rubbish", b"no image")))
         accept = self._dice.choice(("application/json", "application/x-ndjson"))
         headers = {"Accept": accept}
         self._count(await client.post("/v1/detect/batch", files=files, headers=headers))
 
     async def _inference_protocol(self, client: httpx.AsyncClient) -> None:
         models = (await client.get("/v1/models")).json()["models"]
-        data = base64.b64encode(self._pictures[0]).decode()
+        data = base64.b64encode(self._images[0]).decode()
         tensor = {"name": "encoded_images", "datatype": "BYTES", "shape": [1], "data": [data]}
         path = f"/v2/models/{models[0]['name']}/infer"
         self._count(await client.post(path, json={"inputs": [tensor]}))
         self._count(await client.get("/metrics"))
 
     async def _bad(self, client: httpx.AsyncClient) -> None:
-        picture = bytearray(self._dice.choice(self._pictures))
+        image = bytearray(self._dice.choice(self._images))
         for _ in range(20):
-            picture[self._dice.randrange(len(picture))] = self._dice.randrange(256)
+            image[self._dice.randrange(len(image))] = self._dice.randrange(256)
         path, body = self._dice.choice(
             (
-                ("/v1/detect", bytes(picture)),
-                ("/v1/detect", bytes(picture[: len(picture) // 2])),
+                ("/v1/detect", bytes(image)),
+                ("/v1/detect", bytes(image[: len(image) // 2])),
                 ("/v1/detect", self._dice.randbytes(2000)),
                 ("/v1/detect", b""),
                 ("/v1/detect?score_threshold=2", b"x"),
@@ -150,7 +150,7 @@ class Load:
 
     async def _vanishing(self, client: httpx.AsyncClient) -> None:
         del client
-        body = self._dice.choice(self._pictures)
+        body = self._dice.choice(self._images)
         sent = self._dice.choice((len(body), self._dice.randrange(len(body))))
         async with self._raw() as (_, writer):
             writer.write(self._head(len(body)) + body[:sent])
@@ -169,7 +169,7 @@ class Load:
         return f"POST /v1/detect HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n".encode()
 
 
-def _pictures() -> list[bytes]:
+def _images() -> list[bytes]:
     bodies = []
     for seed, (width, height, kind) in enumerate(
         ((640, 480, "JPEG"), (480, 640, "PNG"), (1600, 1200, "JPEG"), (320, 320, "WEBP"))
@@ -241,7 +241,7 @@ def faults(samples: list[Sample], load: Load) -> list[str]:
     if last.threads > max(first.threads, warm[0].threads):
         found.append(f"threads stay: {first.threads}, in the end {last.threads}")
     if last.held:
-        found.append(f"{last.held:g} pictures are still held")
+        found.append(f"{last.held:g} images are still held")
     strange = {
         status for status in load.statuses if status.isdigit() and int(status) not in EXPECTED
     }
@@ -253,7 +253,7 @@ def faults(samples: list[Sample], load: Load) -> list[str]:
 def _line(sample: Sample) -> str:
     return (
         f"{sample.minute:6.1f} min  {sample.resident_mb:6.0f} MB  {sample.descriptors:4d} "
-        f"descriptors  {sample.threads:3d} threads  {sample.held:4.0f} pictures held"
+        f"descriptors  {sample.threads:3d} threads  {sample.held:4.0f} images held"
     )
 
 

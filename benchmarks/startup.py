@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from report import Report, add_options
-from serving import Running, draw_pictures, run_script, served
+from serving import Running, draw_images, run_script, served
 
 from service.settings import bundled_models
 
@@ -27,10 +27,10 @@ RESIDENT_MB = 450.0
 HOUR = 3600
 
 
-def send(server: Running, pictures: Path, count: int) -> int:
+def send(server: Running, images: Path, count: int) -> int:
     """Have `count` requests answered; how many of the answers were not good."""
     load = run_script(
-        *("load.py", server.url, pictures, "--clients", CLIENTS),
+        *("load.py", server.url, images, "--clients", CLIENTS),
         *("--seconds", HOUR, "--limit", count),
     )
     return int(load["requests"]) - int(load["statuses"].get("200", 0))
@@ -59,9 +59,9 @@ def main() -> None:
     levels = report.table({"requests": "d", "resident, MB": ".1f", "not 200": "d"})
     held: list[float] = []
     with tempfile.TemporaryDirectory() as scratch, served(arguments.models) as server:
-        pictures = draw_pictures(Path(scratch) / "pictures")
+        images = draw_images(Path(scratch) / "images")
         for done, more in ((WARM_REQUESTS, WARM_REQUESTS), (requests, requests - WARM_REQUESTS)):
-            bad = send(server, pictures, more)
+            bad = send(server, images, more)
             held.append(server.resident())
             levels.row(done, held[-1], bad)
     report.figure(

@@ -1,11 +1,11 @@
-"""What serving a picture takes in instructions, step by step and thread by thread.
+"""What serving an image takes in instructions, step by step and thread by thread.
 
     apt-get install linux-perf
     python benchmarks/steps.py
 
 Where a machine shares its cores, times of one and the same work differ by a factor of two; counted
 instructions do not. Each step runs so many times and then twice as many, in a process of its own;
-what the second run took beyond the first is for that many pictures. The threads' are those of a
+what the second run took beyond the first is for that many images. The threads' are those of a
 service with a near-free network under closed-loop clients.
 """
 
@@ -26,11 +26,11 @@ import numpy as np
 from near_free_model import CANVASES, write_near_free_model
 from PIL import Image
 from report import Report, Table, add_options
-from serving import THREADS, Running, draw_pictures, run_script, served
+from serving import THREADS, Running, draw_images, run_script, served
 
 from service.imaging import resize as resizing
 from service.imaging.canvas import Buckets, Size
-from service.imaging.decode import open_picture, prepare
+from service.imaging.decode import open_image, prepare
 from service.runtime.artifact import read_artifact
 from service.runtime.devices import Device, open_detector
 
@@ -53,16 +53,16 @@ def steps(data: bytes, model: Path) -> dict[str, Step]:
     canvas = np.zeros((1, *CANVAS, 3), np.uint8)
 
     def decode() -> None:
-        picture = Image.open(io.BytesIO(data))
-        picture.draft(None, (CANVAS.width, CANVAS.height))
-        picture.load()
+        image = Image.open(io.BytesIO(data))
+        image.draft(None, (CANVAS.width, CANVAS.height))
+        image.load()
 
     def session() -> None:
         sizes = np.array([CANVAS], dtype=np.int64)
         detector(canvas, sizes, score_threshold=0.5, iou_threshold=0.5)
 
     return {
-        "the header": lambda: open_picture(data),
+        "the header": lambda: open_image(data),
         "the header, and the JPEG": decode,
         "the resize": lambda: resizing.resize(decoded, CANVAS),
         "Pillow's resize": lambda: np.asarray(
@@ -102,11 +102,11 @@ def perf(arguments: list[str]) -> dict[str, dict[str, float]]:
     return found
 
 
-def by_step(table: Table, times: int, picture: Path, model: Path) -> dict[str, float]:
+def by_step(table: Table, times: int, image: Path, model: Path) -> dict[str, float]:
     """A row for each step; millions of instructions."""
     found = {}
-    for name in steps(picture.read_bytes(), model):
-        command = [sys.executable, __file__, "--picture", str(picture), "--file", str(model)]
+    for name in steps(image.read_bytes(), model):
+        command = [sys.executable, __file__, "--image", str(image), "--file", str(model)]
         once, twice = (
             counted([*command, "--step", name, "--times", str(count)])
             for count in (times, 2 * times)
@@ -117,15 +117,15 @@ def by_step(table: Table, times: int, picture: Path, model: Path) -> dict[str, f
     return found
 
 
-def by_thread(table: Table, server: Running, pictures: Path, seconds: float) -> dict[str, float]:
-    """A row for each kind of thread; millions of instructions for a picture."""
+def by_thread(table: Table, server: Running, images: Path, seconds: float) -> dict[str, float]:
+    """A row for each kind of thread; millions of instructions for an image."""
     told: dict[str, Any] = {}
 
     def load() -> None:
         arguments = ("--clients", CLIENTS, "--seconds", seconds + 2 * DELAY)
-        told.update(run_script("load.py", server.url, pictures, *arguments))
+        told.update(run_script("load.py", server.url, images, *arguments))
 
-    run_script("load.py", server.url, pictures, "--clients", CLIENTS, "--seconds", 3)
+    run_script("load.py", server.url, images, "--clients", CLIENTS, "--seconds", 3)
     loading = Thread(target=load)
     loading.start()
     process = str(server.process.pid)
@@ -161,34 +161,34 @@ def _purpose(thread: str, process: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pictures", type=Path, help="folder of JPEGs; default: drawn 640x480")
+    parser.add_argument("--images", type=Path, help="folder of JPEGs; default: drawn 640x480")
     parser.add_argument("--times", type=int, help="how often each step runs, and twice of it")
     parser.add_argument("--step", help=argparse.SUPPRESS)
-    parser.add_argument("--picture", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--image", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
     add_options(parser)
     arguments = parser.parse_args()
     times = arguments.times or (100 if arguments.quick else 1000)
     if arguments.step:
-        step = steps(arguments.picture.read_bytes(), arguments.file)[arguments.step]
+        step = steps(arguments.image.read_bytes(), arguments.file)[arguments.step]
         for _ in range(times):
             step()
         return
-    report = Report("steps", "A picture in instructions", arguments)
+    report = Report("steps", "An image in instructions", arguments)
     columns = {"step": "", "million instructions": ".2f", "million cycles": ".2f"}
     with tempfile.TemporaryDirectory() as scratch:
-        pictures = arguments.pictures or draw_pictures(Path(scratch) / "pictures")
+        images = arguments.images or draw_images(Path(scratch) / "images")
         models = Path(scratch) / "models"
         model = write_near_free_model(models)
         table = report.table(columns)
-        found = by_step(table, times, min(pictures.glob("*.jpg")), model)
-        title = f"near-free network, {CLIENTS} connections, for each picture"
+        found = by_step(table, times, min(images.glob("*.jpg")), model)
+        title = f"near-free network, {CLIENTS} connections, for each image"
         table = report.table(
             {"thread": ""} | dict(list(columns.items())[1:]) | {"context switches": ".1f"}, title
         )
         seconds = 4.0 if arguments.quick else 10.0
         with served(models) as server:
-            threads = by_thread(table, server, pictures, seconds)
+            threads = by_thread(table, server, images, seconds)
     bare = found["a canvas from a file, all of it"] + found["the near-free session"]
     for name, value in (
         ("the resize over Pillow's", found["the resize"] / found["Pillow's resize"]),

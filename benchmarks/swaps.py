@@ -34,7 +34,7 @@ from service.runtime.artifact import read_artifact, scan_repository, set_metadat
 from service.settings import bundled_models
 
 NAME = "model"
-PICTURES = 8
+IMAGES = 8
 PIXELS, SCORE = 0.5, 1e-3
 """How far answers of one version may lie apart."""
 SETTLED_SHARE = 0.1
@@ -72,13 +72,13 @@ class Client:
 class Load:
     """Clients that never stop asking."""
 
-    def __init__(self, url: str, key: str, pictures: list[bytes]) -> None:
+    def __init__(self, url: str, key: str, images: list[bytes]) -> None:
         self.answers: list[Answer] = []
-        self._url, self._key, self._pictures = url, key, pictures
+        self._url, self._key, self._images = url, key, images
         asker = Client(url, key)
         self._expected = [
             {v: asker.post(f"/v1/detect?version={v}", data)[1]["detections"] for v in (1, 2)}
-            for data in pictures
+            for data in images
         ]
         for each in self._expected:
             if same(each[1], each[2]):
@@ -102,9 +102,9 @@ class Load:
     def _ask(self, index: int) -> None:
         client = Client(self._url, self._key)
         while not self._stop.is_set():
-            index = (index + 1) % len(self._pictures)
+            index = (index + 1) % len(self._images)
             asked = time.monotonic()
-            status, document = client.post("/v1/detect", self._pictures[index])
+            status, document = client.post("/v1/detect", self._images[index])
             seconds = time.monotonic() - asked
             version = document["model"]["version"] if status == 200 else None
             right = version is not None and same(
@@ -135,7 +135,7 @@ def _equal(one: dict[str, Any], two: dict[str, Any]) -> bool:
 
 
 def drawn(seed: int) -> bytes:
-    """A picture, as JPEG."""
+    """An image, as JPEG."""
     content = io.BytesIO()
     draw_smear(seed)[0].save(content, "JPEG", quality=90)
     return content.getvalue()
@@ -259,7 +259,7 @@ def main() -> None:
             for version in (1, 2):
                 admin.post(f"/v1/models/{NAME}/load?version={version}")
             admin.rest()
-            load = Load(server.url, admin_key, [drawn(seed) for seed in range(PICTURES)])
+            load = Load(server.url, admin_key, [drawn(seed) for seed in range(IMAGES)])
             kept = measure(server, admin, load, arguments)
     if not kept:
         raise SystemExit("not all of it was kept")

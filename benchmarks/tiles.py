@@ -1,11 +1,11 @@
-"""What tiles gain on large pictures, and what they cost.
+"""What tiles gain on large images, and what they cost.
 
     python benchmarks/tiles.py DATA [--model FILE.onnx] [--split val] [--across 3]
 
-Labelled pictures are pasted side by side into large ones, so the truth is known and each picture
+Labelled images are pasted side by side into large ones, so the truth is known and each image
 alone, on a canvas of its own, shows the most that tiles can reach. `twice` counts objects that
 more than one detection of their class hits at IoU 0.5. Milliseconds are the median of a large
-picture, decoding apart.
+image, decoding apart.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from service.engine import tiling
 from service.engine.postprocessing import Selection
 from service.engine.postprocessing import resolve as resolve_selection
 from service.imaging.canvas import Size
-from service.imaging.decode import decode, open_picture
+from service.imaging.decode import decode, open_image
 from service.runtime.artifact import MAX_DETECTIONS_CAP, read_artifact
 from service.runtime.detector import Detections, Detector
 from service.runtime.devices import open_detector, resolve
@@ -38,18 +38,18 @@ BUNDLED = bundled_models() / "blood-cells" / "1" / "model.onnx"
 
 
 def paste(samples: Sequence[Sample], across: int) -> tuple[bytes, Sample]:
-    """A JPEG of the samples' pictures, row by row, and its truth."""
+    """A JPEG of the samples' images, row by row, and its truth."""
     width = max(sample.size.width for sample in samples)
     height = max(sample.size.height for sample in samples)
     size = Size(height * across, width * across)
-    picture = Image.new("RGB", (size.width, size.height))
+    image = Image.new("RGB", (size.width, size.height))
     boxes = []
     for number, sample in enumerate(samples):
         corner = (number % across * width, number // across * height)
-        picture.paste(decode(sample.path.read_bytes()), corner)
+        image.paste(decode(sample.path.read_bytes()), corner)
         boxes.append(sample.boxes + np.array(corner * 2, dtype=np.float32))
     file = io.BytesIO()
-    picture.save(file, "JPEG", quality=95)
+    image.save(file, "JPEG", quality=95)
     labels = np.concatenate([sample.labels for sample in samples])
     return file.getvalue(), Sample(samples[0].path, size, np.concatenate(boxes), labels)
 
@@ -57,7 +57,7 @@ def paste(samples: Sequence[Sample], across: int) -> tuple[bytes, Sample]:
 def alone(
     samples: Sequence[Sample], across: int, detector: Detector, chosen: Selection
 ) -> Detections:
-    """Each picture by itself; the boxes where the large picture has them."""
+    """Each image by itself; the boxes where the large image has them."""
     width = max(sample.size.width for sample in samples)
     height = max(sample.size.height for sample in samples)
     parts = []
@@ -78,7 +78,7 @@ def look(
 ) -> tuple[Detections, int, float]:
     """What is found, on how many canvases, and in how many seconds after decoding."""
     rule = detector.metadata.canvas
-    opened = open_picture(data)
+    opened = open_image(data)
     canvases = tiling.lay_out(opened, tiling.plan(opened.size, rule, tile), rule)
     started = time.perf_counter()
     found = tiling.detect(canvases, detector, chosen)
@@ -123,7 +123,7 @@ def main() -> None:
         metadata, score_threshold=SCORE, max_detections=KEPT_DETECTIONS * each
     )
     size = truth[0].size
-    print(f"{len(large)} pictures of {size.width} x {size.height}, {each} labelled ones in each")
+    print(f"{len(large)} images of {size.width} x {size.height}, {each} labelled ones in each")
     print(f"{'':>10} canvases      ms     AP   AP50  twice")
     for tile in ("off", *map(tiling.parse_tile, options.tiles.split(",")), None):
         looks = [

@@ -1,4 +1,4 @@
-"""Writes the tests' golden files: what torchvision itself makes of given weights and pictures.
+"""Writes the tests' golden files: what torchvision itself makes of given weights and images.
 
 torchvision is no dependency of this project, and needs a torch of its own. In an environment made
 for this alone:
@@ -41,9 +41,9 @@ FOLDER = Path(recipe.__file__).parent
 
 @dataclass(frozen=True)
 class Run:
-    """One call of the model with pictures of `sizes`, (height, width) each.
+    """One call of the model with images of `sizes`, (height, width) each.
 
-    `short` and `long` are the model's settings that leave pictures of these sizes as they are.
+    `short` and `long` are the model's settings that leave images of these sizes as they are.
     """
 
     sizes: tuple[tuple[int, int], ...]
@@ -114,8 +114,8 @@ def main() -> None:
             model.transform.min_size = (run.short,)
             model.transform.max_size = run.long
             model.detections_per_img = run.detections
-            pictures = [recipe.picture(i, *size) for i, size in enumerate(run.sizes)]
-            tensors = [torch.from_numpy(p).permute(2, 0, 1) / 255 for p in pictures]
+            images = [recipe.image(i, *size) for i, size in enumerate(run.sizes)]
+            tensors = [torch.from_numpy(p).permute(2, 0, 1) / 255 for p in images]
             for index, found in enumerate(model(tensors)):
                 for part, values in found.items():
                     dtype = np.uint8 if part == "labels" else np.float32

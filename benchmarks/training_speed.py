@@ -1,4 +1,4 @@
-"""Pictures per second of `retinaserve train` beside a plain torch loop on the same network.
+"""Images per second of `retinaserve train` beside a plain torch loop on the same network.
 
     python benchmarks/training_speed.py --data FOLDER
 
@@ -44,7 +44,7 @@ RECIPES = Path(__file__).resolve().parent.parent / "model_export" / "recipes"
 class Steps:
     """Seconds of each step after the first ones, and what of them went by before it began."""
 
-    pictures: int
+    images: int
     wall: list[float]
     cpu: list[float]
     waiting: list[float]
@@ -52,8 +52,8 @@ class Steps:
     def figures(self) -> dict[str, float]:
         step = statistics.median(self.wall)
         return {
-            "pictures_per_second": self.pictures / step,
-            "cpu_ms_per_picture": 1e3 * statistics.median(self.cpu) / self.pictures,
+            "pictures_per_second": self.images / step,
+            "cpu_ms_per_picture": 1e3 * statistics.median(self.cpu) / self.images,
             "waiting_share": statistics.median(self.waiting) / step,
         }
 
@@ -73,12 +73,12 @@ class Watch(lightning.Callback):
         synchronise(self._device)
         self.ended.append((time.perf_counter(), time.process_time()))
 
-    def steps(self, pictures: int, *, skipped: int) -> Steps:
+    def steps(self, images: int, *, skipped: int) -> Steps:
         """A step lasts from the end of the one before, so what lies between counts as well."""
         pairs = list(zip(self.ended, self.ended[1:], strict=False))[skipped:]
         begun = self.begun[1:][skipped:]
         return Steps(
-            pictures,
+            images,
             wall=[after[0] - before[0] for before, after in pairs],
             cpu=[after[1] - before[1] for before, after in pairs],
             waiting=[at - before[0] for at, (before, _) in zip(begun, pairs, strict=True)],
@@ -87,7 +87,7 @@ class Watch(lightning.Callback):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="labelled pictures")
+    parser.add_argument("--data", type=Path, required=True, help="labelled images")
     parser.add_argument("--recipe", default="light", help="one that comes with the package")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--precision", default="auto", help="auto, 32, bf16 or fp16")
@@ -255,7 +255,7 @@ def report(
         "turns": turns,
     }
     print(json.dumps(result))
-    print(f"{'':6}{'pictures/s':>12}{'CPU ms/picture':>16}", file=sys.stderr)
+    print(f"{'':6}{'images/s':>12}{'CPU ms/image':>16}", file=sys.stderr)
     for name in turns:
         speed, cost = median(name, "pictures_per_second"), median(name, "cpu_ms_per_picture")
         print(f"{name:6}{speed:12.2f}{cost:16.1f}", file=sys.stderr)

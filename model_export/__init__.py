@@ -1,1 +1,1 @@
-"""Labelled pictures in, one self-describing model file out: data, training, evaluation, export."""
+"""Labelled images in, one self-describing model file out: data, training, evaluation, export."""

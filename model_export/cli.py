@@ -38,7 +38,7 @@ Example:
 
 
 @click.command(context_settings=_CONTEXT, epilog=_TRAIN_EXAMPLE)
-@click.option("--data", type=_DATA, required=True, metavar="DIR", help="Labelled pictures.")
+@click.option("--data", type=_DATA, required=True, metavar="DIR", help="Labelled images.")
 @label_options
 @click.option(
     "--output",
@@ -80,7 +80,7 @@ Example:
     help="Take the anchors that `data check` recommends, and its canvas where none is named.",
 )
 @click.option(
-    "--batch-size", type=click.IntRange(min=1), help="Pictures per step, of all processes together."
+    "--batch-size", type=click.IntRange(min=1), help="Images per step, of all processes together."
 )
 @click.option("--seed", type=int, help="The same seed gives the same run.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
@@ -112,7 +112,7 @@ def train(
     resume: bool,
     licences: tuple[str, ...],
 ) -> None:
-    """Train a detector on labelled pictures.
+    """Train a detector on labelled images.
 
     Before it starts it prints what is in the data and what no anchor reaches.
     """
@@ -146,12 +146,12 @@ def train(
 
 @click.command(context_settings=_CONTEXT, epilog=_EVALUATE_EXAMPLE)
 @click.argument("model", type=_FILE, metavar="MODEL.onnx")
-@click.option("--data", type=_DATA, required=True, metavar="DIR", help="Labelled pictures.")
+@click.option("--data", type=_DATA, required=True, metavar="DIR", help="Labelled images.")
 @click.option("--split", default="val", show_default=True, help="Which part of the data.")
 @label_options
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1.")
 @click.option(
-    "--batch-size", type=click.IntRange(min=1), help="Pictures per call; default: the device's."
+    "--batch-size", type=click.IntRange(min=1), help="Images per call; default: the device's."
 )
 @click.option("--against", type=_FILE, metavar="OTHER.onnx", help="Compare with another file.")
 @click.option("--json", "json_file", type=_NEW_FILE, metavar="FILE", help="Write all figures.")
@@ -171,7 +171,7 @@ def evaluate(
     plots: Path | None,
     report: Path | None,
 ) -> None:
-    """COCO metrics of a model file on labelled pictures, and whether its scores can be trusted.
+    """COCO metrics of a model file on labelled images, and whether its scores can be trusted.
 
     Measures the file through the service's own pipeline, at score 0.01 and 300 detections.
     --against gives the difference of two files with a 95 % interval. --report shows figures,
@@ -218,7 +218,7 @@ def evaluate(
     "calibrate_on",
     type=_DATA,
     metavar="DIR",
-    help="Make scores mean what they say: fit them on labelled pictures that were not trained on.",
+    help="Make scores mean what they say: fit them on labelled images that were not trained on.",
 )
 @click.option(
     "--calibrate-split", default="val", show_default=True, help="Which part of --calibrate."
@@ -263,7 +263,7 @@ def export(
 
     The file is verified against torch, alone and in batches, and the difference printed. A
     smaller precision is measured beside fp32, and refused where it costs too much AP. Calibrate on
-    pictures that the network has not learnt by heart: of its own training pictures it is too sure.
+    images that the network has not learnt by heart: of its own training images it is too sure.
     """
     from model_export.commands import export as command
     from model_export.export.precision import Precision

@@ -105,7 +105,7 @@ class TrainConfig(_Config):
     max_minutes: float | None = Field(default=None, gt=0)
     """The schedule reaches its end when this time is over, if that is before the last epoch."""
     batch_size: int = Field(default=8, ge=1)
-    """Pictures per step, over all processes together: several share them."""
+    """Images per step, over all processes together: several share them."""
     accumulate: int = Field(default=1, ge=1)
     """Each process walks its share of a batch in so many parts: less memory, the same gradient."""
     freeze_norms: bool = True
@@ -122,7 +122,7 @@ class TrainConfig(_Config):
     workers: int | None = Field(default=None, ge=0)
     """Processes that prepare batches; left open: none on a CPU, up to 8 beside a GPU."""
     channels_last: bool = True
-    """Keep each pixel's channels together in memory, the weights' as well as the pictures'."""
+    """Keep each pixel's channels together in memory, the weights' as well as the images'."""
     compile: bool = False
     """Let torch.compile translate the network: minutes at the start, faster steps on GPUs."""
     seed: int = Field(default=0, ge=0, lt=2**32)

@@ -1,4 +1,4 @@
-"""Serving side of retinaserve: pictures in, detections out. Knows nothing of torch."""
+"""Serving side of retinaserve: images in, detections out. Knows nothing of torch."""
 
 import os
 

@@ -39,10 +39,10 @@ _BAD_INPUT: Final = (
     UnsupportedMedia,
 )
 _SUMMARIES: Final = {
-    "train": "Train a detector on labelled pictures.",
-    "evaluate": "COCO metrics of a model file on labelled pictures.",
+    "train": "Train a detector on labelled images.",
+    "evaluate": "COCO metrics of a model file on labelled images.",
     "export": "Write a checkpoint as a model file.",
-    "data": "What is in labelled pictures, what is wrong, what they need.",
+    "data": "What is in labelled images, what is wrong, what they need.",
     "import-torchvision": "Turn a RetinaNet of torchvision's into a checkpoint.",
     "study": "The paper's exhibits: loss curves, distributions, ablations.",
 }
@@ -124,7 +124,7 @@ def main() -> None:
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="retinaserve")
 def retinaserve() -> None:
-    """RetinaNet detectors: train on your pictures, export one file, serve it over HTTP.
+    """RetinaNet detectors: train on your images, export one file, serve it over HTTP.
 
     Settings of the service are environment variables RETINASERVE_<NAME>; options win.
     """
@@ -192,8 +192,8 @@ def serve(
     default="off",
     show_default=True,
     metavar="off|auto|N",
-    help="Cut large pictures into overlapping tiles; auto: of the model's canvas size, where the "
-    "picture would shrink to less than half; N: with N pixels on the longer side.",
+    help="Cut large images into overlapping tiles; auto: of the model's canvas size, where the "
+    "image would shrink to less than half; N: with N pixels on the longer side.",
 )
 @click.option("--device", help="auto, cpu, cuda or cuda:1.")
 @click.option(
@@ -216,7 +216,7 @@ def detect(
 ) -> None:
     """Detect objects in files and folders, without a server.
 
-    A file that is no good picture is reported, the others go on, and the exit code is 2. Links to
+    A file that is no good image is reported, the others go on, and the exit code is 2. Links to
     folders are not followed. A name that is not UTF-8 is written as a file: URL; in CSV, text that
     a spreadsheet would take for a formula has a quote in front.
     """

@@ -41,7 +41,7 @@ class MalformedImage(RetinaserveError):
 
 
 class Unreadable(MalformedImage):
-    """A picture that is named cannot be read: it is not there, or may not be."""
+    """An image that is named cannot be read: it is not there, or may not be."""
 
     title = "Unreadable"
 
@@ -96,7 +96,7 @@ class TooLarge(RetinaserveError):
 
 
 class UnsupportedMedia(RetinaserveError):
-    """Not a picture of an accepted type, or an encoded body."""
+    """Not an image of an accepted type, or an encoded body."""
 
     status = 415
     title = "Unsupported media type"
@@ -143,13 +143,13 @@ class DeadlineExceeded(RetinaserveError):
 
 
 class InferenceFailed(RetinaserveError):
-    """The model could not be run on a picture."""
+    """The model could not be run on an image."""
 
     title = "Inference failed"
 
 
 class BulkFailed(RetinaserveError):
-    """Detection over many pictures cannot go on; what is finished stays."""
+    """Detection over many images cannot go on; what is finished stays."""
 
     title = "Bulk detection failed"
 

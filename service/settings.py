@@ -64,16 +64,16 @@ class Settings(BaseSettings):
     """Port to listen on; 0 lets the system choose."""
 
     max_batch_size: int | None = Field(default=None, ge=1, le=256)
-    """Most pictures in one inference. Default: 1 on a CPU, where more gain nothing; 16 on CUDA."""
+    """Most images in one inference. Default: 1 on a CPU, where more gain nothing; 16 on CUDA."""
 
     max_queue_delay_ms: float = Field(default=0.0, ge=0.0, le=10_000.0)
     """How long an idle device waits for a batch to fill. 0: it never waits."""
 
     max_queue_size: int = Field(default=128, ge=1)
-    """Most pictures held at a time: arrived, decoding, waiting or in inference. More get 503."""
+    """Most images held at a time: arrived, decoding, waiting or in inference. More get 503."""
 
     max_queue_bytes: int = Field(default=268_435_456, ge=1)
-    """Most bytes of pictures, as they were sent, held at a time. More get 503."""
+    """Most bytes of images, as they were sent, held at a time. More get 503."""
 
     request_timeout_ms: int = Field(default=10_000, ge=1)
     """Longest time from a complete body to its answer; `X-Deadline-Ms` may shorten it."""
@@ -95,14 +95,14 @@ class Settings(BaseSettings):
     """Largest request body."""
 
     max_image_pixels: int = Field(default=50_000_000, ge=1)
-    """Largest picture, width x height, judged from its header."""
+    """Largest image, width x height, judged from its header."""
 
     decode_memory_bytes: int = Field(default=1_073_741_824, ge=1_048_576)
     """Most memory of images while they are decoded, over all threads, an eighth of it for small
     ones alone. Large ones wait for room; one that would not fit even alone gets 413."""
 
     max_batch_images: int = Field(default=64, ge=1)
-    """Most pictures in one request to /v1/detect/batch."""
+    """Most images in one request to /v1/detect/batch."""
 
     api_keys_file: Path | None = None
     """File of API keys, as `retinaserve keys` writes it. Once set, every call needs a key."""

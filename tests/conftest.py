@@ -132,13 +132,13 @@ def _external(relative: str) -> Path:
 
 @pytest.fixture(scope="session")
 def bccd() -> Path:
-    """Blood cells, Pascal VOC layout: 205 train and 87 val pictures of 640x480."""
+    """Blood cells, Pascal VOC layout: 205 train and 87 val images of 640x480."""
     return _external("bccd")
 
 
 @pytest.fixture(scope="session")
 def fod_a_mini() -> Path:
-    """Objects on runways, Pascal VOC layout: 31 classes, pictures of 300x300."""
+    """Objects on runways, Pascal VOC layout: 31 classes, images of 300x300."""
     return _external("fod-a-mini")
 
 

@@ -1,7 +1,7 @@
 """A small model file with the seam: `tiny_model`'s squares, split into network and selection.
 
 As in the exported files, candidates are the best (cell, class) pairs, boxes are looked up in a
-table that follows from the canvas's shape, and sizes of pictures have a default.
+table that follows from the canvas's shape, and sizes of images have a default.
 """
 
 from __future__ import annotations

@@ -173,7 +173,7 @@ def build(
     """The model. `work` products of 512 x 512 matrices make an inference slow.
 
     A channel of value `white` scores 1. So many MiB of weights, which change no answer, are the
-    `ballast`. With `poison`, a batch in which some picture's top-left pixel is magenta (255, any,
+    `ballast`. With `poison`, a batch in which some image's top-left pixel is magenta (255, any,
     255) fails.
     """
     text = _GRAPH.replace("WORK", _burn(work) if work else _NO_WORK)
@@ -183,7 +183,7 @@ def build(
     if ballast:
         weights = np.ones((ballast, 1024, 256), dtype=np.float32)
         model.graph.initializer.append(onnx.numpy_helper.from_array(weights, "ballast"))
-    # The default is one row for the whole batch; a caller may give a row for each picture.
+    # The default is one row for the whole batch; a caller may give a row for each image.
     model.graph.input[1].type.tensor_type.shape.dim[0].dim_param = "sizes"
     onnx.checker.check_model(model, full_check=True)
     metadata = Metadata(

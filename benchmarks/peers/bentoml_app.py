@@ -26,8 +26,8 @@ class _Api:
         self.recipe = Recipe(_CHOICE)
 
     @bentoml.api(route=ROUTE)
-    def detect(self, picture: bytes, /) -> Annotated[bytes, ContentType("application/json")]:
-        return self.recipe.answer(picture)
+    def detect(self, image: bytes, /) -> Annotated[bytes, ContentType("application/json")]:
+        return self.recipe.answer(image)
 
 
 @bentoml.asgi_app(_app)

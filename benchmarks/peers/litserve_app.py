@@ -4,7 +4,7 @@ Its documentation advises several workers for each device, batches, and the Zero
 (`fast_queue`) for high rates. A worker does one request, or one batch, at a time, so there is one
 worker for each core with a session of one thread. "One front" leaves the cores to the workers; its
 default is as many HTTP processes as workers. The body comes raw, which takes an annotation: by
-itself it parses JSON. Batches hold pictures of one canvas back for each other and gain nothing on a
+itself it parses JSON. Batches hold images of one canvas back for each other and gain nothing on a
 CPU with a real network; they are tried because they save the near-free one some calls.
 """
 
@@ -23,8 +23,8 @@ class Detect(litserve.LitAPI):
     def decode_request(self, request: Annotated[bytes, Body()]) -> bytes:
         return request
 
-    def predict(self, picture: bytes) -> bytes:
-        return self.recipe.answer(picture)
+    def predict(self, image: bytes) -> bytes:
+        return self.recipe.answer(image)
 
     def encode_response(self, output: bytes) -> Response:
         return Response(output, media_type="application/json")
@@ -34,8 +34,8 @@ class DetectBatch(Detect):
     def batch(self, inputs: list[bytes]) -> list[bytes]:
         return inputs
 
-    def predict(self, pictures: list[bytes]) -> list[bytes]:
-        return self.recipe.answers(pictures)
+    def predict(self, images: list[bytes]) -> list[bytes]:
+        return self.recipe.answers(images)
 
     def unbatch(self, output: list[bytes]) -> list[bytes]:
         return output

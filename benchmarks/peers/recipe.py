@@ -1,4 +1,4 @@
-"""What every peer does with a picture, so that only the serving differs.
+"""What every peer does with an image, so that only the serving differs.
 
 The service's own decoding, letterbox, session options and choice of detections, in one call that
 takes a JPEG and gives JSON. A peer calls it from as many threads or processes as suit it.
@@ -40,7 +40,7 @@ class Choice:
     session_threads: int
     """Threads of one onnxruntime session."""
     batch: int
-    """Most pictures that go through the network together."""
+    """Most images that go through the network together."""
     style: str
     """Which of several ways to write the same app, where there is more than one."""
 
@@ -76,15 +76,15 @@ class Recipe:
         for canvas in artifact.metadata.canvas.all_canvases():
             self._run(np.zeros((1, *canvas, 3), dtype=np.uint8), [canvas])
 
-    def answer(self, picture: bytes) -> bytes:
+    def answer(self, image: bytes) -> bytes:
         """JSON for one JPEG."""
-        prepared = prepare(picture, self._metadata.canvas)
+        prepared = prepare(image, self._metadata.canvas)
         found = self._run(prepared.canvas[np.newaxis], [prepared.letterbox.resized])
         return self._write(prepared, found[0])
 
-    def answers(self, pictures: Sequence[bytes]) -> list[bytes]:
-        """JSON for each; pictures on the same canvas go through the network together."""
-        prepared = [prepare(picture, self._metadata.canvas) for picture in pictures]
+    def answers(self, images: Sequence[bytes]) -> list[bytes]:
+        """JSON for each; images on the same canvas go through the network together."""
+        prepared = [prepare(image, self._metadata.canvas) for image in images]
         groups: dict[Size, list[int]] = {}
         for index, each in enumerate(prepared):
             groups.setdefault(each.letterbox.canvas, []).append(index)

@@ -17,13 +17,13 @@ Example:
 """
 _SAMPLE_EXAMPLE = """\b
 Example:
-  retinaserve data sample cells --pictures 60
+  retinaserve data sample cells --images 60
 """
 
 
 @click.group(context_settings=_CONTEXT)
 def data() -> None:
-    """Labelled pictures: what is in them, what is wrong with them."""
+    """Labelled images: what is in them, what is wrong with them."""
 
 
 @data.command(context_settings=_CONTEXT, epilog=_EXAMPLE)
@@ -65,7 +65,7 @@ def check(
     config_file: Path | None,
     json_file: Path | None,
 ) -> None:
-    """Count and judge labelled pictures, and recommend canvas and anchors.
+    """Count and judge labelled images, and recommend canvas and anchors.
 
     Everything that is wrong is named by file and line; what would stop training ends with exit 2.
     """
@@ -93,7 +93,13 @@ def _width_and_height(_context: Any, _parameter: Any, value: str) -> tuple[int, 
 @data.command(context_settings=_CONTEXT, epilog=_SAMPLE_EXAMPLE)
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path), metavar="DIR")
 @click.option(
-    "--pictures", type=click.IntRange(1, 1_000_000), default=40, show_default=True, metavar="N"
+    "--images",
+    "--pictures",
+    "images",
+    type=click.IntRange(1, 1_000_000),
+    default=40,
+    show_default=True,
+    metavar="N",
 )
 @click.option(
     "--size",
@@ -101,13 +107,13 @@ def _width_and_height(_context: Any, _parameter: Any, value: str) -> tuple[int, 
     show_default=True,
     callback=_width_and_height,
     metavar="WIDTHxHEIGHT",
-    help="In pixels; larger pictures show the same number of cells, larger.",
+    help="In pixels; larger images show the same number of cells, larger.",
 )
 @click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Draws others."
 )
-def sample(folder: Path, pictures: int, size: tuple[int, int], seed: int) -> None:
-    """Draw labelled pictures, to try everything without data of your own.
+def sample(folder: Path, images: int, size: tuple[int, int], seed: int) -> None:
+    """Draw labelled images, to try everything without data of your own.
 
     They look like the stained blood smears that the bundled model knows, with Pascal VOC labels of
     RBC, WBC and Platelets beside them. They are drawings: what is measured on them says nothing
@@ -116,4 +122,4 @@ def sample(folder: Path, pictures: int, size: tuple[int, int], seed: int) -> Non
     from model_export.commands import sample as command
 
     width, height = size
-    command.run(folder, pictures=pictures, width=width, height=height, seed=seed)
+    command.run(folder, images=images, width=width, height=height, seed=seed)

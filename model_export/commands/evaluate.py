@@ -97,7 +97,7 @@ def load_for(model: Path, data: Path, split: str, choice: DataConfig | None = No
 
 def table(evaluation: Evaluation, measured: Measurement | None = None) -> Iterator[str]:
     """The metrics as lines of text, with what follows from the detections where they are given."""
-    yield f"{evaluation.images} pictures, {evaluation.boxes} objects"
+    yield f"{evaluation.images} images, {evaluation.boxes} objects"
     for figures in _overall(evaluation):
         yield "  ".join(f"{name:>6}" for name in figures)
         yield "  ".join(_number(value) for value in figures.values())
@@ -156,23 +156,23 @@ def _calibration(overall: Reliability) -> str:
 def _latency(timing: Timing) -> str:
     batch = f", {timing.batch:.1f} ms in batches of {timing.batch_size}"
     return (
-        f"on {timing.device}: session alone {timing.session:.1f} ms per picture (median, one per "
+        f"on {timing.device}: session alone {timing.session:.1f} ms per image (median, one per "
         f"call{batch if timing.batch_size > 1 else ''}); whole pipeline {timing.pipeline:.1f} ms "
-        "per picture"
+        "per image"
     )
 
 
 def comparison_lines(against: Path, comparison: Comparison) -> Iterator[str]:
     """The differences as lines of text."""
     yield ""
-    yield f"minus {against}, with the 95 % interval of a paired bootstrap over pictures"
+    yield f"minus {against}, with the 95 % interval of a paired bootstrap over images"
     figures = {"AP": comparison.ap, "AP50": comparison.ap50, "D-ECE": comparison.d_ece}
     for name, each in figures.items():
         yield f"{name:<5} {'-' if each is None else _difference(each)}"
 
 
 def _compare(measured: Measurement, model: Path, *, device: str, batch_size: int | None) -> Against:
-    """Evaluate another file on the same pictures; its labels become those of the first."""
+    """Evaluate another file on the same images; its labels become those of the first."""
     dataset = measured.dataset
     classes = read_artifact(model).metadata.classes
     if set(classes) != set(dataset.classes):

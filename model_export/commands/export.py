@@ -20,9 +20,9 @@ from model_export.config import DataConfig, describe
 from model_export.data import datasets
 from model_export.data.datasets import Dataset, Sample
 from model_export.evaluation.calibration import FOLDS, Calibration
-from model_export.export.pipeline import VERIFIED_PICTURES, Reduction, release
+from model_export.export.pipeline import VERIFIED_IMAGES, Reduction, release
 from model_export.export.precision import Precision
-from model_export.export.reduced import RANGE_PICTURES
+from model_export.export.reduced import RANGE_IMAGES
 from model_export.export.reduced import table as reduction_table
 from service.errors import DataError
 from service.filenames import refuse_to_replace
@@ -55,7 +55,7 @@ def run(
     """Write, verify and, given data, measure a model file. Raises RetinaserveError."""
     if precision is Precision.INT8 and data is None:
         raise DataError(
-            "--precision int8 needs --data DIR: pictures show which activations there are, and "
+            "--precision int8 needs --data DIR: images show which activations there are, and "
             "labels what it costs"
         )
     if weights_file is not None and weights_file.suffix != ".safetensors":
@@ -72,7 +72,7 @@ def run(
         held_out = load(data, split, used(labels), classes=classes)
     if calibrate_on is not None:
         calibration_data = load(calibrate_on, calibrate_split, used(labels), classes=classes)
-    pictures = _pictures(held_out)
+    images = _images(held_out)
     done = release(
         checkpoint,
         output,
@@ -80,9 +80,9 @@ def run(
         canvas=rule,
         score=score,
         held_out=held_out,
-        pictures=pictures,
+        images=images,
         calibrate_on=calibration_data,
-        reduction=_reduction(precision, held_out, used(labels), pictures, max_loss),
+        reduction=_reduction(precision, held_out, used(labels), images, max_loss),
     )
     click.echo(f"wrote {output}, {output.stat().st_size / 1e6:.1f} MB")
     click.echo(str(done.report))
@@ -108,7 +108,7 @@ def run(
 def calibration_lines(calibration: Calibration, classes: Sequence[str]) -> Iterator[str]:
     """What the calibration did, as lines of text."""
     yield (
-        f"calibrated on {calibration.detections} detections of {calibration.pictures} pictures; "
+        f"calibrated on {calibration.detections} detections of {calibration.images} images; "
         f"calibration error {calibration.before:.4f}, afterwards {calibration.after:.4f} by "
         f"{FOLDS}-fold cross-validation"
     )
@@ -180,19 +180,19 @@ def _reduction(
     precision: Precision,
     held_out: Dataset | None,
     choice: DataConfig,
-    pictures: Sequence[bytes],
+    images: Sequence[bytes],
     max_loss: float | None,
 ) -> Reduction | None:
-    """What a smaller precision needs: for int8 pictures of the kind that it will see."""
+    """What a smaller precision needs: for int8 images of the kind that it will see."""
     if precision is Precision.FP32:
         return None
     if precision is Precision.INT8 and held_out is not None:
-        pictures = range_pictures(held_out, choice)
-    return Reduction(precision, pictures, max_loss)
+        images = range_images(held_out, choice)
+    return Reduction(precision, images, max_loss)
 
 
-def range_pictures(held_out: Dataset, choice: DataConfig) -> list[bytes]:
-    """Pictures of the train split, evenly spread; where there is none, the measured ones."""
+def range_images(held_out: Dataset, choice: DataConfig) -> list[bytes]:
+    """Images of the train split, evenly spread; where there is none, the measured ones."""
     try:
         samples = datasets.load(
             held_out.root,
@@ -204,21 +204,21 @@ def range_pictures(held_out: Dataset, choice: DataConfig) -> list[bytes]:
         ).samples
     except DataError:
         samples = held_out.samples
-    step = max(1, len(samples) // RANGE_PICTURES)
-    return _read(samples[::step][:RANGE_PICTURES])
+    step = max(1, len(samples) // RANGE_IMAGES)
+    return _read(samples[::step][:RANGE_IMAGES])
 
 
-def _pictures(held_out: Dataset | None) -> list[bytes]:
-    """Pictures to verify on: the data's own, filled up with drawn ones, lying and upright."""
-    pictures: list[bytes] = []
+def _images(held_out: Dataset | None) -> list[bytes]:
+    """Images to verify on: the data's own, filled up with drawn ones, lying and upright."""
+    images: list[bytes] = []
     if held_out is not None:
-        pictures = _read(held_out.samples[:VERIFIED_PICTURES])
-    for seed in range(len(pictures), VERIFIED_PICTURES):
+        images = _read(held_out.samples[:VERIFIED_IMAGES])
+    for seed in range(len(images), VERIFIED_IMAGES):
         width, height = ((640, 480), (480, 640))[seed % 2]
         file = io.BytesIO()
         draw_smear(seed, width=width, height=height)[0].save(file, "PNG")
-        pictures.append(file.getvalue())
-    return pictures
+        images.append(file.getvalue())
+    return images
 
 
 def _read(samples: Sequence[Sample]) -> list[bytes]:

@@ -44,7 +44,7 @@ Example:
     type=click.IntRange(min=1),
     default=800,
     show_default=True,
-    help="Pictures are scaled to this shorter side ...",
+    help="Images are scaled to this shorter side ...",
 )
 @click.option(
     "--max-size",

@@ -15,15 +15,15 @@ from service.errors import DataError
 from service.imaging.samples import Box, draw_smear
 
 
-def run(folder: Path, *, pictures: int, width: int, height: int, seed: int) -> None:
-    """Write `pictures` of `width` x `height` pixels, and labels beside them. Raises DataError."""
+def run(folder: Path, *, images: int, width: int, height: int, seed: int) -> None:
+    """Write `images` of `width` x `height` pixels, and labels beside them. Raises DataError."""
     if folder.is_dir() and any(folder.iterdir()):
         raise DataError(f"{folder} is not empty; name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
-    digits = max(3, len(str(pictures)))
+    digits = max(3, len(str(images)))
     objects = 0
-    for number in tqdm(range(1, pictures + 1), desc="drawing", unit="picture", disable=None):
-        # Of its own for each picture: asking for more of them leaves the first ones as they are.
+    for number in tqdm(range(1, images + 1), desc="drawing", unit="image", disable=None):
+        # Of its own for each image: asking for more of them leaves the first ones as they are.
         rng = np.random.default_rng([seed, number])
         image, cells = draw_smear(
             int(rng.integers(2**32)),
@@ -38,7 +38,7 @@ def run(folder: Path, *, pictures: int, width: int, height: int, seed: int) -> N
         path.with_suffix(".xml").write_bytes(_annotation(path.name, image.size, cells))
         objects += len(cells)
     click.echo(
-        f"{pictures} pictures with {objects} objects in {folder}; next:\n"
+        f"{images} images with {objects} objects in {folder}; next:\n"
         f"  retinaserve data check {folder}"
     )
 
@@ -47,9 +47,9 @@ def _annotation(name: str, size: tuple[int, int], cells: Sequence[tuple[str, Box
     """Pascal VOC's XML; `size` is (width, height)."""
     root = ElementTree.Element("annotation")
     ElementTree.SubElement(root, "filename").text = name
-    of_picture = ElementTree.SubElement(root, "size")
+    of_image = ElementTree.SubElement(root, "size")
     for tag, value in zip(("width", "height", "depth"), (*size, 3), strict=True):
-        ElementTree.SubElement(of_picture, tag).text = str(value)
+        ElementTree.SubElement(of_image, tag).text = str(value)
     for label, box in cells:
         cell = ElementTree.SubElement(root, "object")
         ElementTree.SubElement(cell, "name").text = label

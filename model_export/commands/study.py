@@ -48,7 +48,7 @@ def cdf(
         dataset = ablation.merge_classes(load(data, split, trained.data), description.classes[0])
     else:
         dataset = load(data, split, trained.data, classes=description.classes)
-    examples = CanvasCache(dataset.samples, description.canvas, title=f"{split} pictures")
+    examples = CanvasCache(dataset.samples, description.canvas, title=f"{split} images")
     foreground, background = loss_distribution.collect(
         checkpoint.build().to(chosen), examples, matching=trained.matching, device=chosen
     )
@@ -64,7 +64,7 @@ def cdf(
     for path in loss_distribution.write(found["foreground"], found["background"], output):
         click.echo(f"wrote {path}")
     click.echo(
-        f"{len(examples)} pictures, {foreground.examples} foreground and {background.examples} "
+        f"{len(examples)} images, {foreground.examples} foreground and {background.examples} "
         "background examples; share of the loss that the hardest carry:"
     )
     for name, distributions in found.items():
@@ -96,19 +96,19 @@ def ablate(
     validation = load(data, "val", choice, classes=training.classes)
     training, validation = (
         ablation.merge_classes(
-            ablation.subset(dataset, pictures, seed=study.subset_seed), study.merge_classes
+            ablation.subset(dataset, images, seed=study.subset_seed), study.merge_classes
         )
-        for dataset, pictures in (
+        for dataset, images in (
             (training, study.pictures),
             (validation, study.validation_pictures),
         )
     )
     if not any(len(sample.boxes) for sample in validation.samples):
-        raise DataError(f"{data}: no object in the val pictures that were chosen; choose more")
+        raise DataError(f"{data}: no object in the val images that were chosen; choose more")
     for run in chosen:
         ablation.check_folder(run, ablation.made_of(run, training, validation, weights))
     click.echo(
-        f"{study.title}: {len(chosen)} runs on {len(training.samples)} pictures, measured on "
+        f"{study.title}: {len(chosen)} runs on {len(training.samples)} images, measured on "
         f"{len(validation.samples)}"
     )
     with messages():

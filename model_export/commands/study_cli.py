@@ -20,7 +20,7 @@ _output = click.option(
     metavar="DIR",
     help="Folder for the figures and tables; made if need be.",
 )
-_data = click.option("--data", type=_DATA, required=True, metavar="DIR", help="Labelled pictures.")
+_data = click.option("--data", type=_DATA, required=True, metavar="DIR", help="Labelled images.")
 _device = click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 
 

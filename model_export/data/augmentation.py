@@ -1,4 +1,4 @@
-"""Varied views of a picture on its canvas: crops, zooms, flips, colour, mosaics.
+"""Varied views of an image on its canvas: crops, zooms, flips, colour, mosaics.
 
 Boxes are x1, y1, x2, y2 in canvas pixels, continuous edges, and follow the pixels exactly.
 """
@@ -29,12 +29,12 @@ _Probability = Annotated[float, Field(ge=0, le=1)]
 
 @dataclass(slots=True)
 class Example:
-    """One picture on its canvas, with its labels."""
+    """One image on its canvas, with its labels."""
 
     canvas: NDArray[np.uint8]
-    """(H, W, 3) RGB, zero outside the picture."""
+    """(H, W, 3) RGB, zero outside the image."""
     size: Size
-    """The picture's part of the canvas, at the top-left."""
+    """The image's part of the canvas, at the top-left."""
     boxes: NDArray[np.float32]
     """(N, 4) x1, y1, x2, y2 in canvas pixels; N may be 0."""
     labels: NDArray[np.int64]
@@ -42,14 +42,14 @@ class Example:
 
 
 class Augmentation(BaseModel):
-    """How pictures are varied in training; the defaults suit a few hundred pictures."""
+    """How images are varied in training; the defaults suit a few hundred images."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     horizontal_flip: _Probability = 0.5
     """Probability of mirroring left and right."""
     vertical_flip: _Probability = 0.0
-    """Probability of mirroring top and bottom; for pictures without an upright, as microscopes'."""
+    """Probability of mirroring top and bottom; for images without an upright, as microscopes'."""
     transpose: _Probability = 0.0
     """Probability of swapping the axes of a whole batch, which also swaps its canvas's sides."""
     scale: tuple[float, float] = (0.8, 1.25)
@@ -57,19 +57,19 @@ class Augmentation(BaseModel):
     aspect: float = Field(default=0.1, ge=0, le=1)
     """Greatest change of log(width / height)."""
     translate: float = Field(default=0.1, ge=0, le=0.5)
-    """Greatest share of the picture cut away at one side, for each axis."""
+    """Greatest share of the image cut away at one side, for each axis."""
     brightness: float = Field(default=0.2, ge=0, lt=1)
     """Greatest relative change."""
     contrast: float = Field(default=0.2, ge=0, lt=1)
-    """Greatest relative change of the distance to the picture's mean grey."""
+    """Greatest relative change of the distance to the image's mean grey."""
     saturation: float = Field(default=0.2, ge=0, le=1)
     """Greatest relative change of the distance to grey."""
     hue: float = Field(default=0.02, ge=0, le=0.5)
     """Greatest rotation of the colours, in turns."""
     mosaic: _Probability = 0.0
-    """Probability of a 2 x 2 mosaic of four pictures at half their scale."""
+    """Probability of a 2 x 2 mosaic of four images at half their scale."""
     min_visible: float = Field(default=0.3, gt=0, le=1)
-    """A box of whose area a smaller share stays in the picture is dropped."""
+    """A box of whose area a smaller share stays in the image is dropped."""
 
     @field_validator("scale")
     @classmethod
@@ -80,7 +80,7 @@ class Augmentation(BaseModel):
 
     @classmethod
     def none(cls) -> Self:
-        """Every picture as it is."""
+        """Every image as it is."""
         return cls(
             horizontal_flip=0,
             scale=(1, 1),
@@ -113,17 +113,17 @@ def augment(
     places = rng.random(size=2)
     x = _span(width, zoom * stretch, cut=cuts[0], place=places[0])
     y = _span(height, zoom / stretch, cut=cuts[1], place=places[1])
-    picture = _resize(example.canvas[:height, :width], x, y)
-    picture = _jitter_colour(picture, augmentation, rng)
+    image = _resize(example.canvas[:height, :width], x, y)
+    image = _jitter_colour(image, augmentation, rng)
     boxes, labels = _map_boxes(example, x, y, min_visible=augmentation.min_visible)
     if rng.random() < augmentation.horizontal_flip:
-        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         boxes = _mirrored(boxes, axis=0, length=x.out)
     if rng.random() < augmentation.vertical_flip:
-        picture = picture.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+        image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
         boxes = _mirrored(boxes, axis=1, length=y.out)
     canvas = np.zeros_like(example.canvas)
-    canvas[: y.out, : x.out] = np.asarray(picture)
+    canvas[: y.out, : x.out] = np.asarray(image)
     return Example(canvas, Size(y.out, x.out), boxes, labels)
 
 
@@ -134,7 +134,7 @@ def _mirrored(boxes: NDArray[np.float32], *, axis: int, length: int) -> NDArray[
 
 
 class _Span(NamedTuple):
-    """Along one axis, [start, stop) of the picture becomes [0, out) of the new one."""
+    """Along one axis, [start, stop) of the image becomes [0, out) of the new one."""
 
     start: float
     stop: float
@@ -153,15 +153,15 @@ def _span(length: int, zoom: float, *, cut: float, place: float) -> _Span:
     start, stop = max(cut, 0.0) * length, (1 + min(cut, 0.0)) * length
     span = min(stop - start, length / zoom)
     start = min(max(start + place * (stop - start - span), 0.0), length - span)
-    # The minimum is for rounding: Pillow refuses a window that ends an ulp outside the picture.
+    # The minimum is for rounding: Pillow refuses a window that ends an ulp outside the image.
     return _Span(start, min(start + span, length), max(1, min(length, round(span * zoom))))
 
 
-def _resize(picture: NDArray[np.uint8], x: _Span, y: _Span) -> Image.Image:
-    """The window (x, y) of the picture, resized to (y.out, x.out)."""
+def _resize(image: NDArray[np.uint8], x: _Span, y: _Span) -> Image.Image:
+    """The window (x, y) of the image, resized to (y.out, x.out)."""
     window = (x.start, y.start, x.stop, y.stop)
-    image = Image.fromarray(np.ascontiguousarray(picture))
-    return image.resize((x.out, y.out), Image.Resampling.BILINEAR, box=window)
+    whole = Image.fromarray(np.ascontiguousarray(image))
+    return whole.resize((x.out, y.out), Image.Resampling.BILINEAR, box=window)
 
 
 def _map_boxes(
@@ -181,7 +181,7 @@ def _map_boxes(
 def _mosaic(
     tiles: Sequence[Example], augmentation: Augmentation, rng: np.random.Generator
 ) -> Example:
-    """Four pictures, each cropped to fill a quarter of the first one's part of its canvas."""
+    """Four images, each cropped to fill a quarter of the first one's part of its canvas."""
     first = tiles[0]
     canvas = np.zeros_like(first.canvas)
     xs = (0, first.size.width // 2, first.size.width)
@@ -197,9 +197,9 @@ def _mosaic(
         place = rng.random(size=2)
         x = _crop(tile.size.width, min(width / ratio, tile.size.width), place[0], width)
         y = _crop(tile.size.height, min(height / ratio, tile.size.height), place[1], height)
-        picture = tile.canvas[: tile.size.height, : tile.size.width]
+        image = tile.canvas[: tile.size.height, : tile.size.width]
         rows, columns = slice(ys[row], ys[row + 1]), slice(xs[column], xs[column + 1])
-        canvas[rows, columns] = np.asarray(_resize(picture, x, y))
+        canvas[rows, columns] = np.asarray(_resize(image, x, y))
         kept, kept_labels = _map_boxes(tile, x, y, min_visible=augmentation.min_visible)
         boxes.append(kept + np.array([xs[column], ys[row]] * 2, dtype=np.float32))
         labels.append(kept_labels)
@@ -212,7 +212,7 @@ def _crop(length: int, span: float, place: float, out: int) -> _Span:
 
 
 def _jitter_colour(
-    picture: Image.Image, augmentation: Augmentation, rng: np.random.Generator
+    image: Image.Image, augmentation: Augmentation, rng: np.random.Generator
 ) -> Image.Image:
     """Everything is linear in RGB, so that it is one 3 x 4 matrix and one pass over the pixels."""
     drawn = rng.uniform(-1, 1, size=4)
@@ -221,16 +221,16 @@ def _jitter_colour(
     saturation = 1 + drawn[2] * augmentation.saturation
     turns = drawn[3] * augmentation.hue
     if (brightness, contrast, saturation, turns) == (1, 1, 1, 0):
-        return picture
+        return image
     grey = np.tile(np.array(_LUMA), (3, 1))
     colour = saturation * np.eye(3) + (1 - saturation) * grey
     linear = brightness * contrast * colour @ _rotation_about_grey(turns)
     # Every 8th pixel of every 8th row is plenty for a mean.
-    sparse = np.asarray(picture)[::8, ::8]
+    sparse = np.asarray(image)[::8, ::8]
     mean = float(sparse.reshape(-1, 3).mean(axis=0) @ np.array(_LUMA))
     offset = np.full((3, 1), (1 - contrast) * brightness * mean)
     matrix = tuple(np.hstack([linear, offset]).ravel().tolist())
-    return picture.convert("RGB", matrix=matrix)
+    return image.convert("RGB", matrix=matrix)
 
 
 def _rotation_about_grey(turns: float) -> NDArray[np.float64]:

@@ -1,7 +1,7 @@
 """Labelled folders of any format to one sample type; bad data is found here, before training.
 
-Boxes are x1, y1, x2, y2 in pixels of the upright picture, continuous edges from 0 to the
-picture's side: VOC's xmin..xmax are taken as they are written.
+Boxes are x1, y1, x2, y2 in pixels of the upright image, continuous edges from 0 to the
+image's side: VOC's xmin..xmax are taken as they are written.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def load(
     `remap` gives classes new names, `keep` leaves out the objects of all others. Without `classes`
     they are `keep`, or else the names found in the train split (in all of the folder where nobody
     chose the splits), whichever split is read, by falling count and then by name: the same in
-    every format. Pictures without objects are negatives. Raises DataError with every problem that
+    every format. Images without objects are negatives. Raises DataError with every problem that
     stops training.
     """
     choice = ClassChoice(None if keep is None else tuple(keep), dict(remap or {}))
@@ -69,7 +69,7 @@ def load(
     problems = list(reading.problems)
     if classes is None:
         classes = _find_classes(root, reading, choice)
-    readers = [SampleReader(each, tuple(classes), choice) for each in reading.pictures]
+    readers = [SampleReader(each, tuple(classes), choice) for each in reading.images]
     with ThreadPoolExecutor(_THREADS) as pool:
         samples = list(pool.map(SampleReader.read, readers))
     for reader in readers:
@@ -79,7 +79,7 @@ def load(
     kept = tuple(sample for sample in samples if sample is not None)
     if not kept:
         raise DataError(
-            f"{root}: every picture of the split {split!r} is left out\n{describe_all(problems)}"
+            f"{root}: every image of the split {split!r} is left out\n{describe_all(problems)}"
         )
     if not classes:
         what = f"{root}: no object is labelled in the train split; label some"
@@ -138,6 +138,6 @@ def _left_out(root: Path, readers: Sequence[SampleReader]) -> list[Problem]:
     emptied = sum(reader.emptied for reader in readers)
     what = (
         f"{counts.total()} objects of classes that are not used left out ({listed}); {emptied} "
-        "pictures have no other and count as pictures without objects"
+        "images have no other and count as images without objects"
     )
     return [Problem(root, None, what, fatal=False, kind=Kind.UNUSED_CLASS)]

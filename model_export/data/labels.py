@@ -19,7 +19,7 @@ class LabelledObject:
     name: str
     """Its class."""
     box: Edges
-    """In the units of its picture's `LabelledPicture.relative`."""
+    """In the units of its image's `LabelledImage.relative`."""
     line: int
     """Line of the class."""
     box_line: int
@@ -30,10 +30,10 @@ class LabelledObject:
 
 
 @dataclass(frozen=True, slots=True)
-class LabelledPicture:
-    """One picture that is there, and what is written about it."""
+class LabelledImage:
+    """One image that is there, and what is written about it."""
 
-    picture: Path
+    image: Path
     annotation: Path
     """File that holds the labels, and which problems name."""
     objects: tuple[LabelledObject, ...]
@@ -43,15 +43,15 @@ class LabelledPicture:
     size_fields: str = ""
     """What the format calls the size."""
     relative: bool = False
-    """Boxes are fractions of the upright picture's sides, not pixels."""
+    """Boxes are fractions of the upright image's sides, not pixels."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
     """One split of a folder, as its format's reader found it."""
 
-    pictures: tuple[LabelledPicture, ...]
+    images: tuple[LabelledImage, ...]
     names: Mapping[str, int] = field(default_factory=dict)
-    """Objects of each class in the pictures that name the classes: train's, or all of them where
+    """Objects of each class in the images that name the classes: train's, or all of them where
     nobody chose the splits. Empty where it was not asked for."""
     problems: Sequence[Problem] = ()

@@ -21,15 +21,15 @@ class Kind(StrEnum):
     UNUSABLE = "unusable"
     UNKNOWN_CLASS = "unknown class"
     NO_AREA = "box without area, dropped"
-    OUTSIDE = "box outside the picture, dropped"
-    CLIPPED = "box clipped to the picture"
-    WRONG_SIZE = "picture left out, its size is not the labelled one"
-    UNLABELLED = "picture left out, it has no annotation"
+    OUTSIDE = "box outside the image, dropped"
+    CLIPPED = "box clipped to the image"
+    WRONG_SIZE = "image left out, its size is not the labelled one"
+    UNLABELLED = "image left out, it has no annotation"
     TWICE = "listed twice, taken once"
-    LEAKED = "picture of this split that is in train too"
+    LEAKED = "image of this split that is in train too"
     UNUSED_CLASS = "note on classes that are not used"
     CROWD = "note on regions that are no single object"
-    NEGATIVE = "note on pictures that nothing is written about"
+    NEGATIVE = "note on images that nothing is written about"
 
 
 @dataclass(frozen=True, slots=True)

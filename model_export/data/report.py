@@ -35,7 +35,7 @@ class ClassSummary:
 
     name: str
     objects: int
-    pictures: int
+    images: int
     """With at least one object of the class."""
     median: tuple[float, float]
     """(width, height) in canvas pixels; 0 without objects."""
@@ -52,10 +52,10 @@ class ClassSummary:
 class Missed:
     """An object that no anchor overlaps by FOREGROUND_IOU."""
 
-    picture: Path
+    image: Path
     name: str
     box: tuple[float, float, float, float]
-    """x1, y1, x2, y2 in pixels of the upright picture."""
+    """x1, y1, x2, y2 in pixels of the upright image."""
     sides: tuple[float, float]
     """(width, height) in canvas pixels."""
 
@@ -63,7 +63,7 @@ class Missed:
         x1, y1, x2, y2 = self.box
         width, height = self.sides
         return (
-            f"{self.picture}: {self.name!r} at {x1:g},{y1:g},{x2:g},{y2:g}, "
+            f"{self.image}: {self.name!r} at {x1:g},{y1:g},{x2:g},{y2:g}, "
             f"{width:.0f} x {height:.0f} px on the canvas"
         )
 
@@ -73,9 +73,9 @@ class DataReport:
     """A data set on its canvases; `str()` of it is a table."""
 
     split: str
-    pictures: int
+    images: int
     negatives: int
-    """Pictures without objects."""
+    """Images without objects."""
     classes: tuple[ClassSummary, ...]
     problems: tuple[Problem, ...]
     sides: tuple[float, ...]
@@ -128,13 +128,13 @@ class DataReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {
-            "pictures": self.pictures,
+            "pictures": self.images,
             "pictures_without_objects": self.negatives,
             "objects": sum(item.objects for item in self.classes),
             "classes": {
                 item.name: {
                     "objects": item.objects,
-                    "pictures": item.pictures,
+                    "pictures": item.images,
                     "median_width": item.median[0],
                     "median_height": item.median[1],
                     "unreached": item.unreached,
@@ -145,7 +145,7 @@ class DataReport:
             "warnings": self.warnings(),
             "problems": [problem.to_dict() for problem in self.problems],
             "unreached": [
-                {"picture": str(each.picture), "class": each.name, "box": list(each.box)}
+                {"picture": str(each.image), "class": each.name, "box": list(each.box)}
                 for each in self.missed
             ],
         }
@@ -153,7 +153,7 @@ class DataReport:
     def __str__(self) -> str:
         total = sum(item.objects for item in self.classes)
         head = (
-            f"{self.split}: {self.pictures} pictures, {self.negatives} of them without objects; "
+            f"{self.split}: {self.images} images, {self.negatives} of them without objects; "
             f"{total} objects"
         )
         parts = [head, *self._table(), *self._sizes(), *self.warnings()]
@@ -163,11 +163,11 @@ class DataReport:
 
     def _table(self) -> list[str]:
         width = max([len("class"), *(len(item.name) for item in self.classes)])
-        rows = [f"{'class':<{width}}  objects  pictures  median size   no anchor"]
+        rows = [f"{'class':<{width}}  objects  images  median size   no anchor"]
         for item in self.classes:
             median = f"{item.median[0]:.0f} x {item.median[1]:.0f} px" if item.objects else "-"
             rows.append(
-                f"{item.name:<{width}}  {item.objects:>7}  {item.pictures:>8}  {median:>12}  "
+                f"{item.name:<{width}}  {item.objects:>7}  {item.images:>8}  {median:>12}  "
                 f"{100 * item.unreached_share:>7.1f} %"
             )
         return rows
@@ -189,12 +189,12 @@ def summarise(
 ) -> DataReport:
     """Measure a data set on the canvases of `rule`."""
     by_canvas: dict[Size, list[tuple[Sample, NDArray[np.float32]]]] = {}
-    pictures: Counter[int] = Counter()
+    images: Counter[int] = Counter()
     for sample in dataset.samples:
         placed = rule.fit(sample.size)
         there = placed.to_canvas(sample.boxes)
         by_canvas.setdefault(placed.canvas, []).append((sample, there))
-        pictures.update(np.unique(sample.labels).tolist())
+        images.update(np.unique(sample.labels).tolist())
     boxes = np.zeros((0, 4), dtype=np.float32)
     labels = np.zeros(0, dtype=np.int64)
     missed = np.zeros(0, dtype=np.bool_)
@@ -210,10 +210,10 @@ def summarise(
     areas = (boxes[:, 2:].astype(np.float64) - boxes[:, :2]).prod(axis=1)
     return DataReport(
         split=dataset.split,
-        pictures=len(dataset.samples),
+        images=len(dataset.samples),
         negatives=sum(1 for sample in dataset.samples if not len(sample.boxes)),
         classes=tuple(
-            _summarise_class(name, boxes[labels == index], missed[labels == index], pictures[index])
+            _summarise_class(name, boxes[labels == index], missed[labels == index], images[index])
             for index, name in enumerate(dataset.classes)
         ),
         problems=dataset.problems,
@@ -227,7 +227,7 @@ def _name_missed(
     missed: NDArray[np.bool_],
     classes: Sequence[str],
 ) -> Iterator[Missed]:
-    """The missed objects of the pictures on one canvas; `missed` goes through all their objects."""
+    """The missed objects of the images on one canvas; `missed` goes through all their objects."""
     first = 0
     for sample, there in members:
         for index in np.flatnonzero(missed[first : first + len(there)]):
@@ -239,10 +239,10 @@ def _name_missed(
 
 
 def _summarise_class(
-    name: str, boxes: NDArray[np.float32], missed: NDArray[np.bool_], pictures: int
+    name: str, boxes: NDArray[np.float32], missed: NDArray[np.bool_], images: int
 ) -> ClassSummary:
     median = (0.0, 0.0)
     if len(boxes):
         sides = np.median(boxes[:, 2:] - boxes[:, :2], axis=0)
         median = (float(sides[0]), float(sides[1]))
-    return ClassSummary(name, len(boxes), pictures, median, int(missed.sum()))
+    return ClassSummary(name, len(boxes), images, median, int(missed.sum()))

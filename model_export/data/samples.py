@@ -1,4 +1,4 @@
-"""What is written about one picture to a sample: boxes are checked here, whatever the format."""
+"""What is written about one image to a sample: boxes are checked here, whatever the format."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model_export.data.class_choice import ClassChoice
-from model_export.data.labels import Edges, LabelledObject, LabelledPicture
+from model_export.data.labels import Edges, LabelledImage, LabelledObject
 from model_export.data.problems import Kind, Problem
 from service.errors import MalformedImage, RetinaserveError
 from service.imaging import decode as imaging
@@ -33,13 +33,13 @@ _HEADER_BYTES: Final = 1 << 18
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One picture with its labels."""
+    """One image with its labels."""
 
     path: Path
     size: Size
-    """Of the upright picture, that is after EXIF orientation."""
+    """Of the upright image, that is after EXIF orientation."""
     boxes: NDArray[np.float32]
-    """(N, 4) x1, y1, x2, y2 in pixels of the upright picture; N may be 0."""
+    """(N, 4) x1, y1, x2, y2 in pixels of the upright image; N may be 0."""
     labels: NDArray[np.int64]
     """(N,) index into the data set's classes."""
     crowds: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 4), dtype=np.float32))
@@ -50,10 +50,10 @@ class Sample:
 
 
 class SampleReader:
-    """Turns what is written about one picture into a sample; collects what is wrong with it."""
+    """Turns what is written about one image into a sample; collects what is wrong with it."""
 
     def __init__(
-        self, labelled: LabelledPicture, classes: tuple[str, ...], choice: ClassChoice
+        self, labelled: LabelledImage, classes: tuple[str, ...], choice: ClassChoice
     ) -> None:
         self._labelled = labelled
         self._classes = classes
@@ -65,8 +65,8 @@ class SampleReader:
         """Whether the choice of classes left no object of some."""
 
     def read(self) -> Sample | None:
-        """None if the picture is left out or unusable."""
-        path = self._labelled.picture
+        """None if the image is left out or unusable."""
+        path = self._labelled.image
         try:
             size = _probe(path)
         except (RetinaserveError, OSError) as error:
@@ -112,8 +112,8 @@ class SampleReader:
         if labelled is None or labelled == (size.height, size.width):
             return True
         what = (
-            f"labelled at {labelled[1]:g} x {labelled[0]:g}, but the picture "
-            f"{self._labelled.picture.name} is {size.width} x {size.height}"
+            f"labelled at {labelled[1]:g} x {labelled[0]:g}, but the image "
+            f"{self._labelled.image.name} is {size.width} x {size.height}"
         )
         if labelled == (size.width, size.height):
             what += " once turned upright (EXIF orientation)"
@@ -135,7 +135,7 @@ class SampleReader:
     def _box(self, item: LabelledObject, size: Size) -> Edges | None:
         x1, y1, x2, y2 = box = self._in_pixels(item.box, size)
         text = f"{item.tag}box {x1:g},{y1:g},{x2:g},{y2:g} of {item.name!r}"
-        picture = f"the picture of {size.width} x {size.height}"
+        image = f"the image of {size.width} x {size.height}"
         if x2 - x1 < MIN_SIDE or y2 - y1 < MIN_SIDE:
             remedy = "draw it anew" if self._labelled.relative else "draw it anew, in pixels"
             what = f"{text} is {x2 - x1:g} x {y2 - y1:g} px; {remedy}"
@@ -143,12 +143,12 @@ class SampleReader:
             return None
         clipped = (max(x1, 0.0), max(y1, 0.0), min(x2, size.width), min(y2, size.height))
         if clipped[2] - clipped[0] < MIN_SIDE or clipped[3] - clipped[1] < MIN_SIDE:
-            what = f"{text} lies outside {picture}; draw it anew"
+            what = f"{text} lies outside {image}; draw it anew"
             self._note(item.box_line, what, fatal=False, kind=Kind.OUTSIDE)
             return None
         beyond = max(abs(a - b) for a, b in zip(box, clipped, strict=True))
         if beyond > CLIP_TOLERANCE:
-            what = f"{text} reaches {beyond:g} px out of {picture}; clipped"
+            what = f"{text} reaches {beyond:g} px out of {image}; clipped"
             self._note(item.box_line, what, fatal=False, kind=Kind.CLIPPED)
         return clipped
 

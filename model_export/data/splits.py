@@ -1,4 +1,4 @@
-"""Which pictures belong to a split: names of splits, a hash where nobody chose, leaks."""
+"""Which images belong to a split: names of splits, a hash where nobody chose, leaks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Final
 from model_export.data.problems import Kind, Problem
 from service.errors import DataError
 
-PICTURES: Final = frozenset(
+IMAGES: Final = frozenset(
     [".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jp2", ".avif", ".heic"]
 )
 """More than are accepted, so that a TIFF is called unaccepted rather than missing."""
@@ -57,7 +57,7 @@ def files(folder: Path, suffixes: Iterable[str]) -> list[Path]:
 def split_by_hash(root: Path, stems: Iterable[str], split: str, *, unsplit: str) -> frozenset[str]:
     """The file stems in a split that nobody chose: a fifth is "val", the rest "train".
 
-    Adding pictures moves no picture from one side to the other, tiny folders aside. `unsplit`
+    Adding images moves no image from one side to the other, tiny folders aside. `unsplit`
     says what would have chosen the splits. Raises DataError if none is left.
     """
     if split not in ("train", "val"):
@@ -69,8 +69,8 @@ def split_by_hash(root: Path, stems: Iterable[str], split: str, *, unsplit: str)
     members = frozenset(stem for stem in digest if (stem in held_out) == (split == "val"))
     if not members:
         raise DataError(
-            f"{root}: no picture falls into the split {split!r}; at least 2 annotated "
-            f"pictures are needed, {len(digest)} found"
+            f"{root}: no image falls into the split {split!r}; at least 2 annotated "
+            f"images are needed, {len(digest)} found"
         )
     return members
 
@@ -78,9 +78,9 @@ def split_by_hash(root: Path, stems: Iterable[str], split: str, *, unsplit: str)
 def leaks(
     members: Mapping[Path, tuple[Path, int | None]], training: Sequence[Path]
 ) -> list[Problem]:
-    """A problem for each picture of a split that train has too.
+    """A problem for each image of a split that train has too.
 
-    `members` maps a picture to the file and line that put it into the split. Pictures are the same
+    `members` maps an image to the file and line that put it into the split. Images are the same
     if their paths are, or their names and their bytes.
     """
     paths = {path.resolve() for path in training}
@@ -88,16 +88,14 @@ def leaks(
     for path in training:
         named.setdefault(path.name, []).append(path)
     problems = []
-    for picture, (file, line) in members.items():
-        if picture.resolve() in paths:
-            what = f"{picture.name} is in train too"
+    for image, (file, line) in members.items():
+        if image.resolve() in paths:
+            what = f"{image.name} is in train too"
         else:
-            twin = next(
-                (path for path in named.get(picture.name, ()) if _same(path, picture)), None
-            )
+            twin = next((path for path in named.get(image.name, ()) if _same(path, image)), None)
             if twin is None:
                 continue
-            what = f"{picture.name} is the same picture as {twin} of train"
+            what = f"{image.name} is the same image as {twin} of train"
         what += "; take it out of one of them"
         problems.append(Problem(file, line, what, fatal=False, kind=Kind.LEAKED))
     return problems

@@ -49,9 +49,9 @@ __all__ = [
 class CanvasCache(Sequence[Example]):
     """The samples as examples, decoded once and held as uint8 up to `memory_bytes`.
 
-    Every picture is decoded at construction, also those beyond the budget, so that one that does
+    Every image is decoded at construction, also those beyond the budget, so that one that does
     not decode stops training before it begins; these are decoded again whenever they are asked
-    for. Canvases are shared and read-only. Raises DataError naming every undecodable picture.
+    for. Canvases are shared and read-only. Raises DataError naming every undecodable image.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class CanvasCache(Sequence[Example]):
         with ThreadPoolExecutor(threads) as pool:
             decoded = pool.map(self._try_decode, range(len(self._samples)))
             for outcome in tqdm(
-                decoded, total=len(self._samples), desc=title, unit="picture", disable=not progress
+                decoded, total=len(self._samples), desc=title, unit="image", disable=not progress
             ):
                 if isinstance(outcome, str):
                     failures.append(outcome)
@@ -85,7 +85,7 @@ class CanvasCache(Sequence[Example]):
             more = len(failures) - LISTED_PROBLEMS
             lines = failures[:LISTED_PROBLEMS] + ([f"... and {more} more"] if more > 0 else [])
             raise DataError(
-                "pictures that do not decode; replace them or take them out of the split\n"
+                "images that do not decode; replace them or take them out of the split\n"
                 + "\n".join(lines)
             )
 
@@ -132,21 +132,21 @@ class CanvasCache(Sequence[Example]):
 
 @dataclass(slots=True)
 class Batch:
-    """Pictures of one canvas size, with their labels."""
+    """Images of one canvas size, with their labels."""
 
     images: torch.Tensor
     """(B, H, W, 3) uint8 RGB."""
     image_sizes: torch.Tensor
-    """(B, 2) int64: height and width of each picture's part of its canvas."""
+    """(B, 2) int64: height and width of each image's part of its canvas."""
     boxes: list[torch.Tensor]
     """B times (N, 4) float32: x1, y1, x2, y2 in canvas pixels."""
     labels: list[torch.Tensor]
     """B times (N,) int64."""
     counted: bool = True
-    """False where this process has no share of a batch: its picture is another's, and teaches
+    """False where this process has no share of a batch: its image is another's, and teaches
     nothing."""
     smallest_share: int | None = None
-    """Pictures of the process that has the fewest, where several share a batch."""
+    """Images of the process that has the fewest, where several share a batch."""
 
     def __len__(self) -> int:
         return int(self.images.shape[0])
@@ -170,7 +170,7 @@ class Batch:
         )
 
     def split(self, parts: int) -> list[Batch]:
-        """At most `parts` batches of nearly as many pictures each; as many on every process."""
+        """At most `parts` batches of nearly as many images each; as many on every process."""
         count = len(self)
         parts = min(parts, count if self.smallest_share is None else self.smallest_share)
         edges = [count * part // parts for part in range(parts + 1)]
@@ -201,7 +201,7 @@ def collate(examples: Sequence[Example]) -> Batch:
 
 
 def transpose(batch: Batch) -> Batch:
-    """Swap the axes of every picture: canvases of 384 x 512 become 512 x 384."""
+    """Swap the axes of every image: canvases of 384 x 512 become 512 x 384."""
     return Batch(
         images=batch.images.transpose(1, 2).contiguous(),
         image_sizes=batch.image_sizes.flip(1),
@@ -223,7 +223,7 @@ class CanvasBatchSampler(Sampler[list[Key]]):
     """Batches of equal canvas, in an order that depends on (seed, epoch) alone.
 
     With `drop_last` a canvas's short last batch is left out, unless it is its only one: the
-    pictures of a rare canvas would never be seen.
+    images of a rare canvas would never be seen.
     """
 
     def __init__(
@@ -300,7 +300,7 @@ class TrainingBatches(TorchDataset[Batch]):
 
     def __getitem__(self, keys: Sequence[Key]) -> Batch:
         share = keys[self._rank :: self._processes]
-        # A process without a share still takes part in the step, so it needs some picture; one of
+        # A process without a share still takes part in the step, so it needs some image; one of
         # the batch leaves the statistics that batch norms share nearly as they are.
         spare = [keys[self._rank % len(keys)]]
         batch = collate([self.example(key) for key in share or spare])

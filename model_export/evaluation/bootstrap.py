@@ -1,7 +1,7 @@
-"""Two models on the same pictures: the differences, with paired bootstrap intervals.
+"""Two models on the same images: the differences, with paired bootstrap intervals.
 
-Pictures are drawn with replacement, the same for both models. Matching does not cross pictures,
-so it is done once; a draw only weighs each picture's matches by how often it was drawn.
+Images are drawn with replacement, the same for both models. Matching does not cross images,
+so it is done once; a draw only weighs each image's matches by how often it was drawn.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Differences of two models on the same pictures."""
+    """Differences of two models on the same images."""
 
     ap: Difference
     ap50: Difference
@@ -63,7 +63,7 @@ def compare(
     """How much better `first` is than `second`. Raises DataError if the truth has no object."""
     matched = [match(truth, found, classes) for found in (first, second)]
     if not any(each.objects.any() for each in matched[0]):
-        raise DataError("no object is labelled in these pictures: there is nothing to compare on")
+        raise DataError("no object is labelled in these images: there is nothing to compare on")
     generator = np.random.default_rng(seed)
     count = len(truth)
     draws = np.array(
@@ -83,7 +83,7 @@ def compare(
 def calibration_errors(
     matches: Sequence[Matches], weights: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """(R,) D-ECE over all classes when picture i counts weights[r, i] times.
+    """(R,) D-ECE over all classes when image i counts weights[r, i] times.
 
     nan with nothing to bin.
     """
@@ -96,7 +96,7 @@ def calibration_errors(
 
 
 def mean_precisions(matches: Sequence[Matches], weights: NDArray[np.int64]) -> NDArray[np.float64]:
-    """(R, 2) AP and AP50 over the classes when picture i counts weights[r, i] times.
+    """(R, 2) AP and AP50 over the classes when image i counts weights[r, i] times.
 
     nan where there is no object of any class.
     """
@@ -112,7 +112,7 @@ def mean_precisions(matches: Sequence[Matches], weights: NDArray[np.int64]) -> N
 
 
 def average_precisions(matches: Matches, weights: NDArray[np.int64]) -> NDArray[np.float64]:
-    """(R, T) one class's AP at each IoU when picture i counts weights[r, i] times.
+    """(R, T) one class's AP at each IoU when image i counts weights[r, i] times.
 
     nan where there is no object then.
     """
@@ -153,9 +153,9 @@ def _average(
 
 
 def _difference(values: NDArray[np.float64]) -> Difference:
-    """From (1 + resamples,) differences, that of all the pictures first."""
+    """From (1 + resamples,) differences, that of all the images first."""
     if np.isnan(values).all():
         return Difference(float("nan"), float("nan"), float("nan"))
-    # A draw of pictures without any object measures nothing.
+    # A draw of images without any object measures nothing.
     low, high = np.nanpercentile(values[1:], _INTERVAL)
     return Difference(float(values[0]), float(low), float(high))

@@ -3,7 +3,7 @@
 Per class a calibrated score is sigmoid(a z + b) of the logit z, a > 0 (Platt scaling; for detectors
 Küppers et al., arXiv 2004.13546, without the box). Every class is fitted by maximum likelihood and
 drawn towards the one map that fits all classes together: a class with few detections has mostly
-that map, one without any has nothing else. How strongly is chosen by held-out pictures.
+that map, one without any has nothing else. How strongly is chosen by held-out images.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _SATURATED: Final = 2.0**-25
 _SHARED_STRENGTH: Final = 1.0
 """Pull of the shared map towards the identity: finite even where every detection hits."""
 _CEILING: Final = 10.0
-"""Highest calibrated logit, a score of 0.99995, which no pictures here can tell from certainty.
+"""Highest calibrated logit, a score of 0.99995, which no images here can tell from certainty.
 Above it float32 has too few values left below 1: detections would share a score, and lose their
 order."""
 _STEPS: Final = 60
@@ -51,7 +51,7 @@ class Outcomes:
     hits: Array
     """(D,) 1 where the detection matched an object at IoU 0.50, else 0."""
     images: NDArray[np.int64]
-    """(D,) index of the picture."""
+    """(D,) index of the image."""
 
     def pick(self, chosen: NDArray[np.bool_]) -> Outcomes:
         """The detections that a (D,) mask chooses."""
@@ -95,17 +95,17 @@ class ScoreMap:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """A score map, and what it does to pictures that it was not fitted on."""
+    """A score map, and what it does to images that it was not fitted on."""
 
     score_map: ScoreMap
     strength: float
-    """The pull towards the shared map that held-out pictures chose."""
+    """The pull towards the shared map that held-out images chose."""
     before: float
     """Detection calibration error of the scores as they are, in [0, 1]."""
     after: float
-    """The same of scores by maps that were fitted without the detection's picture."""
+    """The same of scores by maps that were fitted without the detection's image."""
     detections: int
-    pictures: int
+    images: int
 
 
 def logits(scores: NDArray[np.floating[Any]]) -> Array:
@@ -140,7 +140,7 @@ def calibrate(
         before=before,
         after=after,
         detections=len(hits),
-        pictures=len(truth),
+        images=len(truth),
     )
 
 
@@ -152,14 +152,14 @@ def outcomes(matches: Iterable[Matches]) -> list[Outcomes]:
     ]
 
 
-def check_enough(classes: Sequence[Outcomes], pictures: int) -> None:
+def check_enough(classes: Sequence[Outcomes], images: int) -> None:
     """Raise DataError where there is too little to fit on."""
     hits = int(sum(each.hits.sum() for each in classes))
     misses = sum(len(each.hits) for each in classes) - hits
-    if pictures < FOLDS or min(hits, misses) < LEAST:
+    if images < FOLDS or min(hits, misses) < LEAST:
         raise DataError(
-            f"--calibrate: on {pictures} pictures {hits} detections hit an object and {misses} "
-            f"miss; {FOLDS} pictures and {LEAST} of each are needed: give more labelled pictures"
+            f"--calibrate: on {images} images {hits} detections hit an object and {misses} "
+            f"miss; {FOLDS} images and {LEAST} of each are needed: give more labelled images"
         )
 
 
@@ -176,7 +176,7 @@ def fit(classes: Sequence[Outcomes], strength: float) -> ScoreMap:
 
 
 def choose_strength(classes: Sequence[Outcomes], *, seed: int = 0) -> float:
-    """The pull of least log loss on pictures that the map was not fitted on."""
+    """The pull of least log loss on images that the map was not fitted on."""
     folds = _folds(classes, seed)
     losses = [
         sum(
@@ -190,7 +190,7 @@ def choose_strength(classes: Sequence[Outcomes], *, seed: int = 0) -> float:
 
 
 def cross_validated(classes: Sequence[Outcomes], *, seed: int = 0) -> list[Array]:
-    """Each class's scores by maps that have not seen their picture.
+    """Each class's scores by maps that have not seen their image.
 
     The choice of the strength is part of what is repeated without it.
     """
@@ -280,9 +280,9 @@ def _apply(score_map: ScoreMap, classes: Sequence[Outcomes]) -> list[Array]:
 
 
 def _folds(classes: Sequence[Outcomes], seed: int) -> NDArray[np.int64]:
-    """The fold of every picture; one picture's detections stand and fall together."""
-    pictures = 1 + max(int(each.images.max(initial=0)) for each in classes)
-    folds = np.arange(pictures) % FOLDS
+    """The fold of every image; one image's detections stand and fall together."""
+    images = 1 + max(int(each.images.max(initial=0)) for each in classes)
+    folds = np.arange(images) % FOLDS
     return np.random.default_rng(seed).permutation(folds)
 
 

@@ -24,10 +24,10 @@ def evaluator(
 ) -> COCOeval:
     """A run over detections in original pixels, found[i] being those of truth[i].
 
-    Picture i has id i, class k has id k. Raises ValueError if the counts differ.
+    Image i has id i, class k has id k. Raises ValueError if the counts differ.
     """
     if len(truth) != len(found):
-        raise ValueError(f"{len(truth)} pictures, but detections of {len(found)}")
+        raise ValueError(f"{len(truth)} images, but detections of {len(found)}")
     images = [
         {"id": index, "width": sample.size.width, "height": sample.size.height}
         for index, sample in enumerate(truth)

@@ -44,7 +44,7 @@ class Confusion:
 def confusion(
     samples: Sequence[Sample], judgements: Sequence[Judgement], classes: int
 ) -> Confusion:
-    """Count over all pictures. `samples` and `judgements` are of the same pictures."""
+    """Count over all images. `samples` and `judgements` are of the same images."""
     counts = np.zeros((classes + 1, classes + 1), dtype=np.int64)
     for sample, judgement in zip(samples, judgements, strict=True):
         paired = np.isin(judgement.outcomes, (Outcome.HIT, Outcome.CONFUSED))

@@ -1,6 +1,6 @@
 """What each detection turned out to be at the thresholds that a file recommends, and the worst.
 
-Detections and objects of a picture are paired at IoU 0.50 in falling score, as COCO does: each
+Detections and objects of an image are paired at IoU 0.50 in falling score, as COCO does: each
 detection takes the free object of its class that it overlaps most. What is left over is told apart
 by the first of these that fits:
 
@@ -56,7 +56,7 @@ MISTAKES: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """What the detections of one picture turned out to be."""
+    """What the detections of one image turned out to be."""
 
     shown: Detections
     """Those above the thresholds."""
@@ -75,13 +75,13 @@ class Mistake:
     """One detection that is wrong, or one object that is missed."""
 
     outcome: Outcome
-    picture: int
+    image: int
     score: float
     """Of the detection; of a missed object, of the best detection that was held back."""
     detection: int | None
     """Index among those shown."""
     thing: int | None
-    """Index among the picture's objects."""
+    """Index among the image's objects."""
     iou: float | None
 
 
@@ -92,7 +92,7 @@ def shown(found: Detections, selection: Selection) -> Detections:
 
 
 def judge(sample: Sample, found: Detections, selection: Selection) -> Judgement:
-    """Tell what each detection of a picture is. `found` is in falling score."""
+    """Tell what each detection of an image is. `found` is in falling score."""
     passing = shown(found, selection)
     iou = overlaps(passing.boxes, sample.boxes)
     own = passing.labels[:, np.newaxis] == sample.labels
@@ -127,18 +127,18 @@ def find_mistakes(samples: Sequence[Sample], judgements: Sequence[Judgement]) ->
     def badness(mistake: Mistake) -> tuple[float, float]:
         if mistake.outcome is not Outcome.MISSED:
             return -mistake.score, 0.0
-        x1, y1, x2, y2 = samples[mistake.picture].boxes[mistake.thing]
+        x1, y1, x2, y2 = samples[mistake.image].boxes[mistake.thing]
         return mistake.score, -float((x2 - x1) * (y2 - y1))
 
     found = [
         mistake
-        for picture, (sample, each) in enumerate(zip(samples, judgements, strict=True))
-        for mistake in _of_picture(picture, sample, each)
+        for image, (sample, each) in enumerate(zip(samples, judgements, strict=True))
+        for mistake in _of_image(image, sample, each)
     ]
     return sorted(found, key=badness)
 
 
-def _of_picture(picture: int, sample: Sample, judgement: Judgement) -> Iterator[Mistake]:
+def _of_image(image: int, sample: Sample, judgement: Judgement) -> Iterator[Mistake]:
     for index, outcome in enumerate(judgement.outcomes):
         if outcome in (Outcome.HIT, Outcome.IGNORED):
             continue
@@ -146,14 +146,14 @@ def _of_picture(picture: int, sample: Sample, judgement: Judgement) -> Iterator[
         box = judgement.shown.boxes[index : index + 1]
         yield Mistake(
             outcome,
-            picture,
+            image,
             score=float(judgement.shown.scores[index]),
             detection=index,
             thing=None if thing < 0 else thing,
             iou=None if thing < 0 else float(overlaps(box, sample.boxes[thing : thing + 1])[0, 0]),
         )
     for thing, score in zip(judgement.missed, judgement.faint, strict=True):
-        yield Mistake(Outcome.MISSED, picture, float(score), None, int(thing), None)
+        yield Mistake(Outcome.MISSED, image, float(score), None, int(thing), None)
 
 
 def _claim(

@@ -1,4 +1,4 @@
-"""Mistakes as pictures: what is around them, with what is labelled and what was detected."""
+"""Mistakes as images: what is around them, with what is labelled and what was detected."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from service.imaging import decode as imaging
 
 LABELLED: Final = "#1d9bf0"
 DETECTED: Final = "#ff7a1a"
-"""Blue and orange: told apart by everybody, and rare in pictures of cells or runways."""
+"""Blue and orange: told apart by everybody, and rare in images of cells or runways."""
 
 _SIZE: Final = (400, 300)
 _CONTEXT: Final = 2.6
@@ -33,24 +33,24 @@ Box = tuple[float, float, float, float]
 def draw_all(
     mistakes: Sequence[Mistake], samples: Sequence[Sample], judgements: Sequence[Judgement]
 ) -> dict[Mistake, str]:
-    """A JPEG of each mistake as a data URI. One picture is in memory at a time.
+    """A JPEG of each mistake as a data URI. One image is in memory at a time.
 
-    Raises DataError if a picture can no longer be read.
+    Raises DataError if an image can no longer be read.
     """
     wanted: dict[int, list[Mistake]] = {}
     for mistake in mistakes:
-        wanted.setdefault(mistake.picture, []).append(mistake)
+        wanted.setdefault(mistake.image, []).append(mistake)
     return {
-        mistake: data_uri(image)
-        for picture, group in sorted(wanted.items())
-        for mistake, image in _draw_picture(samples[picture], judgements[picture], group)
+        mistake: data_uri(drawn)
+        for image, group in sorted(wanted.items())
+        for mistake, drawn in _draw_image(samples[image], judgements[image], group)
     }
 
 
 def crop_box(about: Box, width: int, height: int) -> Box:
-    """The part of a picture of `width` x `height` to show around a box, in its pixels.
+    """The part of an image of `width` x `height` to show around a box, in its pixels.
 
-    It has the aspect of the crops where the picture is large enough.
+    It has the aspect of the crops where the image is large enough.
     """
     x1, y1, x2, y2 = about
     aspect = _SIZE[0] / _SIZE[1]
@@ -58,24 +58,24 @@ def crop_box(about: Box, width: int, height: int) -> Box:
     wide, high = min(across, width), min(across / aspect, height)
     left = min(max((x1 + x2 - wide) / 2, 0.0), width - wide)
     top = min(max((y1 + y2 - high) / 2, 0.0), height - high)
-    # Rounding must not reach out of the picture.
+    # Rounding must not reach out of the image.
     return left, top, min(left + wide, float(width)), min(top + high, float(height))
 
 
 def data_uri(image: Image.Image) -> str:
-    """A picture as a JPEG inside of a URI."""
+    """An image as a JPEG inside of a URI."""
     target = io.BytesIO()
     image.save(target, "JPEG", quality=_QUALITY)
     return "data:image/jpeg;base64," + base64.b64encode(target.getvalue()).decode("ascii")
 
 
-def _draw_picture(
+def _draw_image(
     sample: Sample, judgement: Judgement, mistakes: Sequence[Mistake]
 ) -> Iterator[tuple[Mistake, Image.Image]]:
     try:
         image = imaging.decode(sample.path.read_bytes())
     except (OSError, RetinaserveError) as error:
-        raise DataError(f"{sample.path}: {error}; replace the picture") from error
+        raise DataError(f"{sample.path}: {error}; replace the image") from error
     for mistake in mistakes:
         yield mistake, _crop(image, sample, judgement, mistake)
 

@@ -93,7 +93,7 @@ class Measurement:
 
     @cached_property
     def judgements(self) -> list[Judgement]:
-        """Of each picture, at the recommended thresholds."""
+        """Of each image, at the recommended thresholds."""
         selection = self.selection
         return [
             judge(sample, each, selection)
@@ -113,7 +113,7 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True)
 class Against:
-    """Another file on the same pictures."""
+    """Another file on the same images."""
 
     model: ModelFile
     evaluation: Evaluation

@@ -19,7 +19,7 @@ import onnxruntime
 from markupsafe import Markup
 
 from model_export.evaluation import charts
-from model_export.evaluation import error_images as mistake_pictures
+from model_export.evaluation import error_images as mistake_images
 from model_export.evaluation.bootstrap import Difference
 from model_export.evaluation.calibration_error import MIN_SCORE
 from model_export.evaluation.error_analysis import HIT_IOU, MISTAKES, NEAR_IOU, Mistake, Outcome
@@ -28,9 +28,9 @@ from model_export.evaluation.runner import KEPT_DETECTIONS, MAX_DETECTIONS, SCOR
 from service.imaging.canvas import Buckets, ShortSide
 
 SHOWN: Final = 12
-"""Pictures of each kind of mistake."""
+"""Images of each kind of mistake."""
 BUDGET: Final = 3_500_000
-"""Characters of all pictures together; the worst of each kind come first."""
+"""Characters of all images together; the worst of each kind come first."""
 
 _SMALL_MULTIPLES: Final = 48
 """Charts of single classes, where there are more classes than colours."""
@@ -38,7 +38,7 @@ _CONFUSED: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class Image:
     """One mistake as it is shown."""
 
     source: str
@@ -54,7 +54,7 @@ class Gallery:
     name: str
     meaning: str
     total: int
-    pictures: tuple[Picture, ...]
+    images: tuple[Image, ...]
 
 
 _MEANINGS: Final = {
@@ -70,7 +70,7 @@ _MEANINGS: Final = {
 
 
 def render(measured: Measurement, against: Against | None = None) -> str:
-    """The page. Raises DataError if a picture can no longer be read."""
+    """The page. Raises DataError if an image can no longer be read."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("model_export"),
         autoescape=True,
@@ -118,7 +118,7 @@ def _context(measured: Measurement) -> dict[str, Any]:
             "max_detections": MAX_DETECTIONS,
             "min_score": MIN_SCORE,
         },
-        "colours": {"labelled": mistake_pictures.LABELLED, "detected": mistake_pictures.DETECTED},
+        "colours": {"labelled": mistake_images.LABELLED, "detected": mistake_images.DETECTED},
     }
 
 
@@ -267,7 +267,7 @@ def _galleries(measured: Measurement) -> list[Gallery]:
         kind: [each for each in measured.mistakes if each.outcome is kind][:SHOWN]
         for kind in MISTAKES
     }
-    drawn = mistake_pictures.draw_all(
+    drawn = mistake_images.draw_all(
         [each for group in chosen.values() for each in group],
         measured.dataset.samples,
         measured.judgements,
@@ -278,8 +278,8 @@ def _galleries(measured: Measurement) -> list[Gallery]:
             name=str(kind),
             meaning=_MEANINGS[kind],
             total=totals[kind],
-            pictures=tuple(
-                Picture(drawn[each], *_caption(measured, each)) for each in group if each in fitting
+            images=tuple(
+                Image(drawn[each], *_caption(measured, each)) for each in group if each in fitting
             ),
         )
         for kind, group in chosen.items()
@@ -303,8 +303,8 @@ def _within_budget(
 
 def _caption(measured: Measurement, mistake: Mistake) -> tuple[str, str, str]:
     """Title, explanation and file name."""
-    sample = measured.dataset.samples[mistake.picture]
-    judgement = measured.judgements[mistake.picture]
+    sample = measured.dataset.samples[mistake.image]
+    judgement = measured.judgements[mistake.image]
     true = None if mistake.thing is None else measured.classes[sample.labels[mistake.thing]]
     if mistake.detection is None:
         held_back = f"the best detection there scores {mistake.score:.2f}, below the threshold"

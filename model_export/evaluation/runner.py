@@ -33,21 +33,21 @@ from service.runtime.detector import Detections, Detector
 from service.system.cpus import cpu_count
 
 MAX_DETECTIONS: Final = 100
-"""Per picture and class, the best-scored first: COCO's maxDets."""
+"""Per image and class, the best-scored first: COCO's maxDets."""
 
 SCORE: Final = 0.01
 """Detections below are not measured: low enough to leave the tail of the curve in."""
 
 KEPT_DETECTIONS: Final = 300
-"""Per picture, over all classes."""
+"""Per image, over all classes."""
 
 _FEW: Final = (1, 10)
-"""COCO also tells the recall with so few detections per picture and class."""
+"""COCO also tells the recall with so few detections per image and class."""
 _AREAS: Final = 4
 """All, small, medium, large."""
 
 _DECODE_THREADS: Final = 4
-_TIMED_PICTURES: Final = 24
+_TIMED_IMAGES: Final = 24
 _TIMED_BATCHES: Final = 5
 
 
@@ -65,14 +65,14 @@ class ClassResult:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Milliseconds per picture on the machine that evaluated."""
+    """Milliseconds per image on the machine that evaluated."""
 
     session: float
-    """Median of the session alone, one picture per call, at the file's own thresholds."""
+    """Median of the session alone, one image per call, at the file's own thresholds."""
     session_p95: float
     """What one call in twenty takes longer than."""
     batch: float
-    """The session alone, `batch_size` pictures per call."""
+    """The session alone, `batch_size` images per call."""
     pipeline: float
     """Whole pipeline: reading, decoding, letterbox, batched session, mapping back."""
     batch_size: int
@@ -89,12 +89,12 @@ class Evaluation:
     ap50: float | None
     ap75: float | None
     ap_small: float | None
-    """Objects below 32^2 pixels of the original picture."""
+    """Objects below 32^2 pixels of the original image."""
     ap_medium: float | None
     ap_large: float | None
-    """Objects above 96^2 pixels of the original picture."""
+    """Objects above 96^2 pixels of the original image."""
     ar1: float | None
-    """Mean of the highest recall over the IoUs and the classes, with one detection per picture
+    """Mean of the highest recall over the IoUs and the classes, with one detection per image
     and class."""
     ar10: float | None
     ar100: float | None
@@ -114,18 +114,18 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class Matches:
-    """The detections of one class over all pictures, in falling score, and what they hit."""
+    """The detections of one class over all images, in falling score, and what they hit."""
 
     scores: NDArray[np.float64]
     """(D,)"""
     images: NDArray[np.int64]
-    """(D,) index of the picture."""
+    """(D,) index of the image."""
     hits: NDArray[np.bool_]
     """(T, D) whether the detection matched an object at IoU 0.50, 0.55 .. 0.95."""
     ignored: NDArray[np.bool_]
     """(T, D) neither hit nor miss: it lies where the truth does not tell objects apart."""
     objects: NDArray[np.int64]
-    """(I,) objects in each picture."""
+    """(I,) objects in each image."""
 
     def at_50(self) -> Judged:
         """The detections that count at IoU 0.50."""
@@ -139,7 +139,7 @@ class Judged(NamedTuple):
     scores: NDArray[np.float64]
     hits: NDArray[np.bool_]
     images: NDArray[np.int64]
-    """Index of the picture."""
+    """Index of the image."""
 
 
 def evaluate_file(
@@ -169,7 +169,7 @@ def evaluate_file(
     started = time.perf_counter()
     found = detect(detector, dataset.samples, batch_size=size)
     pipeline = (time.perf_counter() - started) / max(1, len(dataset.samples))
-    timing = _time(detector, dataset.samples[:_TIMED_PICTURES], chosen, pipeline, size)
+    timing = _time(detector, dataset.samples[:_TIMED_IMAGES], chosen, pipeline, size)
     metrics = coco_metrics(dataset.samples, found, dataset.classes)
     return dataclasses.replace(metrics, timing=timing), found
 
@@ -177,9 +177,9 @@ def evaluate_file(
 def detect(
     detector: Detector, samples: Sequence[Sample], *, batch_size: int, score: float = SCORE
 ) -> list[Detections]:
-    """Detections of every picture in original pixels, above a score, at most 300 each.
+    """Detections of every image in original pixels, above a score, at most 300 each.
 
-    Pictures with equal canvases share a batch.
+    Images with equal canvases share a batch.
     """
     metadata = detector.metadata
     selection = results.resolve(metadata, score_threshold=score, max_detections=KEPT_DETECTIONS)
@@ -197,7 +197,7 @@ def detect(
             found[index] = results.select(detections, each.letterbox, selection)
 
     # Without a terminal there is no bar.
-    with tqdm(total=len(samples), desc="evaluating", unit="picture", disable=None) as bar:
+    with tqdm(total=len(samples), desc="evaluating", unit="image", disable=None) as bar:
         for index, prepared in enumerate(_prepare_all(samples, metadata.canvas)):
             batch = waiting.setdefault(prepared.letterbox.canvas, {})
             batch[index] = prepared
@@ -219,7 +219,7 @@ def coco_metrics(
     """COCO metrics of detections in original pixels, found[i] being those of truth[i].
 
     The same numbers as pycocotools' own summary, to the last digit, if each object's area is that
-    of its box. `max_detections`, at least 10, counts per picture and class. Pictures without
+    of its box. `max_detections`, at least 10, counts per image and class. Images without
     objects count through their false positives. Works without any detection and without any
     object.
     """
@@ -228,7 +228,7 @@ def coco_metrics(
         run.params.maxDets = [*_FEW, max_detections]
         run.evaluate()
         run.accumulate()
-    # Last axis: at most 1, 10 and max_detections of a class in a picture; -1: no objects.
+    # Last axis: at most 1, 10 and max_detections of a class in an image; -1: no objects.
     precision: NDArray[np.float64] = run.eval["precision"]  # (T, R, K, A, 3)
     recall: NDArray[np.float64] = run.eval["recall"]  # (T, K, A, 3)
     counts = _count_labels(truth, len(classes))
@@ -270,10 +270,10 @@ def match(
         run.params.areaRng = run.params.areaRng[:1]
         run.params.areaRngLbl = run.params.areaRngLbl[:1]
         run.evaluate()
-    cells: list[dict[str, Any] | None] = run.evalImgs  # class-major, then pictures
-    pictures = len(truth)
+    cells: list[dict[str, Any] | None] = run.evalImgs  # class-major, then images
+    images = len(truth)
     return [
-        _collect(cells[k * pictures : (k + 1) * pictures], len(run.params.iouThrs))
+        _collect(cells[k * images : (k + 1) * images], len(run.params.iouThrs))
         for k in range(len(classes))
     ]
 
@@ -281,7 +281,7 @@ def match(
 def _prepare_all(
     samples: Sequence[Sample], rule: Buckets | ShortSide
 ) -> Iterator[imaging.Prepared]:
-    """Decode ahead of the session, but only a few pictures: they are large."""
+    """Decode ahead of the session, but only a few images: they are large."""
     ahead: deque[Future[imaging.Prepared]] = deque()
     threads = min(_DECODE_THREADS, cpu_count())
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
@@ -298,7 +298,7 @@ def _prepare(sample: Sample, rule: Buckets | ShortSide) -> imaging.Prepared:
         return imaging.prepare(sample.path.read_bytes(), rule)
     except (OSError, MalformedImage) as error:
         # Reading the data set looked at the headers only.
-        raise DataError(f"{sample.path}: {error}; replace the picture") from error
+        raise DataError(f"{sample.path}: {error}; replace the image") from error
 
 
 def _time(
@@ -310,14 +310,14 @@ def _time(
 ) -> Timing:
     """Time the session as requests would see it, nothing else running.
 
-    `pipeline` is what the whole pipeline took in seconds per picture.
+    `pipeline` is what the whole pipeline took in seconds per image.
     """
-    pictures = [_prepare(sample, detector.metadata.canvas) for sample in samples]
-    alone = [_seconds(detector, [each]) for each in pictures]
-    first = pictures[0].letterbox.canvas
-    alike = [each for each in pictures if each.letterbox.canvas == first]
+    images = [_prepare(sample, detector.metadata.canvas) for sample in samples]
+    alone = [_seconds(detector, [each]) for each in images]
+    first = images[0].letterbox.canvas
+    alike = [each for each in images if each.letterbox.canvas == first]
     full = [alike[index % len(alike)] for index in range(batch_size)]
-    # One picture per call has been timed already.
+    # One image per call has been timed already.
     batches = [_seconds(detector, full) for _ in range(_TIMED_BATCHES)] if batch_size > 1 else alone
     return Timing(
         session=1000 * statistics.median(alone),
@@ -329,10 +329,10 @@ def _time(
     )
 
 
-def _seconds(detector: Detector, pictures: Sequence[imaging.Prepared]) -> float:
+def _seconds(detector: Detector, images: Sequence[imaging.Prepared]) -> float:
     defaults = results.resolve(detector.metadata)
-    canvases = np.stack([each.canvas for each in pictures])
-    sizes = np.array([each.letterbox.resized for each in pictures], dtype=np.int64)
+    canvases = np.stack([each.canvas for each in images])
+    sizes = np.array([each.letterbox.resized for each in images], dtype=np.int64)
     started = time.perf_counter()
     detector(canvases, sizes, score_threshold=defaults.lowest_score, iou_threshold=defaults.iou)
     return time.perf_counter() - started

@@ -7,7 +7,7 @@
   over file names, sizes and labels;
 - `metrics`: all fields of `evaluation.runner.Evaluation`: the twelve COCO figures (`ap`,
   `ap50`, `ap75`, `ap_small` … `ar1`, `ar10`, `ar100`, `ar_small` …), `per_class`, `timing` in
-  milliseconds per picture;
+  milliseconds per image;
 - `thresholds`: by class, the score threshold of highest F1 at IoU 0.50;
 - `operating_points`: by class, `best` (`threshold`, `precision`, `recall`, `f1` at that threshold)
   and `recommended` (the same at the file's own threshold);

@@ -1,6 +1,6 @@
 """What stands around the network in the model file, written in ONNX itself.
 
-Before it the picture's normalisation; behind it, level by level, the best anchors and their boxes.
+Before it the normalisation of the image; behind it, level by level, the best anchors and their boxes.
 All of that depends on the canvas, whose size the file leaves open: torch's exporter takes several
 times as long to follow open sizes as to export the network, and guesses at some. What it computes
 is what `RetinaNet` and `candidates` compute, and `verification` compares the two in every export.
@@ -25,41 +25,41 @@ from service.runtime.detector import SEAM
 PIXELS: Final = "pixels"
 """What the network is given."""
 
-_PICTURE: Final = """
-picture (uint8[batch, height, width, 3] images, int64[sizes, 2] image_sizes) => (
-    float[batch, 3, height, width] pixels, int64[2] picture_canvas, int64[sizes, 2] picture_sizes
+_INPUT: Final = """
+prepare (uint8[batch, height, width, 3] images, int64[sizes, 2] image_sizes) => (
+    float[batch, 3, height, width] pixels, int64[2] input_canvas, int64[sizes, 2] input_sizes
 )
 <
-    int64 picture_none = {0},
-    int64 picture_one = {1},
-    int64[1] picture_first = {0},
-    int64[1] picture_second = {1},
-    int64[2] picture_not_rows = {1, 3},
-    int64[2] picture_not_columns = {1, 2},
-    float picture_outside = {0.0}
+    int64 input_none = {0},
+    int64 input_one = {1},
+    int64[1] input_first = {0},
+    int64[1] input_second = {1},
+    int64[2] input_not_rows = {1, 3},
+    int64[2] input_not_columns = {1, 2},
+    float input_outside = {0.0}
 >
 {
-    picture_canvas = Shape <start = 1, end = 3> (images)
-    picture_given = Greater (image_sizes, picture_none)
-    picture_sizes = Where (picture_given, image_sizes, picture_canvas)
+    input_canvas = Shape <start = 1, end = 3> (images)
+    input_given = Greater (image_sizes, input_none)
+    input_sizes = Where (input_given, image_sizes, input_canvas)
 
-    picture_height = Gather (picture_canvas, picture_none)
-    picture_width = Gather (picture_canvas, picture_one)
-    picture_rows = Range (picture_none, picture_height, picture_one)
-    picture_columns = Range (picture_none, picture_width, picture_one)
-    picture_row_limits = Gather <axis = 1> (picture_sizes, picture_first)
-    picture_column_limits = Gather <axis = 1> (picture_sizes, picture_second)
-    picture_rows_in = Less (picture_rows, picture_row_limits)
-    picture_columns_in = Less (picture_columns, picture_column_limits)
-    picture_row_mask = Unsqueeze (picture_rows_in, picture_not_rows)
-    picture_column_mask = Unsqueeze (picture_columns_in, picture_not_columns)
-    picture_inside = And (picture_row_mask, picture_column_mask)
+    input_height = Gather (input_canvas, input_none)
+    input_width = Gather (input_canvas, input_one)
+    input_rows = Range (input_none, input_height, input_one)
+    input_columns = Range (input_none, input_width, input_one)
+    input_row_limits = Gather <axis = 1> (input_sizes, input_first)
+    input_column_limits = Gather <axis = 1> (input_sizes, input_second)
+    input_rows_in = Less (input_rows, input_row_limits)
+    input_columns_in = Less (input_columns, input_column_limits)
+    input_row_mask = Unsqueeze (input_rows_in, input_not_rows)
+    input_column_mask = Unsqueeze (input_columns_in, input_not_columns)
+    input_inside = And (input_row_mask, input_column_mask)
 
-    picture_bytes = Transpose <perm = [0, 3, 1, 2]> (images)
-    picture_levels = Cast <to = 1> (picture_bytes)
-    picture_centred = Sub (picture_levels, picture_mean)
-    picture_normal = Div (picture_centred, picture_std)
-    pixels = Where (picture_inside, picture_normal, picture_outside)
+    input_bytes = Transpose <perm = [0, 3, 1, 2]> (images)
+    input_levels = Cast <to = 1> (input_bytes)
+    input_centred = Sub (input_levels, input_mean)
+    input_normal = Div (input_centred, input_std)
+    pixels = Where (input_inside, input_normal, input_outside)
 }
 """
 
@@ -88,7 +88,7 @@ _ANCHOR_OF_ROW: Final = {
 # from the canvas is taken from its shape alone, and none of it from the maps': see
 # `service.runtime.gpu.graph_split`.
 _LEVEL: Final = """
-    LEVEL_reach = Add (picture_canvas, LEVEL_rest)
+    LEVEL_reach = Add (input_canvas, LEVEL_rest)
     LEVEL_grid = Div (LEVEL_reach, LEVEL_pixels)
     LEVEL_grid_rows = Gather (LEVEL_grid, decode_first)
     LEVEL_grid_columns = Gather (LEVEL_grid, decode_second)
@@ -148,13 +148,13 @@ STRIDE
 _STRIDES: Final = {
     "level": "    LEVEL_stride = Identity (LEVEL_pixels)",
     "canvas": """
-    LEVEL_stride_y_x = Div (picture_canvas, LEVEL_grid)
+    LEVEL_stride_y_x = Div (input_canvas, LEVEL_grid)
     LEVEL_stride = Gather (LEVEL_stride_y_x, decode_x_y)
 """,
 }
 
 _CANDIDATES: Final = """
-candidates (int64[2] picture_canvas, int64[sizes, 2] picture_sizes, MAPS) => (
+candidates (int64[2] input_canvas, int64[sizes, 2] input_sizes, MAPS) => (
     float[batch, candidates, 4] candidate_boxes,
     float[batch, candidates] candidate_scores,
     int64[batch, candidates] candidate_labels
@@ -183,7 +183,7 @@ LEVELS
     candidate_scores = Concat <axis = 1> (ALL_scores)
     candidate_labels = Concat <axis = 1> (ALL_labels)
 
-    decode_limits = Gather <axis = 1> (picture_sizes, decode_sides)
+    decode_limits = Gather <axis = 1> (input_sizes, decode_sides)
     decode_limit_rows = Unsqueeze (decode_limits, decode_second)
     decode_limit_pixels = Cast <to = 1> (decode_limit_rows)
     decode_not_below = Max (decode_boxes, decode_zero)
@@ -198,9 +198,9 @@ def map_names() -> list[str]:
 
 
 def surround(model: onnx.ModelProto, network: RetinaNet, *, classes: int) -> None:
-    """Turn a graph from pixels to maps into one from pictures to the seam."""
+    """Turn a graph from pixels to maps into one from images to the seam."""
     before, behind = (
-        onnx.parser.parse_graph(_PICTURE),
+        onnx.parser.parse_graph(_INPUT),
         onnx.parser.parse_graph(_candidates(network, classes)),
     )
     graph = model.graph
@@ -249,8 +249,8 @@ def _candidates(network: RetinaNet, classes: int) -> str:
 def _constants(network: RetinaNet) -> dict[str, NDArray[Any]]:
     """What the text leaves out: numbers that have to be exact."""
     return {
-        "picture_mean": network.mean.numpy(),
-        "picture_std": network.std.numpy(),
+        "input_mean": network.mean.numpy(),
+        "input_std": network.std.numpy(),
         "decode_offset": np.array(network.config.anchors.offset, dtype=np.float32),
         "decode_largest_scale": np.array(MAX_LOG_SCALE, dtype=np.float32),
         **dict(_of_levels(network)),

@@ -19,7 +19,7 @@ from service.errors import DataError
 LARGEST: Final = float(np.finfo(np.float16).max)
 
 HEADROOM: Final = 4.0
-"""Other pictures may reach higher than those that were tried."""
+"""Other images may reach higher than those that were tried."""
 
 _IN_HALF: Final = frozenset(
     ("Add", "Clip", "Concat", "Conv", "MaxPool", "Mul", "Pad", "Relu", "Reshape", "Resize")

@@ -30,7 +30,7 @@ from service.runtime.artifact import (
 )
 from service.runtime.detector import Detections, Detector
 
-VERIFIED_PICTURES: Final = 6
+VERIFIED_IMAGES: Final = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Reduction:
     """A smaller precision, and what it needs."""
 
     precision: Precision
-    pictures: Sequence[bytes]
+    images: Sequence[bytes]
     """Compressed; they show which activations there are."""
     accepted_loss: float | None = None
     """AP in points of 100; None: the precision's own."""
@@ -65,11 +65,11 @@ def release(
     canvas: Buckets | ShortSide | None,
     score: float | None,
     held_out: Dataset | None,
-    pictures: Sequence[bytes],
+    images: Sequence[bytes],
     calibrate_on: Dataset | None = None,
     reduction: Reduction | None = None,
 ) -> Release:
-    """Write a model file, verify it on `pictures` and, given `held_out` data, measure it.
+    """Write a model file, verify it on `images` and, given `held_out` data, measure it.
 
     With `held_out` the file says how well it detects there, and its thresholds are the ones of
     highest F1 for each class; `score` replaces these. `calibrate_on` gives data to calibrate the
@@ -90,7 +90,7 @@ def release(
             if score is None:
                 metadata = _with_thresholds(metadata, calibrate_on, found)
             replace_weights(draft, folded, metadata)
-        report = verify(checkpoint.build(), _open(draft), pictures, metadata.canvas)
+        report = verify(checkpoint.build(), _open(draft), images, metadata.canvas)
         done = Release(report, None, calibration)
         choose = score is None
         if reduction is None and held_out is not None:
@@ -99,7 +99,7 @@ def release(
             done = dataclasses.replace(done, evaluation=evaluation)
         if reduction is not None:
             smaller = Path(folder) / "smaller" / output.name
-            done = _reduce(done, draft, smaller, reduction, held_out, pictures, choose)
+            done = _reduce(done, draft, smaller, reduction, held_out, images, choose)
             draft = smaller
         draft.replace(output)
     write_checksum(output)
@@ -121,7 +121,7 @@ def _describe_calibration(metadata: Metadata, calibration: Calibration, data: Da
     told: dict[str, Any] = {
         "data": data.root.resolve().name,
         "split": data.split,
-        "pictures": calibration.pictures,
+        "pictures": calibration.images,
         "detections": calibration.detections,
         "d_ece_before": round(calibration.before, 4),
         "d_ece_cross_validated": round(calibration.after, 4),
@@ -133,7 +133,7 @@ def _describe_calibration(metadata: Metadata, calibration: Calibration, data: Da
 
 
 def _with_thresholds(metadata: Metadata, data: Dataset, found: Sequence[Detections]) -> Metadata:
-    """The thresholds of highest F1 on labelled pictures."""
+    """The thresholds of highest F1 on labelled images."""
     per_class = best_thresholds(data.samples, found, metadata.classes)
     rounded = {label: round(value, 2) for label, value in per_class.items()}
     thresholds = metadata.thresholds.model_copy(update={"per_class": rounded})
@@ -167,15 +167,15 @@ def _reduce(
     smaller: Path,
     reduction: Reduction,
     held_out: Dataset | None,
-    pictures: Sequence[bytes],
+    images: Sequence[bytes],
     choose_thresholds: bool,
 ) -> Release:
     """Write, verify and measure the file of smaller precision beside the float32 one."""
     precision = reduction.precision
-    write_reduced(full, smaller, precision, reduction.pictures)
+    write_reduced(full, smaller, precision, reduction.images)
     rule = read_artifact(full).metadata.canvas
-    report = verify_reduced(_open(full), _open(smaller), pictures, rule)
-    rows, measured = side_by_side({Precision.FP32: full, precision: smaller}, held_out, pictures)
+    report = verify_reduced(_open(full), _open(smaller), images, rule)
+    rows, measured = side_by_side({Precision.FP32: full, precision: smaller}, held_out, images)
     check_loss(rows[0], rows[1], reduction.accepted_loss)
     evaluation = None
     if held_out is not None:

@@ -1,7 +1,7 @@
 """Smaller model files: the network in float16 or int8, everything behind it in float32.
 
 What counts as the network is read from the graph: the convolutions and what lies between them.
-Normalisation of the picture before it, decoding, sigmoid and selection after it, inputs and
+Normalisation of the image before it, decoding, sigmoid and selection after it, inputs and
 outputs keep their types.
 """
 
@@ -106,7 +106,7 @@ def float_tensors(model: onnx.ModelProto, nodes: Iterable[onnx.NodeProto]) -> li
 def activation_ranges(
     model: onnx.ModelProto, tensors: Sequence[str], batches: Iterable[Batch]
 ) -> dict[str, Range]:
-    """Smallest and largest value of tensors over pictures."""
+    """Smallest and largest value of tensors over images."""
     watched = onnx.ModelProto()
     watched.CopyFrom(model)
     graph = watched.graph

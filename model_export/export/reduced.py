@@ -31,8 +31,8 @@ from service.runtime import devices
 from service.runtime.artifact import read_artifact, set_metadata
 from service.runtime.detector import Detections, Detector
 
-RANGE_PICTURES: Final = 32
-"""Pictures that show int8 what activations there are."""
+RANGE_IMAGES: Final = 32
+"""Images that show int8 what activations there are."""
 
 _ROUNDS: Final = 4
 
@@ -44,7 +44,7 @@ class Row:
     precision: Precision
     megabytes: float
     session: float
-    """Median of the session alone in milliseconds, one picture per call."""
+    """Median of the session alone in milliseconds, one image per call."""
     core: float
     """Median of the CPU time of the same call, over all cores, in milliseconds."""
     ap: float | None = None
@@ -53,16 +53,16 @@ class Row:
 
 
 def write_reduced(
-    source: Path, target: Path, precision: Precision, pictures: Sequence[bytes]
+    source: Path, target: Path, precision: Precision, images: Sequence[bytes]
 ) -> None:
-    """Write a float32 model file in another precision; compressed pictures show the ranges.
+    """Write a float32 model file in another precision; compressed images show the ranges.
 
     Raises DataError if the network does not fit into float16.
     """
     model = onnx.load(source)
     metadata = read_artifact(source).metadata
     part = network(model)
-    batches = (_batch(prepare(picture, metadata.canvas)) for picture in pictures)
+    batches = (_batch(prepare(image, metadata.canvas)) for image in images)
     if precision is Precision.FP16:
         half.check_fits(activation_ranges(model, float_tensors(model, part.nodes), batches))
         reduced = half.to_half(model, part)
@@ -77,15 +77,15 @@ def write_reduced(
 
 
 def side_by_side(
-    files: dict[Precision, Path], held_out: Dataset | None, pictures: Sequence[bytes]
+    files: dict[Precision, Path], held_out: Dataset | None, images: Sequence[bytes]
 ) -> tuple[list[Row], dict[Precision, tuple[Evaluation, list[Detections]]]]:
     """Rows for files of one network, and what was found in `held_out`, if it is given.
 
-    On the device that `auto` chooses. The session is timed on the pictures, the files in turn.
+    On the device that `auto` chooses. The session is timed on the images, the files in turn.
     """
     device = devices.resolve("auto").devices[0]
     detectors = [devices.open_detector(read_artifact(file), device) for file in files.values()]
-    times = _race(detectors, [prepare(each, detectors[0].metadata.canvas) for each in pictures])
+    times = _race(detectors, [prepare(each, detectors[0].metadata.canvas) for each in images])
     measured = {}
     if held_out is not None:
         measured = {name: evaluate_file(file, held_out) for name, file in files.items()}
@@ -132,13 +132,13 @@ def check_loss(full: Row, reduced: Row, accepted: float | None = None) -> None:
         )
 
 
-def _race(detectors: Sequence[Detector], pictures: Sequence[Prepared]) -> list[tuple[float, float]]:
-    """Median milliseconds of clock and of CPU for each detector, one picture per call.
+def _race(detectors: Sequence[Detector], images: Sequence[Prepared]) -> list[tuple[float, float]]:
+    """Median milliseconds of clock and of CPU for each detector, one image per call.
 
     They take turns, so that what else runs on the machine slows all of them.
     """
     spent: list[list[tuple[float, float]]] = [[] for _ in detectors]
-    batches = [_batch(each) for each in pictures]
+    batches = [_batch(each) for each in images]
     for turn in range(-1, _ROUNDS):
         for batch in batches:
             for detector, own in zip(detectors, spent, strict=True):

@@ -38,7 +38,7 @@ class VerificationError(RetinaserveError):
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """How far two sets of detections of the same pictures are apart."""
+    """How far two sets of detections of the same images are apart."""
 
     boxes: float
     """Largest difference of a corner's coordinate in canvas pixels."""
@@ -84,7 +84,7 @@ class Report:
     """The file against what it was written from."""
     in_company: Difference
     canvases: tuple[Size, ...]
-    pictures: int
+    images: int
     origin: str = "torch"
     """What the file was written from."""
 
@@ -92,12 +92,12 @@ class Report:
         canvases = ", ".join(f"{c.height}x{c.width}" for c in self.canvases)
         if not self.against.detections:
             return (
-                f"nothing to verify by: on {self.pictures} pictures, canvases {canvases}, "
+                f"nothing to verify by: on {self.images} images, canvases {canvases}, "
                 f"neither file nor {self.origin} found anything above score {SCORE}; "
                 "is it trained?"
             )
         return (
-            f"verified on {self.pictures} pictures, canvases {canvases}, "
+            f"verified on {self.images} images, canvases {canvases}, "
             f"batches of {', '.join(map(str, BATCH_SIZES))}\n"
             f"  {f'file against {self.origin}:':<27} {self.against}\n"
             f"  in a batch against alone:   {self.in_company}"
@@ -107,17 +107,17 @@ class Report:
 def verify(
     network: RetinaNet,
     detector: Detector,
-    pictures: Sequence[bytes],
+    images: Sequence[bytes],
     rule: Buckets | ShortSide,
 ) -> Report:
-    """Compare file and network on compressed pictures, over canvases and batch sizes.
+    """Compare file and network on compressed images, over canvases and batch sizes.
 
-    Every picture is tried on every canvas of the rule, so that padding is tried as well.
+    Every image is tried on every canvas of the rule, so that padding is tried as well.
     Raises VerificationError when they differ by more than the contract allows.
     """
     reference = CandidateNetwork(network.eval())
     report = _compare_all(
-        detector, lambda prepared: _run_torch(reference, prepared), pictures, rule, origin="torch"
+        detector, lambda prepared: _run_torch(reference, prepared), images, rule, origin="torch"
     )
     if not (report.against.agrees and report.in_company.agrees):
         raise VerificationError(f"the file does not do what the network does: {report}")
@@ -125,7 +125,7 @@ def verify(
 
 
 def verify_reduced(
-    full: Detector, reduced: Detector, pictures: Sequence[bytes], rule: Buckets | ShortSide
+    full: Detector, reduced: Detector, images: Sequence[bytes], rule: Buckets | ShortSide
 ) -> Report:
     """Compare a file of smaller precision with the float32 file that it was written from.
 
@@ -133,10 +133,10 @@ def verify_reduced(
     Raises VerificationError when it does, or when the file finds nothing where the other does.
     """
     report = _compare_all(
-        reduced, lambda prepared: _run(full, [prepared])[0], pictures, rule, origin="fp32"
+        reduced, lambda prepared: _run(full, [prepared])[0], images, rule, origin="fp32"
     )
     if not report.in_company.agrees:
-        raise VerificationError(f"the file's answer depends on a picture's company: {report}")
+        raise VerificationError(f"the file's answer depends on an image's company: {report}")
     if report.against.unpaired > report.against.detections:
         raise VerificationError(
             f"the file finds other things than the float32 file; keep --precision fp32: {report}"
@@ -147,7 +147,7 @@ def verify_reduced(
 def _compare_all(
     detector: Detector,
     origin_of: Callable[[Prepared], Detections],
-    pictures: Sequence[bytes],
+    images: Sequence[bytes],
     rule: Buckets | ShortSide,
     *,
     origin: str,
@@ -158,8 +158,8 @@ def _compare_all(
     canvases: dict[Size, None] = {}
     for one in rules:
         groups: dict[Size, list[Prepared]] = {}
-        for picture in pictures:
-            prepared = prepare(picture, one)
+        for image in images:
+            prepared = prepare(image, one)
             groups.setdefault(prepared.letterbox.canvas, []).append(prepared)
         for size, group in groups.items():
             canvases[size] = None
@@ -167,7 +167,7 @@ def _compare_all(
             for found, prepared in zip(alone, group, strict=True):
                 against |= compare(found, origin_of(prepared))
             in_company |= _compare_company(detector, group, alone)
-    return Report(against, in_company, tuple(canvases), len(pictures), origin)
+    return Report(against, in_company, tuple(canvases), len(images), origin)
 
 
 def _compare_company(

@@ -1,7 +1,7 @@
 """Backbones that give C3, C4 and C5, with torchvision's parameter names so its weights load.
 
 Batch norms are ordinary `BatchNorm2d` modules; `freeze_norms` keeps them in evaluation mode, which
-is what fine-tuning with few pictures per batch wants.
+is what fine-tuning with few images per batch wants.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class SamePadConv2d(nn.Conv2d):
     """A stride-2 3x3 convolution padded as TensorFlow's SAME does on even sizes.
 
     That is 0 left and top, 1 right and bottom; with other padding, weights trained there would
-    see the picture shifted by a pixel.
+    see the image shifted by a pixel.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -187,7 +187,7 @@ class Hinge(_DenseLoss):
 
 class _Mining(_Loss):
     keep: int = Field(default=128, ge=1)
-    """Anchors of each picture that learn."""
+    """Anchors of each image that learn."""
     nms_iou: float | None = Field(default=0.5, gt=0, le=1)
     """An anchor goes when a harder one overlaps it by more; null: none does.
 
@@ -209,7 +209,7 @@ class _Mining(_Loss):
 
 
 class Ohem(_Mining):
-    """Cross entropy on the hardest anchors of each picture only (arXiv 1604.03540)."""
+    """Cross entropy on the hardest anchors of each image only (arXiv 1604.03540)."""
 
     name: Literal["ohem"] = "ohem"
 
@@ -241,7 +241,7 @@ class OhemRatio(_Mining):
             always=used & foreground,
         )
         positive = hard[foreground[hard]][: max(1, round(self.keep / (1 + self.negatives)))]
-        # A picture without objects teaches as much as one with a single foreground anchor.
+        # An image without objects teaches as much as one with a single foreground anchor.
         wanted = round(max(1, len(positive)) * self.negatives)
         return _mask(torch.cat([positive, hard[~foreground[hard]][:wanted]]), used)
 

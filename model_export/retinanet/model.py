@@ -122,7 +122,7 @@ class RetinaNet(nn.Module):
         """Predictions for P3 to P7.
 
         `images` is uint8 (B, H, W, 3) RGB with H and W multiples of 32; `image_sizes` is int64
-        (B, 2), the height and width of each picture inside its canvas.
+        (B, 2), the height and width of each image inside its canvas.
         """
         features = self.fpn(self.backbone(self._normalise(images, image_sizes)))
         return [
@@ -157,7 +157,7 @@ class RetinaNet(nn.Module):
         ]
 
     def _normalise(self, images: Tensor, image_sizes: Tensor) -> Tensor:
-        """(B, 3, H, W): (pixels - mean) / std, and 0 outside the picture."""
+        """(B, 3, H, W): (pixels - mean) / std, and 0 outside the image."""
         pixels = images.permute(0, 3, 1, 2).to(self.mean.dtype)
         rows = torch.arange(images.shape[1], device=images.device)
         columns = torch.arange(images.shape[2], device=images.device)

@@ -41,7 +41,7 @@ class CandidateNetwork(nn.Module):
 def candidates(levels: Sequence[Level], image_sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Boxes (B, N, 4), scores (B, N) and labels (B, N) of each level's best pairs.
 
-    Scores are sigmoid(logit); boxes are clipped to the picture's (B, 2) height and width.
+    Scores are sigmoid(logit); boxes are clipped to the image's (B, 2) height and width.
     """
     boxes, scores, labels = [], [], []
     for level in levels:
@@ -82,7 +82,7 @@ def suppress(
     iou_threshold: float,
     max_detections: int,
 ) -> Tensor:
-    """Indices (D,) of one picture's detections, by falling score.
+    """Indices (D,) of one image's detections, by falling score.
 
     Of boxes (N, 4) with score strictly above `score_threshold`, a box goes when a better one of
     its own class overlaps it by strictly more than `iou_threshold`.

@@ -75,7 +75,7 @@ class StudyConfig(_Config):
     subset_seed: int = 0
     """Which subset. It does not change with the seeds of the runs."""
     merge_classes: str | None = Field(default=None, min_length=1)
-    """Every object becomes one of this class: a few hundred pictures cannot teach many classes."""
+    """Every object becomes one of this class: a few hundred images cannot teach many classes."""
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
     base: dict[str, Any] = Field(default_factory=dict)
     """A training config, as for `train --config`."""
@@ -198,7 +198,7 @@ def subset(dataset: Dataset, pictures: int | None, *, seed: int) -> Dataset:
         return dataset
     if pictures > len(dataset.samples):
         raise DataError(
-            f"{dataset.root}: {pictures} pictures of {dataset.split!r} are asked for, there are "
+            f"{dataset.root}: {pictures} images of {dataset.split!r} are asked for, there are "
             f"{len(dataset.samples)}"
         )
 
@@ -228,7 +228,7 @@ def merge_classes(dataset: Dataset, name: str | None) -> Dataset:
 def made_of(
     run: Run, training: Dataset, validation: Dataset, weights: Path | None
 ) -> dict[str, Any]:
-    """What a run's result hangs on: its settings, the pictures, the weights, as JSON has them."""
+    """What a run's result hangs on: its settings, the images, the weights, as JSON has them."""
 
     def pictures(dataset: Dataset) -> str:
         names = "\n".join(sample.path.name for sample in dataset.samples)

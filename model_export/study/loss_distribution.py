@@ -104,7 +104,7 @@ def collect(
     """Logits of a data set's foreground and of its background."""
     foreground, background = Histogram(), Histogram()
     network.eval()
-    for index in tqdm(range(len(examples)), desc="logits", unit="picture", disable=None):
+    for index in tqdm(range(len(examples)), desc="logits", unit="image", disable=None):
         batch = collate([examples[index]]).to(device)
         levels = network(batch.images, batch.image_sizes)
         logits = torch.cat([level.logits for level in levels], dim=1)[0]

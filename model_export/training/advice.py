@@ -27,7 +27,7 @@ CLEAR_SHARE: Final = 0.95
 _SMALLEST_CANVAS: Final = 256
 _LARGEST_CANVAS: Final = 1024
 _SQUARE: Final = 1.15
-"""Pictures whose sides differ by less get a square canvas."""
+"""Images whose sides differ by less get a square canvas."""
 _RARE_SHAPE: Final = 0.02
 _SEARCHED: Final = 2000
 """Boxes that the search looks at; the figures are of all."""
@@ -56,7 +56,7 @@ class Advice:
     canvas_kept: bool
     """The canvas is the one that was asked for."""
     smallest_canvas: Buckets
-    """The smallest one that shows the objects clearly, or the pictures' own size."""
+    """The smallest one that shows the objects clearly, or the images' own size."""
 
     def settings(self) -> dict[str, Any]:
         """The part of a config that is recommended."""
@@ -107,7 +107,7 @@ class Advice:
         if after.clear < CLEAR_SHARE:
             yield (
                 f"{1 - after.clear:.0%} of the objects stay below {CLEAR_SIDE:g} px: a larger "
-                "canvas (--canvas) has a finer grid; larger pictures, or tiles of these, show more"
+                "canvas (--canvas) has a finer grid; larger images, or tiles of these, show more"
             )
         yield "for --config (train --anchors auto takes the same):"
         yield yaml.safe_dump(self.settings(), sort_keys=False, default_flow_style=None).rstrip()
@@ -117,7 +117,7 @@ def advise(training: Dataset, config: TrainConfig) -> Advice:
     """Canvas and anchors for a train split; a canvas that the config names is kept.
 
     The canvas is the smallest that shows CLEAR_SHARE of the objects at CLEAR_SIDE, and no larger
-    than the pictures, which enlarging makes no clearer. Raises DataError without objects.
+    than the images, which enlarging makes no clearer. Raises DataError without objects.
     """
     samples = [sample for sample in training.samples if len(sample.boxes)]
     if not samples:
@@ -139,7 +139,7 @@ def advise(training: Dataset, config: TrainConfig) -> Advice:
 
 
 def choose_canvas(samples: Sequence[Sample]) -> Buckets:
-    """The smallest canvases, by the shapes of the pictures, that show the objects clearly."""
+    """The smallest canvases, by the shapes of the images, that show the objects clearly."""
     sides = np.array([sample.size for sample in samples], dtype=np.float64)
     own = float(np.percentile(sides.min(axis=1), 90))
     largest = min(_up(own), _LARGEST_CANVAS)
@@ -153,7 +153,7 @@ def choose_canvas(samples: Sequence[Sample]) -> Buckets:
 
 
 def _buckets(sides: NDArray[np.float64], short: int) -> Buckets:
-    """A canvas for lying, upright and square pictures, as far as they occur, commonest first."""
+    """A canvas for lying, upright and square images, as far as they occur, commonest first."""
     aspects = sides[:, 1] / sides[:, 0]
     kinds = np.sign(np.log(aspects)) * (np.abs(np.log(aspects)) > np.log(_SQUARE))
     sizes: dict[Size, int] = {}

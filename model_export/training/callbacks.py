@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 class Recorder(lightning.Callback):
     """After each epoch: validate if it is due, write metrics and curves, save checkpoints.
 
-    Every process validates its share of the pictures; the first one writes.
+    Every process validates its share of the images; the first one writes.
     """
 
     def __init__(self, output: Path, samples: Sequence[Sample], examples: Sequence[Example]):
@@ -172,7 +172,7 @@ def validate(
 def detect_example(
     network: torch.nn.Module, example: Example, placed: Letterbox, *, device: torch.device
 ) -> Detections:
-    """One picture's detections in original pixels, by torch alone."""
+    """One image's detections in original pixels, by torch alone."""
     batch = collate([example])
     sizes = batch.image_sizes.to(device)
     boxes, scores, labels = (

@@ -1,4 +1,4 @@
-"""Training curves as pictures, drawn from metrics.csv alone."""
+"""Training curves as images, drawn from metrics.csv alone."""
 
 from __future__ import annotations
 

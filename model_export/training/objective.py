@@ -31,7 +31,7 @@ class Losses:
 def assign(
     anchors: Tensor, boxes: Sequence[Tensor], labels: Sequence[Tensor], matching: MatchingConfig
 ) -> list[Tensor]:
-    """For each picture with objects `boxes` [(n, 4)] what `match` says of anchors (A, 4).
+    """For each image with objects `boxes` [(n, 4)] what `match` says of anchors (A, 4).
 
     What is labelled CROWD claims no anchor, and those that lie in it by half and would be
     background are ignored: there are objects in it.
@@ -71,7 +71,7 @@ def detection_loss(
     matching: MatchingConfig,
     loss: LossConfig,
 ) -> Losses:
-    """Loss of a batch of B pictures with objects `boxes` [(n, 4)] and `labels` [(n,)].
+    """Loss of a batch of B images with objects `boxes` [(n, 4)] and `labels` [(n,)].
 
     Both parts are sums over all anchors times the `normaliser` of this batch.
     """
@@ -94,8 +94,8 @@ def assigned_loss(
     anchors = torch.cat([level.anchors for level in levels])
     classification = logits.new_zeros((), dtype=torch.float32)
     regression = logits.new_zeros((), dtype=torch.float32)
-    pictures = zip(assigned, boxes, labels, strict=True)
-    for index, (matched, objects, classes) in enumerate(pictures):
+    images = zip(assigned, boxes, labels, strict=True)
+    for index, (matched, objects, classes) in enumerate(images):
         used = matched != IGNORED
         foreground = matched >= 0
         targets = torch.zeros_like(logits[index], dtype=torch.float32)

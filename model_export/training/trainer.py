@@ -82,7 +82,7 @@ def train(
     if config.batch_size < place.size:
         raise DataError(
             f"batch_size {config.batch_size} cannot be shared by {place.size} processes: "
-            "it counts the pictures of all of them"
+            "it counts the images of all of them"
         )
     lightning.seed_everything(config.seed, verbose=False)
     output.mkdir(parents=True, exist_ok=True)
@@ -100,7 +100,7 @@ def train(
     if config.compile and compiler_works(accelerator):
         network.compile()
     sampler, loader = _batches(config, training, place, accelerator)
-    held_out = _cache(share(validation.samples), config, place, title="val pictures")
+    held_out = _cache(share(validation.samples), config, place, title="val images")
     trainer = lightning.Trainer(
         accelerator=accelerator,
         devices=devices,
@@ -147,7 +147,7 @@ def _batches(
     config: TrainConfig, training: Dataset, place: World, accelerator: str
 ) -> tuple[CanvasBatchSampler, DataLoader[Batch]]:
     """All processes walk the same batches, and each makes its own share of them."""
-    examples = _cache(training.samples, config, place, title="train pictures")
+    examples = _cache(training.samples, config, place, title="train images")
     sampler = CanvasBatchSampler(
         examples.canvases, batch_size=config.batch_size, seed=config.seed, drop_last=True
     )

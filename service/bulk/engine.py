@@ -1,6 +1,6 @@
 """Detects on parts in one process: the service's pipeline, fed from the listing.
 
-As many pictures are on their way as keep every thread busy, and no more: memory does not grow with
+As many images are on their way as keep every thread busy, and no more: memory does not grow with
 the run.
 """
 
@@ -30,7 +30,7 @@ from service.engine.work import Outcome, Servable
 from service.errors import BulkFailed, InferenceFailed, RetinaserveError, Unavailable
 from service.filenames import one_line
 from service.imaging.canvas import Size
-from service.imaging.decode import Prepared, held_picture, prepare
+from service.imaging.decode import Prepared, held_image, prepare
 from service.imaging.memory_budget import DecodeMemory
 from service.runtime.artifact import Artifact, Entry
 from service.runtime.cpu_concurrency import SideBySide
@@ -39,9 +39,9 @@ from service.runtime.devices import Hardware
 from service.settings import Settings
 
 _FOREVER: Final = 1e7
-"""Seconds until a picture would be late: nobody waits for it."""
+"""Seconds until an image would be late: nobody waits for it."""
 _REMOTE_READERS: Final = 32
-"""Decode threads where pictures come over a network: they mostly wait."""
+"""Decode threads where images come over a network: they mostly wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Engine:
     def __init__(
         self, run: Run, model: Servable, hardware: Hardware, settings: Settings, *, cores: int
     ) -> None:
-        """`cores` is how many pictures are decoded at a time."""
+        """`cores` is how many images are decoded at a time."""
         parameters = run.manifest.parameters
         self._run = run
         self._model = model
@@ -87,11 +87,11 @@ class Engine:
             watchdog_seconds=settings.watchdog_seconds,
         )
         self._window = 2 * (batch * len(model.detectors) + threads)
-        """Pictures on their way: each thread has one in hand, and finds the next one waiting."""
+        """Images on their way: each thread has one in hand, and finds the next one waiting."""
         # One thread each: a Parquet file is read in order, and parts are written one by one.
         self._reading = ThreadPoolExecutor(1, thread_name_prefix="listing")
         self._writing = ThreadPoolExecutor(1, thread_name_prefix="writing")
-        # Large pictures lie decoded in memory while their tiles are detected.
+        # Large images lie decoded in memory while their tiles are detected.
         self._laying_out = ThreadPoolExecutor(1 + devices, thread_name_prefix="tiles")
         self._decoded = asyncio.Semaphore(1 + devices)
 
@@ -112,20 +112,20 @@ class Engine:
         parts: Iterable[int],
         *,
         again: bool = False,
-        on_picture: Callable[[bool], None] = lambda failed: None,
+        on_image: Callable[[bool], None] = lambda failed: None,
         on_part: Callable[[Done], None] = lambda done: None,
     ) -> None:
         """Detect on these parts, and write each one once it is complete.
 
-        With `again` they are finished parts, of which only failed pictures are detected.
-        `on_picture` hears of each picture whether it failed. Raises BulkFailed.
+        With `again` they are finished parts, of which only failed images are detected.
+        `on_image` hears of each image whether it failed. Raises BulkFailed.
         """
         most = self._settings.max_body_bytes
         feed = Feed(self._run, parts, again=again, most=most, pool=self._reading)
         try:
             async with asyncio.TaskGroup() as group:
                 for _ in range(self._window):
-                    group.create_task(self._work(feed, on_picture, on_part))
+                    group.create_task(self._work(feed, on_image, on_part))
         except ExceptionGroup as errors:
             first = errors.exceptions[0]
             if isinstance(first, (RetinaserveError, OSError, pa.ArrowException)):
@@ -133,19 +133,19 @@ class Engine:
             raise first from None
 
     async def _work(
-        self, feed: Feed, on_picture: Callable[[bool], None], on_part: Callable[[Done], None]
+        self, feed: Feed, on_image: Callable[[bool], None], on_part: Callable[[Done], None]
     ) -> None:
-        """One picture after the other, until there is none left."""
+        """One image after the other, until there is none left."""
         loop = asyncio.get_running_loop()
         while (job := await feed.next()) is not None:
             part, source = job
             row = await self._row(part.paths[source.number], source)
             part.rows[source.number] = row
             part.missing -= 1
-            on_picture(row.error is not None)
+            on_image(row.error is not None)
             if not part.missing:
                 on_part(await loop.run_in_executor(self._writing, self._write, part))
-            # While this waits for its next picture, nothing of this one stays in memory.
+            # While this waits for its next image, nothing of this one stays in memory.
             del job, part, source, row
 
     async def _row(self, path: str, source: Source) -> Row:
@@ -155,7 +155,7 @@ class Engine:
             else:
                 image, found = await self._tiled(source)
         except Unavailable:
-            # It is the device that failed, and not the picture.
+            # It is the device that failed, and not the image.
             raise
         except RetinaserveError as error:
             failure = error
@@ -211,7 +211,7 @@ class Engine:
 
     def _lay_out(self, source: Source) -> Canvases:
         rule, most = self._model.metadata.canvas, self._settings.max_image_pixels
-        with held_picture(source.load(), memory=self._memory, max_pixels=most) as opened:
+        with held_image(source.load(), memory=self._memory, max_pixels=most) as opened:
             return lay_out(opened, plan(opened.size, rule, self._tile), rule)
 
     def _write(self, part: Part) -> Done:

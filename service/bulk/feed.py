@@ -1,4 +1,4 @@
-"""The pictures of the parts that are to be done, one by one, read ahead in a thread."""
+"""The images of the parts that are to be done, one by one, read ahead in a thread."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 from service.bulk.parts import Row, part_name, read_rows
-from service.bulk.reading import Numbered, PictureReader, Source
+from service.bulk.reading import ImageReader, Numbered, Source
 from service.bulk.run import Run
 
 
 class Part:
-    """What came of a part's pictures so far."""
+    """What came of a part's images so far."""
 
     def __init__(self, number: int, paths: list[str], rows: list[Row | None]) -> None:
-        """`rows` are None where a picture is still to be detected."""
+        """`rows` are None where an image is still to be detected."""
         self.number = number
         self.paths = paths
         self.rows = rows
@@ -30,13 +30,13 @@ class Feed:
     def __init__(
         self, run: Run, parts: Iterable[int], *, again: bool, most: int, pool: ThreadPoolExecutor
     ) -> None:
-        """With `again` the parts are finished, and their failed pictures are what is to be done.
+        """With `again` the parts are finished, and their failed images are what is to be done.
 
-        A picture has `most` bytes at most. `pool` has one thread, so that files are read in order.
+        An image has `most` bytes at most. `pool` has one thread, so that files are read in order.
         """
         self._run = run
         self._again = again
-        self._reader = PictureReader(run.manifest.column, most)
+        self._reader = ImageReader(run.manifest.column, most)
         self._jobs = self._all(parts)
         self._pool = pool
         self._ahead: deque[tuple[Part, Source]] = deque()
@@ -45,7 +45,7 @@ class Feed:
         self._over = False
 
     async def next(self) -> tuple[Part, Source] | None:
-        """A picture and its part; None when there are no more. Raises what reading raises."""
+        """An image and its part; None when there are no more. Raises what reading raises."""
         while not self._ahead:
             async with self._turn:
                 if self._over:

@@ -1,4 +1,4 @@
-"""Where pictures and results lie: this machine's files, or whatever fsspec reaches by a URL."""
+"""Where images and results lie: this machine's files, or whatever fsspec reaches by a URL."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def files_of(name: str) -> Files:
 def full_name(given: str) -> str:
     """An absolute path or a URL for what a user wrote.
 
-    >>> full_name("s3://pictures/2024/"), full_name("file:///data/a.jpg")
-    ('s3://pictures/2024', '/data/a.jpg')
+    >>> full_name("s3://images/2024/"), full_name("file:///data/a.jpg")
+    ('s3://images/2024', '/data/a.jpg')
     """
     if given.startswith("file://"):
         path = given.removeprefix("file://")
@@ -84,8 +84,8 @@ def full_name(given: str) -> str:
 def join(folder: str, name: str) -> str:
     """A name below a folder; a full name stays what it is.
 
-    >>> join("s3://pictures", "a/b.jpg"), join("/data", "/other/b.jpg")
-    ('s3://pictures/a/b.jpg', '/other/b.jpg')
+    >>> join("s3://images", "a/b.jpg"), join("/data", "/other/b.jpg")
+    ('s3://images/a/b.jpg', '/other/b.jpg')
     """
     if "://" in name or Path(name).is_absolute():
         return full_name(name)
@@ -97,8 +97,8 @@ def parent(name: str) -> str:
     return name.rpartition("/")[0] if "://" in name else str(Path(name).parent)
 
 
-def read_picture(name: str, most: int) -> bytes:
-    """A picture's bytes. Raises Unreadable, or TooLarge for more than `most`."""
+def read_image(name: str, most: int) -> bytes:
+    """An image's bytes. Raises Unreadable, or TooLarge for more than `most`."""
     try:
         data = files_of(name).read(name, most + 1)
     except OSError as error:
@@ -155,7 +155,7 @@ class LocalFiles:
 
     def read(self, name: str, most: int) -> bytes:
         """The content, or its first `most` bytes."""
-        # For every picture: Path and buffers would take longer than the system does.
+        # For every image: Path and buffers would take longer than the system does.
         number = _open_plain(name)
         try:
             wanted = min(os.fstat(number).st_size + 1, most)

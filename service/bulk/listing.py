@@ -1,6 +1,6 @@
-"""The pictures of a run, listed once into one Parquet file, a row group for each part.
+"""The images of a run, listed once into one Parquet file, a row group for each part.
 
-So every part knows its pictures whatever happens to the input meanwhile, and no process ever has
+So every part knows its images whatever happens to the input meanwhile, and no process ever has
 more than one part's names in memory.
 """
 
@@ -32,14 +32,14 @@ _NAMES_AT_A_TIME: Final = 10_000
 
 
 class Item(NamedTuple):
-    """One picture of the listing."""
+    """One image of the listing."""
 
     path: str
     """How the output names it: as `written`."""
     file: str
-    """Full name of the picture, or of the Parquet file that holds it."""
+    """Full name of the image, or of the Parquet file that holds it."""
     group: int | None = None
-    """Row group of that Parquet file; None: the file is the picture."""
+    """Row group of that Parquet file; None: the file is the image."""
     row: int | None = None
     """Row in that group."""
 
@@ -52,7 +52,7 @@ class Lister:
     ) -> None:
         """`column` of Parquet files has paths or bytes; None: the only column that could.
 
-        `name_column` has what the output calls a picture.
+        `name_column` has what the output calls an image.
         """
         self.column = column
         """Known at the latest once a Parquet file was met."""
@@ -61,7 +61,7 @@ class Lister:
         self._tables = column is not None
 
     def items(self) -> Iterator[Item]:
-        """Every picture, in an order that depends on the input alone. Raises DataError."""
+        """Every image, in an order that depends on the input alone. Raises DataError."""
         for given in self._inputs:
             nothing = True
             for name in walk(given, self._wanted):
@@ -82,7 +82,7 @@ class Lister:
         if self._tables:
             return "no Parquet file there"
         kinds = ", ".join(sorted(SUFFIXES))
-        return f"no picture there ({kinds}; for a folder of Parquet files give --column)"
+        return f"no image there ({kinds}; for a folder of Parquet files give --column)"
 
     def _rows(self, name: str) -> Iterator[Item]:
         try:
@@ -111,7 +111,7 @@ class Lister:
                 values = _values(table, group, self.column)
             for row, (called, value) in enumerate(zip(named, values, strict=True)):
                 if value is None:
-                    # The row has the picture, or nothing, which is told when it is read.
+                    # The row has the image, or nothing, which is told when it is read.
                     path = f"{written(name)}#{before + row}" if called is None else str(called)
                     yield Item(path, name, group, row)
                 else:
@@ -133,7 +133,7 @@ class Listing:
 
     @property
     def count(self) -> int:
-        """Pictures."""
+        """Images."""
         return int(self._table.metadata.num_rows)
 
     @property
@@ -142,7 +142,7 @@ class Listing:
         return int(self._table.num_row_groups)
 
     def part(self, number: int) -> list[Item]:
-        """The pictures of a part."""
+        """The images of a part."""
         columns = self._table.read_row_group(number, use_threads=False).to_pydict()
         columns["file"] = [
             full_name(file) if file.startswith("file://") else file for file in columns["file"]
@@ -150,7 +150,7 @@ class Listing:
         return [Item(*values) for values in zip(*columns.values(), strict=True)]
 
     def items(self) -> Iterator[Item]:
-        """Every picture."""
+        """Every image."""
         for number in range(self.parts):
             yield from self.part(number)
 
@@ -161,7 +161,7 @@ class Listing:
 
 
 def write_listing(name: str, items: Iterator[Item], part_size: int) -> int:
-    """Write a listing, whole or not at all; how many pictures it has."""
+    """Write a listing, whole or not at all; how many images it has."""
     count = 0
     with (
         files_of(name).write(name) as file,
@@ -190,15 +190,15 @@ def difference(then: Listing, now: Iterable[Item]) -> str | None:
         after += new is not None
         if old != new and not found:
             was = "nothing" if old is None else old.path
-            found.append(f"picture {max(before, after)} was {was}, now it is ")
+            found.append(f"image {max(before, after)} was {was}, now it is ")
             found.append("nothing" if new is None else new.path)
-    return f"{before} pictures then, {after} now; {''.join(found)}" if found else None
+    return f"{before} images then, {after} now; {''.join(found)}" if found else None
 
 
 def holds_bytes(kind: pa.DataType) -> bool:
-    """Whether a Parquet column of this type holds pictures, and not their paths.
+    """Whether a Parquet column of this type holds images, and not their paths.
 
-    Structs with a field `bytes` are how some data sets keep pictures.
+    Structs with a field `bytes` are how some data sets keep images.
     """
     if pa.types.is_struct(kind):
         return bool(kind.get_field_index("bytes") >= 0)
@@ -221,7 +221,7 @@ def _only_column(name: str, schema: pa.Schema) -> str:
     fitting = [f.name for f in schema if holds_bytes(f.type) or _holds_text(f.type)]
     if len(fitting) != 1:
         raise DataError(
-            f"{name}: which column has the pictures, as paths or as bytes? Give --column; "
+            f"{name}: which column has the images, as paths or as bytes? Give --column; "
             f"there is {', '.join(schema.names)}"
         )
     return str(fitting[0])

@@ -17,7 +17,7 @@ from service.system.memory import keep_freed_memory
 
 
 class LocalDetection:
-    """Made before the pictures are listed: a device that cannot be used is told at once."""
+    """Made before the images are listed: a device that cannot be used is told at once."""
 
     def __init__(self, artifact: Artifact, settings: Settings) -> None:
         """Raises DeviceError."""
@@ -53,11 +53,11 @@ class LocalDetection:
 async def _detect(
     engine: Engine, todo: Todo, progress: Progress, on_part: Callable[[Done], None]
 ) -> None:
-    def on_picture(failed: bool) -> None:
+    def on_image(failed: bool) -> None:
         progress.add(failed=failed)
 
-    await engine.detect(todo.again, again=True, on_picture=on_picture, on_part=on_part)
-    await engine.detect(todo.parts, on_picture=on_picture, on_part=on_part)
+    await engine.detect(todo.again, again=True, on_image=on_image, on_part=on_part)
+    await engine.detect(todo.parts, on_image=on_image, on_part=on_part)
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:

@@ -1,4 +1,4 @@
-"""The output: a Parquet file for each part, one row for each picture."""
+"""The output: a Parquet file for each part, one row for each image."""
 
 from __future__ import annotations
 
@@ -38,38 +38,38 @@ PART_KEY: Final = b"retinaserve.part"
 
 
 class Found(NamedTuple):
-    """What a picture holds."""
+    """What an image holds."""
 
     image: Size
     detections: Detections
 
 
 class Row(NamedTuple):
-    """What came of a picture."""
+    """What came of an image."""
 
     path: str
     found: Found | None
     error: str | None
-    """What is wrong, as "slug: detail"; None where it was found out what the picture holds."""
+    """What is wrong, as "slug: detail"; None where it was found out what the image holds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
     """What came of a part, or of a run."""
 
-    pictures: int = 0
+    images: int = 0
     detections: int = 0
     errors: Counter[str] = field(default_factory=Counter)
-    """Pictures that failed, by what the error is called."""
+    """Images that failed, by what the error is called."""
 
     @property
     def failed(self) -> int:
-        """Pictures that failed."""
+        """Images that failed."""
         return self.errors.total()
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(
-            self.pictures + other.pictures,
+            self.images + other.images,
             self.detections + other.detections,
             self.errors + other.errors,
         )
@@ -77,7 +77,7 @@ class Counts:
     def to_json(self) -> dict[str, Any]:
         """As JSON has it."""
         return {
-            "pictures": self.pictures,
+            "pictures": self.images,
             "failed": self.failed,
             "errors": dict(sorted(self.errors.items())),
             "detections": self.detections,
@@ -130,7 +130,7 @@ def read_rows(name: str) -> list[Row]:
 
 
 def count(rows: Sequence[Row]) -> Counts:
-    """What came of so many pictures."""
+    """What came of so many images."""
     return Counts(
         len(rows),
         sum(len(row.found.detections) for row in rows if row.found is not None),

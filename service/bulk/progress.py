@@ -12,10 +12,10 @@ _LINE_SECONDS: Final = 30.0
 
 
 class Progress:
-    """Pictures, pictures a second, failed ones and the time left. For one thread at a time."""
+    """Images, images a second, failed ones and the time left. For one thread at a time."""
 
     def __init__(self, total: int, *, done: int, failed: int) -> None:
-        """`done` of the pictures were finished before, `failed` of them in vain."""
+        """`done` of the images were finished before, `failed` of them in vain."""
         self._total = total
         self._done = self._before = done
         self._failed = failed
@@ -23,7 +23,7 @@ class Progress:
         self._bar = tqdm(
             total=total,
             initial=done,
-            unit="picture",
+            unit="image",
             file=sys.stderr,
             disable=not sys.stderr.isatty(),
             smoothing=0.05,
@@ -34,20 +34,20 @@ class Progress:
         """Whatever took its time before, such as loading the model, does not count."""
         self._started = self._told = time.monotonic()
 
-    def add(self, pictures: int = 1, failed: int = 0) -> None:
+    def add(self, images: int = 1, failed: int = 0) -> None:
         """So many more are done."""
-        self._done += pictures
+        self._done += images
         if failed:
             self._failed += failed
             self._show()
-        self._bar.update(pictures)
+        self._bar.update(images)
         if self._bar.disable and time.monotonic() >= self._told + _LINE_SECONDS:
             self._told = time.monotonic()
             print(f"retinaserve: {self.line()}", file=sys.stderr, flush=True)
 
     @property
     def rate(self) -> float:
-        """Pictures a second, since this began."""
+        """Images a second, since this began."""
         return (self._done - self._before) / max(1e-9, time.monotonic() - self._started)
 
     def line(self) -> str:
@@ -56,7 +56,7 @@ class Progress:
         if self.rate:
             left = tqdm.format_interval((self._total - self._done) / self.rate)
         return (
-            f"{self._done} of {self._total} pictures, {self.rate:.1f}/s, {self._failed} failed, "
+            f"{self._done} of {self._total} images, {self.rate:.1f}/s, {self._failed} failed, "
             f"{left} left"
         )
 

@@ -1,7 +1,7 @@
 """The run on a Ray cluster: Ray Data maps a pool of actors, a detector each, over the parts.
 
-A part goes to an actor as its number. The actor reads listing and pictures and writes the part
-itself, so that neither pictures nor results travel through the object store; what comes back are
+A part goes to an actor as its number. The actor reads listing and images and writes the part
+itself, so that neither images nor results travel through the object store; what comes back are
 counts. Where an actor or its node is lost, Ray starts another one and gives it the part again.
 """
 
@@ -82,7 +82,7 @@ def connected(
 
 
 class RayDetection:
-    """Made before the pictures are listed: a cluster that cannot be reached is told at once."""
+    """Made before the images are listed: a cluster that cannot be reached is told at once."""
 
     def __init__(self, artifact: Artifact, settings: Settings, chosen: Share) -> None:
         """For a process that is connected."""
@@ -190,13 +190,11 @@ class Detection:
         done: list[Done] = []
         looked_at: Counter[bool] = Counter()
 
-        def on_picture(failed: bool) -> None:
+        def on_image(failed: bool) -> None:
             looked_at[failed] += 1
 
         if self._engine is not None:
-            job = self._engine.detect(
-                [number], again=again, on_picture=on_picture, on_part=done.append
-            )
+            job = self._engine.detect([number], again=again, on_image=on_image, on_part=done.append)
             try:
                 self._runner.run(job)
             except BulkFailed as error:

@@ -1,4 +1,4 @@
-"""Pictures of a part, ready to be read: each from its file, or row by row from Parquet."""
+"""Images of a part, ready to be read: each from its file, or row by row from Parquet."""
 
 from __future__ import annotations
 
@@ -10,45 +10,45 @@ from typing import Any, BinaryIO, Final, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from service.bulk.files import check_bytes, files_of, read_picture
+from service.bulk.files import check_bytes, files_of, read_image
 from service.bulk.listing import Item
 from service.errors import RetinaserveError, Unreadable
 from service.filenames import written
 
 _FILES_AT_A_TIME: Final = 64
 _ROWS_AT_A_TIME: Final = 8
-"""Pictures that are in memory before their turn."""
+"""Images that are in memory before their turn."""
 _BUFFER: Final = 1 << 20
-"""Bytes of a Parquet column that are read at a time: a row group may hold gigabytes of pictures."""
+"""Bytes of a Parquet column that are read at a time: a row group may hold gigabytes of images."""
 
 
 class Numbered(NamedTuple):
-    """A picture of a part."""
+    """An image of a part."""
 
     number: int
     item: Item
 
 
 class Source(NamedTuple):
-    """A picture of a part that can be read now."""
+    """An image of a part that can be read now."""
 
     number: int
     load: Callable[[], bytes | memoryview]
     """For any thread, once. Raises RetinaserveError."""
 
 
-class PictureReader:
+class ImageReader:
     """For one thread. Goes on in a Parquet file where the part before has ended."""
 
     def __init__(self, column: str | None, most: int) -> None:
-        """`column` has the pictures, `most` is how many bytes one may have."""
+        """`column` has the images, `most` is how many bytes one may have."""
         self._column = column
         self._most = most
         self._rows: _Rows | None = None
 
-    def sources(self, pictures: Sequence[Numbered]) -> Iterator[list[Source]]:
-        """Pictures in their order, a few at a time."""
-        for (file, group), run in groupby(pictures, _place):
+    def sources(self, images: Sequence[Numbered]) -> Iterator[list[Source]]:
+        """Images in their order, a few at a time."""
+        for (file, group), run in groupby(images, _place):
             if group is None:
                 yield from self._files(list(run))
             else:
@@ -63,7 +63,7 @@ class PictureReader:
     def _files(self, run: Sequence[Numbered]) -> Iterator[list[Source]]:
         for first in range(0, len(run), _FILES_AT_A_TIME):
             yield [
-                Source(number, partial(read_picture, item.file, self._most))
+                Source(number, partial(read_image, item.file, self._most))
                 for number, item in run[first : first + _FILES_AT_A_TIME]
             ]
 
@@ -93,7 +93,7 @@ class PictureReader:
         if pa.types.is_struct(value.type):
             value = value["bytes"] if value.is_valid else pa.scalar(None, pa.binary())
         if not (value.is_valid and hasattr(value, "as_buffer")):
-            raise Unreadable("the Parquet row holds no picture")
+            raise Unreadable("the Parquet row holds no image")
         return memoryview(check_bytes(value.as_buffer(), self._most))
 
 
@@ -127,8 +127,8 @@ class _Rows:
         self._file.close()
 
 
-def _place(picture: Numbered) -> tuple[str, int | None]:
-    item = picture.item
+def _place(image: Numbered) -> tuple[str, int | None]:
+    item = image.item
     return ("", None) if item.group is None else (item.file, item.group)
 
 

@@ -1,8 +1,8 @@
 """A run: what it is over, by which model, with which parameters; and which of its parts are done.
 
 OUTPUT/part-0000000.parquet …   the results
-OUTPUT/_run/manifest.json       what the run is; there once the pictures are listed
-OUTPUT/_run/listing.parquet     its pictures
+OUTPUT/_run/manifest.json       what the run is; there once the images are listed
+OUTPUT/_run/listing.parquet     its images
 OUTPUT/_run/summary.json        what came of it; there once it is finished
 """
 
@@ -32,7 +32,7 @@ _LOOKERS: Final = 16
 
 
 class Parameters(BaseModel):
-    """What decides on a picture's detections, beside the model. None: the model's own."""
+    """What decides on an image's detections, beside the model. None: the model's own."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -110,7 +110,7 @@ class Todo(NamedTuple):
     parts: Sequence[int]
     """Parts that are not there."""
     again: Sequence[int] = ()
-    """Parts that are there, whose failed pictures get another try."""
+    """Parts that are there, whose failed images get another try."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +143,7 @@ class Run:
 
 
 def begin(output: str, wanted: Manifest, lister: Lister) -> None:
-    """List the pictures of a new run and write down what it is. Raises DataError."""
+    """List the images of a new run and write down what it is. Raises DataError."""
     files = files_of(output)
     if any(_PART.fullmatch(entry.name) for entry in files.scan(output)):
         raise DataError(
@@ -193,8 +193,8 @@ def check_same(run: Run, wanted: Manifest, lister: Lister | None) -> None:
         )
     if lister is not None and (found := difference(run.listing, lister.items())) is not None:
         raise DataError(
-            f"{run.output} has a run over other pictures: {found}. --as-listed resumes it with "
-            "the pictures that it began with; another --output begins anew"
+            f"{run.output} has a run over other images: {found}. --as-listed resumes it with "
+            "the images that it began with; another --output begins anew"
         )
 
 

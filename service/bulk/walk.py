@@ -1,4 +1,4 @@
-"""What a user named, file by file: a picture, a folder with all below it, a glob.
+"""What a user named, file by file: an image, a folder with all below it, a glob.
 
 Always in the same order, with no more in memory than the names of one folder and of those above.
 A folder below the one that is named, which cannot be listed, comes in place of its files: reading

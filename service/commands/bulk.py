@@ -1,4 +1,4 @@
-"""`retinaserve bulk`: any number of pictures to detections in Parquet files, resumable."""
+"""`retinaserve bulk`: any number of images to detections in Parquet files, resumable."""
 
 from __future__ import annotations
 
@@ -81,12 +81,12 @@ class Engine(Protocol):
 
 
 def run(asked: Asked) -> tuple[int, int]:
-    """Detect whatever is not done yet; the pictures that failed, and a status for the process.
+    """Detect whatever is not done yet; the images that failed, and a status for the process.
 
     Prints a summary as JSON. Raises DataError, ArtifactError, UnknownModel, InvalidParameter or
-    DeviceError before any picture is touched, BulkFailed after.
+    DeviceError before any image is touched, BulkFailed after.
     """
-    # Pillow words its warnings after each odd picture, and Python remembers each wording.
+    # Pillow words its warnings after each odd image, and Python remembers each wording.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     output = full_name(asked.output)
     try:
@@ -120,7 +120,7 @@ def _run(asked: Asked, output: str, stack: ExitStack) -> dict[str, Any]:
     started = time.monotonic()
     total, before = opened.manifest.pictures, sum(done.values(), Counts())
     again = sum(done[number].failed for number in todo.again)
-    progress = Progress(total, done=before.pictures - again, failed=before.failed - again)
+    progress = Progress(total, done=before.images - again, failed=before.failed - again)
     stack.callback(progress.close)
 
     def on_part(part: Done) -> None:
@@ -135,7 +135,7 @@ def _run(asked: Asked, output: str, stack: ExitStack) -> dict[str, Any]:
         "model": opened.manifest.model.model_dump(include={"name", "version"}),
         **counts.to_json(),
         "parts": opened.parts,
-        "already_done": {"pictures": before.pictures, "parts": opened.parts - len(todo.parts)},
+        "already_done": {"pictures": before.images, "parts": opened.parts - len(todo.parts)},
         "seconds": round(time.monotonic() - started, 2),
         "pictures_per_second": round(progress.rate, 2),
     }
@@ -166,7 +166,7 @@ def _real(name: str) -> str:
 
 
 def _manifest(asked: Asked, settings: Settings, model: FoundModel) -> Manifest:
-    """What is wanted, but for the pictures. Raises InvalidParameter."""
+    """What is wanted, but for the images. Raises InvalidParameter."""
     metadata = model.artifact.metadata
     classes = split_classes(asked.classes, metadata.classes) if asked.classes else None
     resolve(metadata, classes=classes)
@@ -215,7 +215,7 @@ def _open(asked: Asked, output: str, wanted: Manifest, stack: ExitStack) -> Run:
     lister = Lister(asked.inputs, column=asked.column, name_column=asked.name_column)
     resumed = has_begun(output)
     if not resumed:
-        click.echo("retinaserve: listing the pictures", err=True)
+        click.echo("retinaserve: listing the images", err=True)
         begin(output, wanted, lister)
     opened = open_run(output)
     stack.callback(opened.listing.close)
@@ -230,7 +230,7 @@ def _announce(opened: Run, done: dict[int, Counts], engine: Engine) -> None:
     if manifest.retinaserve != package_version():
         there += f"; version {manifest.retinaserve} began it, this is {package_version()}"
     click.echo(
-        f"retinaserve: {manifest.pictures} pictures in {opened.parts} parts, "
+        f"retinaserve: {manifest.pictures} images in {opened.parts} parts, "
         f"{manifest.model.name} on {engine.where}{there}",
         err=True,
     )

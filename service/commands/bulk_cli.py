@@ -36,7 +36,7 @@ from service.commands.options import devices_option, models_option
 @click.option(
     "--column",
     metavar="NAME",
-    help="INPUT is Parquet, and this column has paths, URLs or the bytes of pictures.",
+    help="INPUT is Parquet, and this column has paths, URLs or the bytes of images.",
 )
 @click.option(
     "--name-column", metavar="NAME", help="Column of what `path` is to say in the output."
@@ -52,7 +52,7 @@ from service.commands.options import devices_option, models_option
     help="A box that overlaps a better one of its class by more is suppressed.",
 )
 @click.option(
-    "--max-detections", type=click.IntRange(1, 1000), help="Most detections for a picture."
+    "--max-detections", type=click.IntRange(1, 1000), help="Most detections for an image."
 )
 @click.option("--classes", multiple=True, metavar="A,B", help="Only these classes; repeatable.")
 @click.option(
@@ -60,14 +60,14 @@ from service.commands.options import devices_option, models_option
     default="off",
     show_default=True,
     metavar="off|auto|N",
-    help="Cut large pictures into overlapping tiles, as `retinaserve detect` does.",
+    help="Cut large images into overlapping tiles, as `retinaserve detect` does.",
 )
 @click.option(
     "--part-size",
     type=click.IntRange(1, 1_000_000),
     default=1000,
     show_default=True,
-    help="Pictures in one Parquet file: what is done again after a crash.",
+    help="Images in one Parquet file: what is done again after a crash.",
 )
 @click.option(
     "--concurrency",
@@ -83,10 +83,10 @@ from service.commands.options import devices_option, models_option
 @click.option(
     "--as-listed",
     is_flag=True,
-    help="Resume with the pictures that were listed first, whatever INPUT has now.",
+    help="Resume with the images that were listed first, whatever INPUT has now.",
 )
-@click.option("--retry-failed", is_flag=True, help="Try pictures again that failed before.")
-@click.option("--strict", is_flag=True, help="Exit with 1 if a picture failed.")
+@click.option("--retry-failed", is_flag=True, help="Try images again that failed before.")
+@click.option("--strict", is_flag=True, help="Exit with 1 if an image failed.")
 def bulk(
     inputs: tuple[str, ...],
     models_dir: Path | None,
@@ -94,9 +94,9 @@ def bulk(
     strict: bool,
     **options: Any,
 ) -> None:
-    """Detect objects in any number of pictures, into Parquet files; resumable.
+    """Detect objects in any number of images, into Parquet files; resumable.
 
-    INPUT is a folder, a glob, a picture, or Parquet; a path or a URL. A picture that fails has its
+    INPUT is a folder, a glob, an image, or Parquet; a path or a URL. An image that fails has its
     error in its row, and the others go on. What is finished stays: after a crash or a signal the
     same command goes on.
     """

@@ -18,7 +18,7 @@ import orjson
 from PIL import Image
 from tqdm import tqdm
 
-from service.bulk.files import files_of, read_picture
+from service.bulk.files import files_of, read_image
 from service.bulk.walk import walk_folder
 from service.commands.offline import find_model
 from service.engine import postprocessing as results
@@ -29,7 +29,7 @@ from service.errors import DataError, InferenceFailed, RetinaserveError
 from service.filenames import csv_cell, identity, one_line, refuse_to_replace, written
 from service.http.problems import problem_of
 from service.imaging.canvas import Buckets, ShortSide, Size
-from service.imaging.decode import SUFFIXES, decode, media_type, open_picture
+from service.imaging.decode import SUFFIXES, decode, media_type, open_image
 from service.runtime.detector import Detections, Detector
 from service.runtime.devices import open_detector, resolve
 from service.settings import Settings, load_settings
@@ -58,7 +58,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a picture holds, in original pixels."""
+    """What an image holds, in original pixels."""
 
     image: Size
     canvases: int | None
@@ -90,7 +90,7 @@ class Writer(Protocol):
     """One output format."""
 
     def add(self, index: int, source: Source, found: Found | RetinaserveError) -> None:
-        """Write one picture's result."""
+        """Write one image's result."""
 
     def close(self) -> None:
         """Write what comes last."""
@@ -111,7 +111,7 @@ def run(
     Raises DataError, ArtifactError, UnknownModel or DeviceError before any image is touched.
     """
     settings = load_settings(device=device)
-    sources = find_pictures(paths)
+    sources = find_images(paths)
     reader = Reader(settings)
     saver = None if save_dir is None else Saver(save_dir, sources, reader)
     loaded = load_model(settings, model, score_threshold)
@@ -124,7 +124,7 @@ def run(
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(cpu_count()))
         bar = stack.enter_context(
-            tqdm(total=len(sources), unit="picture", file=sys.stderr, disable=len(sources) == 1)
+            tqdm(total=len(sources), unit="image", file=sys.stderr, disable=len(sources) == 1)
         )
         answers = _detect_all(sources, loaded, pool, reader, tile)
         for index, (source, found) in enumerate(answers):
@@ -143,7 +143,7 @@ def run(
     return failed
 
 
-def find_pictures(paths: Sequence[Path]) -> list[Source]:
+def find_images(paths: Sequence[Path]) -> list[Source]:
     """Files as named, and every image below the folders, by name. Raises DataError.
 
     Folders that cannot be listed are among them: reading them fails.
@@ -155,7 +155,7 @@ def find_pictures(paths: Sequence[Path]) -> list[Source]:
             found = [Path(name) for name in walk_folder(str(path), _is_image)]
             if not found:
                 kinds = ", ".join(sorted(SUFFIXES))
-                raise DataError(f"{path}: no picture in this folder ({kinds})")
+                raise DataError(f"{path}: no image in this folder ({kinds})")
             pairs = [(p, p.relative_to(path)) for p in found]
         else:
             pairs = [(path, Path(path.name))]
@@ -176,11 +176,11 @@ class Reader:
 
     def read(self, path: Path) -> bytes:
         """The content of a regular file. Raises Unreadable or TooLarge."""
-        return read_picture(str(path), self._max_bytes)
+        return read_image(str(path), self._max_bytes)
 
     def lay_out(self, path: Path, rule: Buckets | ShortSide, tile: Tile) -> Canvases:
         """Raises MalformedImage, UnsupportedMedia or TooLarge."""
-        opened = open_picture(self.read(path), max_pixels=self._max_pixels)
+        opened = open_image(self.read(path), max_pixels=self._max_pixels)
         return lay_out(opened, plan(opened.size, rule, tile), rule)
 
     def decode(self, data: bytes) -> Image.Image:
@@ -253,9 +253,9 @@ def _detect_all(
     reader: Reader,
     tile: Tile,
 ) -> Iterator[tuple[Source, Found | RetinaserveError]]:
-    """In order; a few pictures are decoded ahead of the one in inference."""
+    """In order; a few images are decoded ahead of the one in inference."""
     ahead: deque[tuple[Source, Future[tuple[Canvases, float]]]] = deque()
-    # Pictures that are cut into tiles stay decoded in full until their turn: one is enough.
+    # Images that are cut into tiles stay decoded in full until their turn: one is enough.
     most = 2 * cpu_count() if tile == "off" else 1
     for source in sources:
         ahead.append((source, pool.submit(_prepare, source.path, loaded, reader, tile)))
@@ -286,7 +286,7 @@ def _detect_one(
         detections = detect(canvases, loaded.detector, loaded.selection)
     except Exception as error:
         # onnxruntime's errors share no base class that it documents.
-        return source, InferenceFailed(f"the model failed on this picture: {error}")
+        return source, InferenceFailed(f"the model failed on this image: {error}")
     inference_ms = (monotonic() - started) * 1e3
     timing = {
         "decode": round(decode_ms, 2),
@@ -307,18 +307,18 @@ def _writer(output: str, loaded: LoadedModel, *, alone: bool) -> Writer:
 
 
 class OneWriter:
-    """The answer of POST /v1/detect; nothing for a picture that failed."""
+    """The answer of POST /v1/detect; nothing for an image that failed."""
 
     def __init__(self, stream: TextIO, loaded: LoadedModel) -> None:
         self._stream = stream
         self._loaded = loaded
 
     def add(self, index: int, source: Source, found: Found | RetinaserveError) -> None:
-        """Write the one picture's result."""
+        """Write the one image's result."""
         if isinstance(found, Found):
             document = {
                 "model": self._loaded.to_json(),
-                **_picture_json(found, self._loaded),
+                **_image_json(found, self._loaded),
                 "timing_ms": found.timing_ms,
             }
             self._stream.write(orjson.dumps(document, option=orjson.OPT_INDENT_2).decode() + "\n")
@@ -328,7 +328,7 @@ class OneWriter:
 
 
 class BatchWriter:
-    """The answer of POST /v1/detect/batch, written as pictures finish; `id` is the path."""
+    """The answer of POST /v1/detect/batch, written as images finish; `id` is the path."""
 
     def __init__(self, stream: TextIO, loaded: LoadedModel) -> None:
         self._stream = stream
@@ -337,10 +337,10 @@ class BatchWriter:
         stream.write('{"results": [')
 
     def add(self, index: int, source: Source, found: Found | RetinaserveError) -> None:
-        """Write one picture's result."""
+        """Write one image's result."""
         answer: dict[str, Any] = {"index": index, "id": source.name}
         if isinstance(found, Found):
-            answer |= {"status": 200} | _picture_json(found, self._loaded)
+            answer |= {"status": 200} | _image_json(found, self._loaded)
         else:
             error = problem_of(found, instance=source.name, request_id="-")
             answer |= {"status": found.status, "error": error}
@@ -354,7 +354,7 @@ class BatchWriter:
 
 
 class CocoWriter:
-    """One list of COCO results; `image_id` counts the pictures, `file_name` says which it was."""
+    """One list of COCO results; `image_id` counts the images, `file_name` says which it was."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -362,7 +362,7 @@ class CocoWriter:
         stream.write("[")
 
     def add(self, index: int, source: Source, found: Found | RetinaserveError) -> None:
-        """Write one picture's detections."""
+        """Write one image's detections."""
         if not isinstance(found, Found):
             return
         for row in results.coco(found.detections, image_id=index):
@@ -386,7 +386,7 @@ class CsvWriter:
         self._writer.writerow(("file", "label", "class_id", "score", "x1", "y1", "x2", "y2"))
 
     def add(self, index: int, source: Source, found: Found | RetinaserveError) -> None:
-        """Write one picture's detections."""
+        """Write one image's detections."""
         if not isinstance(found, Found):
             return
         for row in results.native(found.detections, self._loaded.classes):
@@ -401,7 +401,7 @@ class CsvWriter:
         """Nothing comes last."""
 
 
-def _picture_json(found: Found, loaded: LoadedModel) -> dict[str, Any]:
+def _image_json(found: Found, loaded: LoadedModel) -> dict[str, Any]:
     return {
         "image": results.image(found.image, found.canvases),
         "detections": results.native(found.detections, loaded.classes),

@@ -1,4 +1,4 @@
-"""What detection without a server shares: which files are pictures, which model file is meant."""
+"""What detection without a server shares: which files are images, which model file is meant."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def refuse_late(*, finish: float, left: float, alone: float) -> None:
         return
     if alone > left:
         raise Unavailable(
-            f"the deadline, {_ms(left)} away, cannot be met: a picture takes at least "
+            f"the deadline, {_ms(left)} away, cannot be met: an image takes at least "
             f"{_ms(alone)} here; allow more time in X-Deadline-Ms",
             reason="deadline-too-short",
         )
@@ -74,7 +74,7 @@ def refuse_late(*, finish: float, left: float, alone: float) -> None:
 
 
 class Admission:
-    """Bounds how many pictures, and bytes of them, the service holds. One event loop's."""
+    """Bounds how many images, and bytes of them, the service holds. One event loop's."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class Admission:
         self.limit = limit
         self.bytes_limit = bytes_limit
         self.bulk_limit = limit - limit // _SPARED
-        """Bulk leaves places to those who wait for one picture."""
+        """Bulk leaves places to those who wait for one image."""
         self.held = 0
         self.bulk_held = 0
         self.bytes_held = 0
@@ -97,14 +97,14 @@ class Admission:
         """Raise Unavailable when there is no room, before anything was spent on the request."""
         if self.held + places > self.limit:
             raise Unavailable(
-                f"the queue is full ({self.limit} pictures); try again in a moment",
+                f"the queue is full ({self.limit} images); try again in a moment",
                 reason="queue-full",
                 retry_after=self._pause(),
             )
         if urgency is Urgency.BULK and self.bulk_held + places > self.bulk_limit:
             raise Unavailable(
                 f"batches hold {self.bulk_held} of {self.limit} places, the rest is for single "
-                "pictures; try again in a moment",
+                "images; try again in a moment",
                 reason="queue-full",
                 retry_after=self._pause(),
             )
@@ -112,19 +112,19 @@ class Admission:
         crowded = self.bytes_limit is not None and self.bytes_held + size > self.bytes_limit
         if crowded and size and self.bytes_held:
             raise Unavailable(
-                f"the queue holds {self.bytes_held} bytes of pictures and has no room for {size} "
+                f"the queue holds {self.bytes_held} bytes of images and has no room for {size} "
                 f"more (at most {self.bytes_limit}); try again in a moment",
                 reason="queue-bytes",
                 retry_after=self._pause(),
             )
 
     def slot(self, size: int = 0, urgency: Urgency = Urgency.INTERACTIVE) -> Place:
-        """To hold the place of a picture of so many bytes. Raises Unavailable without room."""
+        """To hold the place of an image of so many bytes. Raises Unavailable without room."""
         self.check(1, size, urgency)
         return Place(self, 1, size, bulk=int(urgency is Urgency.BULK))
 
     def body(self, size: int) -> Place:
-        """To hold the bytes of a request of many pictures, which then need only places.
+        """To hold the bytes of a request of many images, which then need only places.
 
         Raises Unavailable without room.
         """

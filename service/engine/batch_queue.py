@@ -1,8 +1,8 @@
 """The queue between requests and a device: batches of equal kind, the urgent before the bulk.
 
-Pictures can share an inference only when model, canvas and IoU threshold are equal, so the queue
+Images can share an inference only when model, canvas and IoU threshold are equal, so the queue
 keeps a lane for each such key and urgency. A free device takes the urgent lane whose head waited
-longest, so that no kind of picture starves another; bulk gets every so many turns of its own.
+longest, so that no kind of image starves another; bulk gets every so many turns of its own.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class Urgency(IntEnum):
     """Who goes first."""
 
     INTERACTIVE = 0
-    """Somebody waits for this one picture."""
+    """Somebody waits for this one image."""
     BULK = 1
-    """One of many pictures of a request."""
+    """One of many images of a request."""
 
 
 class Waiting(Protocol):

@@ -21,9 +21,9 @@ _OUTLIER: Final = 4.0
 """A batch that took more than this many times what was expected counts as that many times: one
 pause of the machine says little about the next batch."""
 _WORTH_SHARING: Final = 0.1
-"""Pictures share a batch only where this share of a lone picture's time is saved."""
+"""Images share a batch only where this share of a lone image's time is saved."""
 _TRIAL: Final = 64
-"""Every so many lone pictures that might have shared a batch do."""
+"""Every so many lone images that might have shared a batch do."""
 
 _MOST_CANVASES: Final = 256
 """Costs are kept of this many canvases; clients may choose among thousands."""
@@ -56,33 +56,33 @@ class BatchCost:
         """b of t(n) = a n + b."""
         self._alone = 0
         self.fastest = 0.0
-        """A bound from below for a lone picture; 0 before anything was seen."""
+        """A bound from below for a lone image; 0 before anything was seen."""
 
-    def observe(self, pictures: int, seconds: float) -> None:
-        """A batch of so many pictures took so long."""
-        share = seconds / pictures
+    def observe(self, images: int, seconds: float) -> None:
+        """A batch of so many images took so long."""
+        share = seconds / images
         self.fastest = share if not self._mean else min(self.fastest, share)
-        before = self._mean.get(pictures)
+        before = self._mean.get(images)
         if before is None:
-            self._mean[pictures] = seconds
+            self._mean[images] = seconds
         else:
             seconds = min(seconds, _OUTLIER * before)
-            self._mean[pictures] = before + _NEWS * (seconds - before)
+            self._mean[images] = before + _NEWS * (seconds - before)
         self.per_picture, self.per_batch = _line(self._mean)
 
-    def seconds(self, pictures: int) -> float:
-        """What a batch of so many pictures will take; 0 before anything was seen."""
-        seen = self._mean.get(pictures)
-        return self.per_picture * pictures + self.per_batch if seen is None else seen
+    def seconds(self, images: int) -> float:
+        """What a batch of so many images will take; 0 before anything was seen."""
+        seen = self._mean.get(images)
+        return self.per_picture * images + self.per_batch if seen is None else seen
 
-    def lasting(self, pictures: int, *, most: int) -> float:
-        """What pictures (at least one) will take in batches of at most `most`, one by one."""
-        size = self.best_batch(pictures, most=most, left=math.inf)
-        batches, rest = divmod(pictures, size)
+    def lasting(self, images: int, *, most: int) -> float:
+        """What images (at least one) will take in batches of at most `most`, one by one."""
+        size = self.best_batch(images, most=most, left=math.inf)
+        batches, rest = divmod(images, size)
         return batches * self.seconds(size) + (self.seconds(rest) if rest else 0.0)
 
     def best_batch(self, waiting: int, *, most: int, left: float) -> int:
-        """How many of the pictures that wait to take at once, at least 1 and at most `most`.
+        """How many of the images that wait to take at once, at least 1 and at most `most`.
 
         `left` is how many seconds the oldest of them still has.
         """
@@ -116,11 +116,11 @@ class Costs:
         self._fastest = math.inf
         self._learnt = -math.inf
 
-    def observe(self, canvas: Size, pictures: int, seconds: float) -> None:
+    def observe(self, canvas: Size, images: int, seconds: float) -> None:
         """A batch of canvases took so long."""
         with self._lock:
             cost = self._costs.setdefault(canvas, BatchCost())
-            cost.observe(pictures, seconds)
+            cost.observe(images, seconds)
             self._costs.move_to_end(canvas)
             self._newest = cost
             if len(self._costs) > _MOST_CANVASES:
@@ -148,7 +148,7 @@ class Costs:
 
     @property
     def fastest(self) -> float:
-        """A bound from below for a lone picture on any canvas; 0 where there is none.
+        """A bound from below for a lone image on any canvas; 0 where there is none.
 
         One that was learnt while the machine was busy may be too high, and would turn away all
         the work that could correct it: so it ends some time after the last batch.

@@ -1,4 +1,4 @@
-"""One compressed picture through the service: as a whole, or tile by tile. For every protocol."""
+"""One compressed image through the service: as a whole, or tile by tile. For every protocol."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from service.engine.tiling import MAX_VIEWS, Canvases, Plan, Tile, lay_out, merg
 from service.engine.work import NOTHING_KNOWN, Estimate, Outcome, Servable
 from service.errors import DeadlineExceeded
 from service.imaging.canvas import Buckets, ShortSide, Size
-from service.imaging.decode import Opened, held_picture
+from service.imaging.decode import Opened, held_image
 from service.imaging.header import Header
 from service.observability.record import Passage, Timing
 from service.runtime.detector import Detections
@@ -31,15 +31,15 @@ _DRAWN_BYTES: Final = 8
 
 
 class Answer(NamedTuple):
-    """What a picture holds."""
+    """What an image holds."""
 
     image: Size
     """Upright."""
     found: Detections
-    """What the request asked for, in pixels of the picture."""
+    """What the request asked for, in pixels of the image."""
     timing: Timing
     canvases: int | None
-    """How many the picture took; None where nobody asked for tiles."""
+    """How many the image took; None where nobody asked for tiles."""
     passage: Passage | None = None
     """None where several canvases went together."""
     written: bytes | None = None
@@ -52,7 +52,7 @@ Write = Callable[[Answer], bytes | None]
 
 async def detect_one(
     service: Service,
-    picture: bytes | memoryview,
+    image: bytes | memoryview,
     model: Servable,
     selection: Selection,
     limit: float,
@@ -62,15 +62,15 @@ async def detect_one(
     draw_as: ImageType | None = None,
     estimate: Estimate | None = None,
 ) -> Answer:
-    """Detect on an image that holds a place in `service.pictures`, and count it.
+    """Detect on an image that holds a place in `service.images`, and count it.
 
     `limit` is when an answer is too late, on the clock of `time.monotonic`. An answer of one canvas
     is written where it arises (`Pipeline.detect_canvas` says where that is); with `draw_as`, what
     is written is the image with the boxes drawn. With an `estimate` the image has been let in
     already. Raises what `Pipeline.detect` raises; for tiles also TooLarge.
     """
-    request = _Request(service, picture, model, selection, limit, urgency, draw_as, estimate)
-    with service.metrics.picture(model) as watched:
+    request = _Request(service, image, model, selection, limit, urgency, draw_as, estimate)
+    with service.metrics.image(model) as watched:
         answer = await (_whole(request, write) if tile == "off" else _tiled(request, tile))
         watched.answered(answer.found, answer.timing, answer.image, answer.passage)
     return answer
@@ -80,7 +80,7 @@ class _Request(NamedTuple):
     """An image, and what is to be done with it."""
 
     service: Service
-    picture: bytes | memoryview
+    image: bytes | memoryview
     model: Servable
     selection: Selection
     limit: float
@@ -105,8 +105,8 @@ class _Request(NamedTuple):
     def held(self, kept: int = 0) -> AbstractContextManager[Opened]:
         """The image's header, with the memory held that decoding takes, and `kept` a pixel."""
         service = self.service
-        return held_picture(
-            self.picture,
+        return held_image(
+            self.image,
             memory=service.decode_memory,
             max_pixels=service.settings.max_image_pixels,
             kept=kept,
@@ -123,7 +123,7 @@ async def _whole(request: _Request, write: Write | None = None) -> Answer:
     pipeline, most = request.service.pipeline, request.service.settings.max_image_pixels
     detect = partial(
         pipeline.detect,
-        request.picture,
+        request.image,
         request.model,
         score=request.selection.lowest_score,
         iou=request.selection.iou,
@@ -135,7 +135,7 @@ async def _whole(request: _Request, write: Write | None = None) -> Answer:
     )
     if request.draw_as is None:
         return await detect(estimate=request.estimate)
-    header = await look_at(request.picture, most)
+    header = await look_at(request.image, most)
     decode, drawing = pipeline.decoding(header, request.rule, most), request.drawing(header)
     price = Price(
         decode.canvas,
@@ -151,7 +151,7 @@ async def _tiled(request: _Request, tile: Tile) -> Answer:
     arrived, service = time.monotonic(), request.service
     pipeline, limit = service.pipeline, request.limit
     most = service.settings.max_image_pixels
-    header = await look_at(request.picture, most)
+    header = await look_at(request.image, most)
     # What decoding will refuse is no matter of tiles.
     readable = header is not None and header.size.area <= most
     # As stored: upright it may take a few canvases more or less.
@@ -170,9 +170,9 @@ async def _tiled(request: _Request, tile: Tile) -> Answer:
     )
     with (
         pipeline.admitted(request.model, limit, price, request.urgency) as booking,
-        service.pictures.more(price.window - 1),
+        service.images.more(price.window - 1),
     ):
-        async with _until(limit), service.decoded_pictures:
+        async with _until(limit), service.decoded_images:
             started = time.monotonic()
             canvases, seconds = await pipeline.run(
                 partial(_lay_out, request, tile),

@@ -1,4 +1,4 @@
-"""Detections drawn onto the picture they were found in."""
+"""Detections drawn onto the image they were found in."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def class_colour(label: int) -> tuple[int, int, int]:
 
 
 def encode(image: Image.Image, encoding: Encoding) -> bytes:
-    """Compress a picture."""
+    """Compress an image."""
     target = io.BytesIO()
     if encoding == "PNG":
         # A fifth of the default's time for a few per cent more bytes: level 1, and of what zlib

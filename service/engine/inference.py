@@ -1,4 +1,4 @@
-"""One batch of decoded pictures on a detector, and its answers to whoever waits for them."""
+"""One batch of decoded images on a detector, and its answers to whoever waits for them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _DEVICE_ERROR: Final = re.compile(r"(CUDA|CUDNN|CUBLAS)\w* (failure|error) \d+: 
 
 
 def run_batch(detector: Detector, batch: Sequence[Work], busy: Callable[[], int]) -> list[Outcome]:
-    """What is found on each picture; `busy` tells how many batches the device works at.
+    """What is found on each image; `busy` tells how many batches the device works at.
 
     Raises what the detector raises.
     """
     prepared = [work.prepared for work in batch if work.prepared is not None]
-    assert len(prepared) == len(batch), "only decoded pictures reach a device"
+    assert len(prepared) == len(batch), "only decoded images reach a device"
     canvases = [each.canvas for each in prepared]
     sizes = np.array([each.letterbox.resized for each in prepared], dtype=np.int64)
     before = busy()

@@ -1,6 +1,6 @@
-"""From compressed picture to raw detections: decode threads, then one thread for each device.
+"""From compressed image to raw detections: decode threads, then one thread for each device.
 
-A picture passes from thread to thread without the event loop, which wakes only for the answer. On
+An image passes from thread to thread without the event loop, which wakes only for the answer. On
 a CPU the thread that decoded it goes on with it where an inference may begin at once: waking
 another one takes longer than much of what there is to do.
 """
@@ -104,7 +104,7 @@ class Pipeline:
 
     @property
     def depth(self) -> int:
-        """Pictures that wait: for a decode thread or for a device."""
+        """Images that wait: for a decode thread or for a device."""
         return len(self._arrived) + len(self._ready)
 
     @property
@@ -139,7 +139,7 @@ class Pipeline:
     def abort(self, reason: str, word: str) -> None:
         """Answer everyone who waits with Unavailable; `word` is its reason. On the event loop.
 
-        And everyone who comes from now on, such as the other pictures of a request.
+        And everyone who comes from now on, such as the other images of a request.
         """
         self._over = word, reason
         for work in self._pending:
@@ -362,7 +362,7 @@ class Pipeline:
 
     def _died(self, worker: Worker[Work]) -> None:
         if worker.held:
-            error = InferenceFailed("the server failed on this picture; its log says why")
+            error = InferenceFailed("the server failed on this image; its log says why")
             deliver([(work, error) for work in worker.held])
 
     def _wedged(self, worker: Worker[Work], seconds: float) -> None:
@@ -388,7 +388,7 @@ class Pipeline:
             while goes_on and batch:
                 self._infer_in_its_place(batch, worker)
                 batch = self._ready.done_for()
-            # Otherwise the last picture stays in memory until the next one comes.
+            # Otherwise the last image stays in memory until the next one comes.
             worker.hold(())
             del batch
 
@@ -406,7 +406,7 @@ class Pipeline:
         try:
             prepared = work.make()
         except RetinaserveError as error:
-            # The frames of its traceback hold the picture.
+            # The frames of its traceback hold the image.
             error.__traceback__ = error.__cause__ = error.__context__ = None
             deliver([(work, error)])
             return False
@@ -415,7 +415,7 @@ class Pipeline:
                 "decoding failed in a way that nobody foresaw",
                 extra={"request_id": work.request_id},
             )
-            deliver([(work, InferenceFailed("the picture could not be processed"))])
+            deliver([(work, InferenceFailed("the image could not be processed"))])
             return False
         work.decode_seconds = time.monotonic() - started
         kind, pixels = work.estimate.kind, work.estimate.pixels
@@ -469,7 +469,7 @@ class Pipeline:
         return [answer for work in batch for answer in self._infer([work], number, worker)]
 
     def _failed(self, detector: Detector, work: Work, error: Exception) -> InferenceFailed:
-        """Find out who is to blame, the picture or the device."""
+        """Find out who is to blame, the image or the device."""
         _log.error(
             "inference failed on %s: %s",
             work.model.name,
@@ -482,9 +482,9 @@ class Pipeline:
         try:
             detector.warm(min(canvases, key=lambda canvas: canvas.area))
         except Exception as second:
-            _log.critical("the device fails on an empty picture too: %s", second)
+            _log.critical("the device fails on an empty image too: %s", second)
             self._lose(f"the device does not answer any more: {brief(second)}")
-        return InferenceFailed("the model failed on this picture")
+        return InferenceFailed("the model failed on this image")
 
 
 async def look_at(data: bytes | memoryview, max_pixels: int) -> Header | None:

@@ -17,14 +17,14 @@ from service.runtime.detector import Detections
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Which of a picture's detections a request gets. Made by `resolve`."""
+    """Which of an image's detections a request gets. Made by `resolve`."""
 
     scores: NDArray[np.float32]
     """(K,) a detection of class k scores strictly above scores[k]; inf for classes not wanted."""
     iou: float
     max_detections: int
     max_when_tiled: int
-    """The same for a picture that is cut into tiles: the model's default is made for one canvas."""
+    """The same for an image that is cut into tiles: the model's default is made for one canvas."""
     lowest_score: float
     """The threshold that the graph may apply without losing anything wanted."""
 
@@ -122,7 +122,7 @@ def native(detections: Detections, classes: Sequence[str]) -> list[dict[str, Any
 
 
 def image(size: Size, canvases: int | None = None) -> dict[str, int]:
-    """A picture's size in the API's own shape, with its canvases where tiles were asked for."""
+    """An image's size in the API's own shape, with its canvases where tiles were asked for."""
     document = {"width": size.width, "height": size.height}
     return document if canvases is None else document | {"tiles": canvases}
 

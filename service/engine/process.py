@@ -17,7 +17,7 @@ def prepare_process(settings: Settings) -> None:
     """Memory, log and warnings. Not for an application that somebody else embeds."""
     keep_freed_memory()
     configure_logging(settings.log_format, settings.log_level)
-    # Pillow words its warnings after each odd picture. Python would write every new wording past
+    # Pillow words its warnings after each odd image. Python would write every new wording past
     # the log, and remember it for ever.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     for name in unknown_variables(os.environ):

@@ -58,19 +58,19 @@ class Service:
             models.side_by_side.chosen.add_done_callback(
                 lambda chosen: self.pipeline.widen(chosen.result())
             )
-        self.pictures = Admission(
+        self.images = Admission(
             settings.max_queue_size,
             bytes_limit=settings.max_queue_bytes,
             pause=self.pipeline.prediction.wait,
         )
         self.decode_memory = DecodeMemory(settings.decode_memory_bytes)
         self.batch_window = min(
-            self.pictures.bulk_limit, 2 * batch * len(self.hardware.devices) + threads
+            self.images.bulk_limit, 2 * batch * len(self.hardware.devices) + threads
         )
-        """Pictures of one batch request in the pipeline at a time: enough to keep every thread
+        """Images of one batch request in the pipeline at a time: enough to keep every thread
         busy, and not so many that other clients wait for all of them."""
-        self.decoded_pictures = Semaphore(1 + len(self.hardware.devices))
-        """Bounds how many large pictures lie decoded in memory while their tiles are detected:
+        self.decoded_images = Semaphore(1 + len(self.hardware.devices))
+        """Bounds how many large images lie decoded in memory while their tiles are detected:
         one for each device, and the next one, so that no device waits for it."""
         self.draining = False
         self._helpers = ThreadPoolExecutor(threads, thread_name_prefix="helper")
@@ -79,8 +79,8 @@ class Service:
             models=RegistryCollector(self.registry),
             loaded=partial(loaded, self.registry),
             waiting=lambda: self.pipeline.depth,
-            held=lambda: self.pictures.held,
-            bytes_held=lambda: self.pictures.bytes_held,
+            held=lambda: self.images.held,
+            bytes_held=lambda: self.images.bytes_held,
             wait=self.pipeline.prediction.wait,
         )
 
@@ -104,13 +104,13 @@ class Service:
         return self.pipeline.fatal or self.registry.not_ready()
 
     def admit(self, seconds: float, urgency: Urgency) -> None:
-        """Raise Unavailable when a picture would be refused whatever it is, before it is read.
+        """Raise Unavailable when an image would be refused whatever it is, before it is read.
 
         `seconds` is how long its client waits.
         """
         if self.pipeline.fatal:
             raise Unavailable(self.pipeline.fatal, reason="device-lost", retry_after=30.0)
-        self.pictures.check(urgency=urgency)
+        self.images.check(urgency=urgency)
         self.pipeline.prediction.check(seconds, urgency)
 
     def off_loop(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:

@@ -1,4 +1,4 @@
-"""The views of a picture that is cut into tiles, through the pipeline a few at a time."""
+"""The views of an image that is cut into tiles, through the pipeline a few at a time."""
 
 from __future__ import annotations
 

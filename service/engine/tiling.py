@@ -1,15 +1,15 @@
-"""Large pictures with small objects: overlapping tiles, a canvas for each, one answer for all.
+"""Large images with small objects: overlapping tiles, a canvas for each, one answer for all.
 
-A picture that must shrink a lot to fit its canvas loses its small objects. Cut into tiles that keep
+An image that must shrink a lot to fit its canvas loses its small objects. Cut into tiles that keep
 its resolution it does not, but the tiles' borders cut objects. Three rules put that right:
 
 - Tiles overlap, so what is smaller than the overlap lies in some tile whole. A box at an inner
   border is dropped where another tile sees the same place cut on fewer sides.
-- The whole picture is one more view, for objects larger than the overlap. Of its boxes those are
+- The whole image is one more view, for objects larger than the overlap. Of its boxes those are
   dropped that some tile sees uncut, at its finer resolution.
 - A box that is still cut yields to a larger one of its class that covers most of it.
 
-What is left goes through class-wise NMS. Coordinates are pixels of the original picture, upright.
+What is left goes through class-wise NMS. Coordinates are pixels of the original image, upright.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from service.runtime.detector import Detections, Detector
 
 Tile = Literal["off", "auto"] | int
 """off: one canvas; auto: tiles of the canvas's own size, where they gain something; a number: the
-longer side of a tile in pixels of the picture, scaled onto the canvas."""
+longer side of a tile in pixels of the image, scaled onto the canvas."""
 
 MIN_TILE: Final = 32
 MAX_TILE: Final = 65535
-"""No accepted picture format has a longer side."""
+"""No accepted image format has a longer side."""
 MAX_VIEWS: Final = 128
-"""Canvases that the service gives to one picture: a 4K frame takes 61 of 608 x 448."""
+"""Canvases that the service gives to one image: a 4K frame takes 61 of 608 x 448."""
 
 OVERLAP: Final = 0.25
 """Least share of a tile's side that it has in common with the next tile."""
 _WORTH: Final = 2.0
-"""auto tiles pictures that would shrink to less than one half: a detector that learned from
-pictures of varied scale loses little up to there, and tiles cost at least five times as much."""
+"""auto tiles images that would shrink to less than one half: a detector that learned from
+images of varied scale loses little up to there, and tiles cost at least five times as much."""
 _MARGIN: Final = 8.0
 """A box that ends within so many canvas pixels of an inner border is taken to be cut by it: one
 step of the finest pyramid level, about as exact as boxes are."""
@@ -57,7 +57,7 @@ _CREDIBLE: Final = 0.5
 """... and at least this share of its score, so that no faint box erases a clear one."""
 _CANDIDATES: Final = 5 * MAX_DETECTIONS_CAP
 """Best boxes that NMS looks at. Each view had its own NMS, and a place is seen by at most four
-tiles and the whole picture, so this many hold all that an answer may have."""
+tiles and the whole image, so this many hold all that an answer may have."""
 _CHUNK: Final = 256
 
 _Boxes = NDArray[np.float64]
@@ -65,17 +65,17 @@ _Mask = NDArray[np.bool_]
 
 
 class View(NamedTuple):
-    """A part of the picture on its canvas."""
+    """A part of the image on its canvas."""
 
     corner: tuple[int, int]
-    """x, y of its top-left pixel in the picture."""
+    """x, y of its top-left pixel in the image."""
     letterbox: Letterbox
     """`original` is the size of the part."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How a picture is looked at: whole, and tile by tile. Made by `plan`."""
+    """How an image is looked at: whole, and tile by tile. Made by `plan`."""
 
     whole: Letterbox
     tile: Letterbox
@@ -102,14 +102,14 @@ class Plan:
 
     @property
     def views(self) -> tuple[View, ...]:
-        """The tiles row by row, then the whole picture."""
+        """The tiles row by row, then the whole image."""
         tiles = [View((x, y), self.tile) for y in self.rows for x in self.columns]
         return (*tiles, View((0, 0), self.whole))
 
 
 @dataclass(frozen=True, slots=True)
 class Canvases:
-    """A decoded picture, laid out by a plan. Made by `lay_out`."""
+    """A decoded image, laid out by a plan. Made by `lay_out`."""
 
     plan: Plan
     makers: tuple[Callable[[], Prepared], ...]
@@ -130,46 +130,46 @@ def parse_tile(text: object) -> Tile:
     return int(written)
 
 
-def plan(picture: Size, rule: Buckets | ShortSide, tile: Tile, *, limit: int | None = None) -> Plan:
-    """Decide on the views of a picture, from its size alone.
+def plan(image: Size, rule: Buckets | ShortSide, tile: Tile, *, limit: int | None = None) -> Plan:
+    """Decide on the views of an image, from its size alone.
 
     Raises TooLarge where there would be more than `limit` of them.
     """
-    whole = rule.fit(picture)
+    whole = rule.fit(image)
     alone = Plan(whole, whole, tiled=False)
     if tile == "off":
         return alone
     if tile == "auto":
-        shrinks = max(picture.height / whole.resized.height, picture.width / whole.resized.width)
+        shrinks = max(image.height / whole.resized.height, image.width / whole.resized.width)
         if shrinks <= _WORTH:
             return alone
-    chosen = _grid(picture, rule, tile, whole)
+    chosen = _grid(image, rule, tile, whole)
     if limit is not None and chosen.count > limit:
         raise TooLarge(
-            f"an image of {picture.width} x {picture.height} pixels takes {chosen.count} canvases "
+            f"an image of {image.width} x {image.height} pixels takes {chosen.count} canvases "
             f"with tile={tile}; at most {limit} are accepted: send a smaller image"
-            f"{_remedy(picture, rule, whole, limit)}"
+            f"{_remedy(image, rule, whole, limit)}"
         )
     return chosen
 
 
-def _remedy(picture: Size, rule: Buckets | ShortSide, whole: Letterbox, limit: int) -> str:
+def _remedy(image: Size, rule: Buckets | ShortSide, whole: Letterbox, limit: int) -> str:
     """Names a tile with which there are at most `limit` canvases, if there is one."""
     sides = range(max(max(each.resized) for each in rule.tiles()), MAX_TILE + 1, 32)
 
     def fits(side: int) -> bool:
-        return _grid(picture, rule, side, whole).count <= limit
+        return _grid(image, rule, side, whole).count <= limit
 
     found = bisect_left(sides, True, key=fits)
     return f", or tile={sides[found]}" if found < len(sides) else ""
 
 
-def _grid(picture: Size, rule: Buckets | ShortSide, tile: int | str, whole: Letterbox) -> Plan:
+def _grid(image: Size, rule: Buckets | ShortSide, tile: int | str, whole: Letterbox) -> Plan:
     """The grid with fewest tiles; the earlier canvas wins a tie."""
     grids = [
         Plan(
             whole,
-            _clipped(full if isinstance(tile, str) else _scaled(full, tile), picture),
+            _clipped(full if isinstance(tile, str) else _scaled(full, tile), image),
             tiled=True,
         )
         for full in rule.tiles()
@@ -200,27 +200,25 @@ def _number(side: int, tile: int) -> int:
 
 
 def _scaled(full: Letterbox, longer: int) -> Letterbox:
-    """A tile whose longer side is `longer` pixels of the picture."""
+    """A tile whose longer side is `longer` pixels of the image."""
     height, width = full.resized
     scale = longer / max(height, width)
     original = Size(max(1, round(height * scale)), max(1, round(width * scale)))
     return replace(full, original=original)
 
 
-def _clipped(tile: Letterbox, picture: Size) -> Letterbox:
-    """A tile that is no larger than the picture; its scale and its canvas stay."""
+def _clipped(tile: Letterbox, image: Size) -> Letterbox:
+    """A tile that is no larger than the image; its scale and its canvas stay."""
     x, y = tile.ratios
-    original = Size(
-        min(tile.original.height, picture.height), min(tile.original.width, picture.width)
-    )
+    original = Size(min(tile.original.height, image.height), min(tile.original.width, image.width))
     resized = Size(max(1, round(original.height * y)), max(1, round(original.width * x)))
     return replace(tile, original=original, resized=resized)
 
 
 def lay_out(opened: Opened, chosen: Plan, rule: Buckets | ShortSide) -> Canvases:
-    """Decode a picture, once, for all of its views. Raises MalformedImage.
+    """Decode an image, once, for all of its views. Raises MalformedImage.
 
-    Where there are tiles the picture stays in memory as long as the result does, at 4 bytes a
+    Where there are tiles the image stays in memory as long as the result does, at 4 bytes a
     pixel.
     """
     if chosen.count == 1:

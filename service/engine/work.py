@@ -1,4 +1,4 @@
-"""What the threads of the pipeline hand on: a model that serves, a picture's work, its outcome."""
+"""What the threads of the pipeline hand on: a model that serves, an image's work, its outcome."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Servable:
 
 
 class BatchKey(NamedTuple):
-    """What pictures must have in common to share an inference."""
+    """What images must have in common to share an inference."""
 
     model: Servable
     canvas: Size
@@ -81,7 +81,7 @@ NOTHING_KNOWN: Final = Estimate()
 
 
 class Outcome(NamedTuple):
-    """What the pipeline makes of a picture."""
+    """What the pipeline makes of an image."""
 
     detections: Detections
     """In canvas pixels."""
@@ -97,7 +97,7 @@ def as_it_is(outcome: Outcome) -> Outcome:
 
 @dataclass(slots=True, eq=False)
 class Work:
-    """One picture on its way through the pipeline."""
+    """One image on its way through the pipeline."""
 
     make: Callable[[], Any]
     """Puts it on its canvas: a Prepared. Where nothing is to be inferred, makes the answer.

@@ -36,7 +36,7 @@ from service.observability.tracing import open_tracing
 from service.settings import Settings
 from service.version import package_version
 
-_DESCRIPTION: Final = "Pictures in, detections out. Boxes are pixels of the original picture."
+_DESCRIPTION: Final = "Images in, detections out. Boxes are pixels of the original image."
 _LONGEST_METHOD: Final = 32
 _FLUSH_SECONDS: Final = 2.0
 """How long the end of the server may wait for a collector of traces."""

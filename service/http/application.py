@@ -14,7 +14,7 @@ class Application(FastAPI):
     """Leaves out what FastAPI lays around the layers that were added to it.
 
     Errors that nobody foresaw, telemetry, a bound on bodies: our own layers do each of these, and
-    looking whether there is anything to do costs the event loop a twentieth of a picture's time.
+    looking whether there is anything to do costs the event loop a twentieth of an image's time.
     """
 
     _layers: ASGIApp | None = None

@@ -1,6 +1,6 @@
 """Request bodies: read within limits and in memory, multipart and JSON taken apart.
 
-A picture is copied as little as may be: a multipart part is a view of the body.
+An image is copied as little as may be: a multipart part is a view of the body.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Uploads:
     """Bounds the bytes of all bodies that are arriving. One event loop's.
 
     Bytes and not bodies: hundreds of clients that send a byte a second hold next to nothing, and
-    must not take the places of those who send pictures.
+    must not take the places of those who send images.
     """
 
     def __init__(self, limit: int) -> None:
@@ -236,7 +236,7 @@ def parse_json(body: Body) -> dict[str, Any]:
 def decode_base64(text: object) -> bytes:
     """Bytes of a base64 string, white space allowed. Raises MalformedRequest."""
     if not isinstance(text, str):
-        raise MalformedRequest('"image" is missing or no string; send the picture as base64')
+        raise MalformedRequest('"image" is missing or no string; send the image as base64')
     if text.startswith("data:"):
         raise MalformedRequest("an image in JSON is plain base64, without a data: prefix")
     try:

@@ -54,15 +54,15 @@ class BatchQuery(BaseModel):
         "suppressed.",
     )
     max_detections: int | None = Field(
-        default=None, ge=1, le=MAX_DETECTIONS_CAP, description="Most detections for a picture."
+        default=None, ge=1, le=MAX_DETECTIONS_CAP, description="Most detections for an image."
     )
     classes: list[str] | None = Field(
         default=None, description="Only these classes: repeated, or separated by commas."
     )
     tile: TileQuery = Field(
         default="off",
-        description="Cut large pictures into overlapping tiles. auto: tiles of the model's canvas "
-        "size, for pictures that would shrink to less than half; a number: a tile's longer side in "
+        description="Cut large images into overlapping tiles. auto: tiles of the model's canvas "
+        "size, for images that would shrink to less than half; a number: a tile's longer side in "
         "pixels.",
     )
     model: str | None = Field(
@@ -74,7 +74,7 @@ class BatchQuery(BaseModel):
     )
 
     def selection(self, metadata: Metadata) -> Selection:
-        """What to keep of a picture's detections. Raises InvalidParameter."""
+        """What to keep of an image's detections. Raises InvalidParameter."""
         return resolve(
             metadata,
             score_threshold=self.score_threshold,
@@ -131,7 +131,7 @@ class Selections:
         self._known: dict[bytes, tuple[Metadata, Selection]] = {}
 
     def of(self, request: Request, query: BatchQuery, metadata: Metadata) -> Selection:
-        """What to keep of a picture's detections. Raises InvalidParameter."""
+        """What to keep of an image's detections. Raises InvalidParameter."""
         written: bytes = request.scope["query_string"]
         known = self._known.get(written)
         if known is not None and known[0] is metadata:
@@ -197,7 +197,7 @@ def deadline_ms(asked: str, limit_ms: int) -> int:
 
 
 def wanted_image(accept: str | None) -> ImageType | None:
-    """The picture type that `Accept` prefers to JSON; None for JSON."""
+    """The image type that `Accept` prefers to JSON; None for JSON."""
     if accept is None or accept == "*/*":
         return None
     json_weight, best, image = 0.0, 0.0, None

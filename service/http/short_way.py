@@ -1,7 +1,7 @@
 """Past FastAPI's routing for the one route that takes nearly all requests.
 
 It reads its parameters and its body itself, so what FastAPI does on the way to it finds nothing to
-do, and costs a quarter of what answering a picture costs the event loop.
+do, and costs a quarter of what answering an image costs the event loop.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _PATH: Final = "/v1/detect"
 
 
 def is_short(scope: Scope) -> bool:
-    """Whether a request is one with one picture."""
+    """Whether a request is one with one image."""
     return scope["type"] == "http" and scope["method"] == "POST" and get_route_path(scope) == _PATH
 
 
 class ShortWay:
-    """Plain ASGI: takes a request with one picture to its endpoint, any other to the router."""
+    """Plain ASGI: takes a request with one image to its endpoint, any other to the router."""
 
     def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute], metrics: Metrics) -> None:
         """`routes` are the router's own."""

@@ -1,10 +1,10 @@
-"""Canvas geometry: which canvas a picture goes onto, where on it, and how boxes map back.
+"""Canvas geometry: which canvas an image goes onto, where on it, and how boxes map back.
 
-A canvas is the fixed-size uint8 picture that the network sees. The rule that chooses it is part
-of the model file, and depends on the picture's own size alone, so that a picture gets the same
+A canvas is the fixed-size uint8 image that the network sees. The rule that chooses it is part
+of the model file, and depends on the image's own size alone, so that an image gets the same
 canvas in training, in evaluation and in any batch.
 
-Coordinates are pixels with the origin at the top-left corner of the top-left pixel. Pictures are
+Coordinates are pixels with the origin at the top-left corner of the top-left pixel. Images are
 placed at the canvas's top-left corner; padding is at the right and at the bottom.
 """
 
@@ -46,12 +46,12 @@ class Size(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Letterbox:
-    """Where a picture lies on its canvas."""
+    """Where an image lies on its canvas."""
 
     original: Size
-    """Size of the picture after EXIF orientation."""
+    """Size of the image after EXIF orientation."""
     resized: Size
-    """Size of the picture's part of the canvas."""
+    """Size of the image's part of the canvas."""
     canvas: Size
 
     @property
@@ -63,12 +63,12 @@ class Letterbox:
         )
 
     def to_original(self, boxes: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Map (D, 4) x1, y1, x2, y2 from canvas to original pixels, clipped to the picture."""
+        """Map (D, 4) x1, y1, x2, y2 from canvas to original pixels, clipped to the image."""
         x, y = self.ratios
         mapped = boxes / np.array([x, y, x, y], dtype=np.float32)
         height, width = self.original
         limit = np.array([width, height, width, height], dtype=np.float32)
-        # Several times as fast as `clip` on the few boxes that a picture has.
+        # Several times as fast as `clip` on the few boxes that an image has.
         np.maximum(mapped, np.float32(0), out=mapped)
         return np.minimum(mapped, limit, out=mapped)
 
@@ -87,7 +87,7 @@ class _Rule(BaseModel):
 
 
 class Buckets(_Rule):
-    """The picture is scaled to fit, aspect ratio kept, the canvas of `sizes` with least padding."""
+    """The image is scaled to fit, aspect ratio kept, the canvas of `sizes` with least padding."""
 
     rule: Literal["buckets"] = "buckets"
     sizes: tuple[Size, ...] = Field(min_length=1, max_length=MAX_CANVASES)
@@ -105,7 +105,7 @@ class Buckets(_Rule):
         return sizes
 
     def fit(self, original: Size) -> Letterbox:
-        """Place a picture of size `original`."""
+        """Place an image of size `original`."""
         return _least_padded(self.sizes, original)
 
     def all_canvases(self) -> tuple[Size, ...]:
@@ -113,7 +113,7 @@ class Buckets(_Rule):
         return self.sizes
 
     def tiles(self) -> tuple[Letterbox, ...]:
-        """Pictures that fill a canvas at their own resolution, one for each canvas."""
+        """Images that fill a canvas at their own resolution, one for each canvas."""
         return tuple(Letterbox(size, size, size) for size in self.sizes)
 
     def largest(self) -> Size:
@@ -136,7 +136,7 @@ class ShortSide(_Rule):
         return self
 
     def fit(self, original: Size) -> Letterbox:
-        """Place a picture of size `original`."""
+        """Place an image of size `original`."""
         scale = min(self.short / min(original), self.long / max(original))
         resized = Size(
             height=max(1, math.floor(original.height * scale)),
@@ -146,11 +146,11 @@ class ShortSide(_Rule):
         return Letterbox(original=original, resized=resized, canvas=canvas)
 
     def all_canvases(self) -> tuple[Size, ...]:
-        """Nothing is known in advance: the canvas follows each picture's aspect ratio."""
+        """Nothing is known in advance: the canvas follows each image's aspect ratio."""
         return ()
 
     def tiles(self) -> tuple[Letterbox, ...]:
-        """Pictures that this rule neither scales nor could take larger: wide, tall and square."""
+        """Images that this rule neither scales nor could take larger: wide, tall and square."""
         short = min(self.short, self.long)
         shapes = (Size(short, self.long), Size(self.long, short), Size(short, short))
         return tuple(self.fit(shape) for shape in shapes)
@@ -178,9 +178,9 @@ def _shown(size: Size) -> str:
 
 @lru_cache(maxsize=1024)
 def _least_padded(canvases: tuple[Size, ...], original: Size) -> Letterbox:
-    """Where a picture of size `original` leaves least of a canvas empty.
+    """Where an image of size `original` leaves least of a canvas empty.
 
-    Remembered: it is asked three times for each picture, and most are as large as others.
+    Remembered: it is asked three times for each image, and most are as large as others.
     """
     best, least = Letterbox(original, canvases[0], canvases[0]), math.inf
     for canvas in canvases:

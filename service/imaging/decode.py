@@ -1,7 +1,7 @@
-"""Bytes to canvas: the one way a picture becomes the network's input, in training and in serving.
+"""Bytes to canvas: the one way an image becomes the network's input, in training and in serving.
 
 Type by content, size limits from the header, decoding (JPEGs are scaled in the DCT domain to just
-above what the canvas needs), EXIF orientation, RGB, and the letterbox resize. How a picture is
+above what the canvas needs), EXIF orientation, RGB, and the letterbox resize. How an image is
 decoded and resized moves the detector's accuracy, so nothing else in this project does it.
 """
 
@@ -40,6 +40,8 @@ _STRIP_PIXELS: Final = 1 << 20
 take the memory of several images of what they convert."""
 _STRIP_BYTES: Final = 20
 """Of a pixel, while its strip is converted."""
+_SIDE_BYTES: Final = 40
+"""Of each row and each column: little, unless a side has millions of pixels."""
 _WEBP_BYTES: Final = 12
 """Of a WebP's pixel in its decoder: two canvases, and the frame that is being decoded."""
 _COEFFICIENT_BYTES: Final = 2
@@ -57,10 +59,10 @@ _LITTLE: Final = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A picture on its canvas."""
+    """An image on its canvas."""
 
     canvas: NDArray[np.uint8]
-    """(height, width, 3) RGB, zero where the picture is not."""
+    """(height, width, 3) RGB, zero where the image is not."""
     letterbox: Letterbox
 
 
@@ -72,7 +74,7 @@ class Jpeg(JpegImageFile):
 
 
 class Opened:
-    """A compressed picture whose header was read. For one thread at a time."""
+    """A compressed image whose header was read. For one thread at a time."""
 
     def __init__(self, header: ImageFile.ImageFile) -> None:
         self._header = header
@@ -84,7 +86,7 @@ class Opened:
         """Upright."""
 
     def prepare(self, rule: Buckets | ShortSide) -> Prepared:
-        """Decode the picture and place it on its canvas, scaled in one go. Raises MalformedImage.
+        """Decode the image and place it on its canvas, scaled in one go. Raises MalformedImage.
 
         Afterwards this object is used up: its pixels may have been scaled while decoding.
         """
@@ -106,7 +108,7 @@ class Opened:
     def decode(self) -> Image.Image:
         """Every pixel: upright, RGB. Raises MalformedImage. Afterwards this object is used up."""
         header = self._header
-        # A picture that has to be turned would otherwise stay in memory twice.
+        # An image that has to be turned would otherwise stay in memory twice.
         del self._header
         try:
             return transposed(_to_rgb(header), self._orientation)
@@ -120,13 +122,13 @@ class Opened:
         return size
 
 
-def open_picture(data: bytes | memoryview, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Opened:
-    """Read a compressed picture's header. Raises MalformedImage, UnsupportedMedia or TooLarge."""
+def open_image(data: bytes | memoryview, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Opened:
+    """Read a compressed image's header. Raises MalformedImage, UnsupportedMedia or TooLarge."""
     return Opened(_open(data, max_pixels=max_pixels))
 
 
 @contextmanager
-def held_picture(
+def held_image(
     data: bytes | memoryview,
     *,
     memory: DecodeMemory,
@@ -134,7 +136,7 @@ def held_picture(
     rule: Buckets | ShortSide | None = None,
     kept: int = 0,
 ) -> Iterator[Opened]:
-    """As `open_picture`, with room held in `memory` for what decoding takes; waits for that.
+    """As `open_image`, with room held in `memory` for what decoding takes; waits for that.
 
     `rule` is the one that the image will be prepared by; None: it will be decoded in full. `kept`
     is how many further bytes of a pixel will be needed. Raises MalformedImage, UnsupportedMedia or
@@ -147,7 +149,7 @@ def held_picture(
         size = webp_size(head)
         _check_pixels(size, max_pixels)
         with memory.hold(size[0] * size[1] * (_WEBP_BYTES + 8 + kept) + _strip_bytes(*size)):
-            yield open_picture(data, max_pixels=max_pixels)
+            yield open_image(data, max_pixels=max_pixels)
         return
     header = _open(data, max_pixels=max_pixels)
     try:
@@ -166,29 +168,29 @@ def prepare(
     max_pixels: int = DEFAULT_MAX_PIXELS,
     memory: DecodeMemory | None = None,
 ) -> Prepared:
-    """Decode a compressed picture and place it on the canvas that `rule` chooses for it.
+    """Decode a compressed image and place it on the canvas that `rule` chooses for it.
 
     Raises MalformedImage, UnsupportedMedia or TooLarge.
     """
     if memory is None:
-        return open_picture(data, max_pixels=max_pixels).prepare(rule)
-    with held_picture(data, memory=memory, max_pixels=max_pixels, rule=rule) as picture:
-        return picture.prepare(rule)
+        return open_image(data, max_pixels=max_pixels).prepare(rule)
+    with held_image(data, memory=memory, max_pixels=max_pixels, rule=rule) as image:
+        return image.prepare(rule)
 
 
-def cut(picture: Image.Image, corner: tuple[int, int], placed: Letterbox) -> Prepared:
-    """Place the part of a decoded picture (RGB) that begins at `corner` (x, y) on a canvas.
+def cut(image: Image.Image, corner: tuple[int, int], placed: Letterbox) -> Prepared:
+    """Place the part of a decoded image (RGB) that begins at `corner` (x, y) on a canvas.
 
     The part's size is `placed.original`; where that is `placed.resized`, pixels stay as they are.
-    May run in several threads at once on the same picture.
+    May run in several threads at once on the same image.
     """
     (x, y), (height, width) = corner, placed.original
     part = (x, y, x + width, y + height)
     if placed.resized == placed.original:
-        return _place(np.asarray(picture.crop(part)), placed)
+        return _place(np.asarray(image.crop(part)), placed)
     # Pillow's own: it looks beyond the part's borders.
     wanted = (placed.resized.width, placed.resized.height)
-    return _place(np.asarray(picture.resize(wanted, Image.Resampling.BILINEAR, box=part)), placed)
+    return _place(np.asarray(image.resize(wanted, Image.Resampling.BILINEAR, box=part)), placed)
 
 
 def decode(
@@ -197,22 +199,22 @@ def decode(
     max_pixels: int = DEFAULT_MAX_PIXELS,
     memory: DecodeMemory | None = None,
 ) -> Image.Image:
-    """Decode a compressed picture in full: upright, RGB.
+    """Decode a compressed image in full: upright, RGB.
 
     Raises MalformedImage, UnsupportedMedia or TooLarge.
     """
     if memory is None:
-        return open_picture(data, max_pixels=max_pixels).decode()
-    with held_picture(data, memory=memory, max_pixels=max_pixels) as picture:
-        return picture.decode()
+        return open_image(data, max_pixels=max_pixels).decode()
+    with held_image(data, memory=memory, max_pixels=max_pixels) as image:
+        return image.decode()
 
 
 def probe(data: bytes | memoryview, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Size:
-    """Upright size of a compressed picture, from its header alone.
+    """Upright size of a compressed image, from its header alone.
 
     Raises MalformedImage, UnsupportedMedia or TooLarge.
     """
-    return open_picture(data, max_pixels=max_pixels).size
+    return open_image(data, max_pixels=max_pixels).size
 
 
 def examine(data: bytes | memoryview, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Header:
@@ -239,7 +241,7 @@ def draft_scale(size: Size, rule: Buckets | ShortSide) -> int:
 
 
 def media_type(data: bytes | memoryview) -> str:
-    """The picture's media type by its first bytes. Raises MalformedImage or UnsupportedMedia."""
+    """The image's media type by its first bytes. Raises MalformedImage or UnsupportedMedia."""
     return _sniff(data)[0]
 
 
@@ -259,7 +261,7 @@ def _sniff(
 
 
 def _open(data: bytes | memoryview, *, max_pixels: int) -> ImageFile.ImageFile:
-    """Read the header. Nothing is decoded, so a picture that is too large costs nothing."""
+    """Read the header. Nothing is decoded, so an image that is too large costs nothing."""
     kind, factory = _sniff(data)
     if kind == "image/webp":
         # The decoder takes the memory of two whole canvases as soon as it is made.
@@ -298,6 +300,7 @@ def _decode_bytes(header: ImageFile.ImageFile, rule: Buckets | ShortSide | None)
     pixels = decoded = header.width * header.height
     # Texts and colour profiles, which were inflated.
     total = sum(len(each) for each in header.info.values() if isinstance(each, bytes | str))
+    total += _side_bytes(header.width, header.height)
     if isinstance(header, JpegImageFile):
         content = _content(header)
         if len(content) > _LITTLE and _FILLING in content:
@@ -307,7 +310,7 @@ def _decode_bytes(header: ImageFile.ImageFile, rule: Buckets | ShortSide | None)
             total += pixels * _COEFFICIENT_BYTES * header.layers
         if rule is not None:
             decoded = pixels // draft_scale(Size(header.height, header.width), rule) ** 2
-    # Decoded in full, a picture may have to be turned.
+    # Decoded in full, an image may have to be turned.
     per_pixel = _STORED_BYTES.get(header.mode, 4) + (4 if rule is None else 0)
     if header.mode != "RGB" or header.has_transparency_data:
         per_pixel += 4
@@ -322,14 +325,19 @@ def _strip_bytes(width: int, height: int) -> int:
     return _STRIP_BYTES * max(width, min(_STRIP_PIXELS, width * height))
 
 
+def _side_bytes(width: int, height: int) -> int:
+    """Most memory that grows with the sides: pointers to rows, coefficients of the resize."""
+    return _SIDE_BYTES * (width + height)
+
+
 def _content(header: ImageFile.ImageFile) -> bytes:
     """The file. Not copied, as `getbuffer` does where the memory is shared."""
-    assert isinstance(header.fp, io.BytesIO), "pictures are opened from memory"
+    assert isinstance(header.fp, io.BytesIO), "images are opened from memory"
     return header.fp.getvalue()
 
 
 def _has_several_scans(header: JpegImageFile) -> bool:
-    """Whether the decoder must collect the whole picture's coefficients first."""
+    """Whether the decoder must collect the whole image's coefficients first."""
     if "progressive" in header.info:
         return True
     assert header.fp is not None, "nothing has been decoded"
@@ -348,7 +356,7 @@ def _malformed(error: Exception) -> MalformedImage:
 
 def _place(resized: NDArray[np.uint8], placed: Letterbox) -> Prepared:
     height, width = placed.resized
-    # Only what the picture leaves is made zero: memory is what several threads wait for.
+    # Only what the image leaves is made zero: memory is what several threads wait for.
     canvas = np.empty((*placed.canvas, 3), dtype=np.uint8)
     canvas[:height, :width] = resized
     canvas[height:] = 0

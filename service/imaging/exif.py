@@ -1,4 +1,4 @@
-"""Which way up a picture is meant to be seen, by its EXIF, and turning it so."""
+"""Which way up an image is meant to be seen, by its EXIF, and turning it so."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ _XMP: Final = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 
 
 def orientation_of(image: ImageFile.ImageFile) -> int:
-    """The orientation of a picture whose header was read, by its EXIF, or else by its XMP.
+    """The orientation of an image whose header was read, by its EXIF, or else by its XMP.
 
-    1, upright, where neither tells one: viewers show such pictures as they are. Raises what
-    decoders raise, where a picture has to be decoded to find out.
+    1, upright, where neither tells one: viewers show such images as they are. Raises what
+    decoders raise, where an image has to be decoded to find out.
     """
     if isinstance(image, PngImageFile) and "exif" not in image.info and not _ends_plainly(image):
         # A PNG's EXIF may come after its pixels; a PNG that breaks off there must be refused.
@@ -60,7 +60,7 @@ def orientation_of(image: ImageFile.ImageFile) -> int:
 
 
 def _exif(info: Mapping[str | tuple[int, int], Any]) -> bytes:
-    """A picture's EXIF block; empty where there is none."""
+    """An image's EXIF block; empty where there is none."""
     block = info.get("exif")
     if isinstance(block, bytes):
         return block
@@ -125,7 +125,7 @@ def made_upright(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint
 
 
 def transposed(image: Image.Image, orientation: int) -> Image.Image:
-    """A decoded picture as it is meant to be seen; the same one where it stands upright."""
+    """A decoded image as it is meant to be seen; the same one where it stands upright."""
     if orientation == 1:
         return image
     return image.transpose(_TRANSPOSE[orientation])

@@ -1,4 +1,4 @@
-"""Into how many parts a picture's file may fall: each costs time, however small it is.
+"""Into how many parts an image's file may fall: each costs time, however small it is.
 
 Thirty megabytes of empty chunks keep Pillow busy for ten seconds, of colour profiles that inflate
 for more than a minute, and of a JPEG's scans for hours. Cameras and editors write some dozens.
@@ -34,7 +34,7 @@ _MOST_ORDINARY: Final = 64
 """Segments of a JPEG with nothing out of the ordinary."""
 _MARKER: Final = 0xFF
 _FRAMES: Final = frozenset({0xC0, 0xC1})
-"""The kinds of picture whose colours may all be in one scan: baseline and extended."""
+"""The kinds of image whose colours may all be in one scan: baseline and extended."""
 _APP1: Final = 0xE1
 """EXIF, or XMP."""
 _PLAIN_SEGMENTS: Final = frozenset({0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)})
@@ -45,7 +45,7 @@ _SCAN_WORD: Final = int.from_bytes(START_OF_SCAN, "little")
 _WORDS: Final = 65_536
 """Pairs of bytes that are compared at a time."""
 MOST_SCANS: Final = 64
-"""The decoder goes through the whole picture for each: a hundred bytes that cost 30 ms with 50
+"""The decoder goes through the whole image for each: a hundred bytes that cost 30 ms with 50
 million pixels."""
 
 

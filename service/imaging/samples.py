@@ -1,6 +1,6 @@
-"""Pictures that look like stained blood smears, drawn from a seed, with the boxes of their cells.
+"""Images that look like stained blood smears, drawn from a seed, with the boxes of their cells.
 
-They stand in wherever a picture is needed and no data set is at hand: the page's sample, tests,
+They stand in wherever an image is needed and no data set is at hand: the page's sample, tests,
 benchmarks. Everything is light through stain: each cell adds absorbance to a field, so cells that
 overlap darken each other as real ones do, and light = background * exp(-absorbance). The constants
 are medians and quartiles measured over Giemsa-stained smears at 640 x 480 pixels.
@@ -21,7 +21,7 @@ WHITE: Final = "WBC"
 PLATELET: Final = "Platelets"
 
 Box = tuple[float, float, float, float]
-"""x1, y1, x2, y2 in pixels, inside the picture."""
+"""x1, y1, x2, y2 in pixels, inside the image."""
 
 _Field = NDArray[np.float32]
 
@@ -29,7 +29,7 @@ SAMPLE_SEED: Final = 56
 """Chosen by eye: every kind of cell, whole, cut and overlapping, and none hidden."""
 
 _AREA: Final = 640 * 480
-"""The field of view that sizes are given for; other pictures see the same field, larger."""
+"""The field of view that sizes are given for; other images see the same field, larger."""
 _BACKGROUND: Final = np.array([194.0, 196.5, 190.5], dtype=np.float32)
 
 # Absorbance of each stain for red, green, blue light: -ln(colour / background). Nuclei are bluer
@@ -63,9 +63,9 @@ def draw_smear(
     white: int = 1,
     platelets: int = 2,
 ) -> tuple[Image.Image, list[tuple[str, Box]]]:
-    """Draw `red`, `white` and `platelets` cells; give the RGB picture and every cell's box.
+    """Draw `red`, `white` and `platelets` cells; give the RGB image and every cell's box.
 
-    The same arguments give the same picture. Cells keep their share of the picture: at 640 x 480
+    The same arguments give the same image. Cells keep their share of the image: at 640 x 480
     a red cell is about 100 pixels wide, at 1280 x 960 about 200. Some red cells overlap and some
     are cut by the border; their boxes end there. Boxes include a cell's soft edge, as annotators
     draw them. Raises ValueError for sides below 64 pixels or a negative count.
@@ -101,7 +101,7 @@ def draw_smear(
 
 
 def sample_jpeg() -> bytes:
-    """The page's sample picture, `static/sample.jpg`, as a JPEG file."""
+    """The page's sample image, `static/sample.jpg`, as a JPEG file."""
     image, _ = draw_smear(SAMPLE_SEED, red=13, platelets=3)
     file = io.BytesIO()
     image.save(file, "JPEG", quality=90)
@@ -145,7 +145,7 @@ def _place(
 def _window(
     absorbance: _Field, disc: _Disc, reach: float
 ) -> tuple[tuple[slice, slice], _Field, _Field]:
-    """The part of the picture within `reach` pixels of a cell, and each pixel's offset from it."""
+    """The part of the image within `reach` pixels of a cell, and each pixel's offset from it."""
     height, width = absorbance.shape[:2]
     x1, x2 = max(0, math.floor(disc.x - reach)), min(width, math.ceil(disc.x + reach))
     y1, y2 = max(0, math.floor(disc.y - reach)), min(height, math.ceil(disc.y + reach))

@@ -87,13 +87,13 @@ class Metrics:
         )
         self._refusals = Counter(
             "retinaserve_refusals",
-            "Requests, and pictures of batches, that got an error, by reason.",
+            "Requests, and images of batches, that got an error, by reason.",
             ("reason",),
             registry=self.registry,
         )
         self.tiles = Counter(
             "retinaserve_tiles",
-            "Canvases of pictures that were cut into tiles.",
+            "Canvases of images that were cut into tiles.",
             registry=self.registry,
         )
         Gauge(
@@ -129,7 +129,7 @@ class Metrics:
             sizes.observe(body_bytes)
 
     def count_refusal(self, error: RetinaserveError) -> None:
-        """Count one request or picture that got an error, and note why in its record."""
+        """Count one request or image that got an error, and note why in its record."""
         self.count_reason(error.reason if isinstance(error, Unavailable) else error.slug)
 
     def count_reason(self, reason: str) -> None:
@@ -147,8 +147,8 @@ class Metrics:
         """Record one inference. Any thread."""
         self._of(model).observe_batch(size)
 
-    def picture(self, model: Model) -> Watched:
-        """Count how a picture ends that is handed to a model; an exception tells, or `answered`."""
+    def image(self, model: Model) -> Watched:
+        """Count how an image ends that is handed to a model; an exception tells, or `answered`."""
         return Watched(self._of(model), model)
 
     def watch(
@@ -167,16 +167,16 @@ class Metrics:
         `models` tells how far each version got, `loaded` which are loaded, with their classes.
         """
         gauges: tuple[tuple[str, str, Callable[[], float]], ...] = (
-            ("queue_depth", "Pictures that wait now.", waiting),
+            ("queue_depth", "Images that wait now.", waiting),
             (
                 "pictures_held",
-                "Pictures (of tiled ones, canvases) in the service now, from arrival to answer.",
+                "Images (of tiled ones, canvases) in the service now, from arrival to answer.",
                 held,
             ),
-            ("picture_bytes_held", "Bytes of those pictures, as they were sent.", bytes_held),
+            ("picture_bytes_held", "Bytes of those images, as they were sent.", bytes_held),
             (
                 "predicted_wait_seconds",
-                "How long a picture that came now would wait for a device.",
+                "How long an image that came now would wait for a device.",
                 wait,
             ),
         )
@@ -199,7 +199,7 @@ class Metrics:
 
 
 class Watched:
-    """A picture on its way through a model."""
+    """An image on its way through a model."""
 
     def __init__(self, numbers: ModelMetrics, model: Model) -> None:
         self.done = False
@@ -223,16 +223,16 @@ class Watched:
         size: Size,
         passage: Passage | None,
     ) -> None:
-        """Record what a picture of that size gave."""
+        """Record what an image of that size gave."""
         finished = time.monotonic()
-        # What is left: choosing, mapping to the picture, writing, the way back to the event loop.
+        # What is left: choosing, mapping to the image, writing, the way back to the event loop.
         rest = max(0.0, finished - self._started - sum(timing))
         stages = Stages(*timing, rest)
-        self._numbers.observe_picture(stages, found.labels, found.scores)
+        self._numbers.observe_image(stages, found.labels, found.scores)
         self.done = True
         record = current.get()
         if record is not None:
-            record.pictures.append(
+            record.images.append(
                 Seen(
                     self._model.name,
                     self._model.version,

@@ -23,7 +23,7 @@ from service.observability.record import Stages
 SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _SIZES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _SCORES: Final = tuple(round(step / 20, 2) for step in range(1, 21))
-_PER_PICTURE: Final = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500)
+_PER_IMAGE: Final = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500)
 _FEW: Final = 40
 """Up to so many values one after the other is faster than numpy."""
 _STAGES: Final = (*Stages._fields, "total")
@@ -89,11 +89,11 @@ class ModelMetrics:
         self._stages = {name: Bins(SECONDS) for name in _STAGES}
         self._batch_size = Bins(_SIZES)
         self._scores = Bins(_SCORES)
-        self._per_picture = Bins(_PER_PICTURE)
+        self._per_image = Bins(_PER_IMAGE)
         self._detections = [0] * len(classes)
 
     def count(self, outcome: Outcome) -> None:
-        """Count a picture that ended in some way."""
+        """Count an image that ended in some way."""
         with self._lock:
             self._outcomes[outcome] += 1
 
@@ -102,14 +102,14 @@ class ModelMetrics:
         with self._lock:
             self._batch_size.add(size)
 
-    def observe_picture(
+    def observe_image(
         self, stages: Stages, labels: NDArray[np.int64], scores: NDArray[np.float32]
     ) -> None:
-        """Record the seconds and the objects of one answered picture."""
+        """Record the seconds and the objects of one answered image."""
         with self._lock:
             for name, seconds in zip(_STAGES, (*stages, stages.total), strict=True):
                 self._stages[name].add(seconds)
-            self._per_picture.add(len(labels))
+            self._per_image.add(len(labels))
             self._scores.add_all(scores)
             for label in labels.tolist():
                 self._detections[label] += 1
@@ -126,7 +126,7 @@ class ModelMetrics:
                 histograms["stages"].add_metric([*model, stage], *bins.read())
             histograms["batch_size"].add_metric(model, *self._batch_size.read())
             histograms["scores"].add_metric(model, *self._scores.read())
-            histograms["per_picture"].add_metric(model, *self._per_picture.read())
+            histograms["per_picture"].add_metric(model, *self._per_image.read())
 
 
 Loaded = Callable[[], Iterable[tuple[ModelKey, tuple[str, ...]]]]
@@ -173,7 +173,7 @@ def _counters() -> Counters:
     return {
         "pictures": CounterMetricFamily(
             "retinaserve_pictures",
-            "Pictures that reached a model, by how they ended; all but 'refused' were admitted.",
+            "Images that reached a model, by how they ended; all but 'refused' were admitted.",
             labels=("model", "version", "outcome"),
         ),
         "detections": CounterMetricFamily(
@@ -189,11 +189,11 @@ def _histograms() -> Histograms:
     return {
         "stages": HistogramMetricFamily(
             "retinaserve_stage_seconds",
-            "Seconds that an answered picture spent in each stage.",
+            "Seconds that an answered image spent in each stage.",
             labels=(*model, "stage"),
         ),
         "batch_size": HistogramMetricFamily(
-            "retinaserve_batch_size", "Pictures in each inference.", labels=model
+            "retinaserve_batch_size", "Images in each inference.", labels=model
         ),
         "scores": HistogramMetricFamily(
             "retinaserve_detection_score", "Scores of the objects in answers.", labels=model

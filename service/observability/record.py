@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple
 
 
 class Timing(NamedTuple):
-    """Seconds that a picture spent in each stage."""
+    """Seconds that an image spent in each stage."""
 
     decode: float
     queue: float
@@ -17,7 +17,7 @@ class Timing(NamedTuple):
 
 
 class Stages(NamedTuple):
-    """Seconds that a picture, or several together, spent in each stage."""
+    """Seconds that an image, or several together, spent in each stage."""
 
     decode: float
     queue: float
@@ -33,7 +33,7 @@ class Stages(NamedTuple):
 
 
 class Passage(NamedTuple):
-    """When a picture reached each stage, on the clock of `time.monotonic`, and in what company."""
+    """When an image reached each stage, on the clock of `time.monotonic`, and in what company."""
 
     arrived: float
     decoding: float
@@ -42,7 +42,7 @@ class Passage(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """One answered picture."""
+    """One answered image."""
 
     model: str
     version: int
@@ -53,7 +53,7 @@ class Seen(NamedTuple):
     finished: float
     """On the clock of `time.monotonic`."""
     passage: Passage | None
-    """None where a picture was several canvases, which overlap."""
+    """None where an image was several canvases, which overlap."""
 
 
 class Record:
@@ -62,8 +62,8 @@ class Record:
     __slots__ = (
         "body_bytes",
         "body_finished",
+        "images",
         "key",
-        "pictures",
         "reasons",
         "request_id",
         "span_id",
@@ -78,15 +78,15 @@ class Record:
         """Name of the API key that came with it."""
         self.body_bytes = 0
         self.body_finished: float | None = None
-        self.pictures: list[Seen] = []
+        self.images: list[Seen] = []
         self.reasons: dict[str, None] = {}
-        """Why the request, or pictures of it, got an error: words of our own, in order."""
+        """Why the request, or images of it, got an error: words of our own, in order."""
         self.trace_id: str | None = None
         self.span_id: str | None = None
 
     def stages(self) -> Stages:
-        """The sums over the request's pictures."""
-        return Stages(*map(sum, zip(*(seen.stages for seen in self.pictures), strict=True)))
+        """The sums over the request's images."""
+        return Stages(*map(sum, zip(*(seen.stages for seen in self.images), strict=True)))
 
     def fields(self) -> dict[str, Any]:
         """What a log line says of the request's work."""
@@ -95,15 +95,15 @@ class Record:
             fields["body_bytes"] = self.body_bytes
             if self.body_finished is not None:
                 fields["body_ms"] = _ms(self.body_finished - self.started)
-        if self.pictures:
-            last = self.pictures[-1]
+        if self.images:
+            last = self.images[-1]
             fields |= {
                 "model": last.model,
                 "version": last.version,
-                "pictures": len(self.pictures),
+                "pictures": len(self.images),
                 "width": last.width,
                 "height": last.height,
-                "detections": sum(seen.detections for seen in self.pictures),
+                "detections": sum(seen.detections for seen in self.images),
             }
             fields |= {
                 f"{name}_ms": _ms(seconds) for name, seconds in self.stages()._asdict().items()
@@ -113,16 +113,16 @@ class Record:
         return fields
 
     def server_timing(self) -> str | None:
-        """The value of a Server-Timing header; None for an answer without pictures."""
-        if not self.pictures:
+        """The value of a Server-Timing header; None for an answer without images."""
+        if not self.images:
             return None
         total = time.monotonic() - self.started
         body = (self.body_finished or self.started) - self.started
-        count = len(self.pictures)
+        count = len(self.images)
         if count == 1:
-            stages, shape = self.pictures[0].stages, _TIMING_OF_ONE
+            stages, shape = self.images[0].stages, _TIMING_OF_ONE
         else:
-            stages, shape = self.stages(), _timing(f';desc="sum of {count} pictures"')
+            stages, shape = self.stages(), _timing(f';desc="sum of {count} images"')
         return shape % tuple(1e3 * seconds for seconds in (body, *stages, total))
 
 
@@ -131,7 +131,7 @@ current: Final[ContextVar[Record | None]] = ContextVar("record", default=None)
 
 
 def _timing(note: str) -> str:
-    """A format of the header. Stages of several pictures overlap; `note` says it: sums."""
+    """A format of the header. Stages of several images overlap; `note` says it: sums."""
     stages = [f"{name};dur=%.2f{note}" for name in Stages._fields]
     return ", ".join(["body;dur=%.2f", *stages, "total;dur=%.2f"])
 

@@ -1,7 +1,7 @@
 """Traces by OpenTelemetry, where it is installed and its standard variables ask for it.
 
 A request becomes a span below the caller's (W3C trace context), with a span for each stage of each
-picture below it. Those are made from the recorded moments once the request is over, so that no
+image below it. Those are made from the recorded moments once the request is over, so that no
 stage waits for tracing. Everything is configured by the OTEL_* variables, which OpenTelemetry's own
 SDK reads.
 """
@@ -175,7 +175,7 @@ def _parts(record: Record) -> Iterator[_Part]:
         yield _Part(
             "body", record.started, record.body_finished, {"retinaserve.bytes": record.body_bytes}
         )
-    for seen in record.pictures:
+    for seen in record.images:
         attributes: dict[str, str | int] = {
             "retinaserve.model": seen.model,
             "retinaserve.version": seen.version,
@@ -184,7 +184,7 @@ def _parts(record: Record) -> Iterator[_Part]:
 
 
 def _stages(seen: Seen, attributes: dict[str, str | int]) -> Iterator[_Part]:
-    """The stages of a picture: at their real moments, or one after the other up to the end."""
+    """The stages of an image: at their real moments, or one after the other up to the end."""
     stages, passage = seen.stages, seen.passage
     inference = attributes | {"retinaserve.detections": seen.detections}
     if passage is None:

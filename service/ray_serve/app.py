@@ -33,7 +33,7 @@ _log = logging.getLogger("retinaserve.ray")
 NAME: Final = "retinaserve"
 """Of the deployment, as `deployments` in a configuration names it."""
 _GPU_CPUS: Final = 4
-"""CPUs beside a GPU by default: it waits for pictures that are decoded on them."""
+"""CPUs beside a GPU by default: it waits for images that are decoded on them."""
 _BEYOND_QUEUE: Final = 32
 """Requests that a replica takes beyond its queue, so that it refuses them itself: it knows when
 there will be room, and it answers probes at the same time."""

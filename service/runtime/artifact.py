@@ -41,7 +41,7 @@ SCHEMA: Final = 1
 MODEL_FILE: Final = "model.onnx"
 CHECKSUM_FILE: Final = "model.sha256"
 MAX_DETECTIONS_CAP: Final = 1000
-"""No picture ever has more detections than this, whatever is asked for."""
+"""No image ever has more detections than this, whatever is asked for."""
 
 INPUT_TYPES: Final[Mapping[str, tuple[int, int]]] = {
     "images": (TensorProto.UINT8, 4),

@@ -2,7 +2,7 @@
 
 A lone inference cannot keep all cores busy: between two parallel stretches, and inside
 non-maximum suppression, only one of its threads has work. Others beside it, each on its share of
-the cores, fill these gaps and have fewer threads to wait for; a picture that comes alone still has
+the cores, fill these gaps and have fewer threads to wait for; an image that comes alone still has
 all cores.
 """
 
@@ -22,7 +22,7 @@ from service.runtime.shared_detector import SharedDetector
 _log = logging.getLogger("retinaserve.side_by_side")
 _MOST: Final = 8
 _GAIN: Final = 1.05
-"""Twice as many side by side must bring so many times as many pictures: each keeps intermediate
+"""Twice as many side by side must bring so many times as many images: each keeps intermediate
 values of its own in memory."""
 _ROUNDS: Final = 12
 """The first that shows the gain is the last: something else may have kept the machine busy."""

@@ -27,12 +27,12 @@ SEAM: Final = ("candidate_boxes", "candidate_scores", "candidate_labels")
 """Values inside the file, between the network and non-maximum suppression."""
 
 Canvases = NDArray[np.uint8] | Sequence[NDArray[np.uint8]]
-"""(B, H, W, 3), or B times (H, W, 3): pictures of one size."""
+"""(B, H, W, 3), or B times (H, W, 3): images of one size."""
 
 
 @dataclass(frozen=True, slots=True)
 class Detections:
-    """What one picture holds, in falling score."""
+    """What one image holds, in falling score."""
 
     boxes: NDArray[np.float32]
     """(D, 4) x1, y1, x2, y2 in pixels."""
@@ -107,7 +107,7 @@ class Detector:
         iou_threshold: float,
         max_detections: int = MAX_DETECTIONS_CAP,
     ) -> list[Detections]:
-        """Detect on canvases of pictures of size (B, 2); boxes in canvas pixels."""
+        """Detect on canvases of images of size (B, 2); boxes in canvas pixels."""
         found = self._session.run(
             OUTPUTS,
             {
@@ -117,7 +117,7 @@ class Detector:
                 **self._weights,
             },
         )
-        return by_picture(found, len(canvases))
+        return by_image(found, len(canvases))
 
     def warm(self, canvas: Size, batch: int = 1) -> None:
         """Run once on empty canvases, so that the first request does not pay for set-up."""
@@ -158,7 +158,7 @@ def as_batch(canvases: Canvases) -> NDArray[np.uint8]:
 
 
 def thresholds(score: float, iou: float, most: int) -> dict[str, NDArray[Any]]:
-    """The inputs of the file that are not pictures."""
+    """The inputs of the file that are not images."""
     return {
         "score_threshold": np.array([score], dtype=np.float32),
         "iou_threshold": np.array([iou], dtype=np.float32),
@@ -166,8 +166,8 @@ def thresholds(score: float, iou: float, most: int) -> dict[str, NDArray[Any]]:
     }
 
 
-def by_picture(found: Sequence[NDArray[Any]], count: int) -> list[Detections]:
-    """The file's outputs, picture by picture."""
+def by_image(found: Sequence[NDArray[Any]], count: int) -> list[Detections]:
+    """The file's outputs, image by image."""
     index, boxes, scores, labels = found
     if count == 1:
         return [Detections(boxes, scores, labels)]

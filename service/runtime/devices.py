@@ -65,7 +65,7 @@ class Device:
 
     @property
     def default_batch_size(self) -> int:
-        """A CPU works a batch off picture by picture; a GPU fills its lanes with it."""
+        """A CPU works a batch off image by image; a GPU fills its lanes with it."""
         return 1 if self.kind == "cpu" else 16
 
     @property

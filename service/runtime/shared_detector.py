@@ -52,7 +52,7 @@ class SharedDetector(Detector):
         iou_threshold: float,
         max_detections: int = MAX_DETECTIONS_CAP,
     ) -> list[Detections]:
-        """Detect on canvases of pictures of size (B, 2); boxes in canvas pixels."""
+        """Detect on canvases of images of size (B, 2); boxes in canvas pixels."""
         with self._choose() as detector:
             return detector(
                 canvases,

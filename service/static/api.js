@@ -56,7 +56,7 @@ export function detectUrl({ model, threshold, classes, tile }) {
   return url.href.replaceAll("%2C", ",");
 }
 
-/** The picture is sent as it is. Its declared type is not: the service judges by content. */
+/** The image is sent as it is. Its declared type is not: the service judges by content. */
 export async function detect(file, query, signal) {
   const options = {
     method: "POST",
@@ -87,32 +87,32 @@ async function whyNoAnswer(file) {
 const megabytes = (bytes) => `${(bytes / 1e6).toFixed(bytes < 1e7 ? 1 : 0)} MB`;
 
 const MESSAGES = {
-  [CANCELLED]: () => ["Cancelled", "This picture was not looked at."],
+  [CANCELLED]: () => ["Cancelled", "This image was not looked at."],
   [CUT_OFF]: (file) => [
-    "The service took only a part of this picture",
+    "The service took only a part of this image",
     `The file has ${megabytes(file.size)} and is probably too large. If others pass, try again.`,
   ],
   [UNREADABLE]: () => ["The browser cannot read this file", "It was moved, changed or deleted."],
   [NO_ANSWER]: () => ["The service does not answer", "Is it still running, and the network there?"],
   400: (file) => [
-    "This picture is damaged",
+    "This image is damaged",
     file.size === 0 ? "The file is empty." : "It looks cut off or broken; a fresh copy may work.",
   ],
   401: () => ["The service wants an API key", "Whoever runs the service can give you one."],
   404: () => ["This model is gone", "Choose another one above."],
   408: () => ["The upload was too slow", "The service gave up waiting; try again on a better line."],
-  413: (file) => ["This picture is too large", `The file has ${megabytes(file.size)}.`],
+  413: (file) => ["This image is too large", `The file has ${megabytes(file.size)}.`],
   415: (file) => [
-    "This is not a picture the service can read",
+    "This is not an image the service can read",
     /\.hei[cf]$/i.test(file.name)
       ? "Phones save HEIC unless told otherwise; send it as JPEG, PNG or WebP."
       : "It takes JPEG, PNG and WebP, and looks at the content rather than the name.",
   ],
-  422: () => ["The service refused a setting", "The picture itself may be fine."],
+  422: () => ["The service refused a setting", "The image itself may be fine."],
   429: () => ["Too many requests", "The limit for now is used up."],
   500: () => ["The service failed", "Whoever runs it finds the reason in its log."],
   503: () => ["The service is busy", "It is loading, stopping or has too much to do."],
-  504: () => ["The service was too slow", "The picture was accepted, but its time ran out."],
+  504: () => ["The service was too slow", "The image was accepted, but its time ran out."],
 };
 
 /** [heading, text, the service's own reason] in plain words. */

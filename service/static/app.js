@@ -1,11 +1,11 @@
-// The page: pictures in a row, one shown at a time; the service is asked once per picture at a low
+// The page: images in a row, one shown at a time; the service is asked once per image at a low
 // threshold, and everything after that (score, classes) is chosen here.
 
 import { Problem, models, readiness } from "./api.js";
 import { save, stem, toCsv, toJson } from "./downloads.js";
-import { picturesOf } from "./files.js";
+import { imagesOf } from "./files.js";
 import { unlocked, wireKey } from "./key.js";
-import { annotatedBlob, forget, lookAtAll } from "./pictures.js";
+import { annotatedBlob, forget, lookAtAll } from "./images.js";
 import { askAnew, askForAll, cancelAll, goOn, retryAll, wireQueue } from "./queue.js";
 import { isUnfinished, shown, state, useModel } from "./state.js";
 import {
@@ -15,27 +15,27 @@ import {
 const $ = (id) => document.getElementById(id);
 const pause = (seconds) => new Promise((resolve) => setTimeout(resolve, 1000 * seconds));
 
-// ---- pictures in
+// ---- images in
 
-function add(pictures) {
-  if (!pictures.length) return;
-  const first = state.pictures.length;
-  for (const { file, name } of pictures) state.pictures.push({ file, name, status: "waiting" });
-  show(state.pictures[first]);
+function add(images) {
+  if (!images.length) return;
+  const first = state.images.length;
+  for (const { file, name } of images) state.images.push({ file, name, status: "waiting" });
+  show(state.images[first]);
   askForAll();
 }
 
 async function addFrom(transfer) {
-  const { pictures, left } = await picturesOf(transfer);
-  add(pictures);
-  if (left) toast(`That was too much at once: ${left} pictures are left out.`);
-  return pictures.length;
+  const { images, left } = await imagesOf(transfer);
+  add(images);
+  if (left) toast(`That was too much at once: ${left} images are left out.`);
+  return images.length;
 }
 
-function show(picture) {
-  Object.assign(state, { current: picture, active: null });
-  const view = picture ? "picture" : "empty";
-  const focusIsLost = picture && $("empty").contains(document.activeElement);
+function show(image) {
+  Object.assign(state, { current: image, active: null });
+  const view = image ? "image" : "empty";
+  const focusIsLost = image && $("empty").contains(document.activeElement);
   document.body.dataset.view = view;
   $("empty").hidden = view !== "empty";
   $("stage").hidden = $("panel").hidden = view === "empty";
@@ -47,8 +47,8 @@ function show(picture) {
 
 function startOver() {
   cancelAll();
-  state.pictures.forEach(forget);
-  Object.assign(state, { pictures: [], score: null });
+  state.images.forEach(forget);
+  Object.assign(state, { images: [], score: null });
   state.hidden.clear();
   show(null);
   document.querySelector("#empty [data-choose]").focus();
@@ -63,20 +63,20 @@ async function addSample() {
 
 // ---- results out
 
-async function savePicture() {
+async function saveImage() {
   const { current } = state;
-  $("save-picture").disabled = true;
+  $("save-image").disabled = true;
   const options = { width: current.answer.image.width, labels: $("labels").checked };
   const blob = await annotatedBlob(current, shown(current), options);
   if (blob) save(blob, `${stem(current)}-boxes.png`);
-  else toast("The picture is too large for this browser to draw in full.");
+  else toast("The image is too large for this browser to draw in full.");
   render();
 }
 
 function saveText(text, type) {
-  const { pictures, current } = state;
-  const alone = pictures.length === 1;
-  const content = text(pictures);
+  const { images, current } = state;
+  const alone = images.length === 1;
+  const content = text(images);
   const name = alone ? stem(current) : "detections";
   save(new Blob([content], { type: `${type};charset=utf-8` }), `${name}.${type.split("/")[1]}`);
 }
@@ -119,7 +119,7 @@ function wireInput() {
     event.preventDefault();
     veil(-depth);
     const count = await addFrom(event.dataTransfer);
-    if (!count) toast("No picture was in what was dropped: it takes JPEG, PNG and WebP files.");
+    if (!count) toast("No image was in what was dropped: it takes JPEG, PNG and WebP files.");
   });
 }
 
@@ -152,10 +152,10 @@ function wireResult() {
   $("boxes").addEventListener("pointerleave", () => point(null));
   $("strip").addEventListener("click", ({ target }) => {
     const item = target.closest("li");
-    if (item) show(state.pictures[[...$("strip").children].indexOf(item)]);
+    if (item) show(state.images[[...$("strip").children].indexOf(item)]);
   });
   $("clear").addEventListener("click", startOver);
-  $("save-picture").addEventListener("click", savePicture);
+  $("save-image").addEventListener("click", saveImage);
   $("save-json").addEventListener("click", () => saveText(toJson, "application/json"));
   $("save-csv").addEventListener("click", () => saveText(toCsv, "text/csv"));
   for (const button of document.querySelectorAll("[data-copy]")) button.onclick = copy;
@@ -175,12 +175,12 @@ function wireAsking() {
   wireKey({ entered: unlock, forgotten: () => toast("The key is forgotten.") });
 }
 
-function changed(picture) {
-  renderChange(picture);
-  const { pictures } = state;
-  if (pictures.length < 2 || !picture || pictures.some(isUnfinished)) return;
-  const failed = pictures.filter(({ status }) => status === "failed").length;
-  news(`All ${pictures.length} pictures are through${failed ? `, ${failed} of them failed` : ""}.`);
+function changed(image) {
+  renderChange(image);
+  const { images } = state;
+  if (images.length < 2 || !image || images.some(isUnfinished)) return;
+  const failed = images.filter(({ status }) => status === "failed").length;
+  news(`All ${images.length} images are through${failed ? `, ${failed} of them failed` : ""}.`);
 }
 
 function setScore(score) {
@@ -195,7 +195,7 @@ function smallestAt(x, y) {
   return shown(state.current).filter(around).sort((a, b) => area(a) - area(b))[0] ?? null;
 }
 
-/** Left and right go through the pictures, up and down through the table of detections. */
+/** Left and right go through the images, up and down through the table of detections. */
 function moveByKey(event) {
   const { key, target } = event;
   if (!state.current || event.altKey || event.ctrlKey || event.metaKey) return;
@@ -211,7 +211,7 @@ function moveByKey(event) {
   }
   const step = { ArrowLeft: -1, ArrowRight: 1 }[key];
   if (!step || target.closest?.("input, select, pre, dialog")) return;
-  const next = state.pictures[state.pictures.indexOf(state.current) + step];
+  const next = state.images[state.images.indexOf(state.current) + step];
   if (!next) return;
   show(next);
   const thumbnail = $("strip").querySelector("[aria-current=true]");

@@ -6,30 +6,30 @@ import { shown, state } from "./state.js";
 const COLUMNS = ["file", "label", "class_id", "score", "x1", "y1", "x2", "y2"];
 
 /** The answer as the service would give it at what is chosen now. */
-export const chosenAnswer = (picture) => ({ ...picture.answer, detections: shown(picture) });
+export const chosenAnswer = (image) => ({ ...image.answer, detections: shown(image) });
 
-/** One picture as POST /v1/detect answers, several as POST /v1/detect/batch does. */
-export function toJson(pictures) {
-  if (pictures.length === 1) return JSON.stringify(chosenAnswer(pictures[0]), null, 2);
-  const results = pictures.flatMap((picture, index) => {
-    const which = { index, id: picture.name };
-    if (picture.status === "failed") {
-      const { status, title, detail } = picture.problem;
+/** One image as POST /v1/detect answers, several as POST /v1/detect/batch does. */
+export function toJson(images) {
+  if (images.length === 1) return JSON.stringify(chosenAnswer(images[0]), null, 2);
+  const results = images.flatMap((image, index) => {
+    const which = { index, id: image.name };
+    if (image.status === "failed") {
+      const { status, title, detail } = image.problem;
       return [{ ...which, status, error: { status, title, detail } }];
     }
-    if (picture.status !== "done") return [];
-    const { image, detections } = chosenAnswer(picture);
-    return [{ ...which, status: 200, image, detections }];
+    if (image.status !== "done") return [];
+    const answer = chosenAnswer(image);
+    return [{ ...which, status: 200, image: answer.image, detections: answer.detections }];
   });
   const { name, version } = state.model;
   return JSON.stringify({ results, model: { name, version } }, null, 2);
 }
 
 /** The columns of `retinaserve detect --output csv`. */
-export function toCsv(pictures) {
-  const rows = pictures.flatMap((picture) =>
-    shown(picture).map(({ label, class_id: index, score, box }) => [
-      picture.name, label, index, score, box.x1, box.y1, box.x2, box.y2,
+export function toCsv(images) {
+  const rows = images.flatMap((image) =>
+    shown(image).map(({ label, class_id: index, score, box }) => [
+      image.name, label, index, score, box.x1, box.y1, box.x2, box.y2,
     ]),
   );
   return [COLUMNS, ...rows].map((row) => `${row.map(field).join(",")}\n`).join("");

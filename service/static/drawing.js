@@ -1,4 +1,4 @@
-// What is painted: the picture, boxes with their labels, the histogram of scores.
+// What is painted: the image, boxes with their labels, the histogram of scores.
 
 // Those of service/annotate.py: far apart in hue, dark enough for white text.
 const PALETTE = ["#00796f", "#c65500", "#b0175e", "#1565c0", "#4d7c0f", "#7b3fb5", "#8d5a3b"];
@@ -7,10 +7,10 @@ export function colourOf(classIndex) {
   return PALETTE[classIndex] ?? `hsl(${(classIndex * 137.508) % 360} 65% 30%)`;
 }
 
-/** The largest [width, height] with the picture's proportions inside the room; enlarged at most 2x. */
-export function fit(picture, room) {
-  const scale = Math.min(room.width / picture.width, room.height / picture.height, 2);
-  return [Math.max(1, picture.width * scale), Math.max(1, picture.height * scale)];
+/** The largest [width, height] with the image's proportions inside the room; enlarged at most 2x. */
+export function fit(image, room) {
+  const scale = Math.min(room.width / image.width, room.height / image.height, 2);
+  return [Math.max(1, image.width * scale), Math.max(1, image.height * scale)];
 }
 
 /** Give a canvas a size in CSS pixels with one canvas pixel per screen pixel. */
@@ -26,7 +26,7 @@ export function resize(canvas, width, height) {
 }
 
 /**
- * Boxes over a picture. scale: drawn pixels per picture pixel; unit: size of a thin line in drawn
+ * Boxes over an image. scale: drawn pixels per image pixel; unit: size of a thin line in drawn
  * pixels, by which everything else grows; active: the detection to stand out, or null.
  */
 export function drawBoxes(context, detections, { scale, unit, labels, active }) {
@@ -114,8 +114,8 @@ export function drawHistogram(canvas, detections, isShown, lowest) {
 }
 
 /**
- * A picture in its full size with its boxes, as a PNG blob; for workers. width: what boxes are
- * measured in, should the picture have been decoded smaller.
+ * An image in its full size with its boxes, as a PNG blob; for workers. width: what boxes are
+ * measured in, should the image have been decoded smaller.
  */
 export function annotated(bitmap, detections, { width, labels }) {
   const canvas = new OffscreenCanvas(bitmap.width, bitmap.height);

@@ -1,10 +1,10 @@
 // Files out of a drop or a paste, folders with everything below them.
 
-const PICTURE = /\.(jpe?g|png|webp)$/i;
+const IMAGE = /\.(jpe?g|png|webp)$/i;
 const MOST = 1000;
 
-/** {pictures: [{file, name}], left: how many more there were}; a name in a folder has its path. */
-export async function picturesOf(transfer) {
+/** {images: [{file, name}], left: how many more there were}; a name in a folder has its path. */
+export async function imagesOf(transfer) {
   const items = [...transfer.items].filter((item) => item.kind === "file");
   // All before the first await: the browser empties the list when the event is over.
   const entries = items.map((item) => {
@@ -15,16 +15,16 @@ export async function picturesOf(transfer) {
   for (const entry of entries.filter(Boolean)) {
     // What was picked one by one is sent whatever its name: the service judges by content.
     if (entry instanceof File) found.push({ file: entry, name: entry.name });
-    else for await (const picture of below(entry)) found.push(picture);
+    else for await (const image of below(entry)) found.push(image);
   }
-  return { pictures: found.slice(0, MOST), left: Math.max(0, found.length - MOST) };
+  return { images: found.slice(0, MOST), left: Math.max(0, found.length - MOST) };
 }
 
 async function* below(folder) {
   for (const entry of await children(folder)) {
     if (entry.name.startsWith(".")) continue;
     if (entry.isDirectory) yield* below(entry);
-    else if (PICTURE.test(entry.name)) {
+    else if (IMAGE.test(entry.name)) {
       const file = await new Promise((resolve) => entry.file(resolve, () => resolve(null)));
       if (file) yield { file, name: entry.fullPath.replace(/^\//, "") };
     }

@@ -1,4 +1,4 @@
-// Asking the service: few pictures at a time, all of them held back while it refuses.
+// Asking the service: few images at a time, all of them held back while it refuses.
 
 import {
   CANCELLED, CUT_OFF, NO_ANSWER, Problem, detect, explain, isPassing,
@@ -28,58 +28,58 @@ export function askForAll() {
 }
 
 function nextToAsk() {
-  const { current, hold, model, offline, pictures } = state;
+  const { current, hold, model, offline, images } = state;
   if (!model || hold || offline) return null;
   const waits = ({ status }) => status === "waiting";
-  return current && waits(current) ? current : pictures.find(waits);
+  return current && waits(current) ? current : images.find(waits);
 }
 
-function change(picture, values) {
-  Object.assign(picture, values);
-  page.changed(picture);
+function change(image, values) {
+  Object.assign(image, values);
+  page.changed(image);
 }
 
-async function ask(picture) {
+async function ask(image) {
   const controller = new AbortController();
   const { signal } = controller;
   const query = { model: state.model, tile: state.tile, threshold: lowestScore() };
   const started = performance.now();
-  change(picture, { status: "sending", problem: null, controller });
+  change(image, { status: "sending", problem: null, controller });
   try {
-    const answer = await unlocked(() => detect(picture.file, query, signal));
+    const answer = await unlocked(() => detect(image.file, query, signal));
     if (signal.aborted) return;
     const seconds = (performance.now() - started) / 1000;
-    change(picture, { status: "done", answer, seconds, refusedSince: null, cutOff: 0 });
+    change(image, { status: "done", answer, seconds, refusedSince: null, cutOff: 0 });
   } catch (problem) {
-    // Who stopped it has said what becomes of the picture.
+    // Who stopped it has said what becomes of the image.
     if (signal.aborted) return;
     if (!(problem instanceof Problem)) throw problem;
-    await refused(picture, problem, signal);
+    await refused(image, problem, signal);
   }
 }
 
-async function refused(picture, problem, signal) {
-  picture.refusedSince ??= performance.now();
-  picture.cutOff = (picture.cutOff ?? 0) + Number(problem.status === CUT_OFF);
-  const isPatient = performance.now() - picture.refusedSince < 1000 * PATIENCE;
-  if (problem.retryAfter !== null && isPatient) return hold(picture, problem, problem.retryAfter);
-  if (picture.cutOff && picture.cutOff < CUT_OFF_TRIES) return hold(picture, problem, 1);
+async function refused(image, problem, signal) {
+  image.refusedSince ??= performance.now();
+  image.cutOff = (image.cutOff ?? 0) + Number(problem.status === CUT_OFF);
+  const isPatient = performance.now() - image.refusedSince < 1000 * PATIENCE;
+  if (problem.retryAfter !== null && isPatient) return hold(image, problem, problem.retryAfter);
+  if (image.cutOff && image.cutOff < CUT_OFF_TRIES) return hold(image, problem, 1);
   if (problem.status === 404 && (await page.modelGone())) return;
   if (signal.aborted) return;
   if (problem.status === NO_ANSWER) {
     state.offline = true;
     page.lost();
   }
-  Object.assign(picture, { refusedSince: null, cutOff: 0 });
-  change(picture, { status: "failed", problem });
+  Object.assign(image, { refusedSince: null, cutOff: 0 });
+  change(image, { status: "failed", problem });
 }
 
 /** Ask for nothing until the service said that it takes something again. */
-function hold(picture, problem, seconds) {
+function hold(image, problem, seconds) {
   const until = performance.now() + 1000 * Math.max(1, seconds);
   const isNew = state.hold === null;
   if (isNew || until > state.hold.until) state.hold = { problem, until };
-  change(picture, { status: "waiting" });
+  change(image, { status: "waiting" });
   if (isNew) {
     page.news(holdText());
     setTimeout(tick, 250);
@@ -107,29 +107,29 @@ export function holdText() {
   return `${heading}. Trying again in ${left} s.`;
 }
 
-/** Stop whatever is under way and ask again for every picture: model or tiles are others now. */
+/** Stop whatever is under way and ask again for every image: model or tiles are others now. */
 export function askAnew() {
-  for (const picture of state.pictures) {
-    picture.controller?.abort();
-    change(picture, { status: "waiting", answer: null, problem: null, refusedSince: null });
+  for (const image of state.images) {
+    image.controller?.abort();
+    change(image, { status: "waiting", answer: null, problem: null, refusedSince: null });
   }
   askForAll();
 }
 
 export function cancelAll() {
   state.hold = null;
-  for (const picture of state.pictures.filter(isUnfinished)) {
-    picture.controller?.abort();
-    change(picture, { status: "failed", problem: new Problem(CANCELLED, "Cancelled") });
+  for (const image of state.images.filter(isUnfinished)) {
+    image.controller?.abort();
+    change(image, { status: "failed", problem: new Problem(CANCELLED, "Cancelled") });
   }
 }
 
 export const passing = () =>
-  state.pictures.filter(({ status, problem }) => status === "failed" && isPassing(problem));
+  state.images.filter(({ status, problem }) => status === "failed" && isPassing(problem));
 
-/** Once more for every picture that failed for a reason that may have passed. */
+/** Once more for every image that failed for a reason that may have passed. */
 export function retryAll() {
   state.offline = false;
-  for (const picture of passing()) change(picture, { status: "waiting", problem: null });
+  for (const image of passing()) change(image, { status: "waiting", problem: null });
   askForAll();
 }

@@ -6,8 +6,8 @@ export const state = {
   models: [], // every version of every model, those that are not ready too
   model: null, // the one that is asked
   own: {}, // its classes -> the score above which it reports by itself
-  tile: false, // large pictures in tiles
-  pictures: [], // {file, name, status: waiting | sending | done | failed, answer, problem, ...}
+  tile: false, // large images in tiles
+  images: [], // {file, name, status: waiting | sending | done | failed, answer, problem, ...}
   current: null,
   score: null, // null: the model's own thresholds
   hidden: new Set(), // classes that are switched off
@@ -29,6 +29,6 @@ export const lowestScore = () => Math.min(LOWEST_SCORE, ...Object.values(state.o
 
 export const isAbove = ({ label, score }) => score > (state.score ?? state.own[label] ?? 0.3);
 export const isShown = (detection) => isAbove(detection) && !state.hidden.has(detection.label);
-export const all = (picture) => picture?.answer?.detections ?? [];
-export const shown = (picture) => all(picture).filter(isShown);
+export const all = (image) => image?.answer?.detections ?? [];
+export const shown = (image) => all(image).filter(isShown);
 export const isUnfinished = ({ status }) => status === "waiting" || status === "sending";

@@ -16,12 +16,12 @@ function element(tag, properties = {}, ...children) {
 }
 
 export function render() {
-  const picture = state.current;
-  if (!picture) return;
-  document.body.dataset.state = picture.status;
-  renderPicture(picture);
-  renderMessage(picture);
-  renderTiming(picture);
+  const image = state.current;
+  if (!image) return;
+  document.body.dataset.state = image.status;
+  renderImage(image);
+  renderMessage(image);
+  renderTiming(image);
   renderReadout();
   renderScore();
   renderResult();
@@ -29,50 +29,50 @@ export function render() {
 }
 
 export function renderResult() {
-  const picture = state.current;
+  const image = state.current;
   renderBoxes();
   renderCounts();
-  renderTexts(picture);
-  renderTable(picture);
-  state.pictures.forEach(renderThumbnail);
-  drawHistogram($("histogram"), all(picture), isShown, lowestScore());
+  renderTexts(image);
+  renderTable(image);
+  state.images.forEach(renderThumbnail);
+  drawHistogram($("histogram"), all(image), isShown, lowestScore());
 }
 
-/** After a change of one picture, or of the queue alone. */
-export function renderChange(picture) {
-  if (picture && picture === state.current) return render();
-  if (picture && state.pictures.includes(picture)) {
-    renderThumbnail(picture, state.pictures.indexOf(picture));
-    if (picture.answer) renderCounts();
+/** After a change of one image, or of the queue alone. */
+export function renderChange(image) {
+  if (image && image === state.current) return render();
+  if (image && state.images.includes(image)) {
+    renderThumbnail(image, state.images.indexOf(image));
+    if (image.answer) renderCounts();
   }
   renderQueue();
 }
 
-// ---- the picture
+// ---- the image
 
-function renderPicture({ preview, thumbnail, size, answer }) {
+function renderImage({ preview, thumbnail, size, answer }) {
   const source = preview ?? thumbnail;
-  $("picture").hidden = $("boxes").hidden = !source;
+  $("image").hidden = $("boxes").hidden = !source;
   $("frame").classList.toggle("blank", !source);
   if (!source) return;
-  const below = state.pictures.length > 1 ? 280 : 200;
+  const below = state.images.length > 1 ? 280 : 200;
   const room = { width: $("frame").clientWidth, height: Math.max(280, innerHeight - below) };
   const [width, height] = fit(size, room);
-  const context = resize($("picture"), width, height);
+  const context = resize($("image"), width, height);
   context.imageSmoothingQuality = "high";
   context.drawImage(source, 0, 0, width, height);
   $("boxes").dataset.ready = String(Boolean(answer));
 }
 
 export function renderBoxes() {
-  const picture = state.current;
-  if (!picture?.size) return;
-  const width = Number.parseFloat($("picture").style.width);
-  const context = resize($("boxes"), width, Number.parseFloat($("picture").style.height));
-  const scale = width / (picture.answer?.image.width ?? picture.size.width);
+  const image = state.current;
+  if (!image?.size) return;
+  const width = Number.parseFloat($("image").style.width);
+  const context = resize($("boxes"), width, Number.parseFloat($("image").style.height));
+  const scale = width / (image.answer?.image.width ?? image.size.width);
   const unit = width < 480 ? 0.8 : 1;
   const options = { scale, unit, labels: $("labels").checked, active: state.active };
-  drawBoxes(context, shown(picture), options);
+  drawBoxes(context, shown(image), options);
 }
 
 function renderMessage({ status, problem, file, name }) {
@@ -114,17 +114,17 @@ function renderReadout() {
   }
 }
 
-// ---- the queue and the row of pictures
+// ---- the queue and the row of images
 
 export function renderQueue() {
-  const { pictures, current, hold } = state;
-  const left = pictures.filter(isUnfinished).length;
+  const { images, current, hold } = state;
+  const left = images.filter(isUnfinished).length;
   const failed = passing().length;
   $("queue").hidden = left === 0;
-  $("progress").max = pictures.length;
-  $("progress").value = pictures.length - left;
-  $("progress").hidden = $("progress-text").hidden = pictures.length < 2;
-  $("progress-text").textContent = `${pictures.length - left} of ${pictures.length}`;
+  $("progress").max = images.length;
+  $("progress").value = images.length - left;
+  $("progress").hidden = $("progress-text").hidden = images.length < 2;
+  $("progress-text").textContent = `${images.length - left} of ${images.length}`;
   $("now").hidden = hold === null;
   $("retry").textContent = failed > 1 ? `Try all ${failed} again` : "Try again";
   $("busy").hidden = !current || !isUnfinished(current);
@@ -137,29 +137,29 @@ export function renderQueue() {
 const MARKS = { failed: "!", waiting: "…", sending: "…" };
 
 export function renderStrip() {
-  const several = state.pictures.length > 1;
+  const several = state.images.length > 1;
   $("strip").hidden = $("strip-hint").hidden = !several;
-  while ($("strip").children.length > state.pictures.length) $("strip").lastElementChild.remove();
-  while ($("strip").children.length < state.pictures.length) {
+  while ($("strip").children.length > state.images.length) $("strip").lastElementChild.remove();
+  while ($("strip").children.length < state.images.length) {
     const button = element("button", { type: "button" }, element("b"));
     $("strip").append(element("li", {}, button));
   }
-  state.pictures.forEach(renderThumbnail);
+  state.images.forEach(renderThumbnail);
 }
 
-function renderThumbnail(picture, index) {
+function renderThumbnail(image, index) {
   const button = $("strip").children[index]?.firstElementChild;
   if (!button) return;
-  const isCurrent = picture === state.current;
+  const isCurrent = image === state.current;
   const mark = button.lastElementChild;
-  mark.textContent = MARKS[picture.status] ?? shown(picture).length;
+  mark.textContent = MARKS[image.status] ?? shown(image).length;
   const outcome = { done: `${mark.textContent} detections`, failed: "failed" };
-  button.dataset.status = picture.status;
+  button.dataset.status = image.status;
   button.ariaCurrent = String(isCurrent);
   button.tabIndex = isCurrent ? 0 : -1;
-  const place = `picture ${index + 1} of ${state.pictures.length}`;
-  button.ariaLabel = `${picture.name}, ${place}, ${outcome[picture.status] ?? "waiting"}`;
-  const { thumbnail } = picture;
+  const place = `image ${index + 1} of ${state.images.length}`;
+  button.ariaLabel = `${image.name}, ${place}, ${outcome[image.status] ?? "waiting"}`;
+  const { thumbnail } = image;
   const old = button.querySelector("canvas");
   if (old !== (thumbnail ?? null)) {
     old?.remove();
@@ -184,20 +184,20 @@ export function renderScore() {
 }
 
 /** Class -> detections above the score, those of classes that are switched off too. */
-function tally(pictures) {
+function tally(images) {
   const counts = new Map();
-  for (const detection of pictures.flatMap(all).filter(isAbove)) {
+  for (const detection of images.flatMap(all).filter(isAbove)) {
     counts.set(detection.label, (counts.get(detection.label) ?? 0) + 1);
   }
   return counts;
 }
 
 function renderCounts() {
-  const { current, hidden, model, pictures } = state;
+  const { current, hidden, model, images } = state;
   const names = model?.classes ?? [];
-  const several = pictures.length > 1;
-  const [here, everywhere] = [tally([current]), several ? tally(pictures) : new Map()];
-  const isKnown = several && pictures.some(({ answer }) => answer);
+  const several = images.length > 1;
+  const [here, everywhere] = [tally([current]), several ? tally(images) : new Map()];
+  const isKnown = several && images.some(({ answer }) => answer);
   const wanted = names.length > 12 ? names.filter((name) => isPresent(name)) : names;
   if ($("classes").dataset.names !== wanted.join("\n")) buildClasses(wanted);
   wanted.forEach((name, index) => {
@@ -208,7 +208,7 @@ function renderCounts() {
   });
   const visible = wanted.filter((name) => !hidden.has(name));
   const sum = (counts) => visible.reduce((total, name) => total + (counts.get(name) ?? 0), 0);
-  const rest = several ? ` of ${sum(everywhere)} in ${pictures.length} pictures` : " shown";
+  const rest = several ? ` of ${sum(everywhere)} in ${images.length} images` : " shown";
   $("total").textContent = current.answer ? `${sum(here)}${rest}` : "";
   $("no-classes").hidden = wanted.length > 0 || !current.answer;
   $("every").hidden = wanted.length < 3;
@@ -219,7 +219,7 @@ function renderCounts() {
 }
 
 const isPresent = (name) =>
-  state.pictures.some((picture) => all(picture).some(({ label }) => label === name));
+  state.images.some((image) => all(image).some(({ label }) => label === name));
 
 function buildClasses(names) {
   $("classes").dataset.names = names.join("\n");
@@ -252,29 +252,29 @@ function chosenUrl() {
 const quote = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 
 function renderSaves() {
-  const { pictures, current } = state;
-  const done = pictures.filter(({ status }) => status === "done").length;
-  const through = pictures.filter((each) => !isUnfinished(each)).length;
-  $("save-picture").disabled = current?.status !== "done" || current.undrawable === true;
+  const { images, current } = state;
+  const done = images.filter(({ status }) => status === "done").length;
+  const through = images.filter((each) => !isUnfinished(each)).length;
+  $("save-image").disabled = current?.status !== "done" || current.undrawable === true;
   $("save-json").disabled = $("save-csv").disabled = done === 0;
-  const which = through < pictures.length ? `the ${through} pictures so far` : "all pictures";
-  $("save-note").hidden = pictures.length < 2;
+  const which = through < images.length ? `the ${through} images so far` : "all images";
+  $("save-note").hidden = images.length < 2;
   $("save-note").textContent = `JSON and CSV hold ${which}.`;
 }
 
-function renderTexts(picture) {
-  const done = picture.status === "done";
+function renderTexts(image) {
+  const done = image.status === "done";
   $("answer").hidden = !done;
   if (!done) return;
   // Never the key itself: the line is there to be copied and shown.
   const key = currentKey() === null ? "" : ' -H "X-API-Key: $KEY"';
-  const file = quote("@" + picture.file.name);
+  const file = quote("@" + image.file.name);
   $("curl-line").textContent = `curl${key} --data-binary ${file} ${quote(chosenUrl())}`;
-  $("json-text").textContent = JSON.stringify(chosenAnswer(picture), null, 2);
+  $("json-text").textContent = JSON.stringify(chosenAnswer(image), null, 2);
 }
 
-function renderTable(picture) {
-  const rows = shown(picture).map(tableRow);
+function renderTable(image) {
+  const rows = shown(image).map(tableRow);
   if (rows.length) rows[0].tabIndex = 0;
   $("list").querySelector("tbody").replaceChildren(...rows);
   $("list-hint").hidden = rows.length === 0;

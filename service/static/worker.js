@@ -1,11 +1,11 @@
-// Decodes and paints pictures beside the page: fifty million pixels would hold it up for seconds.
+// Decodes and paints images beside the page: fifty million pixels would hold it up for seconds.
 
 import { annotated } from "./drawing.js";
 
 const PREVIEW = 2400; // longer side in pixels: more than the page shows on any screen
 const THUMBNAIL = 140;
 
-// The service turns pictures as their EXIF data says; so must every browser.
+// The service turns images as their EXIF data says; so must every browser.
 const decode = (file) => createImageBitmap(file, { imageOrientation: "from-image" });
 
 function shrunk(bitmap, longest) {
@@ -19,7 +19,7 @@ function shrunk(bitmap, longest) {
 }
 
 const JOBS = {
-  /** A picture's size, its thumbnail and, if asked for, a preview. */
+  /** An image's size, its thumbnail and, if asked for, a preview. */
   async look({ file, large }) {
     const bitmap = await decode(file);
     const { width, height } = bitmap;
@@ -29,7 +29,7 @@ const JOBS = {
     return { size: { width, height }, thumbnail, preview };
   },
 
-  /** A picture in its full size with its boxes, as a PNG blob. */
+  /** An image in its full size with its boxes, as a PNG blob. */
   async annotate({ file, detections, options }) {
     const bitmap = await decode(file);
     try {

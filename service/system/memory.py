@@ -1,7 +1,7 @@
-"""How the process deals with the memory of pictures.
+"""How the process deals with the memory of images.
 
-glibc gives a freed picture back to the kernel, and the next one pays for getting it again page by
-page, which costs a third of what decoding does. Kept, the same few megabytes serve every picture.
+glibc gives a freed image back to the kernel, and the next one pays for getting it again page by
+page, which costs a third of what decoding does. Kept, the same few megabytes serve every image.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ _LARGEST_KEPT: Final = 4 << 20
 """Larger blocks go back to the kernel at once: they are rare, JPEGs being scaled as they are read,
 and what they cost to fetch is little beside what they cost to fill."""
 _KEPT: Final = 16 << 20
-"""Bytes that each of the allocator's arenas may keep free at its end: all that a picture takes on
+"""Bytes that each of the allocator's arenas may keep free at its end: all that an image takes on
 its way to the canvas, several times over."""
 
 
 def keep_freed_memory() -> bool:
-    """Let the allocator keep what pictures leave behind. For the command line, not the factory.
+    """Let the allocator keep what images leave behind. For the command line, not the factory.
 
     False where it was not done: another allocator than glibc's, or settings in the environment.
     """

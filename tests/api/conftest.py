@@ -1,4 +1,4 @@
-"""The application in this process, with the tiny model, and pictures that it understands.
+"""The application in this process, with the tiny model, and images that it understands.
 
 With RETINASERVE_TEST_URL the tests ask a service that runs elsewhere, under Ray Serve, say. It
 serves what `tiny_model.save` writes, as one replica on a CPU with default settings. Tests that need

@@ -18,7 +18,7 @@ DTYPES = {"UINT8": np.uint8, "INT64": np.int64, "FP32": np.float32}
 
 
 def canvas(*images: Image.Image) -> NDArray[np.uint8]:
-    """(B, H, W, 3) of pictures of one size."""
+    """(B, H, W, 3) of images of one size."""
     return np.stack([np.asarray(image) for image in images])
 
 
@@ -40,7 +40,7 @@ def score(value: float) -> dict[str, Any]:
     return {"name": "score_threshold", "datatype": "FP32", "shape": [1], "data": [value]}
 
 
-def base64_pictures(*files: bytes) -> dict[str, Any]:
+def base64_images(*files: bytes) -> dict[str, Any]:
     return {
         "name": "encoded_images",
         "datatype": "BYTES",
@@ -54,7 +54,7 @@ def prefixed(*files: bytes) -> bytes:
     return b"".join(struct.pack("<I", len(file)) + file for file in files)
 
 
-def binary_pictures(*files: bytes, size: int | None = None) -> tuple[dict[str, Any], bytes]:
+def binary_images(*files: bytes, size: int | None = None) -> tuple[dict[str, Any], bytes]:
     raw = prefixed(*files)
     declared = {
         "name": "encoded_images",

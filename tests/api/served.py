@@ -48,7 +48,9 @@ def served(
     with ExitStack() as ports:
         listeners = [ports.enter_context(listen("127.0.0.1", 0)) for _ in range(2)]
         addresses = [f"127.0.0.1:{each.getsockname()[1]}" for each in listeners]
-        companion = GrpcServer(service, app.state.gate, listeners[1], certificate=certificate, key=key)
+        companion = GrpcServer(
+            service, app.state.gate, listeners[1], certificate=certificate, key=key
+        )
         server = Server(app, companions=[companion])
         thread = threading.Thread(target=server.run, args=([listeners[0]],))
         thread.start()

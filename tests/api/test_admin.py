@@ -24,7 +24,7 @@ from service.http.listening import listen
 from service.settings import Settings
 from tests import tiny_model
 from tests.api.conftest import running
-from tests.pictures import encoded, one_red, squares
+from tests.images import encoded, one_red, squares
 
 
 class Doors(NamedTuple):
@@ -288,12 +288,12 @@ async def test_no_request_leaves_the_old_version_behind(
     caplog.set_level(logging.CRITICAL + 1, "retinaserve")
     tiny_model.save(tmp_path, poison=True)
     good, bad = encoded(one_red()), encoded(squares((0, 0, (255, 0, 255))))
-    picture = {"id": "a", "image": base64.b64encode(good).decode()}
+    image = {"id": "a", "image": base64.b64encode(good).decode()}
     tensor = {
         "name": "encoded_images",
         "shape": [1],
         "datatype": "BYTES",
-        "data": [picture["image"]],
+        "data": [image["image"]],
     }
     async with both(tmp_path) as doors:
         registry = doors.main._transport.app.state.service.registry  # type: ignore[attr-defined]
@@ -314,7 +314,7 @@ async def test_no_request_leaves_the_old_version_behind(
             assert answer.status_code == 500, "the model itself failed"
             for accept in ("application/json", "application/x-ndjson"):
                 answer = await doors.main.post(
-                    "/v1/detect/batch", json={"images": [picture] * 3}, headers={"Accept": accept}
+                    "/v1/detect/batch", json={"images": [image] * 3}, headers={"Accept": accept}
                 )
                 assert answer.status_code == 200
             answer = await doors.main.post("/v2/models/tiny/infer", json={"inputs": [tensor]})

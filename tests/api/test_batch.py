@@ -1,4 +1,4 @@
-"""POST /v1/detect/batch: many pictures, none of which can fail another."""
+"""POST /v1/detect/batch: many images, none of which can fail another."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from service.engine.batch_queue import Urgency
 from service.http.routes.openapi import BatchAnswer
 from tests.api.conftest import Start
-from tests.pictures import BLUE, GREEN, RED, encoded, one_red, squares
+from tests.images import BLUE, GREEN, RED, encoded, one_red, squares
 
 GOOD = encoded(one_red())
 
@@ -39,7 +39,7 @@ async def test_the_answer_has_the_documented_shape_and_order(client: httpx.Async
     assert bad.request_id == answer.headers["x-request-id"]
 
 
-async def test_each_picture_gets_what_it_gets_alone(client: httpx.AsyncClient) -> None:
+async def test_each_image_gets_what_it_gets_alone(client: httpx.AsyncClient) -> None:
     contents = [
         encoded(squares((16 * i, 0, colour), size=size))
         for i in range(3)
@@ -66,7 +66,7 @@ async def test_json_with_ids_and_bad_base64(client: httpx.AsyncClient) -> None:
     assert [each["status"] for each in results] == [200, 400, 200, 200]
 
 
-async def test_what_is_no_picture_in_json_fails_alone(client: httpx.AsyncClient) -> None:
+async def test_what_is_no_image_in_json_fails_alone(client: httpx.AsyncClient) -> None:
     images = [{"image": 7}, {"id": None}, {"id": "c", "image": base64_of(GOOD)}]
     answer = await client.post("/v1/detect/batch", json={"images": images})
     assert answer.status_code == 200
@@ -113,11 +113,11 @@ async def test_a_small_queue_is_no_obstacle_to_a_large_batch(start: Start) -> No
         assert {each["status"] for each in answer.json()["results"]} == {200}
 
 
-async def test_a_picture_that_finds_the_queue_full_is_refused_alone(start: Start) -> None:
+async def test_a_image_that_finds_the_queue_full_is_refused_alone(start: Start) -> None:
     async with start(max_queue_size=3) as client:
         service = client._transport.app.state.service  # type: ignore[attr-defined]
-        # Two other clients' pictures, which leaves room for one.
-        with service.pictures.slot(), service.pictures.slot():
+        # Two other clients' images, which leaves room for one.
+        with service.images.slot(), service.images.slot():
             answer = await post_forms(client, *[GOOD] * 8)
             assert answer.status_code == 200
             results = answer.json()["results"]
@@ -125,14 +125,14 @@ async def test_a_picture_that_finds_the_queue_full_is_refused_alone(start: Start
             assert len(refused) + sum(each["status"] == 200 for each in results) == 8
             assert refused
             assert "queue is full" in refused[0]["detail"]
-            with service.pictures.slot():
+            with service.images.slot():
                 answer = await post_forms(client, GOOD)
                 assert answer.status_code == 503, "refused before its body was read"
         assert (await post_forms(client, GOOD)).json()["results"][0]["status"] == 200
 
 
 @pytest.mark.parametrize(("count", "status"), [(64, 200), (65, 422), (90, 422)])
-async def test_too_many_pictures(client: httpx.AsyncClient, count: int, status: int) -> None:
+async def test_too_many_images(client: httpx.AsyncClient, count: int, status: int) -> None:
     tiny = encoded(squares(size=(8, 8)))
     assert (await post_forms(client, *[tiny] * count)).status_code == status
     images = [{"image": base64_of(tiny)}] * count
@@ -170,7 +170,7 @@ async def test_a_form_without_files(client: httpx.AsyncClient) -> None:
     assert "'files'" in answer.json()["detail"]
 
 
-async def test_parameters_hold_for_every_picture(client: httpx.AsyncClient) -> None:
+async def test_parameters_hold_for_every_image(client: httpx.AsyncClient) -> None:
     content = encoded(squares((0, 0, RED), (64, 0, GREEN)))
     answer = await post_forms(client, content, content, params={"classes": "green"})
     for result in answer.json()["results"]:
@@ -179,7 +179,7 @@ async def test_parameters_hold_for_every_picture(client: httpx.AsyncClient) -> N
     assert answer.status_code == 422, "a batch has one shape"
 
 
-async def test_late_pictures_say_so_one_by_one(client: httpx.AsyncClient) -> None:
+async def test_late_images_say_so_one_by_one(client: httpx.AsyncClient) -> None:
     slow = encoded(squares(size=(3000, 3000)), "JPEG")
     answer = await post_forms(client, *[slow] * 16, headers={"X-Deadline-Ms": "20"})
     assert answer.status_code == 200
@@ -188,7 +188,7 @@ async def test_late_pictures_say_so_one_by_one(client: httpx.AsyncClient) -> Non
 
 
 @pytest.mark.parametrize("accept", ["application/json", "application/x-ndjson"])
-async def test_the_bytes_of_pictures_that_have_yet_to_come_in_count(
+async def test_the_bytes_of_images_that_have_yet_to_come_in_count(
     start: Start, monkeypatch: pytest.MonkeyPatch, accept: str
 ) -> None:
     async with start() as client:
@@ -197,7 +197,7 @@ async def test_the_bytes_of_pictures_that_have_yet_to_come_in_count(
         detect = service.pipeline.detect
 
         async def watched(*args: object, **options: object) -> object:
-            seen.append(service.pictures.bytes_held)
+            seen.append(service.images.bytes_held)
             return await detect(*args, **options)
 
         monkeypatch.setattr(service.pipeline, "detect", watched)
@@ -205,8 +205,8 @@ async def test_the_bytes_of_pictures_that_have_yet_to_come_in_count(
         assert answer.status_code == 200
         assert len(seen) == 40
         assert min(seen) >= 40 * len(GOOD)
-        assert service.pictures.bytes_held == 0
-        with service.pictures.body(service.settings.max_queue_bytes):
+        assert service.images.bytes_held == 0
+        with service.images.body(service.settings.max_queue_bytes):
             answer = await post_forms(client, GOOD, headers={"Accept": accept})
         assert answer.status_code == 503
         assert "retry-after" in answer.headers
@@ -217,6 +217,6 @@ async def test_batches_cannot_take_every_place(start: Start) -> None:
         service = client._transport.app.state.service  # type: ignore[attr-defined]
         with ExitStack() as held:
             for _ in range(3):
-                held.enter_context(service.pictures.slot(urgency=Urgency.BULK))
+                held.enter_context(service.images.slot(urgency=Urgency.BULK))
             assert (await post_forms(client, GOOD)).status_code == 503
             assert (await client.post("/v1/detect", content=GOOD)).status_code == 200

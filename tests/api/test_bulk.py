@@ -16,10 +16,10 @@ from service import cli
 from service.imaging.samples import draw_smear
 from service.settings import bundled_models
 from tests.api.conftest import Start
-from tests.pictures import BLUE, GREEN, RED, encoded, noise, rotated, sixteen_bit, squares
+from tests.images import BLUE, GREEN, RED, encoded, noise, rotated, sixteen_bit, squares
 
 SQUARES = squares((3, 16, RED), (64, 40, GREEN), (90, 3, BLUE), size=(133, 87))
-PICTURES = {
+IMAGES = {
     "plain.png": encoded(SQUARES),
     "lossy.jpg": encoded(SQUARES, "JPEG", quality=60),
     "turned.png": rotated(SQUARES, 6),
@@ -82,7 +82,7 @@ def test_as_the_service_answers(
     start: Start, tmp_path: Path, repository: Path, query: dict[str, str]
 ) -> None:
     (tmp_path / "in").mkdir()
-    for name, content in PICTURES.items():
+    for name, content in IMAGES.items():
         (tmp_path / "in" / name).write_bytes(content)
     assert compare(start, tmp_path, repository, query) >= 5
 

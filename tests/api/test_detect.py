@@ -20,7 +20,7 @@ from service.http.routes.openapi import (
     RoboflowAnswer,
 )
 from tests.api.conftest import Start
-from tests.pictures import BLUE, GREEN, RED, encoded, one_red, rotated, squares
+from tests.images import BLUE, GREEN, RED, encoded, one_red, rotated, squares
 
 RED_BOX = {"x1": 32.0, "y1": 16.0, "x2": 64.0, "y2": 48.0}
 
@@ -173,7 +173,7 @@ async def test_the_other_formats_say_the_same(client: httpx.AsyncClient) -> None
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "png"])
-async def test_a_drawn_picture_by_accept(client: httpx.AsyncClient, kind: str) -> None:
+async def test_a_drawn_image_by_accept(client: httpx.AsyncClient, kind: str) -> None:
     answer = await client.post(
         "/v1/detect",
         content=rotated(one_red(), 6),

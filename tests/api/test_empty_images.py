@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from service.imaging.header import read_header
-from tests.pictures import encoded, png_header
+from tests.images import encoded, png_header
 
 
 def empty_jpeg(*, progressive: bool) -> bytes:

@@ -11,7 +11,7 @@ from starlette.routing import Mount, Route
 
 from service.http.auth.keys import new_key, revoke_key
 from tests.api.conftest import Start
-from tests.pictures import encoded, one_red
+from tests.images import encoded, one_red
 
 GOOD = encoded(one_red())
 OPEN = {"/", "/healthz", "/readyz", "/docs", "/docs.js", "/openapi.json", "/metrics"}

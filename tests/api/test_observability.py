@@ -22,8 +22,8 @@ from tests import tiny_model
 from tests.api.conftest import Start
 from tests.api.served import served
 from tests.api.test_operation import samples
+from tests.images import encoded, huge_png, one_red
 from tests.otlp import attributes, children, receiver
-from tests.pictures import encoded, huge_png, one_red
 
 GOOD = encoded(one_red())
 BODIES = {
@@ -52,7 +52,7 @@ def access_lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, object]]:
 
 
 @pytest.mark.parametrize("accept", ["application/json", "image/jpeg"])
-async def test_server_timing_of_one_picture(client: httpx.AsyncClient, accept: str) -> None:
+async def test_server_timing_of_one_image(client: httpx.AsyncClient, accept: str) -> None:
     answer = await client.post("/v1/detect", content=GOOD, headers={"Accept": accept})
     assert answer.headers["content-type"] == accept
     found = timing(answer)
@@ -62,10 +62,10 @@ async def test_server_timing_of_one_picture(client: httpx.AsyncClient, accept: s
     assert found["inference"] > 0
 
 
-async def test_server_timing_of_several_pictures(client: httpx.AsyncClient) -> None:
+async def test_server_timing_of_several_images(client: httpx.AsyncClient) -> None:
     files = [("files", GOOD)] * 3
     answer = await client.post("/v1/detect/batch", files=files)
-    assert 'desc="sum of 3 pictures"' in answer.headers["server-timing"]
+    assert 'desc="sum of 3 images"' in answer.headers["server-timing"]
     assert timing(answer)["inference"] > 0
     # These begin before anything is known.
     headers = {"Accept": "application/x-ndjson"}
@@ -163,15 +163,15 @@ def test_the_outcomes_add_up_to_the_requests(start: Start, plan: list[int]) -> N
         for name, count in counts.get("retinaserve_refusals_total", Counter()).items()
         if name.startswith("reason=")
     )
-    pictures = counts["retinaserve_pictures_total"]
-    assert pictures["outcome=answered"] == by_status["status=200"]
-    assert pictures["outcome=answered"] + refusals == len(plan)
-    assert pictures["outcome=late"] <= by_status["status=504"]
+    images = counts["retinaserve_pictures_total"]
+    assert images["outcome=answered"] == by_status["status=200"]
+    assert images["outcome=answered"] + refusals == len(plan)
+    assert images["outcome=late"] <= by_status["status=504"]
     assert counts["retinaserve_request_seconds_count"]["route=/v1/detect"] == len(plan)
 
 
 @pytest.mark.own_service(reason="counts from zero")
-async def test_every_picture_of_a_batch_has_one_outcome(client: httpx.AsyncClient) -> None:
+async def test_every_image_of_a_batch_has_one_outcome(client: httpx.AsyncClient) -> None:
     files = [("files", content) for content in (GOOD, b"", GOOD, b"GIF89a...", GOOD)]
     await client.post("/v1/detect/batch", files=files)
     found = await samples(client)
@@ -241,15 +241,15 @@ def test_a_call_over_grpc_leaves_the_same(
 ) -> None:
     trace, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
     key = new_key(tmp_path / "keys.json", "lab", admin=False)
-    picture = triton.InferInput("encoded_images", [1], "BYTES")
-    picture.set_data_from_numpy(np.array([GOOD], dtype=object))
+    image = triton.InferInput("encoded_images", [1], "BYTES")
+    image.set_data_from_numpy(np.array([GOOD], dtype=object))
     headers = {"traceparent": f"00-{trace}-{parent}-01", "x-api-key": key}
     with receiver() as collector, caplog.at_level(logging.INFO, logger="retinaserve"):
         endpoint = f"http://127.0.0.1:{collector.server_port}"
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint)
         with served(repository, api_keys_file=tmp_path / "keys.json") as running:
             with triton.InferenceServerClient(running.grpc) as client:
-                client.infer("tiny", [picture], headers=headers)
+                client.infer("tiny", [image], headers=headers)
             with running.client() as http:
                 text = http.get("/metrics").text
     (call,) = [span for span in collector.spans if span.parent_span_id.hex() == parent]

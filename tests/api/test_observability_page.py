@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from service.http.auth.keys import new_key
 from service.observability.logs import JsonFormatter
 from tests.api.conftest import Start
-from tests.pictures import encoded, one_red
+from tests.images import encoded, one_red
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "observability.md"

@@ -20,7 +20,7 @@ from service.observability.logs import JsonFormatter, TextFormatter
 from service.settings import Settings
 from tests import tiny_model
 from tests.api.conftest import Start, running
-from tests.pictures import RED, encoded, one_red, squares
+from tests.images import RED, encoded, one_red, squares
 
 
 async def samples(

@@ -12,7 +12,7 @@ from service.engine.prediction import Prediction
 from service.engine.service import Service
 from service.imaging.canvas import Size
 from tests.api.conftest import Start
-from tests.pictures import encoded, one_red
+from tests.images import encoded, one_red
 
 GOOD = encoded(one_red())
 PATHS = (
@@ -84,7 +84,7 @@ async def test_a_wrong_deadline_is_wrong_on_a_busy_service_too(
 
 async def test_a_full_queue_refuses_before_the_body(start: Start) -> None:
     async with start(max_queue_size=1) as client:
-        with service_of(client).pictures.slot():
+        with service_of(client).images.slot():
             body = Body()
             answer = await client.post("/v1/detect", content=body)
         assert answer.status_code == 503
@@ -94,14 +94,14 @@ async def test_a_full_queue_refuses_before_the_body(start: Start) -> None:
 
 async def test_bytes_are_bounded_too(start: Start) -> None:
     async with start(max_queue_bytes=1_000_000) as client:
-        with service_of(client).pictures.slot(1_000_000):
+        with service_of(client).images.slot(1_000_000):
             answer = await client.post("/v1/detect", content=GOOD)
         assert answer.status_code == 503
         assert "1000000 bytes" in answer.json()["detail"]
         assert (await client.post("/v1/detect", content=GOOD)).status_code == 200
 
 
-async def test_a_deadline_that_no_picture_can_meet_is_told_so(start: Start) -> None:
+async def test_a_deadline_that_no_image_can_meet_is_told_so(start: Start) -> None:
     async with start() as client:
         costs = service_of(client).registry.get().costs
         costs.__init__()  # type: ignore[misc]
@@ -113,7 +113,7 @@ async def test_a_deadline_that_no_picture_can_meet_is_told_so(start: Start) -> N
         assert (await client.post("/v1/detect", content=GOOD)).status_code == 200
 
 
-async def test_the_first_picture_finds_its_cost_known(start: Start) -> None:
+async def test_the_first_image_finds_its_cost_known(start: Start) -> None:
     async with start() as client:
         costs = service_of(client).registry.get().costs
         for canvas in (Size(96, 128), Size(128, 96), Size(96, 96)):

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from tests.pictures import RED, encoded, huge_png, noise, one_red, rotated, sixteen_bit, squares
+from tests.images import RED, encoded, huge_png, noise, one_red, rotated, sixteen_bit, squares
 
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg"><rect width="9" height="9"/></svg>'
 RED_BOX = {"x1": 32.0, "y1": 16.0, "x2": 64.0, "y2": 48.0}
@@ -47,7 +47,7 @@ def animated(kind: str) -> bytes:
 
 BAD: dict[str, tuple[Callable[[], bytes], int]] = {
     "0 bytes": (lambda: b"", 400),
-    "text named .jpg": (lambda: b"Dear server, I am no picture at all.\n" * 20, 415),
+    "text named .jpg": (lambda: b"Dear server, I am no image at all.\n" * 20, 415),
     "truncated JPEG": (truncated_jpeg, 400),
     "truncated PNG": (truncated_png, 400),
     "a JPEG's first bytes": (lambda: b"\xff\xd8\xff\xe0\x00\x10JFIF", 400),
@@ -97,9 +97,7 @@ async def assert_still_serving(client: httpx.AsyncClient) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", BAD)
-async def test_bad_pictures(
-    client: httpx.AsyncClient, name: str, way: Callable[..., object]
-) -> None:
+async def test_bad_images(client: httpx.AsyncClient, name: str, way: Callable[..., object]) -> None:
     make, status = BAD[name]
     answer = await way(client, make())
     assert answer.status_code == status, answer.text
@@ -113,9 +111,7 @@ async def test_bad_pictures(
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", GOOD)
-async def test_odd_pictures(
-    client: httpx.AsyncClient, name: str, way: Callable[..., object]
-) -> None:
+async def test_odd_images(client: httpx.AsyncClient, name: str, way: Callable[..., object]) -> None:
     answer = await way(client, GOOD[name]())
     assert answer.status_code == 200, answer.text
     assert answer.json()["image"] == {"width": 128, "height": 96}

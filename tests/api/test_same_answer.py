@@ -1,4 +1,4 @@
-"""One picture, one answer: by every way in, alone and in company, over HTTP and offline."""
+"""One image, one answer: by every way in, alone and in company, over HTTP and offline."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from service import cli
 from service.imaging.samples import draw_smear
 from service.settings import bundled_models
 from tests.api.conftest import Start
-from tests.pictures import encoded
+from tests.images import encoded
 
 Detections = list[dict[str, Any]]
 
@@ -32,7 +32,7 @@ def assert_same(one: Detections, other: Detections, *, score_threshold: float) -
 
 
 async def all_ways(client: httpx.AsyncClient, contents: list[bytes]) -> list[list[Detections]]:
-    """For each way, the detections of every picture."""
+    """For each way, the detections of every image."""
     query = {"score_threshold": 0.3}
     raw, form, as_json = [], [], []
     for content in contents:
@@ -67,7 +67,7 @@ def offline(contents: list[bytes], models: Path, folder: Path) -> list[Detection
 
 
 async def check(contents: list[bytes], start: Start, models: Path, folder: Path) -> None:
-    # Batches on purpose: on a CPU the default would be one picture at a time.
+    # Batches on purpose: on a CPU the default would be one image at a time.
     async with start(models_dir=models, max_batch_size=4, max_queue_delay_ms=20) as client:
         ways = await all_ways(client, contents)
     ways.append(offline(contents, models, folder))
@@ -86,6 +86,6 @@ async def test_drawn_smears(start: Start, tmp_path: Path) -> None:
     await check(contents, start, bundled_models(), tmp_path)
 
 
-async def test_real_pictures(start: Start, bccd: Path, tmp_path: Path) -> None:
+async def test_real_images(start: Start, bccd: Path, tmp_path: Path) -> None:
     paths = sorted((bccd / "JPEGImages").glob("*.jpg"))[:6]
     await check([path.read_bytes() for path in paths], start, bundled_models(), tmp_path)

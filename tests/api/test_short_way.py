@@ -1,4 +1,4 @@
-"""Single pictures pass FastAPI's routing by; nobody may be able to tell, but by the clock."""
+"""Single images pass FastAPI's routing by; nobody may be able to tell, but by the clock."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from service.http.app import create_app
 from service.settings import Settings
 from tests.api.conftest import running
-from tests.pictures import encoded, one_red
+from tests.images import encoded, one_red
 
 
 class Watching:
@@ -29,7 +29,7 @@ class Watching:
         await self._app(scope, receive, send)
 
 
-async def test_layers_added_from_outside_see_single_pictures_too(repository: Path) -> None:
+async def test_layers_added_from_outside_see_single_images_too(repository: Path) -> None:
     seen: list[str] = []
     app = create_app(Settings(models_dir=repository, device="cpu"))
     app.add_middleware(Watching, seen=seen)
@@ -48,7 +48,7 @@ async def test_other_methods_are_answered_by_the_router(client: httpx.AsyncClien
 @pytest.mark.own_service(reason="counts from zero")
 async def test_it_is_counted_under_its_route(client: httpx.AsyncClient) -> None:
     await client.post("/v1/detect", content=encoded(one_red()))
-    await client.post("/v1/detect", content=b"no picture")
+    await client.post("/v1/detect", content=b"no image")
     text = (await client.get("/metrics")).text
     for status in (200, 415):
         line = f'route="/v1/detect",status="{status}"'
@@ -62,7 +62,7 @@ async def test_it_is_found_below_a_folder_of_another_application(repository: Pat
     outer.mount("/pictures", inner)
     async with running(outer) as client:
         good = await client.post("/pictures/v1/detect", content=encoded(one_red()))
-        bad = await client.post("/pictures/v1/detect", content=b"no picture")
+        bad = await client.post("/pictures/v1/detect", content=b"no image")
     assert good.status_code == 200
     assert bad.status_code == 415
     assert bad.json()["instance"] == "/pictures/v1/detect"

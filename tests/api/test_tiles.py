@@ -26,8 +26,8 @@ from service.runtime.detector import Detections
 from service.settings import bundled_models
 from tests import tiny_model
 from tests.api.conftest import Start
+from tests.images import GREEN, RED, encoded, one_red, rotated, squares
 from tests.matching import found, overlap
-from tests.pictures import GREEN, RED, encoded, one_red, rotated, squares
 
 # The tiny model sees single squares in cells that it reads 16 pixels apart.
 LOOSE = {"score_threshold": 0.25, "iou_threshold": 0.1}
@@ -91,7 +91,7 @@ async def until(condition: Callable[[], bool]) -> None:
     pytest.fail("it never happened")
 
 
-async def test_small_objects_of_a_large_picture(start: Start, models: Path) -> None:
+async def test_small_objects_of_a_large_image(start: Start, models: Path) -> None:
     image, places = sparse()
     async with start(models_dir=models) as client:
         answer = await client.post("/v1/detect", content=encoded(image), params=LOOSE)
@@ -106,7 +106,7 @@ async def test_small_objects_of_a_large_picture(start: Start, models: Path) -> N
     assert sorted(nearest(answer.json(), places)) == sorted(places), "each once"
 
 
-async def test_pictures_for_one_canvas_get_what_they_get_without(client: httpx.AsyncClient) -> None:
+async def test_images_for_one_canvas_get_what_they_get_without(client: httpx.AsyncClient) -> None:
     for size in ((8, 8), (128, 96), (200, 150), (256, 192)):
         content = encoded(squares((32, 16, RED), (80, 40, GREEN), size=size), "JPEG")
         plain = (await client.post("/v1/detect", content=content)).json()
@@ -119,7 +119,7 @@ async def test_pictures_for_one_canvas_get_what_they_get_without(client: httpx.A
 async def test_every_way_in_gives_the_same_answer(
     start: Start, models: Path, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
     images = [sparse()[0], one_red(), sparse((600, 900))[0], sparse((300, 1400))[0]]
     contents = [encoded(images[0], "JPEG"), *(encoded(image) for image in images[1:3])]
@@ -153,13 +153,13 @@ async def test_every_way_in_gives_the_same_answer(
 
 def smears(across: int, down: int) -> tuple[Image.Image, list[tuple[str, Box]]]:
     """Drawn smears of 640 x 480 pixels side by side, and the boxes of all cells."""
-    picture, cells = Image.new("RGB", (640 * across, 480 * down)), []
+    image, cells = Image.new("RGB", (640 * across, 480 * down)), []
     for number in range(across * down):
         x, y = number % across * 640, number // across * 480
         smear, boxes = draw_smear(number)
-        picture.paste(smear, (x, y))
+        image.paste(smear, (x, y))
         cells += [(name, (a + x, b + y, c + x, d + y)) for name, (a, b, c, d) in boxes]
-    return picture, cells
+    return image, cells
 
 
 def of_json(answer: dict[str, Any]) -> Detections:
@@ -172,8 +172,8 @@ def of_json(answer: dict[str, Any]) -> Detections:
 
 
 async def test_the_bundled_model_counts_a_slide(start: Start, tmp_path: Path) -> None:
-    picture, cells = smears(3, 3)
-    content = encoded(picture, "JPEG", quality=90)
+    image, cells = smears(3, 3)
+    content = encoded(image, "JPEG", quality=90)
     path = tmp_path / "slide.jpg"
     path.write_bytes(content)
     models = bundled_models()
@@ -198,7 +198,7 @@ async def test_the_bundled_model_counts_a_slide(start: Start, tmp_path: Path) ->
     assert local["image"] == tiled["image"]
 
 
-async def test_a_drawn_picture_of_tiles(start: Start, models: Path) -> None:
+async def test_a_drawn_image_of_tiles(start: Start, models: Path) -> None:
     image, _ = sparse()
     async with start(models_dir=models) as client:
         answer = await client.post(
@@ -240,15 +240,15 @@ async def test_a_panorama_is_told_which_tile_fits(client: httpx.AsyncClient) -> 
     assert (await client.post("/v1/detect?tile=off", content=content)).status_code == 200
 
 
-async def test_bad_pictures_are_bad_in_tiles(client: httpx.AsyncClient) -> None:
+async def test_bad_images_are_bad_in_tiles(client: httpx.AsyncClient) -> None:
     whole = encoded(sparse()[0], "JPEG")
     for content, status in ((b"", 400), (b"GIF89a...", 415), (whole[: len(whole) // 2], 400)):
         answer = await client.post("/v1/detect?tile=auto", content=content)
         assert answer.status_code == status, answer.text
-    assert service_of(client).pictures.held == 0
+    assert service_of(client).images.held == 0
 
 
-async def test_a_picture_with_more_tiles_than_the_queue_has_places(start: Start) -> None:
+async def test_a_image_with_more_tiles_than_the_queue_has_places(start: Start) -> None:
     async with start(max_queue_size=8) as client:
         content = encoded(sparse()[0])
         answer = await client.post("/v1/detect?tile=auto", content=content)
@@ -263,23 +263,23 @@ async def test_the_tiles_in_the_pipeline_find_room_or_none_does(start: Start, mo
     async with start(models_dir=models, max_queue_size=21) as client:
         service = service_of(client)
         taken = 21 - service.batch_window + 1
-        with service.pictures.hold(taken, 0):
+        with service.images.hold(taken, 0):
             answer = await client.post("/v1/detect?tile=auto", content=content)
             assert answer.status_code == 503
             assert "the queue is full" in answer.json()["detail"]
             assert answer.headers["retry-after"] == "1"
-            assert service.pictures.held == taken, "nothing is kept of what was refused"
+            assert service.images.held == taken, "nothing is kept of what was refused"
             assert await samples(client, "retinaserve_batch_size_count") == 0
         answer = await client.post("/v1/detect?tile=auto", content=content)
         assert answer.status_code == 200
-        assert service.pictures.held == 0
-        # One picture, in 21 inferences.
+        assert service.images.held == 0
+        # One image, in 21 inferences.
         assert await samples(client, "retinaserve_tiles_total") == 21
         assert await samples(client, "retinaserve_batch_size_sum") == 21
         assert await samples(client, "retinaserve_stage_seconds_count") == 5
 
 
-async def test_the_pictures_of_a_batch_do_not_refuse_each_other(start: Start, models: Path) -> None:
+async def test_the_images_of_a_batch_do_not_refuse_each_other(start: Start, models: Path) -> None:
     large, small = encoded(sparse()[0]), encoded(one_red())
     too_large = encoded(squares(size=(4000, 300)))
     files = [("files", content) for content in (large, small, large, too_large, small, large)]
@@ -298,13 +298,13 @@ async def test_others_are_served_in_between(start: Start, tmp_path: Path) -> Non
             client.post("/v1/detect?tile=300", content=encoded(sparse((1600, 1600))[0]))
         )
         await until(lambda: service.pipeline.depth > 0)
-        assert service.pictures.held == service.batch_window, "places are for what is under way"
+        assert service.images.held == service.batch_window, "places are for what is under way"
         assert service.pipeline.depth <= service.batch_window
         answers = [await client.post("/v1/detect", content=encoded(one_red())) for _ in range(3)]
-        assert not tiled.done(), "three pictures waited for fifty tiles"
+        assert not tiled.done(), "three images waited for fifty tiles"
         assert [answer.status_code for answer in answers] == [200] * 3
         assert (await tiled).json()["image"]["tiles"] == 50
-        assert service.pictures.held == 0
+        assert service.images.held == 0
 
 
 async def test_the_deadline_is_one_for_all_tiles(start: Start, tmp_path: Path) -> None:
@@ -319,14 +319,14 @@ async def test_the_deadline_is_one_for_all_tiles(start: Start, tmp_path: Path) -
             headers={"X-Deadline-Ms": "400"},
         )
         assert answer.status_code == 504
-        assert service.pictures.held == 0
+        assert service.images.held == 0
         assert service.pipeline.depth == 0
-        assert not service.decoded_pictures.locked()
+        assert not service.decoded_images.locked()
         inferences = await samples(client, "retinaserve_batch_size_count")
         assert inferences < 82, "what is late costs no more device time"
 
 
-async def test_large_pictures_lie_decoded_in_memory_one_by_one(
+async def test_large_images_lie_decoded_in_memory_one_by_one(
     start: Start, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lying: list[int] = []
@@ -349,7 +349,7 @@ async def test_large_pictures_lie_decoded_in_memory_one_by_one(
     assert max(lying) <= 3
 
 
-async def test_a_tile_that_fails_fails_its_picture_alone(start: Start, tmp_path: Path) -> None:
+async def test_a_tile_that_fails_fails_its_image_alone(start: Start, tmp_path: Path) -> None:
     tiny_model.save(tmp_path, sizes=(Size(256, 256),), poison=True)
     image, _ = sparse()
     spoilt = image.copy()
@@ -365,8 +365,8 @@ async def test_a_tile_that_fails_fails_its_picture_alone(start: Start, tmp_path:
         assert bad.status_code == 500
         assert bad.json()["title"] == "Inference failed"
         assert good.status_code == 200
-        assert service_of(client).pictures.held == 0
-        assert not service_of(client).decoded_pictures.locked()
+        assert service_of(client).images.held == 0
+        assert not service_of(client).decoded_images.locked()
 
 
 async def test_timing_adds_up(start: Start, models: Path) -> None:

@@ -25,7 +25,7 @@ from service.http.oip import grpc_messages, grpc_methods, grpc_server, grpc_stre
 from tests.api.inference_protocol import canvas, prefixed
 from tests.api.served import PATIENCE, Served, served
 from tests.certificates import make_certificate
-from tests.pictures import encoded, one_red
+from tests.images import encoded, one_red
 
 METHOD = "/inference.GRPCInferenceService/"
 
@@ -48,7 +48,7 @@ def channel(server: Served) -> Iterator[grpc.Channel]:
         yield channel
 
 
-def pictures(*contents: bytes) -> triton.InferInput:
+def images(*contents: bytes) -> triton.InferInput:
     values = np.array(contents, dtype=object)
     return triton.InferInput("encoded_images", [len(contents)], "BYTES").set_data_from_numpy(values)
 
@@ -114,7 +114,7 @@ def test_typed_contents_come_back_typed(channel: grpc.Channel) -> None:
     [
         (lambda c: c.is_model_ready("tiny", "two"), "NOT_FOUND", "no version 'two'"),
         (
-            lambda c: c.infer("tiny", [pictures(encoded(one_red()))], timeout=1),
+            lambda c: c.infer("tiny", [images(encoded(one_red()))], timeout=1),
             "DEADLINE_EXCEEDED|UNAVAILABLE",
             "deadline",
         ),
@@ -309,7 +309,7 @@ def test_a_clients_deadline_ends_the_work(
     call = channel.unary_unary(METHOD + "ModelInfer")
     error = refusal(lambda: call(typed().SerializeToString(), timeout=0.2))
     assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    until(lambda: server.service.pictures.held == 0)
+    until(lambda: server.service.images.held == 0)
 
 
 def test_a_client_that_leaves_frees_its_place(
@@ -317,10 +317,10 @@ def test_a_client_that_leaves_frees_its_place(
 ) -> None:
     call = channel.unary_unary(METHOD + "ModelInfer")
     pending = [call.future(typed().SerializeToString()) for _ in range(6)]
-    until(lambda: server.service.pictures.held == 6)
+    until(lambda: server.service.images.held == 6)
     for each in pending:
         each.cancel()
-    until(lambda: server.service.pictures.held == 0)
+    until(lambda: server.service.images.held == 0)
     stuck()
     assert infer(channel, typed()).model_name == "tiny"
 
@@ -355,7 +355,7 @@ def test_who_cannot_be_served_need_not_send(
         never.wait(PATIENCE)
         yield b""
 
-    monkeypatch.setattr(server.service.pictures, "limit", 0)
+    monkeypatch.setattr(server.service.images, "limit", 0)
     error = refusal(
         lambda: channel.stream_unary(METHOD + "ModelInfer")(messages(), timeout=PATIENCE)
     )
@@ -371,7 +371,7 @@ def test_a_full_queue_says_when_to_come_back(repository: Path) -> None:
     ):
         contents = pb.InferTensorContents(bytes_contents=[encoded(one_red())] * 2)
         given = typed(name="encoded_images", datatype="BYTES", shape=[2], contents=contents)
-        with server.service.pictures.hold(1, 0):
+        with server.service.images.hold(1, 0):
             error = refusal(lambda: infer(channel, given))
         assert error.code() is grpc.StatusCode.UNAVAILABLE
         trailing = dict(error.trailing_metadata())

@@ -18,7 +18,7 @@ from service.http.oip.json_codec import parse
 from service.http.oip.tensors import Limits
 from tests.api.inference_protocol import (
     INFER,
-    binary_pictures,
+    binary_images,
     canvas,
     images,
     prefixed,
@@ -26,7 +26,7 @@ from tests.api.inference_protocol import (
     with_raw,
 )
 from tests.api.served import served
-from tests.pictures import encoded, one_red
+from tests.images import encoded, one_red
 
 LIMITS = Limits(batch=4, area=96 * 128)
 
@@ -136,7 +136,7 @@ def test_tensors_that_the_model_does_not_take(
     [
         ({"inputs": [score(0.5)]}, "not both or neither"),
         ({"inputs": [changed(), changed()]}, "more than once"),
-        ({"inputs": [changed(), binary_pictures(b"x")[0]]}, "not both or neither"),
+        ({"inputs": [changed(), binary_images(b"x")[0]]}, "not both or neither"),
         ({"inputs": [score(0.5)] * 50}, "there are 1 to 6"),
         ({"id": 7}, "id is 7; it is a string of at most 1024 characters"),
         ({"id": "x" * 1025}, "id is 'xxx"),
@@ -186,19 +186,19 @@ def test_image_sizes_lie_on_their_canvas(
 
 @pytest.mark.parametrize("length", ["", "-1", "+5", "x", "1e3", "9" * 5000, "99999999", "0", "10"])
 def test_a_header_length_that_lies(client: httpx.Client, length: str) -> None:
-    declared, raw = binary_pictures(encoded(one_red()))
+    declared, raw = binary_images(encoded(one_red()))
     refusal(client.post(INFER, **with_raw({"inputs": [declared]}, raw, length)))
 
 
 @pytest.mark.parametrize("size", [-1, 0, 1, 2**31, 2**63, 1.5, "10", True, None, [], {}])
 def test_a_binary_size_that_lies(client: httpx.Client, size: object) -> None:
-    declared, raw = binary_pictures(encoded(one_red()))
+    declared, raw = binary_images(encoded(one_red()))
     declared["parameters"]["binary_data_size"] = size
     refusal(client.post(INFER, **with_raw({"inputs": [declared]}, raw)))
 
 
 def test_bytes_that_are_missing_or_left_over(client: httpx.Client) -> None:
-    declared, raw = binary_pictures(encoded(one_red()))
+    declared, raw = binary_images(encoded(one_red()))
     document = {"inputs": [declared]}
     assert "add up to" in refusal(client.post(INFER, **with_raw(document, raw + b"x")))
     assert "bytes are left" in refusal(client.post(INFER, **with_raw(document, raw[:-1])))
@@ -231,14 +231,14 @@ def test_bytes_that_are_missing_or_left_over(client: httpx.Client) -> None:
     ],
 )
 def test_elements_whose_lengths_lie(client: httpx.Client, raw: bytes, named: str) -> None:
-    declared, _ = binary_pictures(b"", size=len(raw))
+    declared, _ = binary_images(b"", size=len(raw))
     assert named in refusal(client.post(INFER, **with_raw({"inputs": [declared]}, raw)))
 
 
 @pytest.mark.parametrize(
     "data", [["%%%"], ["AAA"], [1], [None], [["QUJD"], "QUJD"], "QUJD", [], {}, ["a"] * 3, [[]]]
 )
-def test_pictures_in_json_that_are_no_base64(client: httpx.Client, data: object) -> None:
+def test_images_in_json_that_are_no_base64(client: httpx.Client, data: object) -> None:
     given = {"name": "encoded_images", "datatype": "BYTES", "shape": [1], "data": data}
     refusal(client.post(INFER, json={"inputs": [given]}))
 
@@ -275,17 +275,17 @@ def test_whatever_comes_is_read_or_refused(
         parsed = parse(header + raw, length, LIMITS)
     except (MalformedRequest, TooLarge):
         return
-    assert parsed.request.pictures or "images" in parsed.request.inputs
+    assert parsed.request.images or "images" in parsed.request.inputs
 
 
 @settings(max_examples=100)
 @given(raw=st.binary(max_size=40), count=st.integers(1, 4))
 def test_elements_never_reach_outside_their_data(raw: bytes, count: int) -> None:
-    declared, _ = binary_pictures(*[b""] * count, size=len(raw))
+    declared, _ = binary_images(*[b""] * count, size=len(raw))
     header = json.dumps({"inputs": [declared]}).encode()
     try:
         parsed = parse(header + raw, str(len(header)), LIMITS)
     except MalformedRequest:
         return
-    assert prefixed(*map(bytes, parsed.request.pictures)) == raw
-    assert len(parsed.request.pictures) == count
+    assert prefixed(*map(bytes, parsed.request.images)) == raw
+    assert len(parsed.request.images) == count

@@ -20,8 +20,8 @@ from tests.api.conftest import Start
 from tests.api.inference_protocol import (
     HEADER,
     INFER,
-    base64_pictures,
-    binary_pictures,
+    base64_images,
+    binary_images,
     canvas,
     images,
     outputs,
@@ -29,7 +29,7 @@ from tests.api.inference_protocol import (
     tensor,
     with_raw,
 )
-from tests.pictures import BLUE, GREEN, RED, encoded, one_red, rotated, squares
+from tests.images import BLUE, GREEN, RED, encoded, one_red, rotated, squares
 
 RED_BOX = [[32.0, 16.0, 64.0, 48.0]]
 
@@ -169,12 +169,12 @@ async def test_canvases_get_what_the_file_itself_answers(start: Start) -> None:
 async def test_no_detections_keep_dtypes_and_shapes(client: httpx.AsyncClient) -> None:
     empty = {"image_index": (0,), "boxes": (0, 4), "scores": (0,), "labels": (0,)}
     for parameters in ({}, {"binary_data_output": True}):
-        for given in (images(canvas(squares())), base64_pictures(encoded(squares()))):
+        for given in (images(canvas(squares())), base64_images(encoded(squares()))):
             found = outputs(await infer(client, given, parameters=parameters))
             assert {name: values.shape for name, values in found.items()} == empty
 
 
-async def test_pictures_get_what_v1_answers(client: httpx.AsyncClient) -> None:
+async def test_images_get_what_v1_answers(client: httpx.AsyncClient) -> None:
     large = squares((0, 0, RED), (48, 0, (0, 180, 0)), (96, 60, (0, 0, 210)), (40, 60, (0, 0, 160)))
     files = [
         encoded(large.resize((512, 384)), "JPEG"),
@@ -183,10 +183,10 @@ async def test_pictures_get_what_v1_answers(client: httpx.AsyncClient) -> None:
         encoded(large, "WEBP"),
     ]
     for wanted in ({}, {"score_threshold": 0.55}, {"iou_threshold": 0.05, "max_detections": 1}):
-        declared, raw = binary_pictures(*files)
+        declared, raw = binary_images(*files)
         document = {"inputs": [declared], "parameters": wanted}
         found = outputs(await client.post(INFER, **with_raw(document, raw)))
-        assert outputs(await infer(client, base64_pictures(*files), parameters=wanted)).keys()
+        assert outputs(await infer(client, base64_images(*files), parameters=wanted)).keys()
         position = 0
         for index, file in enumerate(files):
             answer = (await client.post("/v1/detect", content=file, params=wanted)).json()
@@ -204,18 +204,18 @@ async def test_pictures_get_what_v1_answers(client: httpx.AsyncClient) -> None:
         assert position == len(found["scores"]) > 0
 
 
-async def test_thresholds_of_pictures_may_be_tensors_or_parameters(
+async def test_thresholds_of_images_may_be_tensors_or_parameters(
     client: httpx.AsyncClient,
 ) -> None:
-    picture = base64_pictures(encoded(squares((0, 0, (180, 0, 0)))))
-    assert len(outputs(await infer(client, picture))["scores"]) == 1
+    image = base64_images(encoded(squares((0, 0, (180, 0, 0)))))
+    assert len(outputs(await infer(client, image))["scores"]) == 1
     for answer in (
-        await infer(client, picture, score(0.9)),
-        await infer(client, picture, parameters={"score_threshold": 0.9}),
-        await infer(client, picture, parameters={"score_threshold": "0.9"}),
+        await infer(client, image, score(0.9)),
+        await infer(client, image, parameters={"score_threshold": 0.9}),
+        await infer(client, image, parameters={"score_threshold": "0.9"}),
     ):
         assert len(outputs(answer)["scores"]) == 0
-    answer = await infer(client, picture, score(0.9), parameters={"score_threshold": 0.9})
+    answer = await infer(client, image, score(0.9), parameters={"score_threshold": 0.9})
     assert answer.status_code == 400
     assert "twice" in answer.json()["error"]
 
@@ -245,17 +245,17 @@ async def test_outputs_are_selected_and_each_written_as_asked(client: httpx.Asyn
     assert outputs(answer)["labels"].tolist() == [0]
 
 
-async def test_a_column_of_pictures(client: httpx.AsyncClient) -> None:
-    given = base64_pictures(encoded(one_red()), encoded(one_red()))
+async def test_a_column_of_images(client: httpx.AsyncClient) -> None:
+    given = base64_images(encoded(one_red()), encoded(one_red()))
     given["shape"] = [2, 1]
     assert outputs(await infer(client, given))["image_index"].tolist() == [0, 1]
     given["data"] = [[each] for each in given["data"]]
     assert outputs(await infer(client, given))["image_index"].tolist() == [0, 1]
 
 
-async def test_one_bad_picture_is_named(client: httpx.AsyncClient) -> None:
+async def test_one_bad_image_is_named(client: httpx.AsyncClient) -> None:
     for bad, status in ((b"rubbish", 415), (b"", 400), (encoded(one_red())[:50], 400)):
-        declared, raw = binary_pictures(encoded(one_red()), bad)
+        declared, raw = binary_images(encoded(one_red()), bad)
         answer = await client.post(INFER, **with_raw({"inputs": [declared]}, raw))
         assert answer.status_code == status
         assert answer.json()["error"].startswith("encoded_images[1]: ")
@@ -269,9 +269,9 @@ async def test_what_a_model_takes_is_bounded(start: Start) -> None:
         assert (answer.status_code, "12288" in answer.json()["error"]) == (413, True)
         answer = await infer(client, images(np.zeros((2, 96, 128, 3), np.uint8)))
         assert answer.status_code == 200, "a batch of more than a device takes at a time"
-        answer = await infer(client, base64_pictures(*[encoded(one_red())] * 4))
+        answer = await infer(client, base64_images(*[encoded(one_red())] * 4))
         assert (answer.status_code, "at most 3" in answer.json()["error"]) == (413, True)
-        answer = await infer(client, base64_pictures(encoded(squares(size=(200, 200)))))
+        answer = await infer(client, base64_images(encoded(squares(size=(200, 200)))))
         assert (answer.status_code, "at most 20000" in answer.json()["error"]) == (413, True)
 
 
@@ -301,13 +301,13 @@ async def test_big_bodies_are_taken_apart_one_after_another(
 async def test_a_full_queue_is_503_and_takes_nothing(start: Start) -> None:
     async with start(max_queue_size=2) as client:
         service = client._transport.app.state.service  # type: ignore[attr-defined]
-        with service.pictures.hold(1, 0):
-            answer = await infer(client, base64_pictures(*[encoded(one_red())] * 3))
+        with service.images.hold(1, 0):
+            answer = await infer(client, base64_images(*[encoded(one_red())] * 3))
             assert answer.status_code == 503
             assert int(answer.headers["retry-after"]) >= 1
             assert "queue is full" in answer.json()["error"]
-            assert service.pictures.held == 1
-        answer = await infer(client, base64_pictures(*[encoded(one_red())] * 2))
+            assert service.images.held == 1
+        answer = await infer(client, base64_images(*[encoded(one_red())] * 2))
         assert answer.status_code == 200
 
 
@@ -321,7 +321,7 @@ async def test_who_would_be_late_is_refused_whatever_he_sends(
 
     monkeypatch.setattr(pipeline, "admit", refuse)
     file = encoded(one_red())
-    for given in (images(canvas(one_red())), base64_pictures(file), base64_pictures(file, file)):
+    for given in (images(canvas(one_red())), base64_images(file), base64_images(file, file)):
         answer = await infer(client, given)
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "7")
         assert answer.json()["error"].endswith("too late")
@@ -330,18 +330,18 @@ async def test_who_would_be_late_is_refused_whatever_he_sends(
 async def test_deadlines(start: Start) -> None:
     async with start() as client:
         slow = encoded(squares().resize((4000, 4000)), "JPEG")
-        late = await infer(client, base64_pictures(slow), parameters={"timeout": 1000})
+        late = await infer(client, base64_images(slow), parameters={"timeout": 1000})
         # Refused at once where the service knows that it would be late.
         assert late.status_code in (503, 504)
         assert list(late.json()) == ["error"]
-        document = {"inputs": [base64_pictures(slow)]}
+        document = {"inputs": [base64_images(slow)]}
         late = await client.post(INFER, json=document, headers={"X-Deadline-Ms": "1"})
         assert late.status_code in (503, 504)
-        picture = base64_pictures(encoded(one_red()))
+        image = base64_images(encoded(one_red()))
         for timeout in (0, 9_000_000, 10**15):
-            assert (await infer(client, picture, parameters={"timeout": timeout})).is_success
+            assert (await infer(client, image, parameters={"timeout": timeout})).is_success
         for timeout in (-1, 0.5, "soon", True, None, [], 10**400):
-            answer = await infer(client, picture, parameters={"timeout": timeout})
+            answer = await infer(client, image, parameters={"timeout": timeout})
             assert answer.status_code == 400, timeout
             assert "timeout" in answer.json()["error"] or "JSON" in answer.json()["error"]
         answer = await client.post(INFER, json={}, headers={"X-Deadline-Ms": "0"})
@@ -363,8 +363,8 @@ async def test_a_declared_length_over_the_limit_is_413(client: httpx.AsyncClient
     assert list(answer.json()) == ["error"]
 
 
-async def test_json_of_base64_may_be_data_that_is_no_picture(client: httpx.AsyncClient) -> None:
-    text = base64.b64encode(b"no picture").decode()
+async def test_json_of_base64_may_be_data_that_is_no_image(client: httpx.AsyncClient) -> None:
+    text = base64.b64encode(b"no image").decode()
     given = {"name": "encoded_images", "datatype": "BYTES", "shape": [1], "data": [text]}
     assert (await infer(client, given)).status_code == 415
 

@@ -14,7 +14,7 @@ from tritonclient.utils import InferenceServerException
 
 from tests.api.inference_protocol import canvas
 from tests.api.served import Served, served
-from tests.pictures import RED, encoded, one_red, squares
+from tests.images import RED, encoded, one_red, squares
 
 Array = np.ndarray[Any, Any]
 
@@ -41,7 +41,7 @@ class Dialect:
     def infer(self, *inputs: Any, model: str = "tiny", **options: Any) -> Any:
         return self.client.infer(model, list(inputs), **options)
 
-    def pictures(self, *files: bytes) -> Any:
+    def images(self, *files: bytes) -> Any:
         values = np.array(files, dtype=object)
         given = self.kind.InferInput("encoded_images", [len(files)], "BYTES")
         return given.set_data_from_numpy(values)
@@ -128,14 +128,14 @@ def test_binary_and_json(http: Dialect, binary_in: bool, binary_out: bool) -> No
     result = http.infer(http.canvases(images, binary_data=binary_in), outputs=outputs)
     assert result.as_numpy("boxes").tolist() == [[32, 16, 64, 48], [48, 0, 80, 32]]
     assert result.as_numpy("scores").dtype == np.float32
-    empty = http.infer(http.pictures(encoded(squares())), outputs=outputs)
+    empty = http.infer(http.images(encoded(squares())), outputs=outputs)
     assert empty.as_numpy("boxes").shape == (0, 4)
 
 
-def test_pictures_get_what_v1_answers(server: Served, dialect: Dialect) -> None:
+def test_images_get_what_v1_answers(server: Served, dialect: Dialect) -> None:
     large = encoded(squares((0, 0, RED), (64, 0, (190, 0, 0))).resize((512, 384)), "JPEG")
     for wanted in ({}, {"score_threshold": 0.9}, {"max_detections": 1}):
-        result = dialect.infer(dialect.pictures(large), parameters=wanted)
+        result = dialect.infer(dialect.images(large), parameters=wanted)
         with server.client() as plain:
             answer = plain.post("/v1/detect", content=large, params=wanted).json()
         boxes = [list(each["box"].values()) for each in answer["detections"]]
@@ -145,16 +145,16 @@ def test_pictures_get_what_v1_answers(server: Served, dialect: Dialect) -> None:
         np.testing.assert_allclose(result.as_numpy("scores"), scores, atol=0.000051)
 
 
-def test_several_pictures(dialect: Dialect) -> None:
+def test_several_images(dialect: Dialect) -> None:
     large = squares((0, 0, RED), (64, 0, (200, 0, 0))).resize((512, 384))
-    result = dialect.infer(dialect.pictures(encoded(large), encoded(one_red())))
+    result = dialect.infer(dialect.images(encoded(large), encoded(one_red())))
     assert result.as_numpy("image_index").tolist() == [0, 0, 1]
     assert result.as_numpy("boxes")[2].tolist() == [32, 16, 64, 48]
 
 
 def test_outputs_are_selected_and_may_be_empty(dialect: Dialect) -> None:
     outputs = dialect.wanted("labels", "boxes")
-    result = dialect.infer(dialect.pictures(encoded(squares())), outputs=outputs)
+    result = dialect.infer(dialect.images(encoded(squares())), outputs=outputs)
     assert result.as_numpy("boxes").shape == (0, 4)
     assert result.as_numpy("labels").shape == (0,)
     assert result.as_numpy("scores") is None, "it was not asked for"
@@ -177,13 +177,13 @@ def test_many_at_once(http: Dialect) -> None:
         (lambda d: d.ask("get_model_metadata", "none"), 404, "NOT_FOUND", "no model 'none'"),
         (lambda d: d.ask("get_model_config", "none"), 404, "NOT_FOUND", "no model 'none'"),
         (
-            lambda d: d.infer(d.pictures(b"x"), model_version="9"),
+            lambda d: d.infer(d.images(b"x"), model_version="9"),
             404,
             "NOT_FOUND",
             "no version 9",
         ),
-        (lambda d: d.infer(d.pictures(b"no picture")), 415, "INVALID_ARGUMENT", "JPEG"),
-        (lambda d: d.infer(d.pictures(b"")), 400, "INVALID_ARGUMENT", "empty"),
+        (lambda d: d.infer(d.images(b"no image")), 415, "INVALID_ARGUMENT", "JPEG"),
+        (lambda d: d.infer(d.images(b"")), 400, "INVALID_ARGUMENT", "empty"),
         (
             lambda d: d.infer(d.canvases(np.zeros((1, 33, 32, 3), "u1"))),
             400,
@@ -197,13 +197,13 @@ def test_many_at_once(http: Dialect) -> None:
             "at most 64",
         ),
         (
-            lambda d: d.infer(d.pictures(b"x"), parameters={"score_threshold": 2.0}),
+            lambda d: d.infer(d.images(b"x"), parameters={"score_threshold": 2.0}),
             400,
             "INVALID_ARGUMENT",
             "not in 0..1",
         ),
         (
-            lambda d: d.infer(d.pictures(bytes(2_000_000))),
+            lambda d: d.infer(d.images(bytes(2_000_000))),
             413,
             "RESOURCE_EXHAUSTED",
             "larger",
@@ -222,7 +222,7 @@ def test_errors(
 
 def test_bodies_are_not_compressed(http: Dialect) -> None:
     with pytest.raises(InferenceServerException, match="Content-Encoding 'gzip'") as caught:
-        http.infer(http.pictures(b"x"), request_compression_algorithm="gzip")
+        http.infer(http.images(b"x"), request_compression_algorithm="gzip")
     assert caught.value.status() == "415"
-    result = http.infer(http.pictures(encoded(one_red())), response_compression_algorithm="gzip")
+    result = http.infer(http.images(encoded(one_red())), response_compression_algorithm="gzip")
     assert result.as_numpy("scores").tolist() == [1.0], "an answer may stay as it is"

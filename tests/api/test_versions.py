@@ -10,7 +10,7 @@ import pytest
 
 from tests import tiny_model
 from tests.api.conftest import Start
-from tests.pictures import encoded, one_red
+from tests.images import encoded, one_red
 
 LARGEST = 10**18 - 1
 IMAGE = encoded(one_red())

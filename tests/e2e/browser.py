@@ -71,13 +71,13 @@ def server(
 
 
 class Temper:
-    """What a proxy does with pictures before it passes them on, and what it saw of them."""
+    """What a proxy does with images before it passes them on, and what it saw of them."""
 
     def __init__(self) -> None:
         self.refusals: deque[tuple[int, dict[str, str]]] = deque()
-        """Answers to the next pictures, status and headers; 0 cuts the connection."""
+        """Answers to the next images, status and headers; 0 cuts the connection."""
         self.gate = threading.Semaphore(1_000_000)
-        """A picture passes when this lets it."""
+        """An image passes when this lets it."""
         self.queries: list[str] = []
         self.at_once = 0
         self.most_at_once = 0
@@ -178,11 +178,11 @@ def until(condition: Callable[[], T], seconds: float = PATIENCE) -> T:
         time.sleep(0.1)
 
 
-def detect(url: str, picture: Path, **query: object) -> dict[str, Any]:
+def detect(url: str, image: Path, **query: object) -> dict[str, Any]:
     """What the API answers for the same bytes, asked without a browser."""
     address = f"{url}v1/detect?{urllib.parse.urlencode(query)}"
     headers = {"Content-Type": "application/octet-stream"}
-    request = urllib.request.Request(address, picture.read_bytes(), headers)
+    request = urllib.request.Request(address, image.read_bytes(), headers)
     with urllib.request.urlopen(request, timeout=PATIENCE) as response:
         answer: dict[str, Any] = json.load(response)
     return answer
@@ -192,12 +192,12 @@ def count(answer: Mapping[str, Any]) -> Counter[str]:
     return Counter(detection["label"] for detection in answer["detections"])
 
 
-def copies(picture: Path, folder: Path, names: Sequence[str]) -> list[Path]:
-    """The same picture under several names, which may have folders."""
+def copies(image: Path, folder: Path, names: Sequence[str]) -> list[Path]:
+    """The same image under several names, which may have folders."""
     paths = [folder / name for name in names]
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(picture.read_bytes())
+        path.write_bytes(image.read_bytes())
     return paths
 
 
@@ -268,7 +268,7 @@ class Page:
         self.wait(lambda: self["summary"].get_attribute("textContent"))
 
     def until_settled(self) -> str:
-        """How the picture that is shown came out: "done" or "failed"."""
+        """How the image that is shown came out: "done" or "failed"."""
         return self.wait(
             lambda: (
                 (state := self.browser.execute_script("return document.body.dataset.state"))
@@ -278,7 +278,7 @@ class Page:
         )
 
     def counts(self) -> Counter[str]:
-        """Cells counted for the picture that is shown, classes without any left out."""
+        """Cells counted for the image that is shown, classes without any left out."""
         rows = self["classes"].find_elements(By.TAG_NAME, "li")
         pairs = {
             row.get_attribute("data-class"): row.find_element(By.CLASS_NAME, "count").text
@@ -318,7 +318,7 @@ class Page:
         return self["strip"].find_elements(By.TAG_NAME, "button")
 
     def until_through(self) -> None:
-        """Until no picture waits for an answer."""
+        """Until no image waits for an answer."""
         self.wait(lambda: not self["queue"].is_displayed())
 
     def save_to(self, folder: Path) -> None:

@@ -43,13 +43,13 @@ def smear(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_real_picture_dropped_on_the_page_gets_its_boxes(
+def test_a_real_image_dropped_on_the_page_gets_its_boxes(
     page: Page, bundled: str, bccd: Path
 ) -> None:
     name = (bccd / "ImageSets" / "Main" / "val.txt").read_text().split()[0]
-    picture = bccd / "JPEGImages" / f"{name}.jpg"
-    answer = detect(bundled, picture)
-    page.drop(picture)
+    image = bccd / "JPEGImages" / f"{name}.jpg"
+    answer = detect(bundled, image)
+    page.drop(image)
     assert page.until_settled() == "done"
     assert len(answer["detections"]) >= 5
     page.screenshot("real")
@@ -58,9 +58,7 @@ def test_a_real_picture_dropped_on_the_page_gets_its_boxes(
     assert page.drawn(answer).total() >= 0.9 * count(answer).total()
 
 
-def test_a_drawn_picture_that_is_chosen_gets_its_boxes(
-    page: Page, bundled: str, smear: Path
-) -> None:
+def test_a_drawn_image_that_is_chosen_gets_its_boxes(page: Page, bundled: str, smear: Path) -> None:
     answer = detect(bundled, smear)
     page.choose(smear)
     assert page.until_settled() == "done"
@@ -88,7 +86,7 @@ def test_the_slider_filters_without_asking_again(page: Page, bundled: str, smear
     assert page.counts() == count(detect(bundled, smear))
 
 
-def test_a_class_that_is_switched_off_leaves_the_picture(page: Page, smear: Path) -> None:
+def test_a_class_that_is_switched_off_leaves_the_image(page: Page, smear: Path) -> None:
     page.choose(smear)
     page.until_settled()
     label = page.counts().most_common(1)[0][0]
@@ -127,7 +125,7 @@ def test_the_sample_and_what_can_be_taken_along(page: Page, bundled: str, tmp_pa
     behaviour = {"behavior": "allow", "downloadPath": str(saved)}
     page.browser.execute_cdp_cmd("Page.setDownloadBehavior", behaviour)
     page["save-json"].click()
-    page["save-picture"].click()
+    page["save-image"].click()
     until(lambda: {path.name for path in saved.iterdir()} == {"sample.json", "sample-boxes.png"})
     assert json.loads((saved / "sample.json").read_text()) == shown
     with Image.open(saved / "sample-boxes.png") as annotated, Image.open(stored) as plain:
@@ -135,7 +133,7 @@ def test_the_sample_and_what_can_be_taken_along(page: Page, bundled: str, tmp_pa
         assert annotated.convert("RGB").tobytes() != plain.convert("RGB").tobytes()
 
 
-def test_several_pictures_in_a_row(page: Page, bundled: str, smear: Path, tmp_path: Path) -> None:
+def test_several_images_in_a_row(page: Page, bundled: str, smear: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.jpg"
     draw_smear(22, width=800, height=600, red=8)[0].save(other)
     page.drop(smear, other)
@@ -153,7 +151,7 @@ def test_several_pictures_in_a_row(page: Page, bundled: str, smear: Path, tmp_pa
     assert page["empty"].is_displayed()
 
 
-def test_a_pasted_picture(page: Page, bundled: str, smear: Path) -> None:
+def test_a_pasted_image(page: Page, bundled: str, smear: Path) -> None:
     page.paste(smear)
     assert page.until_settled() == "done"
     assert page.counts() == count(detect(bundled, smear))
@@ -161,24 +159,24 @@ def test_a_pasted_picture(page: Page, bundled: str, smear: Path) -> None:
 
 def test_text_is_refused_in_plain_words(page: Page, tmp_path: Path) -> None:
     text = tmp_path / "cells.jpg"
-    text.write_text("no picture at all")
+    text.write_text("no image at all")
     page.drop(text)
     assert page.until_settled() == "failed"
-    assert "not a picture" in page["message"].text
+    assert "not an image" in page["message"].text
     assert "cells.jpg" in page["message"].text
     assert "JPEG, PNG" in page["message"].text
     assert not page["retry"].is_displayed()
     page.screenshot("refused")
 
 
-def test_an_empty_and_a_cut_off_picture_are_refused_in_plain_words(
+def test_an_empty_and_a_cut_off_image_are_refused_in_plain_words(
     page: Page, smear: Path, tmp_path: Path
 ) -> None:
     empty, cut = tmp_path / "empty.png", tmp_path / "cut.png"
     empty.write_bytes(b"")
     cut.write_bytes(smear.read_bytes()[:2000])
-    for picture, words in ((empty, "The file is empty"), (cut, "cut off")):
-        page.drop(picture)
+    for image, words in ((empty, "The file is empty"), (cut, "cut off")):
+        page.drop(image)
         assert page.until_settled() == "failed"
         assert "damaged" in page["message"].text
         assert words in page["message"].text
@@ -253,7 +251,7 @@ def test_thresholds_of_each_class_and_a_choice_of_models(
         assert page.complaints() == []
 
 
-def test_a_picture_that_was_taken_upright(
+def test_a_image_that_was_taken_upright(
     browser: webdriver.Chrome, tiny_url: str, squares: Path, tmp_path: Path
 ) -> None:
     """The browser and the service must turn it alike, or the boxes lie beside the squares."""
@@ -337,7 +335,7 @@ def test_the_service_goes_away_and_comes_back(
 def test_it_waits_while_the_model_loads_and_while_the_queue_is_full(
     browser: webdriver.Chrome, squares: Path, tmp_path: Path
 ) -> None:
-    # Some seconds for a picture on any machine, and as long for the warm-up.
+    # Some seconds for an image on any machine, and as long for the warm-up.
     tiny_model.save(tmp_path, work=150)
     with server(
         models_dir=tmp_path, wait=False, max_queue_size=1, request_timeout_ms=60_000

@@ -114,7 +114,7 @@ def violations(page: Page, dark: bool) -> list[Any]:
 
 def test_screen_readers_and_contrast(tiny_page: Page, squares: Path, tmp_path: Path) -> None:
     assert violations(tiny_page, dark=False) == violations(tiny_page, dark=True) == []
-    assert {("button", "Choose pictures"), ("status", "")} <= spoken(tiny_page)
+    assert {("button", "Choose images"), ("status", "")} <= spoken(tiny_page)
     text = tmp_path / "text.png"
     text.write_text("text")
     tiny_page.choose(squares, text)
@@ -128,10 +128,10 @@ def test_screen_readers_and_contrast(tiny_page: Page, squares: Path, tmp_path: P
     assert {
         ("slider", "Score above"),
         ("checkbox", "red"),
-        ("checkbox", "Tiles for large pictures"),
+        ("checkbox", "Tiles for large images"),
         ("button", "Save as CSV"),
-        ("button", "squares.png, picture 1 of 2, 3 detections"),
-        ("button", "text.png, picture 2 of 2, failed"),
+        ("button", "squares.png, image 1 of 2, 3 detections"),
+        ("button", "text.png, image 2 of 2, failed"),
         ("columnheader", "Score"),
         ("image", "Boxes around what was found; the table of detections says the same"),
     } <= spoken(tiny_page)
@@ -224,7 +224,7 @@ def test_a_model_that_is_unloaded_gives_way_to_the_next(
     page.choose(squares)
     page.until_through()
     page.wait(lambda: "this is tiny, version 1" in page["toast"].text)
-    assert page["total"].text == "1 of 2 in 2 pictures"
+    assert page["total"].text == "1 of 2 in 2 images"
     selected, unloaded = Select(page["model"]).options
     assert (selected.text, selected.is_selected()) == ("tiny, version 1", True)
     assert (unloaded.text, unloaded.is_enabled()) == ("tiny, version 2: unloaded", False)

@@ -1,4 +1,4 @@
-"""The page's manners: folders, files to keep, refusals, queues, large pictures."""
+"""The page's manners: folders, files to keep, refusals, queues, large images."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def temper() -> Temper:
 
 @pytest.fixture
 def moody(browser: webdriver.Chrome, tiny_url: str, temper: Temper) -> Iterator[Page]:
-    """The page of a service that does with pictures what `temper` says."""
+    """The page of a service that does with images what `temper` says."""
     with proxy("/", tiny_url, temper) as url:
         page = Page(browser, url)
         yield page
         assert page.complaints() == []
 
 
-def test_a_folder_brings_the_pictures_below_it(
+def test_a_folder_brings_the_images_below_it(
     tiny_page: Page, squares: Path, tmp_path: Path
 ) -> None:
     copies(squares, tmp_path, ["smears/b10.png", "smears/b9.PNG", "smears/left/a.png"])
@@ -40,16 +40,16 @@ def test_a_folder_brings_the_pictures_below_it(
     tiny_page.until_through()
     names = [button.get_attribute("aria-label") for button in tiny_page.thumbnails()]
     found = ["smears/b9.PNG", "smears/b10.png", "smears/left/a.png", "alone.dat"]
-    assert names == [f"{n}, picture {i} of 4, 3 detections" for i, n in enumerate(found, 1)]
+    assert names == [f"{n}, image {i} of 4, 3 detections" for i, n in enumerate(found, 1)]
 
 
-def test_what_is_saved_of_several_pictures(
+def test_what_is_saved_of_several_images(
     tiny_page: Page, tiny_url: str, squares: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "saved").mkdir()
     tiny_page.save_to(tmp_path / "saved")
-    text = tmp_path / "no picture.png"
-    text.write_text("no picture")
+    text = tmp_path / "no image.png"
+    text.write_text("no image")
     # Larger than what the page shows of it, so the saved one must come from the file.
     large = tmp_path / 'the "large", one.png'
     with Image.open(squares) as image:
@@ -57,14 +57,14 @@ def test_what_is_saved_of_several_pictures(
     tiny_page.drop(large, text, squares)
     tiny_page.until_through()
     tiny_page.thumbnails()[1].click()
-    assert not tiny_page["save-picture"].is_enabled()
+    assert not tiny_page["save-image"].is_enabled()
     tiny_page.thumbnails()[0].click()
-    assert tiny_page["save-note"].text == "JSON and CSV hold all pictures."
+    assert tiny_page["save-note"].text == "JSON and CSV hold all images."
     tiny_page.set_score(0.6)
-    for name in ("save-json", "save-csv", "save-picture"):
+    for name in ("save-json", "save-csv", "save-image"):
         tiny_page[name].click()
-    picture = 'the "large", one-boxes.png'.replace('"', "_")
-    expected = {"detections.json", "detections.csv", picture}
+    image = 'the "large", one-boxes.png'.replace('"', "_")
+    expected = {"detections.json", "detections.csv", image}
     until(lambda: {path.name for path in (tmp_path / "saved").iterdir()} == expected)
 
     answers = {path.name: detect(tiny_url, path, score_threshold=0.6) for path in (large, squares)}
@@ -85,7 +85,7 @@ def test_what_is_saved_of_several_pictures(
         for each in answer["detections"]
     ]
 
-    with Image.open(tmp_path / "saved" / picture) as annotated:
+    with Image.open(tmp_path / "saved" / image) as annotated:
         assert annotated.size == (2560, 1920)
         for each in answers[large.name]["detections"]:
             x, y = round(each["box"]["x2"]) - 1, round(each["box"]["y2"]) - 200
@@ -94,7 +94,7 @@ def test_what_is_saved_of_several_pictures(
     until(lambda: tiny_page.browser.execute_script("return watched.urls.size") == 0)
 
 
-def test_tiles_find_what_is_small_in_a_large_picture(
+def test_tiles_find_what_is_small_in_a_large_image(
     tiny_page: Page, tiny_url: str, squares: Path, tmp_path: Path
 ) -> None:
     sheet = Image.new("RGB", (1024, 768))
@@ -121,7 +121,7 @@ _REFUSALS = {
     404: ("model is gone", False),
     408: ("upload was too slow", True),
     413: ("too large", False),
-    415: ("not a picture", False),
+    415: ("not an image", False),
     422: ("refused a setting", False),
     500: ("The service failed", True),
     503: ("service is busy", True),
@@ -156,7 +156,7 @@ def test_refusals_are_sentences(moody: Page, temper: Temper, squares: Path) -> N
 
 
 def test_it_waits_as_long_as_it_is_told(moody: Page, temper: Temper, squares: Path) -> None:
-    """And holds all other pictures back, too, unless a person knows better."""
+    """And holds all other images back, too, unless a person knows better."""
     temper.refusals.append((503, {"Retry-After": "1"}))
     moody.choose(squares)
     assert moody.until_settled() == "done"
@@ -178,13 +178,13 @@ def test_few_requests_at_once_and_they_can_be_cancelled(
     moody: Page, temper: Temper, squares: Path, tmp_path: Path
 ) -> None:
     temper.gate = threading.Semaphore(0)
-    pictures = copies(squares, tmp_path, [f"{number}.png" for number in range(1, 8)])
-    moody.drop(*pictures)
+    images = copies(squares, tmp_path, [f"{number}.png" for number in range(1, 8)])
+    moody.drop(*images)
     moody.wait(lambda: temper.at_once == 2)
     temper.gate.release(3)
     moody.wait(lambda: moody["progress-text"].text == "3 of 7" and temper.at_once == 2)
     assert moody["progress"].get_property("value") == 3
-    moody.wait(lambda: moody["total"].text == "3 of 9 in 7 pictures")
+    moody.wait(lambda: moody["total"].text == "3 of 9 in 7 images")
     moody.screenshot("queue")
     moody["cancel"].click()
     assert not moody["queue"].is_displayed()
@@ -196,11 +196,11 @@ def test_few_requests_at_once_and_they_can_be_cancelled(
     assert moody["retry"].text == "Try all 4 again"
     moody["retry"].click()
     moody.until_through()
-    assert moody["total"].text == "3 of 21 in 7 pictures"
+    assert moody["total"].text == "3 of 21 in 7 images"
     assert temper.most_at_once == 2
 
 
-def test_a_picture_of_fifty_million_pixels_does_not_hold_up_the_page(
+def test_a_image_of_fifty_million_pixels_does_not_hold_up_the_page(
     tiny_page: Page, tiny_url: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "large.jpg"
@@ -215,10 +215,10 @@ def test_a_picture_of_fifty_million_pixels_does_not_hold_up_the_page(
         "window.began = before; turn()"
     )
     tiny_page.choose(path)
-    tiny_page.wait(tiny_page["picture"].is_displayed)
+    tiny_page.wait(tiny_page["image"].is_displayed)
     longest, whole = tiny_page.browser.execute_script("return [longest, performance.now() - began]")
     assert longest < whole / 2
     assert tiny_page.until_settled() == "done"
     assert "8000 \N{MULTIPLICATION SIGN} 6250" in tiny_page["readout"].text
     assert tiny_page.counts() == count(detect(tiny_url, path))
-    assert tiny_page["picture"].get_property("width") < 2400
+    assert tiny_page["image"].get_property("width") < 2400

@@ -19,10 +19,10 @@ import yaml
 
 from service.engine.models.versions import State
 from tests.e2e.browser import ROOT, answers, free_port, server, until
-from tests.pictures import encoded, one_red
+from tests.images import encoded, one_red
 
 DEPLOY = ROOT / "deploy"
-PICTURES = 5
+IMAGES = 5
 VARIABLES = {"$__rate_interval": "1m", "$model": ".*"}
 """What Grafana puts in."""
 
@@ -115,7 +115,7 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Iterator
             until(lambda: value("up") == 1)
             make_requests(service)
             answered = 'sum(retinaserve_pictures_total{outcome="answered"})'
-            until(lambda: value(answered) == PICTURES)
+            until(lambda: value(answered) == IMAGES)
             # A rate needs two samples of a series that may be new.
             until(lambda: value("min(count_over_time(retinaserve_refusals_total[1m]))") >= 2)
             until(lambda: all(rule["health"] == "ok" for rule in rules(ask)))
@@ -128,11 +128,11 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Iterator
 
 def make_requests(url: str) -> None:
     headers = {"Content-Type": "application/octet-stream"}
-    for _ in range(PICTURES):
+    for _ in range(IMAGES):
         request = urllib.request.Request(f"{url}v1/detect", encoded(one_red()), headers)
         urllib.request.urlopen(request, timeout=60).close()
     with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(urllib.request.Request(f"{url}v1/detect", b"no picture", headers))
+        urllib.request.urlopen(urllib.request.Request(f"{url}v1/detect", b"no image", headers))
     refused.value.close()
     # Routes that queries leave out.
     for path in ("healthz", "v2/health/live"):
@@ -242,6 +242,6 @@ def test_figures_are_those_of_the_requests(prometheus: Ask) -> None:
         "result"
     ]
     assert found["metric"] == {"label": "red"}
-    assert float(found["value"][1]) == PICTURES
+    assert float(found["value"][1]) == IMAGES
     (bad,) = prometheus("query", query="retinaserve_refusals_total")["result"]
     assert (bad["metric"]["reason"], bad["value"][1]) == ("unsupported-media-type", "1")

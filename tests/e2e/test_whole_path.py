@@ -1,4 +1,4 @@
-"""From labelled pictures to an endpoint by the commands, and one answer on every way.
+"""From labelled images to an endpoint by the commands, and one answer on every way.
 
 The commands are those of docs/tutorials/own-data.md; the tests go on with what they leave.
 """
@@ -162,7 +162,7 @@ def client(folder: Path, cells: Model, blood_cells: Model) -> Iterator[httpx.Cli
 
 @pytest.fixture(scope="module")
 def drawn(folder: Path) -> list[Sample]:
-    """Pictures of the size of photographs, lying and upright."""
+    """Images of the size of photographs, lying and upright."""
     root = folder / "drawn"
     root.mkdir()
     found = []
@@ -199,7 +199,7 @@ def test_the_file_is_measured_as_it_says(cells: Model, data: Path, tmp_path: Pat
     assert metrics.ap50 == pytest.approx(measured["ap50"], abs=1e-4)
 
 
-# --- one picture, one answer ---------------------------------------------------------------------
+# --- one image, one answer ---------------------------------------------------------------------
 
 
 def by_torch(network: RetinaNet, model: Model, samples: Sequence[Sample]) -> list[Detections]:
@@ -234,8 +234,8 @@ def by_request(client: httpx.Client, model: Model, samples: Sequence[Sample]) ->
 def by_batch(
     client: httpx.Client, model: Model, samples: Sequence[Sample], order: Sequence[int | None]
 ) -> list[tuple[int, Detections]]:
-    """Pictures by their index in `samples`; None is a file that is no picture."""
-    contents = [b"no picture" if i is None else samples[i].path.read_bytes() for i in order]
+    """Images by their index in `samples`; None is a file that is no image."""
+    contents = [b"no image" if i is None else samples[i].path.read_bytes() for i in order]
     answer = client.post(
         "v1/detect/batch",
         params={"model": model.name, "score_threshold": SCORE},
@@ -304,13 +304,13 @@ def test_a_trained_model_answers_alike_on_every_way(
     check_every_way(client, cells, samples, expected)
 
 
-def test_the_bundled_model_answers_alike_on_drawn_pictures(
+def test_the_bundled_model_answers_alike_on_drawn_images(
     client: httpx.Client, blood_cells: Model, drawn: list[Sample]
 ) -> None:
     check_every_way(client, blood_cells, drawn, by_file(blood_cells, drawn))
 
 
-def test_the_bundled_model_answers_alike_on_real_pictures(
+def test_the_bundled_model_answers_alike_on_real_images(
     client: httpx.Client, blood_cells: Model, bccd: Path
 ) -> None:
     classes = read_artifact(blood_cells.path).metadata.classes

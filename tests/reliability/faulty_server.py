@@ -1,4 +1,4 @@
-"""`retinaserve`, on a device that fails when it is told to by the colour of a picture.
+"""`retinaserve`, on a device that fails when it is told to by the colour of an image.
 
 What cannot be had without broken hardware happens here at the one call that leaves Python: a batch
 that never ends, a device that is lost, a thread that dies.

@@ -13,19 +13,19 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests import tiny_model
-from tests.pictures import RED, encoded, squares
+from tests.images import RED, encoded, squares
 from tests.reliability.conftest import command, environment
 
-PICTURES = 60
+IMAGES = 60
 PART = 5
 
 
 @pytest.fixture
 def arguments(tmp_path: Path) -> list[str]:
-    """Over pictures that take long enough to be killed in the middle."""
+    """Over images that take long enough to be killed in the middle."""
     tiny_model.save(tmp_path / "models", work=6)
     (tmp_path / "in").mkdir()
-    for i in range(PICTURES):
+    for i in range(IMAGES):
         content = b"bad" if i % 17 == 3 else encoded(squares((i, 16, RED)))
         (tmp_path / "in" / f"{i:03d}.png").write_bytes(content)
     return command(
@@ -51,7 +51,7 @@ def begin(arguments: list[str], output: Path, parts: int) -> subprocess.Popen[st
 def check_all_there_once(output: Path, stdout: str) -> None:
     rows = pq.read_table(output).to_pylist()
     assert Counter(Path(row["path"]).name for row in rows) == {
-        f"{i:03d}.png": 1 for i in range(PICTURES)
+        f"{i:03d}.png": 1 for i in range(IMAGES)
     }
     for i, row in enumerate(rows):
         if i % 17 == 3:
@@ -60,7 +60,7 @@ def check_all_there_once(output: Path, stdout: str) -> None:
             assert row["labels"][0] == "red"
             assert abs(row["boxes"][0][0] - i) <= 16
     summary = json.loads(stdout)
-    assert (summary["pictures"], summary["failed"]) == (PICTURES, 4)
+    assert (summary["pictures"], summary["failed"]) == (IMAGES, 4)
 
 
 def test_killed_twice_and_resumed(arguments: list[str], tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_killed_twice_and_resumed(arguments: list[str], tmp_path: Path) -> None:
         with begin(arguments, output, 2) as process:
             process.kill()
     done = {part: part.stat().st_mtime_ns for part in output.glob("part-*")}
-    assert 4 <= len(done) < PICTURES // PART
+    assert 4 <= len(done) < IMAGES // PART
     last = subprocess.run(
         arguments, env=environment(), capture_output=True, text=True, check=True, timeout=60
     )

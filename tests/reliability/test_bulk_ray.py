@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests import tiny_model
-from tests.pictures import RED, encoded, squares
+from tests.images import RED, encoded, squares
 from tests.reliability.conftest import command, environment
 
-PICTURES = 60
+IMAGES = 60
 
 pytestmark = [
     pytest.mark.ray,
@@ -56,7 +56,7 @@ def test_two_detectors_one_of_which_is_killed(
 ) -> None:
     tiny_model.save(tmp_path / "models", work=12)
     (tmp_path / "in").mkdir()
-    for i in range(PICTURES):
+    for i in range(IMAGES):
         content = b"bad" if i % 17 == 3 else encoded(squares((i, 16, RED)))
         (tmp_path / "in" / f"{i:03d}.png").write_bytes(content)
     options = ("--part-size", 5, "--models", tmp_path / "models", "--device", "cpu")
@@ -79,7 +79,7 @@ def test_two_detectors_one_of_which_is_killed(
     assert process.returncode == 0, stderr
     assert "Ray (detectors: 2; for each 1 CPU)" in stderr
     summary = json.loads(stdout)
-    assert (summary["pictures"], summary["failed"], summary["parts"]) == (PICTURES, 4, 12)
+    assert (summary["pictures"], summary["failed"], summary["parts"]) == (IMAGES, 4, 12)
     local = tmp_path / "local"
     subprocess.run(
         command("bulk", tmp_path / "in", "--output", local, *options),

@@ -19,7 +19,7 @@ from service.http.connections import bounds as connection
 from service.http.connections.h11_protocol import H11
 from service.http.connections.httptools_protocol import HttpTools
 from service.settings import Settings
-from tests.pictures import encoded, one_red
+from tests.images import encoded, one_red
 from tests.reliability.conftest import Serve, until
 
 GOOD = encoded(one_red())

@@ -21,7 +21,7 @@ from service.http.connections import bounds as connection
 from service.http.listening import listen
 from service.settings import Settings
 from tests.certificates import make_certificate
-from tests.pictures import encoded, one_red
+from tests.images import encoded, one_red
 from tests.reliability.conftest import Process, Serve, until
 
 GOOD = encoded(one_red())

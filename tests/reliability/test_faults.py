@@ -10,7 +10,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from tests.pictures import encoded, one_red
+from tests.images import encoded, one_red
 from tests.reliability import faulty_server
 from tests.reliability.conftest import Process, Serve
 
@@ -18,7 +18,7 @@ GOOD = encoded(one_red())
 FAULTY = (sys.executable, "-m", "tests.reliability.faulty_server")
 
 
-def picture(colour: tuple[int, int, int]) -> bytes:
+def image(colour: tuple[int, int, int]) -> bytes:
     return encoded(Image.new("RGB", (128, 96), colour))
 
 
@@ -54,7 +54,7 @@ def test_the_end_of_a_device_is_told_to_all_and_ends_the_process(
     process = serve(quick_models, program=FAULTY, watchdog_seconds=1.0)
     with process.client() as client:
         assert client.post("/v1/detect", content=GOOD).status_code == 200
-    answers = post_many(process, [picture(colour)] * 6)
+    answers = post_many(process, [image(colour)] * 6)
     assert {answer.status_code for answer in answers} == {503}
     for answer in answers:
         assert reason in answer.json()["detail"]
@@ -65,7 +65,7 @@ def test_the_end_of_a_device_is_told_to_all_and_ends_the_process(
 
 def test_a_thread_that_dies_is_replaced(serve: Serve, quick_models: Path) -> None:
     process = serve(quick_models, program=FAULTY)
-    (answer,) = post_many(process, [picture(faulty_server.DIE)])
+    (answer,) = post_many(process, [image(faulty_server.DIE)])
     assert answer.status_code == 500
     assert "SystemExit" not in answer.text
     with process.client() as client:

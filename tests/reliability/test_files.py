@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests import tiny_model
-from tests.pictures import encoded, one_red
+from tests.images import encoded, one_red
 from tests.reliability.conftest import command, environment
 
 LATIN = os.fsdecode(b"caf\xe9.png")

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.images import encoded, one_red
 from tests.kustomize import build, find
-from tests.pictures import encoded, one_red
 from tests.reliability.conftest import ROOT, Process, Serve, command, environment, until
 
 FOLDER = ROOT / "deploy" / "kubernetes"

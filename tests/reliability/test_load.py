@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.pictures import encoded, noise, one_red
+from tests.images import encoded, noise, one_red
 from tests.reliability.conftest import Process, Serve, until
 
 GOOD = encoded(one_red())

@@ -12,8 +12,8 @@ import pytest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.images import encoded, one_red
 from tests.otlp import Receiver, attributes, children, receiver
-from tests.pictures import encoded, one_red
 from tests.reliability.conftest import Process, Serve
 
 GOOD = encoded(one_red())

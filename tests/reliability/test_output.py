@@ -14,7 +14,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.pictures import encoded, one_red
+from tests.images import encoded, one_red
 from tests.reliability.conftest import command, environment, until
 
 GOOD = encoded(one_red())

@@ -13,7 +13,7 @@ import httpx
 
 from service.imaging.canvas import Size
 from tests import tiny_model
-from tests.pictures import encoded, one_red
+from tests.images import encoded, one_red
 from tests.reliability.conftest import Process, Serve, until
 from tests.reliability.test_load import metric
 
@@ -21,7 +21,7 @@ GOOD = encoded(one_red())
 
 
 def seconds_alone(process: Process) -> float:
-    """What one picture takes on this machine at this moment."""
+    """What one image takes on this machine at this moment."""
     with process.client() as client:
         taken = [
             client.post("/v1/detect", content=GOOD).json()["timing_ms"]["inference"]
@@ -31,10 +31,10 @@ def seconds_alone(process: Process) -> float:
 
 
 def test_what_is_let_in_is_in_time_and_the_rest_is_refused(serve: Serve, tmp_path: Path) -> None:
-    # Twenty pictures are let in within seconds: quicker than the other tests' model.
+    # Twenty images are let in within seconds: quicker than the other tests' model.
     tiny_model.save(tmp_path, work=30, sizes=(Size(96, 128),))
     process = serve(tmp_path)
-    # Room for a handful of pictures, under twenty clients that do not wait to be asked again.
+    # Room for a handful of images, under twenty clients that do not wait to be asked again.
     deadline = max(1_000, min(9_000, round(6e3 * seconds_alone(process))))
     statuses: collections.Counter[int] = collections.Counter()
     refusals: list[httpx.Response] = []
@@ -87,7 +87,7 @@ def test_a_refusal_does_not_wait_for_the_body(serve: Serve, slow_models: Path) -
     thread.join(60)
 
 
-def test_one_picture_goes_before_the_many_of_a_batch(serve: Serve, slow_models: Path) -> None:
+def test_one_image_goes_before_the_many_of_a_batch(serve: Serve, slow_models: Path) -> None:
     process = serve(slow_models, request_timeout_ms=900_000)
     done: dict[str, float] = {}
     many: list[httpx.Response] = []

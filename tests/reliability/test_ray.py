@@ -26,7 +26,7 @@ from service.imaging.canvas import Size
 from service.ray_serve.app import open_app
 from service.settings import Settings, bundled_models
 from tests import tiny_model
-from tests.pictures import encoded, one_red
+from tests.images import encoded, one_red
 
 pytestmark = [
     pytest.mark.ray,
@@ -51,13 +51,13 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="module")
-def pictures(bccd: Path) -> list[bytes]:
+def images(bccd: Path) -> list[bytes]:
     paths = sorted((bccd / "JPEGImages").glob("*.jpg"))[:6]
     return [path.read_bytes() for path in paths]
 
 
 @pytest.fixture(scope="module")
-def expected(pictures: list[bytes]) -> list[list[dict[str, Any]]]:
+def expected(images: list[bytes]) -> list[list[dict[str, Any]]]:
     """What the same application answers in this process."""
     app = open_app(Settings(device="cpu", cpus=1))
 
@@ -67,7 +67,7 @@ def expected(pictures: list[bytes]) -> list[list[dict[str, Any]]]:
             app.router.lifespan_context(app),
             httpx.AsyncClient(transport=transport, base_url="http://test") as client,
         ):
-            answers = [await client.post("/v1/detect", content=each) for each in pictures]
+            answers = [await client.post("/v1/detect", content=each) for each in images]
         return [answer.json()["detections"] for answer in answers]
 
     found = asyncio.run(ask())
@@ -96,7 +96,7 @@ def check_answers(seen: Sequence[Seen], expected: list[list[dict[str, Any]]]) ->
             assert int(each.retry_after or 0) >= 1
             assert each.body["status"] == 503
             continue
-        found, wanted = each.body["detections"], expected[each.picture]
+        found, wanted = each.body["detections"], expected[each.image]
         assert [one["label"] for one in found] == [one["label"] for one in wanted]
         for one, other in zip(found, wanted, strict=True):
             assert one["score"] == pytest.approx(other["score"], abs=1e-3)
@@ -143,14 +143,14 @@ def test_the_api_suite_passes(cluster: Cluster, tmp_path: Path) -> None:
 def test_models_are_updated_without_a_lost_request(
     cluster: Cluster,
     tmp_path: Path,
-    pictures: list[bytes],
+    images: list[bytes],
     expected: list[list[dict[str, Any]]],
 ) -> None:
     shutil.copytree(bundled_models(), tmp_path, dirs_exist_ok=True)
     shutil.copytree(tmp_path / "blood-cells/1", tmp_path / "blood-cells/2")
     deploy(cluster, replicas=2)
     before = cluster.wait_for_replicas(2)
-    with Load(cluster.url, pictures) as load:
+    with Load(cluster.url, images) as load:
         load.wait_for_answers(4)
         deploy(cluster, replicas=2, models_dir=str(tmp_path))
         after = cluster.wait_for_replicas(2, other_than=before)
@@ -187,12 +187,12 @@ def test_a_lost_device_costs_the_replica(cluster: Cluster, tmp_path: Path) -> No
 
 
 def test_what_finds_no_room_at_the_proxy_is_told_when_to_return(
-    cluster: Cluster, pictures: list[bytes], expected: list[list[dict[str, Any]]]
+    cluster: Cluster, images: list[bytes], expected: list[list[dict[str, Any]]]
 ) -> None:
     room = {"max_ongoing_requests": 1, "max_queued_requests": 2}
     deploy(cluster, replicas=1, deployment=room)
     cluster.wait_for_replicas(1)
-    with Load(cluster.url, pictures, clients=12) as load:
+    with Load(cluster.url, images, clients=12) as load:
         load.wait_for_answers(12)
     check_answers(load.seen, expected)
     details = Counter(each.body["detail"] for each in load.seen if each.status == 503)
@@ -200,12 +200,12 @@ def test_what_finds_no_room_at_the_proxy_is_told_when_to_return(
 
 
 def test_a_replica_dies_and_then_a_node(
-    cluster: Cluster, pictures: list[bytes], expected: list[list[dict[str, Any]]]
+    cluster: Cluster, images: list[bytes], expected: list[list[dict[str, Any]]]
 ) -> None:
     deploy(cluster, replicas=2)
     first = cluster.wait_for_replicas(2)
     assert {each.address for each in first} == {HEAD, OTHER}
-    with Load(cluster.url, pictures, clients=6) as load:
+    with Load(cluster.url, images, clients=6) as load:
         load.wait_for_answers(6)
         victim = next(each for each in first if each.address == HEAD)
         kill(victim)

@@ -10,7 +10,7 @@ import pytest
 
 from service.system.cpus import cpu_count
 from tests import tiny_model
-from tests.pictures import encoded, one_red
+from tests.images import encoded, one_red
 from tests.reliability.conftest import Serve, command, environment
 
 

@@ -13,7 +13,7 @@ import httpx
 
 from service.http.auth.keys import new_key
 from tests import tiny_model
-from tests.pictures import encoded, one_red
+from tests.images import encoded, one_red
 from tests.reliability.conftest import Process, Serve, until
 
 GOOD = encoded(one_red())

@@ -43,7 +43,7 @@ def test_a_peer_that_does_other_work_is_not_measured(answer: list[dict[str, Any]
         must_agree("peer", answer, FOUND)
 
 
-def test_a_picture_without_objects_proves_nothing() -> None:
+def test_a_image_without_objects_proves_nothing() -> None:
     with pytest.raises(SystemExit, match="not none"):
         must_agree("peer", [], [])
 

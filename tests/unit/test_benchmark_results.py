@@ -50,7 +50,7 @@ def test_what_is_printed_is_what_is_kept(
     assert {"Python", "onnxruntime", "pillow", "commit"} <= kept["versions"].keys()
     printed = capsys.readouterr().out
     for line in (
-        "| canvas | batch | pictures/s |",
+        "| canvas | batch | images/s |",
         "| 384 x 512 | 1 | 19.0 |",
         "| 512 x 384 | 8 | - |",
         "- ratio: **0.97** (0.93 to 0.99); asked: at least 0.95: holds",

@@ -140,8 +140,8 @@ def test_what_is_installed_runs_anywhere(installed: Path, tmp_path: Path) -> Non
     (model,) = package.glob("models/*/*/model.onnx")
     assert "blood-cells" in call("inspect", str(model))
     assert "blood-cells" in call("doctor", "--device", "cpu")
-    picture = package / "static" / "sample.jpg"
-    found = json.loads(call("detect", "--device", "cpu", str(picture)))["detections"]
+    image = package / "static" / "sample.jpg"
+    found = json.loads(call("detect", "--device", "cpu", str(image)))["detections"]
     assert len(found) > 10
     assert "train" in call("--help")
     process = subprocess.Popen(
@@ -152,9 +152,9 @@ def test_what_is_installed_runs_anywhere(installed: Path, tmp_path: Path) -> Non
         assert process.stdout is not None
         address = process.stdout.readline().split()[-1]
         url = f"{address.rstrip('/')}/v1/detect"
-        answer = httpx.post(url, content=picture.read_bytes(), timeout=60)
+        answer = httpx.post(url, content=image.read_bytes(), timeout=60)
         while answer.status_code == 503:
-            answer = httpx.post(url, content=picture.read_bytes(), timeout=60)
+            answer = httpx.post(url, content=image.read_bytes(), timeout=60)
         labels = [each["label"] for each in answer.json()["detections"]]
         assert labels == [each["label"] for each in found]
     finally:

@@ -1,4 +1,4 @@
-"""One COCO annotation file: JSON to pictures and objects that remember their line."""
+"""One COCO annotation file: JSON to images and objects that remember their line."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ class _Reader:
         key = _id(item.value, "id")
         name = _field(item.value, "file_name", str, "text")
         if not name.strip():
-            raise _Wrong("its 'file_name' is empty; write the picture's there")
+            raise _Wrong("its 'file_name' is empty; write the image's there")
         if key in self._images:
             other = self._images[key]
             raise _Wrong(
@@ -215,7 +215,7 @@ def _box(value: Mapping[str, Any]) -> Edges:
 def _size(value: Mapping[str, Any]) -> tuple[float, float] | None:
     height, width = value.get("height", 0), value.get("width", 0)
     if not _is_finite(height) or not _is_finite(width) or min(height, width) <= 0:
-        # Missing, or what tools write that did not open the picture: the picture itself tells.
+        # Missing, or what tools write that did not open the image: the image itself tells.
         return None
     return float(height), float(width)
 

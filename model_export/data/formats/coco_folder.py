@@ -1,4 +1,4 @@
-"""A folder of COCO annotation files, in any of its usual layouts, to labelled pictures."""
+"""A folder of COCO annotation files, in any of its usual layouts, to labelled images."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 from model_export.data.formats.coco import TABLES, CocoFile, read_coco
-from model_export.data.labels import LabelledPicture, Reading
+from model_export.data.labels import LabelledImage, Reading
 from model_export.data.problems import Kind, Problem
 from model_export.data.splits import files, leaks, split_by_hash, split_called
 from service.errors import DataError
 
 LOOKED_FOR: Final = (
     "COCO: annotations/instances_train.json, train/_annotations.coco.json, "
-    "or a .json with images, annotations and categories beside the pictures"
+    "or a .json with images, annotations and categories beside the images"
 )
 
 _UNSPLIT: Final = "a .json for each split"
@@ -54,48 +54,46 @@ def split_names(root: Path) -> tuple[str, ...]:
 def read(root: Path, split: str, *, naming: bool) -> Reading:
     """Read one split; `naming`: also count the classes. Raises DataError.
 
-    Where one file holds everything, the pictures are split by a hash of their file names' stems.
+    Where one file holds everything, the images are split by a hash of their file names' stems.
     """
     layout = _lay_out(root)
     if layout.whole is not None:
         content = counted = read_coco(layout.whole)
-        pictures, problems = _hashed(root, content, split)
+        images, problems = _hashed(root, content, split)
     else:
         content = read_coco(_file_of(layout, split))
         train = _train(layout, content)
-        pictures, problems = _listed(root, content, train)
+        images, problems = _listed(root, content, train)
         if naming and train is None:
             raise DataError(f"{root}: no annotations of the train split, which name the classes")
         counted = train or content
     problems = [*content.problems, *problems]
     if not naming:
-        return Reading(tuple(pictures), problems=tuple(problems))
+        return Reading(tuple(images), problems=tuple(problems))
     if counted is not content:
         problems += [each for each in counted.problems if each.fatal]
-    return Reading(tuple(pictures), counted.names, (*problems, *_unused(counted)))
+    return Reading(tuple(images), counted.names, (*problems, *_unused(counted)))
 
 
-def _hashed(
-    root: Path, content: CocoFile, split: str
-) -> tuple[list[LabelledPicture], list[Problem]]:
-    """The pictures of a split that nobody chose."""
+def _hashed(root: Path, content: CocoFile, split: str) -> tuple[list[LabelledImage], list[Problem]]:
+    """The images of a split that nobody chose."""
     if not content.images:
         return [], _no_images(content)
     stems = (each.relative.stem for each in content.images)
-    return _find_pictures(root, content, split_by_hash(root, stems, split, unsplit=_UNSPLIT))
+    return _find_images(root, content, split_by_hash(root, stems, split, unsplit=_UNSPLIT))
 
 
 def _listed(
     root: Path, content: CocoFile, train: CocoFile | None
-) -> tuple[list[LabelledPicture], list[Problem]]:
-    """All pictures of a file; those that train has too are among the problems."""
-    pictures, problems = _find_pictures(root, content, None)
+) -> tuple[list[LabelledImage], list[Problem]]:
+    """All images of a file; those that train has too are among the problems."""
+    images, problems = _find_images(root, content, None)
     problems += _no_images(content)
     if train is not None and train is not content:
-        others, _ = _find_pictures(root, train, None)
-        places = {each.picture: (each.annotation, each.size_line) for each in pictures}
-        problems += leaks(places, [each.picture for each in others])
-    return pictures, problems
+        others, _ = _find_images(root, train, None)
+        places = {each.image: (each.annotation, each.size_line) for each in images}
+        problems += leaks(places, [each.image for each in others])
+    return images, problems
 
 
 def _train(layout: _Layout, content: CocoFile) -> CocoFile | None:
@@ -108,7 +106,7 @@ def _train(layout: _Layout, content: CocoFile) -> CocoFile | None:
 def _no_images(content: CocoFile) -> list[Problem]:
     if content.images or any(problem.fatal for problem in content.problems):
         return []
-    what = "no image in 'images'; list the pictures there"
+    what = "no image in 'images'; list the images there"
     return [Problem(content.path, None, what, fatal=True)]
 
 
@@ -192,29 +190,29 @@ def _is_coco(path: Path) -> bool:
         return False
 
 
-# --- pictures ------------------------------------------------------------------------------------
+# --- images ------------------------------------------------------------------------------------
 
 
-def _find_pictures(
+def _find_images(
     root: Path, content: CocoFile, members: frozenset[str] | None
-) -> tuple[list[LabelledPicture], list[Problem]]:
-    """The pictures that are there, of the stems in `members` or all, and the missing ones."""
+) -> tuple[list[LabelledImage], list[Problem]]:
+    """The images that are there, of the stems in `members` or all, and the missing ones."""
     bases = [base for base in _bases(root, content.path) if base.is_dir()]
-    pictures: list[LabelledPicture] = []
+    images: list[LabelledImage] = []
     problems: list[Problem] = []
     for image in content.images:
         name = image.relative
         if members is not None and name.stem not in members:
             continue
-        path = _find_picture(name, bases)
+        path = _find_image(name, bases)
         if path is None:
             looked = ", ".join(f"{base.relative_to(root)}/" for base in bases)
-            what = f"no picture {image.file_name[:80]!r}, looked in {looked}; add it"
+            what = f"no image {image.file_name[:80]!r}, looked in {looked}; add it"
             problems.append(Problem(content.path, image.line, what, fatal=True))
             continue
-        pictures.append(
-            LabelledPicture(
-                picture=path,
+        images.append(
+            LabelledImage(
+                image=path,
                 annotation=content.path,
                 objects=tuple(image.objects),
                 size=image.size,
@@ -222,11 +220,11 @@ def _find_pictures(
                 size_fields="width and height",
             )
         )
-    return pictures, problems
+    return images, problems
 
 
 def _bases(root: Path, annotations: Path) -> list[Path]:
-    """Where pictures may lie, the likeliest first."""
+    """Where images may lie, the likeliest first."""
     stem = annotations.stem.removeprefix("instances_")
     split = split_called(stem)
     names = [stem, *([split] if split else []), *(["valid"] if split == "val" else [])]
@@ -237,7 +235,7 @@ def _bases(root: Path, annotations: Path) -> list[Path]:
     return list(dict.fromkeys(bases))
 
 
-def _find_picture(name: PurePosixPath, bases: list[Path]) -> Path | None:
+def _find_image(name: PurePosixPath, bases: list[Path]) -> Path | None:
     # A path of the machine that labelled says nothing here but its last part.
     inside = not name.is_absolute() and ".." not in name.parts
     last = PurePosixPath(name.name)

@@ -42,7 +42,7 @@ def choose_format(root: Path, name: str) -> Format:
     Raises DataError if there is no such folder, or if nothing or more than one format fits it.
     """
     if not root.is_dir():
-        raise DataError(f"{root}: no such folder; name one with labelled pictures")
+        raise DataError(f"{root}: no such folder; name one with labelled images")
     if name != "auto":
         return _FORMATS[name]
     found = {key: each.evidence(root) for key, each in _FORMATS.items()}

@@ -128,7 +128,7 @@ class _Reader:
         height, width = (
             _number(self.top[tag].text) if tag in self.top else None for tag in ("height", "width")
         )
-        # Labelling tools write 0 when they did not open the picture.
+        # Labelling tools write 0 when they did not open the image.
         if not height or not width or min(height, width) < 0:
             return None
         return height, width

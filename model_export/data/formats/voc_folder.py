@@ -1,4 +1,4 @@
-"""A folder of Pascal VOC files, or of NAME.xml beside NAME.jpg, to labelled pictures."""
+"""A folder of Pascal VOC files, or of NAME.xml beside NAME.jpg, to labelled images."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path, PurePath
 from typing import Final
 
 from model_export.data.formats import voc
-from model_export.data.labels import LabelledPicture, Reading
+from model_export.data.labels import LabelledImage, Reading
 from model_export.data.problems import Kind, Problem
-from model_export.data.splits import PICTURES, files, leaks, split_by_hash, split_called
+from model_export.data.splits import IMAGES, files, leaks, split_by_hash, split_called
 from service.errors import DataError
 from service.imaging import decode as imaging
 
@@ -20,7 +20,7 @@ LOOKED_FOR: Final = "VOC: Annotations/*.xml with JPEGImages/*, or NAME.xml besid
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A picture that belongs to the split, before anything of it was read."""
+    """An image that belongs to the split, before anything of it was read."""
 
     stem: str
     annotation: Path
@@ -35,7 +35,7 @@ class Folder:
     root: Path
     annotations: Mapping[str, Path]
     """By file stem."""
-    pictures: Mapping[str, tuple[Path, ...]]
+    images: Mapping[str, tuple[Path, ...]]
     """By file stem."""
     lists: Path | None
     """ImageSets/Main, or None where there is none."""
@@ -68,7 +68,7 @@ def read(root: Path, split: str, *, naming: bool) -> Reading:
     """Read one split; `naming`: also count the classes. Raises DataError.
 
     Objects marked difficult are kept. Without ImageSets/Main and without a folder for each split
-    the pictures are split by a hash.
+    the images are split by a hash.
     """
     by_split = _split_folders(root)
     if by_split:
@@ -94,8 +94,8 @@ def _read_split_folder(
     train = open_folder(by_split["train"]) if "train" in by_split else None
     if wanted != "train" and train is not None:
         problems += leaks(
-            {path: (path, None) for paths in folder.pictures.values() for path in paths},
-            [path for paths in train.pictures.values() for path in paths],
+            {path: (path, None) for paths in folder.images.values() for path in paths},
+            [path for paths in train.images.values() for path in paths],
         )
     names: list[Entry] = []
     if naming:
@@ -113,19 +113,19 @@ def _read_entries(
     names = Counter(
         item.name for entry in naming if entry in annotations for item in annotations[entry].objects
     )
-    pictures: list[LabelledPicture] = []
+    images: list[LabelledImage] = []
     for entry in entries:
         if entry not in annotations:
             continue
         annotation = annotations[entry]
-        path = _picture(folder, entry, annotation)
+        path = _image(folder, entry, annotation)
         if path is None:
-            what = f"no picture {entry.stem}.jpg (or .png, .webp); add it"
+            what = f"no image {entry.stem}.jpg (or .png, .webp); add it"
             problems.append(Problem(entry.annotation, 1, what, fatal=True))
             continue
-        pictures.append(
-            LabelledPicture(
-                picture=path,
+        images.append(
+            LabelledImage(
+                image=path,
                 annotation=entry.annotation,
                 objects=annotation.objects,
                 size=annotation.size,
@@ -133,7 +133,7 @@ def _read_entries(
                 size_fields="<size>",
             )
         )
-    return Reading(tuple(pictures), names, tuple(problems))
+    return Reading(tuple(images), names, tuple(problems))
 
 
 def _parse_all(entries: Iterable[Entry]) -> tuple[dict[Entry, voc.Annotation], list[Problem]]:
@@ -150,11 +150,11 @@ def _parse_all(entries: Iterable[Entry]) -> tuple[dict[Entry, voc.Annotation], l
     return annotations, problems
 
 
-def _picture(folder: Folder, entry: Entry, annotation: voc.Annotation) -> Path | None:
+def _image(folder: Folder, entry: Entry, annotation: voc.Annotation) -> Path | None:
     # Tools write Windows paths here as well.
     name = annotation.filename.replace("\\", "/").rsplit("/", 1)[-1]
-    same_stem = folder.pictures.get(entry.stem, ())
-    named = folder.pictures.get(Path(name).stem, ())
+    same_stem = folder.images.get(entry.stem, ())
+    named = folder.images.get(Path(name).stem, ())
     exact = [path for path in named if path.name == name]
     if same_stem:
         return next((path for path in same_stem if path.name == name), same_stem[0])
@@ -163,30 +163,30 @@ def _picture(folder: Folder, entry: Entry, annotation: voc.Annotation) -> Path |
 
 def open_folder(root: Path) -> Folder:
     """Look into a folder. Raises DataError if it is not laid out as Pascal VOC, nor flat."""
-    annotations, pictures, lists = (
+    annotations, images, lists = (
         root / "Annotations",
         root / "JPEGImages",
         root / "ImageSets" / "Main",
     )
-    if not annotations.is_dir() or not pictures.is_dir():
-        if annotations.is_dir() != pictures.is_dir():
-            missing = pictures if annotations.is_dir() else annotations
+    if not annotations.is_dir() or not images.is_dir():
+        if annotations.is_dir() != images.is_dir():
+            missing = images if annotations.is_dir() else annotations
             raise DataError(f"{root}: {missing.name}/ is missing beside its other half; add it")
         if not files(root, {".xml"}):
             raise DataError(
                 f"{root}: no annotations here; expected Annotations/*.xml with JPEGImages/*, "
-                "or NAME.xml beside each picture"
+                "or NAME.xml beside each image"
             )
-        annotations = pictures = root
+        annotations = images = root
     by_stem: dict[str, list[Path]] = {}
-    for path in files(pictures, PICTURES):
+    for path in files(images, IMAGES):
         by_stem.setdefault(path.stem, []).append(path)
     if not by_stem:
-        raise DataError(f"{pictures}: no pictures here; it needs {imaging.ACCEPTED} files")
+        raise DataError(f"{images}: no images here; it needs {imaging.ACCEPTED} files")
     return Folder(
         root=root,
         annotations={path.stem: path for path in files(annotations, {".xml"})},
-        pictures={stem: tuple(paths) for stem, paths in by_stem.items()},
+        images={stem: tuple(paths) for stem, paths in by_stem.items()},
         lists=lists if lists.is_dir() else None,
     )
 
@@ -203,7 +203,7 @@ def _split_folders(root: Path) -> dict[str, Path]:
 
 
 def find_entries(folder: Folder, split: str) -> tuple[list[Entry], list[Problem]]:
-    """The pictures of one split and what is wrong with their list. Raises DataError if empty."""
+    """The images of one split and what is wrong with their list. Raises DataError if empty."""
     if folder.lists is not None:
         return _listed_entries(folder, folder.lists, split)
     members = split_by_hash(folder.root, folder.annotations, split, unsplit="ImageSets/Main")
@@ -218,18 +218,18 @@ def _all_entries(folder: Folder) -> list[Entry]:
 def _unlabelled(folder: Folder) -> list[Problem]:
     return [
         Problem(
-            folder.pictures[stem][0],
+            folder.images[stem][0],
             None,
             f"no annotation {stem}.xml; if nothing is on it write one without <object>",
             fatal=False,
             kind=Kind.UNLABELLED,
         )
-        for stem in sorted(folder.pictures.keys() - folder.annotations.keys())
+        for stem in sorted(folder.images.keys() - folder.annotations.keys())
     ]
 
 
 def find_naming_entries(folder: Folder) -> tuple[list[Entry], list[Problem]]:
-    """The pictures whose objects name the classes: train's, so that every split agrees."""
+    """The images whose objects name the classes: train's, so that every split agrees."""
     if folder.lists is not None:
         return find_entries(folder, "train")
     # Nobody chose these splits, so a class may well have fallen into one of them alone.
@@ -242,7 +242,7 @@ def _listed_entries(folder: Folder, lists: Path, split: str) -> tuple[list[Entry
         there = ", ".join(path.stem for path in files(lists, {".txt"})) or "none"
         raise DataError(
             f"{file}: no such split file (splits there: {there}); write it with one file stem "
-            "per line, or remove ImageSets to have a fifth of the pictures held out"
+            "per line, or remove ImageSets to have a fifth of the images held out"
         )
     entries: dict[str, Entry] = {}
     problems: list[Problem] = []
@@ -252,13 +252,13 @@ def _listed_entries(folder: Folder, lists: Path, split: str) -> tuple[list[Entry
                 Problem(file, number, f"{stem} is listed twice", fatal=False, kind=Kind.TWICE)
             )
         elif stem not in folder.annotations:
-            missing = "annotation" if stem in folder.pictures else "picture and no annotation"
+            missing = "annotation" if stem in folder.images else "image and no annotation"
             what = f"no {missing} is named {stem[:80]!r}; add it, or take the line out"
             problems.append(Problem(file, number, what, fatal=True))
         else:
             entries[stem] = Entry(stem, folder.annotations[stem], (file, number))
     if not entries and not problems:
-        raise DataError(f"{file}: names no picture; write one file stem per line")
+        raise DataError(f"{file}: names no image; write one file stem per line")
     return list(entries.values()), problems
 
 
@@ -272,14 +272,14 @@ def _read_list(file: Path) -> list[tuple[int, str]]:
     for number, line in enumerate(lines, start=1):
         name = line.strip()
         suffix = PurePath(name).suffix
-        stem = name.removesuffix(suffix) if suffix.lower() in PICTURES else name
+        stem = name.removesuffix(suffix) if suffix.lower() in IMAGES else name
         if stem:
             named.append((number, stem))
     return named
 
 
 def leaked(folder: Folder, entries: Iterable[Entry], split: str) -> list[Problem]:
-    """A problem for each listed picture of another split that train has too."""
+    """A problem for each listed image of another split that train has too."""
     train = folder.lists / "train.txt" if folder.lists else None
     if split == "train" or train is None or not train.is_file():
         return []

@@ -18,7 +18,7 @@ _MAX_YAML_BYTES: Final = 1 << 20
 _TOLERANCE: Final = 0.01
 """Fractions this far below 0 or above 1 are rounding, further ones are other units."""
 _SPLITS: Final = ("train", "val", "test")
-_LINE: Final = "class x y width height, the last four as fractions of the picture's sides"
+_LINE: Final = "class x y width height, the last four as fractions of the image's sides"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class _Wrong(ValueError):
 
 
 def read_labels(path: Path, description: Description) -> tuple[list[LabelledObject], list[Problem]]:
-    """Objects of one label file, boxes in fractions of the picture, and what is wrong with it."""
+    """Objects of one label file, boxes in fractions of the image, and what is wrong with it."""
     try:
         lines = path.read_bytes().decode("utf-8-sig").splitlines()
     except OSError as error:
@@ -78,7 +78,7 @@ def _object(words: list[str], line: int, description: Description) -> LabelledOb
     for number in (max(numbers), min(places)):
         if not -_TOLERANCE <= number <= 1 + _TOLERANCE:
             raise _Wrong(
-                f"{number:g} is no fraction of the picture's side; divide pixels by its width or "
+                f"{number:g} is no fraction of the image's side; divide pixels by its width or "
                 "height"
             )
     if len(numbers) == 4:

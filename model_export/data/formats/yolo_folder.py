@@ -1,4 +1,4 @@
-"""A folder of YOLO label files, in any of its usual layouts, to labelled pictures."""
+"""A folder of YOLO label files, in any of its usual layouts, to labelled images."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from model_export.data.formats.yolo import (
     read_description,
     read_labels,
 )
-from model_export.data.labels import LabelledPicture, Reading
+from model_export.data.labels import LabelledImage, Reading
 from model_export.data.problems import Kind, Problem
-from model_export.data.splits import PICTURES, files, leaks, split_by_hash, split_called
+from model_export.data.splits import IMAGES, files, leaks, split_by_hash, split_called
 from service.errors import DataError
 
 LOOKED_FOR: Final = (
@@ -30,16 +30,16 @@ _CLASS_LIST: Final = "classes.txt"
 
 @dataclass(frozen=True, slots=True)
 class _Member:
-    """A picture of a split and what put it there."""
+    """An image of a split and what put it there."""
 
-    picture: Path
+    image: Path
     label: Path
     listed: tuple[Path, int | None]
 
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """A folder's description, and where the pictures of each split are."""
+    """A folder's description, and where the images of each split are."""
 
     root: Path
     description: Description
@@ -76,33 +76,33 @@ def split_names(root: Path) -> tuple[str, ...]:
 def read(root: Path, split: str, *, naming: bool) -> Reading:
     """Read one split; `naming`: also count the classes. Raises DataError.
 
-    A picture without a label file, or with an empty one, has no objects. Where the YAML names one
-    folder only, the pictures are split by a hash of their file names' stems.
+    An image without a label file, or with an empty one, has no objects. Where the YAML names one
+    folder only, the images are split by a hash of their file names' stems.
     """
     layout = _lay_out(root)
     members, training, problems = _choose(layout, split)
-    pictures, found = _read_members(members, layout.description)
+    images, found = _read_members(members, layout.description)
     problems += found
     if not naming:
-        return Reading(tuple(pictures), problems=tuple(problems))
+        return Reading(tuple(images), problems=tuple(problems))
     if "" not in layout.sources and "train" not in layout.sources:
         raise DataError(f"{layout.description.path}: no 'train' folder, which names the classes")
-    named = pictures
+    named = images
     if training is not members:
         named, found = _read_members(training, layout.description)
     names = Counter(item.name for each in named for item in each.objects)
     problems = list(dict.fromkeys([*problems, *(each for each in found if each.fatal)]))
-    return Reading(tuple(pictures), names, (*problems, *_unused(layout.description, names)))
+    return Reading(tuple(images), names, (*problems, *_unused(layout.description, names)))
 
 
 def _choose(layout: _Layout, split: str) -> tuple[list[_Member], list[_Member], list[Problem]]:
-    """(the split's pictures, those that name the classes, what is wrong with folders and lists)."""
+    """(the split's images, those that name the classes, what is wrong with folders and lists)."""
     wanted = split_called(split) or split
     if "" in layout.sources:
         everything, problems = _members(layout, "")
-        stems = (each.picture.stem for each in everything)
+        stems = (each.image.stem for each in everything)
         chosen = split_by_hash(layout.root, stems, wanted, unsplit="a val folder")
-        return [each for each in everything if each.picture.stem in chosen], everything, problems
+        return [each for each in everything if each.image.stem in chosen], everything, problems
     if wanted not in layout.sources:
         raise DataError(
             f"{layout.description.path}: no split {split!r}; there are {', '.join(layout.splits)}; "
@@ -112,8 +112,8 @@ def _choose(layout: _Layout, split: str) -> tuple[list[_Member], list[_Member], 
     if wanted == "train":
         return members, members, problems
     training = _members(layout, "train")[0] if "train" in layout.sources else []
-    listed = {each.picture: each.listed for each in members}
-    problems += leaks(listed, [each.picture for each in training])
+    listed = {each.image: each.listed for each in members}
+    problems += leaks(listed, [each.image for each in training])
     return members, training, problems
 
 
@@ -126,8 +126,8 @@ def _unused(description: Description, names: Mapping[str, int]) -> Iterator[Prob
 
 def _read_members(
     members: Iterable[_Member], description: Description
-) -> tuple[list[LabelledPicture], list[Problem]]:
-    pictures: list[LabelledPicture] = []
+) -> tuple[list[LabelledImage], list[Problem]]:
+    images: list[LabelledImage] = []
     problems: list[Problem] = []
     unwritten: list[Path] = []
     for member in members:
@@ -137,17 +137,15 @@ def _read_members(
         else:
             objects = []
             unwritten.append(member.label)
-        pictures.append(
-            LabelledPicture(member.picture, member.label, tuple(objects), relative=True)
-        )
+        images.append(LabelledImage(member.image, member.label, tuple(objects), relative=True))
     if unwritten:
         what = (
-            f"no label file for {len(unwritten)} pictures, the first of them {unwritten[0].name}: "
-            "they count as pictures without objects"
+            f"no label file for {len(unwritten)} images, the first of them {unwritten[0].name}: "
+            "they count as images without objects"
         )
         place = unwritten[0].parent
         problems.append(Problem(place, None, what, fatal=False, kind=Kind.NEGATIVE))
-    return pictures, problems
+    return images, problems
 
 
 # --- layouts -------------------------------------------------------------------------------------
@@ -232,11 +230,11 @@ def _resolve(text: str, bases: Iterable[Path]) -> Path | None:
     return None
 
 
-# --- pictures ------------------------------------------------------------------------------------
+# --- images ------------------------------------------------------------------------------------
 
 
 def _members(layout: _Layout, split: str) -> tuple[list[_Member], list[Problem]]:
-    """The pictures of a split, and what is wrong with its lists and folders."""
+    """The images of a split, and what is wrong with its lists and folders."""
     members: dict[Path, _Member] = {}
     problems: list[Problem] = []
     for source, line in layout.sources[split]:
@@ -245,14 +243,14 @@ def _members(layout: _Layout, split: str) -> tuple[list[_Member], list[Problem]]
         inside, found = find(layout, source)
         problems += found
         for member in inside:
-            if member.picture in members:
+            if member.image in members:
                 file, at = member.listed
-                what = f"{member.picture.name} is listed twice"
+                what = f"{member.image.name} is listed twice"
                 problems.append(Problem(file, at, what, fatal=False, kind=Kind.TWICE))
             else:
-                members[member.picture] = member
+                members[member.image] = member
         if not inside and not found:
-            what = f"no picture in {source}; add some, or correct the folder"
+            what = f"no image in {source}; add some, or correct the folder"
             problems.append(Problem(layout.description.path, line, what, fatal=True))
     return list(members.values()), problems
 
@@ -264,16 +262,16 @@ def _in_folder(layout: _Layout, folder: Path) -> tuple[list[_Member], list[Probl
         folders.sort()
         here = Path(base)
         visible = sorted(name for name in names if not name.startswith("."))
-        pictures = [here / name for name in visible if Path(name).suffix.lower() in PICTURES]
-        members += [_Member(path, label_of(path, layout.root), (path, None)) for path in pictures]
-        if not pictures:
+        images = [here / name for name in visible if Path(name).suffix.lower() in IMAGES]
+        members += [_Member(path, label_of(path, layout.root), (path, None)) for path in images]
+        if not images:
             continue
-        labels = label_of(pictures[0], layout.root).parent
-        stems = {path.stem for path in pictures}
+        labels = label_of(images[0], layout.root).parent
+        stems = {path.stem for path in images}
         if labels.is_dir():
             for path in files(labels, {".txt"}):
                 if path.stem not in stems and _holds_labels(path):
-                    what = f"no picture {path.stem}.jpg (or .png, .webp) in {here}; add it"
+                    what = f"no image {path.stem}.jpg (or .png, .webp) in {here}; add it"
                     problems.append(Problem(path, 1, f"{what}, or remove the labels", fatal=True))
     return members, problems
 
@@ -294,7 +292,7 @@ def _in_list(layout: _Layout, file: Path) -> tuple[list[_Member], list[Problem]]
     try:
         lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     except OSError as error:
-        what = f"cannot be read ({error.strerror}); it must be a folder or a list of pictures"
+        what = f"cannot be read ({error.strerror}); it must be a folder or a list of images"
         return [], [Problem(file, None, what, fatal=True)]
     members: list[_Member] = []
     problems: list[Problem] = []
@@ -304,25 +302,25 @@ def _in_list(layout: _Layout, file: Path) -> tuple[list[_Member], list[Problem]]
             continue
         path = _resolve(text, (file.parent, layout.root))
         if path is None or not path.is_file():
-            what = f"no picture {text[:80]!r}; add it, or take the line out"
+            what = f"no image {text[:80]!r}; add it, or take the line out"
             problems.append(Problem(file, number, what, fatal=True))
         else:
-            # "./images/a.jpg" and "images/a.jpg" are one picture.
-            picture = Path(os.path.normpath(path))
-            members.append(_Member(picture, label_of(picture, layout.root), (file, number)))
+            # "./images/a.jpg" and "images/a.jpg" are one image.
+            image = Path(os.path.normpath(path))
+            members.append(_Member(image, label_of(image, layout.root), (file, number)))
     return members, problems
 
 
-def label_of(picture: Path, root: Path) -> Path:
-    """The label file of a picture: in labels/ if that is in images/ below `root`, else beside.
+def label_of(image: Path, root: Path) -> Path:
+    """The label file of an image: in labels/ if that is in images/ below `root`, else beside.
 
     >>> label_of(Path("images/cells/images/val/a.png"), Path("images/cells")).as_posix()
     'images/cells/labels/val/a.txt'
     """
-    outside = len(root.parts) if picture.is_relative_to(root) else 0
-    parts = list(picture.parent.parts)
+    outside = len(root.parts) if image.is_relative_to(root) else 0
+    parts = list(image.parent.parts)
     for place in reversed(range(outside, len(parts))):
         if parts[place] == "images":
             parts[place] = "labels"
             break
-    return Path(*parts, f"{picture.stem}.txt")
+    return Path(*parts, f"{image.stem}.txt")

@@ -85,7 +85,7 @@ def open_servable(
     batch: int,
     side_by_side: SideBySide,
 ) -> Servable:
-    """A model on every device, warm for every batch of up to `batch` pictures.
+    """A model on every device, warm for every batch of up to `batch` images.
 
     A device that takes several callers at a time is there as often.
 

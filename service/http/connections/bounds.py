@@ -209,7 +209,9 @@ class Bounded(asyncio.Protocol):
         """Answer what is no request, unless that would come in the middle of another answer."""
         if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
             self.transport.write(refusal(status, detail))
-        self.transport.close()
+            self.linger()
+        else:
+            self.transport.close()
 
     def linger(self) -> None:
         """Say that no more will be sent, and give the client the time to read what was."""

@@ -44,7 +44,7 @@ class InferRequest:
     """A request whose tensors have been read; `inputs` has numbers only."""
 
     inputs: Mapping[str, NDArray[Any]] = field(default_factory=dict)
-    pictures: tuple[Buffer, ...] = ()
+    images: tuple[Buffer, ...] = ()
     """Compressed, instead of the input `images`."""
     parameters: Mapping[str, object] = field(default_factory=dict)
 
@@ -123,14 +123,14 @@ async def infer(
 ) -> dict[str, NDArray[Any]]:
     """Every output, in the order and with the dtypes of the model file.
 
-    The request holds one place in `service.pictures`; those for further images are taken here, all
-    or none. Canvases get what the file itself answers, pictures what /v1/detect answers.
+    The request holds one place in `service.images`; those for further images are taken here, all
+    or none. Canvases get what the file itself answers, images what /v1/detect answers.
     `limit` is when an answer is too late. Raises MalformedRequest and what `detect_one` raises.
     """
     thresholds = _thresholds(request)
-    if request.pictures:
-        estimates = await _estimates(service, model, request.pictures)
-        jobs = _picture_jobs(service, model, request.pictures, estimates, thresholds, limit)
+    if request.images:
+        estimates = await _estimates(service, model, request.images)
+        jobs = _image_jobs(service, model, request.images, estimates, thresholds, limit)
         canvases = [each.canvas for each in estimates if each.canvas is not None]
         largest = max(canvases, key=attrgetter("area"), default=None)
         # Decoding goes on beside inference: only the slowest image is waited for.
@@ -145,24 +145,22 @@ async def infer(
     price = price._replace(canvases=len(jobs), window=window)
     with (
         service.pipeline.admitted(model, limit, price, urgency),
-        service.pictures.more(window - 1),
+        service.images.more(window - 1),
     ):
         return _outputs(await _all(jobs, window))
 
 
-async def _estimates(
-    service: Service, model: Servable, pictures: Sequence[Buffer]
-) -> list[Estimate]:
+async def _estimates(service: Service, model: Servable, images: Sequence[Buffer]) -> list[Estimate]:
     most = service.settings.max_image_pixels
-    headers = [await look_at(picture, most) for picture in pictures]
+    headers = [await look_at(image, most) for image in images]
     rule = model.metadata.canvas
     return [service.pipeline.decoding(header, rule, most) for header in headers]
 
 
-def _picture_jobs(
+def _image_jobs(
     service: Service,
     model: Servable,
-    pictures: Sequence[Buffer],
+    images: Sequence[Buffer],
     estimates: Sequence[Estimate],
     thresholds: _Thresholds,
     limit: float,
@@ -173,28 +171,28 @@ def _picture_jobs(
         iou_threshold=thresholds.iou,
         max_detections=thresholds.max_detections,
     )
-    urgency = _urgency(len(pictures))
+    urgency = _urgency(len(images))
 
-    async def one(index: int, picture: Buffer, estimate: Estimate) -> Detections:
+    async def one(index: int, image: Buffer, estimate: Estimate) -> Detections:
         try:
             answer = await detect_one(
-                service, picture, model, selection, limit, urgency=urgency, estimate=estimate
+                service, image, model, selection, limit, urgency=urgency, estimate=estimate
             )
         except RetinaserveError as error:
-            if len(pictures) > 1:
+            if len(images) > 1:
                 error.args = (f"encoded_images[{index}]: {error}",)
             raise
         return answer.found
 
     return [
-        partial(one, index, picture, estimate)
-        for index, (picture, estimate) in enumerate(zip(pictures, estimates, strict=True))
+        partial(one, index, image, estimate)
+        for index, (image, estimate) in enumerate(zip(images, estimates, strict=True))
     ]
 
 
-def _urgency(pictures: int) -> Urgency:
-    """Many pictures in one request are a batch: others go before them."""
-    return Urgency.BULK if pictures > 1 else Urgency.INTERACTIVE
+def _urgency(images: int) -> Urgency:
+    """Many images in one request are a batch: others go before them."""
+    return Urgency.BULK if images > 1 else Urgency.INTERACTIVE
 
 
 def _canvas_jobs(
@@ -211,7 +209,7 @@ def _canvas_jobs(
     most = thresholds.max_detections or defaults.max_detections
 
     async def one(prepared: Prepared) -> Detections:
-        with service.metrics.picture(model) as watched:
+        with service.metrics.image(model) as watched:
             outcome = await service.pipeline.detect_canvas(
                 lambda: prepared,
                 model,

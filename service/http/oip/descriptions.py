@@ -15,8 +15,8 @@ _ERRORS: Final = {
     401: "The key is missing or wrong.",
     404: "No such model or version.",
     408: "The body came too slowly.",
-    413: "Too many bytes, pixels or pictures.",
-    415: "A picture is no JPEG, PNG or WebP (by content), or the body is encoded.",
+    413: "Too many bytes, pixels or images.",
+    415: "An image is no JPEG, PNG or WebP (by content), or the body is encoded.",
     422: "X-Deadline-Ms is out of range.",
     429: "This key's rate limit is reached; see Retry-After.",
     500: "The model failed on this request.",
@@ -95,7 +95,7 @@ def index() -> dict[str, Any]:
 def infer() -> dict[str, Any]:
     """POST /v2/models/{name}/infer."""
     described = _operation(
-        "Tensors or compressed pictures in, tensors out", _response_schema(), *_ERRORS
+        "Tensors or compressed images in, tensors out", _response_schema(), *_ERRORS
     )
     binary = {"schema": {"type": "string", "format": "binary"}}
     described["responses"][200]["content"]["application/octet-stream"] = binary

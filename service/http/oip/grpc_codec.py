@@ -14,10 +14,10 @@ from service.errors import MalformedRequest, TooLarge
 from service.http.oip import tensors
 from service.http.oip.data_plane import InferRequest, check_id, check_outputs
 from service.http.oip.tensors import (
+    IMAGES,
     INPUTS,
     MAX_RANK,
     OUTPUTS,
-    PICTURES,
     Buffer,
     Declared,
     Limits,
@@ -158,11 +158,11 @@ def parse(message: Any, limits: Limits) -> Parsed:
                 f"{each.name}: neither shared memory nor classification is offered"
             )
     if raw:
-        numbers, pictures = _read_raw(inputs, declared, raw)
+        numbers, images = _read_raw(inputs, declared, raw)
     else:
-        numbers, pictures = _read_typed(inputs, declared)
+        numbers, images = _read_typed(inputs, declared)
     check_id(message.id)
-    request = InferRequest(numbers, pictures, _parameters(message))
+    request = InferRequest(numbers, images, _parameters(message))
     return Parsed(request, message.id, outputs, bool(raw))
 
 
@@ -198,22 +198,22 @@ def _read_raw(
             "there is one for each or none at all"
         )
     numbers: dict[str, NDArray[Any]] = {}
-    pictures: tuple[Buffer, ...] = ()
+    images: tuple[Buffer, ...] = ()
     for entry, each, content in zip(inputs, declared, raw, strict=True):
         if entry.HasField("contents"):
             raise MalformedRequest(f"{each.name}: contents beside raw_input_contents; give one")
-        if each.name == PICTURES:
-            pictures = tensors.elements(each, memoryview(content))
+        if each.name == IMAGES:
+            images = tensors.elements(each, memoryview(content))
         else:
             numbers[each.name] = tensors.from_raw(each, memoryview(content))
-    return numbers, pictures
+    return numbers, images
 
 
 def _read_typed(
     inputs: Any, declared: list[Declared]
 ) -> tuple[dict[str, NDArray[Any]], tuple[Buffer, ...]]:
     numbers: dict[str, NDArray[Any]] = {}
-    pictures: tuple[Buffer, ...] = ()
+    images: tuple[Buffer, ...] = ()
     for entry, each in zip(inputs, declared, strict=True):
         place = _CONTENTS[each.datatype]
         others = [field.name for field, _ in entry.contents.ListFields() if field.name != place]
@@ -222,11 +222,11 @@ def _read_typed(
                 f"{each.name}: {each.datatype} belongs into {place}, not {others[0]}"
             )
         values = tensors.check_count(each, getattr(entry.contents, place))
-        if each.name == PICTURES:
-            pictures = tuple(values)
+        if each.name == IMAGES:
+            images = tuple(values)
         else:
             numbers[each.name] = tensors.from_values(each, values)
-    return numbers, pictures
+    return numbers, images
 
 
 def _parameters(message: Any) -> dict[str, object]:

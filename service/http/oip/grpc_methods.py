@@ -59,7 +59,7 @@ class GrpcMethods:
         limit = time.monotonic() + longest
         if remaining is not None:
             limit = min(limit, arrived + remaining)
-        with service.pictures.slot(len(content)):
+        with service.images.slot(len(content)):
             if len(content) < _BIG_MESSAGE:
                 model, parsed = self._take_apart(method, content)
             else:

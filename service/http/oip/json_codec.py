@@ -18,10 +18,10 @@ from service.http.bodies import Body, decode_base64
 from service.http.oip import tensors
 from service.http.oip.data_plane import InferRequest, check_id, check_outputs
 from service.http.oip.tensors import (
+    IMAGES,
     INPUTS,
     OUTPUT_NAMES,
     OUTPUTS,
-    PICTURES,
     Buffer,
     Declared,
     Limits,
@@ -63,10 +63,10 @@ def parse(body: Body, header_length: str | None, limits: Limits) -> Parsed:
     ]
     tensors.check_together(declared)
     parameters = _parameters(document, "the request")
-    numbers, pictures = _read(inputs, declared, binary)
+    numbers, images = _read(inputs, declared, binary)
     outputs, raw = _requested(document, parameters)
     given = check_id(document.get("id"))
-    return Parsed(InferRequest(numbers, pictures, parameters), given, outputs, raw)
+    return Parsed(InferRequest(numbers, images, parameters), given, outputs, raw)
 
 
 def write(
@@ -152,17 +152,17 @@ def _read(
     inputs: list[dict[str, Any]], declared: list[Declared], binary: memoryview
 ) -> tuple[dict[str, NDArray[Any]], tuple[Buffer, ...]]:
     numbers: dict[str, NDArray[Any]] = {}
-    pictures: tuple[Buffer, ...] = ()
+    images: tuple[Buffer, ...] = ()
     position = 0
     for entry, each in zip(inputs, declared, strict=True):
         size = _binary_size(entry, each, len(binary) - position)
         raw = None if size is None else binary[position : position + size]
         position += size or 0
-        if each.name == PICTURES:
+        if each.name == IMAGES:
             if raw is None:
-                pictures = tuple(map(decode_base64, tensors.flatten(each, entry["data"])))
+                images = tuple(map(decode_base64, tensors.flatten(each, entry["data"])))
             else:
-                pictures = tensors.elements(each, raw)
+                images = tensors.elements(each, raw)
         elif raw is None:
             values = tensors.flatten(each, entry["data"])
             numbers[each.name] = tensors.from_values(each, values)
@@ -173,7 +173,7 @@ def _read(
             f"{len(binary)} bytes follow the JSON, but the inputs' binary_data_size add up to "
             f"{position}"
         )
-    return numbers, pictures
+    return numbers, images
 
 
 def _binary_size(entry: Mapping[str, Any], declared: Declared, left: int) -> int | None:

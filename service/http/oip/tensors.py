@@ -22,7 +22,7 @@ from service.imaging.canvas import MULTIPLE
 Buffer = bytes | memoryview
 T = TypeVar("T")
 
-PICTURES: Final = "encoded_images"
+IMAGES: Final = "encoded_images"
 
 DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "UINT8": np.dtype("<u1"),
@@ -53,7 +53,7 @@ INPUTS: Final = (
     Signature("score_threshold", "FP32", (1,)),
     Signature("iou_threshold", "FP32", (1,)),
     Signature("max_detections", "INT64", (1,)),
-    Signature(PICTURES, "BYTES", (-1,)),
+    Signature(IMAGES, "BYTES", (-1,)),
 )
 OUTPUTS: Final = (
     Signature("image_index", "INT64", (-1,)),
@@ -97,8 +97,8 @@ def declare(name: object, datatype: object, shape: object, limits: Limits) -> De
     if datatype != expected.datatype:
         raise MalformedRequest(f"{name}: datatype is {shown(datatype)}, not {expected.datatype}")
     sides = _sides(name, shape)
-    if name == PICTURES and len(sides) == 2 and sides[1] == 1:
-        # A column of pictures, as clients send that put a batch dimension before everything.
+    if name == IMAGES and len(sides) == 2 and sides[1] == 1:
+        # A column of images, as clients send that put a batch dimension before everything.
         sides = sides[:1]
     fits = len(sides) == len(expected.shape) and all(
         wanted in (-1, side) for side, wanted in zip(sides, expected.shape, strict=True)
@@ -109,7 +109,7 @@ def declare(name: object, datatype: object, shape: object, limits: Limits) -> De
         )
     if name == "images":
         _check_canvases(sides, limits)
-    if name in ("images", PICTURES) and sides[0] > limits.batch:
+    if name in ("images", IMAGES) and sides[0] > limits.batch:
         raise TooLarge(f"{name}: {sides[0]} images; at most {limits.batch} in one request")
     return Declared(name, expected.datatype, sides)
 
@@ -120,10 +120,10 @@ def check_together(declared: Sequence[Declared]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise MalformedRequest(f"the input {name} is given more than once")
-    if ("images" in names) == (PICTURES in names):
-        raise MalformedRequest(f"give one of the inputs images and {PICTURES}, not both or neither")
-    if PICTURES in names and "image_sizes" in names:
-        raise MalformedRequest(f"image_sizes goes with images, not with {PICTURES}")
+    if ("images" in names) == (IMAGES in names):
+        raise MalformedRequest(f"give one of the inputs images and {IMAGES}, not both or neither")
+    if IMAGES in names and "image_sizes" in names:
+        raise MalformedRequest(f"image_sizes goes with images, not with {IMAGES}")
     shapes = {each.name: each.shape for each in declared}
     if "image_sizes" in shapes and shapes["image_sizes"][0] not in (1, shapes["images"][0]):
         raise MalformedRequest(

@@ -1,4 +1,4 @@
-"""POST /v1/detect/batch: many pictures in one request, none of which can fail another."""
+"""POST /v1/detect/batch: many images in one request, none of which can fail another."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ _SPARE_PARTS: Final = 16
 """Parts of other names that a form may carry along."""
 
 
-class Picture(NamedTuple):
-    """One picture of a request, as it was sent."""
+class Image(NamedTuple):
+    """One image of a request, as it was sent."""
 
     id: str
     content: object
@@ -55,7 +55,7 @@ class Picture(NamedTuple):
 
 
 class BatchRoute:
-    """Translates a request of many pictures to the pipeline and back."""
+    """Translates a request of many images to the pipeline and back."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -68,9 +68,9 @@ class BatchRoute:
         selection = query.selection(model.metadata)
         body = await receive_body(service, request, request.headers)
         size = len(body)
-        # All of the pictures are in memory from now on, not only those that have a place.
-        service.pictures.check(0, size)
-        pictures = await self._pictures(request.headers.get("content-type", ""), body)
+        # All of the images are in memory from now on, not only those that have a place.
+        service.images.check(0, size)
+        images = await self._images(request.headers.get("content-type", ""), body)
         # Base64 has been copied out of it.
         del body
         limit = deadline(
@@ -81,30 +81,30 @@ class BatchRoute:
         )
         run = _Run(service, model, selection, limit, query.tile, request.scope["path"])
         if NDJSON in request.headers.get("accept", "").lower():
-            return StreamingResponse(run.lines(pictures, size), media_type=NDJSON)
-        with service.pictures.body(size), WhileConnected(request):
-            answers = [answer async for answer in run.answers(pictures)]
+            return StreamingResponse(run.lines(images, size), media_type=NDJSON)
+        with service.images.body(size), WhileConnected(request):
+            answers = [answer async for answer in run.answers(images)]
             answers.sort(key=lambda answer: int(answer["index"]))
             content = await service.off_loop(
                 orjson.dumps, {"results": answers, "model": model_json(model)}
             )
         return Response(content, media_type="application/json")
 
-    async def _pictures(self, content_type: str, body: Body) -> list[Picture]:
+    async def _images(self, content_type: str, body: Body) -> list[Image]:
         kind = content_type.partition(";")[0].strip().lower()
         most = self._service.settings.max_batch_images
         if kind == "multipart/form-data":
-            pictures = await take_apart(self._service, _form_pictures, body, content_type, most)
+            images = await take_apart(self._service, _form_images, body, content_type, most)
         elif kind == "application/json":
-            pictures = await take_apart(self._service, _json_pictures, body)
+            images = await take_apart(self._service, _json_images, body)
         else:
             raise UnsupportedMedia(
                 f"Content-Type {shown(content_type)} is not accepted here; send "
                 "multipart/form-data with parts named 'files', or application/json"
             )
-        if not 1 <= len(pictures) <= most:
-            raise InvalidParameter(f"{len(pictures)} pictures in one request; send 1 to {most}")
-        return pictures
+        if not 1 <= len(images) <= most:
+            raise InvalidParameter(f"{len(images)} images in one request; send 1 to {most}")
+        return images
 
 
 def add_routes(app: FastAPI, service: Service) -> None:
@@ -118,7 +118,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
 
 class _Run:
-    """One request's pictures on their way, a window of them at a time."""
+    """One request's images on their way, a window of them at a time."""
 
     def __init__(
         self,
@@ -135,15 +135,14 @@ class _Run:
         self._limit = limit
         self._tile = tile
         self._path = path
-        # A tiled picture fills the window alone, and pictures of one request must not take the
+        # A tiled image fills the window alone, and images of one request must not take the
         # places that another one's tiles need.
         self._window = asyncio.Semaphore(service.batch_window if tile == "off" else 1)
 
-    async def answers(self, pictures: Sequence[Picture]) -> AsyncIterator[dict[str, Any]]:
-        """One answer for each picture, as each finishes."""
+    async def answers(self, images: Sequence[Image]) -> AsyncIterator[dict[str, Any]]:
+        """One answer for each image, as each finishes."""
         tasks = [
-            asyncio.create_task(self._answer(index, picture))
-            for index, picture in enumerate(pictures)
+            asyncio.create_task(self._answer(index, image)) for index, image in enumerate(images)
         ]
         try:
             for finished in asyncio.as_completed(tasks):
@@ -152,31 +151,31 @@ class _Run:
             for task in tasks:
                 task.cancel()
 
-    async def lines(self, pictures: Sequence[Picture], size: int) -> AsyncIterator[bytes]:
-        """The answers as newline-delimited JSON. All the pictures have `size` bytes."""
+    async def lines(self, images: Sequence[Image], size: int) -> AsyncIterator[bytes]:
+        """The answers as newline-delimited JSON. All the images have `size` bytes."""
         # Here and not around the response: a generator that nobody begins has nothing to end.
-        with self._service.pictures.hold(0, size):
-            async for answer in self.answers(pictures):
+        with self._service.images.hold(0, size):
+            async for answer in self.answers(images):
                 yield orjson.dumps(answer) + b"\n"
 
-    async def _answer(self, index: int, picture: Picture) -> dict[str, Any]:
-        answer: dict[str, Any] = {"index": index, "id": picture.id}
+    async def _answer(self, index: int, image: Image) -> dict[str, Any]:
+        answer: dict[str, Any] = {"index": index, "id": image.id}
         try:
             async with self._window:
-                return answer | {"status": 200} | await self._detect(picture)
+                return answer | {"status": 200} | await self._detect(image)
         except RetinaserveError as error:
             failure = error
         except Exception:
-            _log.exception("picture %d of a batch failed in a way that nobody foresaw", index)
-            failure = RetinaserveError("the server failed on this picture; its log says why")
+            _log.exception("image %d of a batch failed in a way that nobody foresaw", index)
+            failure = RetinaserveError("the server failed on this image; its log says why")
         self._service.metrics.count_refusal(failure)
         document = problem_of(failure, instance=self._path, request_id=request_id.get())
         return answer | {"status": failure.status, "error": document}
 
-    async def _detect(self, picture: Picture) -> dict[str, Any]:
+    async def _detect(self, image: Image) -> dict[str, Any]:
         service, model = self._service, self._model
-        content = picture.content
-        with service.pictures.slot(urgency=Urgency.BULK):
+        content = image.content
+        with service.images.slot(urgency=Urgency.BULK):
             if not isinstance(content, memoryview):
                 content = memoryview(await service.off_loop(decode_base64, content))
             answer = await detect_one(
@@ -194,27 +193,27 @@ class _Run:
             }
 
 
-def _form_pictures(body: Body, content_type: str, most: int) -> list[Picture]:
+def _form_images(body: Body, content_type: str, most: int) -> list[Image]:
     parts = parse_multipart(body, content_type, max_parts=most + _SPARE_PARTS)
     files = [part for part in parts if part.name == "files"]
     if not files:
         names = shown_list([part.name for part in parts])
         raise MalformedRequest(f"send parts named 'files'; the body holds {names}")
-    return [Picture(part.filename or str(i), part.data) for i, part in enumerate(files)]
+    return [Image(part.filename or str(i), part.data) for i, part in enumerate(files)]
 
 
-def _json_pictures(body: Body) -> list[Picture]:
+def _json_images(body: Body) -> list[Image]:
     images = parse_json(body).get("images")
     if not isinstance(images, list):
         raise MalformedRequest('the JSON body must be {"images": [{"id": …, "image": "<base64>"}]}')
-    return [_json_picture(index, entry) for index, entry in enumerate(images)]
+    return [_json_image(index, entry) for index, entry in enumerate(images)]
 
 
-def _json_picture(index: int, entry: object) -> Picture:
+def _json_image(index: int, entry: object) -> Image:
     if not isinstance(entry, dict):
         raise MalformedRequest(f'images[{index}] must be {{"image": "<base64>"}}')
     name = entry.get("id")
     if not isinstance(name, str | int | None):
         raise MalformedRequest(f"images[{index}].id must be a string")
-    # What is no base64 is this picture's own error, not the request's.
-    return Picture(str(index if name is None else name), entry.get("image"))
+    # What is no base64 is this image's own error, not the request's.
+    return Image(str(index if name is None else name), entry.get("image"))

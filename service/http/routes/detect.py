@@ -1,4 +1,4 @@
-"""POST /v1/detect: one picture."""
+"""POST /v1/detect: one image."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _MAX_PARTS: Final = 16
 
 
 class DetectRoute:
-    """Translates one picture's request to the pipeline and back."""
+    """Translates one image's request to the pipeline and back."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -69,15 +69,15 @@ class DetectRoute:
             read=read,
             limit_ms=service.settings.request_timeout_ms,
         )
-        with service.pictures.slot(len(body)), WhileConnected(request):
-            picture = await self._picture(headers.get("content-type", ""), body)
+        with service.images.slot(len(body)), WhileConnected(request):
+            image = await self._image(headers.get("content-type", ""), body)
             # Base64 has been copied out of it.
             del body
             image_type = wanted_image(headers.get("accept"))
             written_as = partial(_write, query.format, model, read)
             answer = await detect_one(
                 service,
-                picture,
+                image,
                 model,
                 selection,
                 limit,
@@ -90,7 +90,7 @@ class DetectRoute:
                 written = await service.off_loop(written_as, answer)
         return Response(written, media_type=image_type or "application/json")
 
-    async def _picture(self, content_type: str, body: Body) -> bytes | memoryview:
+    async def _image(self, content_type: str, body: Body) -> bytes | memoryview:
         kind = content_type.partition(";")[0].strip().lower()
         if kind == "multipart/form-data":
             return await take_apart(self._service, _file_part, body, content_type)

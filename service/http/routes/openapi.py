@@ -16,7 +16,7 @@ from service.http.parameters import BatchQuery, DetectQuery, describe_query
 
 
 class Box(BaseModel):
-    """Pixels of the original picture, EXIF orientation applied."""
+    """Pixels of the original image, EXIF orientation applied."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -47,14 +47,14 @@ class ModelName(BaseModel):
 
 
 class ImageSize(BaseModel):
-    """Size of the original picture, EXIF orientation applied."""
+    """Size of the original image, EXIF orientation applied."""
 
     model_config = ConfigDict(extra="forbid")
 
     width: int
     height: int
     tiles: int | None = None
-    """Canvases that the picture took, the whole picture's included; only where `tile` was asked
+    """Canvases that the image took, the whole image's included; only where `tile` was asked
     for. 1: it went onto one canvas, as without."""
 
 
@@ -70,7 +70,7 @@ class TimingMs(BaseModel):
 
 
 class DetectAnswer(BaseModel):
-    """Objects of one picture, in falling score."""
+    """Objects of one image, in falling score."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -108,7 +108,7 @@ class RoboflowDetection(BaseModel):
 
 
 class RoboflowSize(BaseModel):
-    """Size of the original picture."""
+    """Size of the original image."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -117,7 +117,7 @@ class RoboflowSize(BaseModel):
 
 
 class RoboflowAnswer(BaseModel):
-    """Objects of one picture, by `format=roboflow`."""
+    """Objects of one image, by `format=roboflow`."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -126,7 +126,7 @@ class RoboflowAnswer(BaseModel):
 
 
 class HuggingFaceBox(BaseModel):
-    """Pixels of the original picture."""
+    """Pixels of the original image."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -147,7 +147,7 @@ class HuggingFaceDetection(BaseModel):
 
 
 AnyAnswer = DetectAnswer | RoboflowAnswer | list[CocoDetection] | list[HuggingFaceDetection]
-"""One picture's answer, whatever its format."""
+"""One image's answer, whatever its format."""
 
 
 class Problem(BaseModel):
@@ -163,8 +163,8 @@ class Problem(BaseModel):
     request_id: str
 
 
-class PictureAnswer(BaseModel):
-    """One picture of a batch: objects, or the reason why there are none."""
+class ImageAnswer(BaseModel):
+    """One image of a batch: objects, or the reason why there are none."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -177,16 +177,16 @@ class PictureAnswer(BaseModel):
 
 
 class BatchAnswer(BaseModel):
-    """Answers in the order of the pictures."""
+    """Answers in the order of the images."""
 
     model_config = ConfigDict(extra="forbid")
 
-    results: list[PictureAnswer]
+    results: list[ImageAnswer]
     model: ModelName
 
 
 _PROBLEMS: Final = {
-    400: "Malformed, truncated or empty picture or body.",
+    400: "Malformed, truncated or empty image or body.",
     401: "Key missing or wrong.",
     404: "No such model or version.",
     408: "The body came too slowly.",
@@ -200,7 +200,7 @@ _PROBLEMS: Final = {
 
 _OF_EVERY_ROUTE: Final = (401, 429)
 
-_PICTURE: Final = {
+_IMAGE: Final = {
     "model": {"name": "blood-cells", "version": 1},
     "image": {"width": 640, "height": 480},
     "detections": [
@@ -213,7 +213,7 @@ _PICTURE: Final = {
     ],
     "timing_ms": {"decode": 2.1, "queue": 0.4, "inference": 41.0, "total": 44.2},
 }
-_BASE64: Final = {"type": "string", "format": "byte", "description": "base64 of the picture"}
+_BASE64: Final = {"type": "string", "format": "byte", "description": "base64 of the image"}
 _BINARY: Final = {"type": "string", "format": "binary"}
 DEADLINE: Final = {
     "name": "X-Deadline-Ms",
@@ -232,17 +232,17 @@ REQUEST_ID: Final = {
 def detect() -> dict[str, Any]:
     """Arguments that describe POST /v1/detect to FastAPI."""
     return {
-        "summary": "Objects in one picture",
+        "summary": "Objects in one image",
         "operation_id": "detect",
         "tags": ["detection"],
         "response_class": Response,
         "responses": {
             200: {
                 "model": AnyAnswer,
-                "description": "The objects, shaped as `format` says; or, by Accept, the picture "
+                "description": "The objects, shaped as `format` says; or, by Accept, the image "
                 "with boxes drawn.",
                 "content": {
-                    "application/json": {"example": _PICTURE},
+                    "application/json": {"example": _IMAGE},
                     "image/jpeg": {"schema": _BINARY},
                     "image/png": {"schema": _BINARY},
                 },
@@ -272,7 +272,7 @@ def batch() -> dict[str, Any]:
     good = (
         {"index": 0, "id": "a"}
         | {"status": 200}
-        | {name: _PICTURE[name] for name in ("image", "detections")}
+        | {name: _IMAGE[name] for name in ("image", "detections")}
     )
     bad = {
         "index": 1,
@@ -287,17 +287,17 @@ def batch() -> dict[str, Any]:
             "request_id": "5f1c0e7a9b3d4c55",
         },
     }
-    example = {"results": [good, bad], "model": _PICTURE["model"]}
+    example = {"results": [good, bad], "model": _IMAGE["model"]}
     images = {"type": "array", "items": _object(optional={"id": {"type": "string"}}, image=_BASE64)}
     return {
-        "summary": "Objects in many pictures",
+        "summary": "Objects in many images",
         "operation_id": "detect_batch",
         "tags": ["detection"],
         "response_class": Response,
         "responses": {
             200: {
                 "model": BatchAnswer,
-                "description": "One result for each picture; NDJSON streams them as they finish.",
+                "description": "One result for each image; NDJSON streams them as they finish.",
                 "content": {
                     "application/json": {"example": example},
                     "application/x-ndjson": {"schema": {"type": "string"}},

@@ -1,4 +1,4 @@
-"""GET /: the page to drop a picture on."""
+"""GET /: the page to drop an image on."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _HEADERS: Final = {
 
 
 class PageFiles(StaticFiles):
-    """The page's scripts, styles and pictures."""
+    """The page's scripts, styles and images."""
 
     def file_response(self, *args: Any, **kwargs: Any) -> Response:
         """A file with the page's headers."""

@@ -79,7 +79,7 @@ class Slot:
     def fill(
         self, canvases: Canvases, sizes: NDArray[np.int64] | Sequence[Size], shape: Shape
     ) -> None:
-        """Put canvases and the sizes of their pictures onto the device.
+        """Put canvases and the sizes of their images onto the device.
 
         What lies behind them, up to the batch, stays as it was: it costs time to clear, and none of
         it gets into an answer.

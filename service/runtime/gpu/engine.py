@@ -1,7 +1,7 @@
 """How a split model runs: the network in buffers that stay, selection on the CPU.
 
 The network runs in a thread of its own, as a CUDA graph where the canvas is known in advance. Two
-callers at a time keep it busy: while it computes the pictures of one, the other copies its own and
+callers at a time keep it busy: while it computes the images of one, the other copies its own and
 selects its detections.
 """
 
@@ -26,7 +26,7 @@ from service.runtime.detector import (
     SEAM,
     Canvases,
     Detections,
-    by_picture,
+    by_image,
 )
 from service.runtime.gpu.buffers import Bound, Shape, Slot, run_options
 from service.runtime.gpu.cuda import CaptureGate, Memory, is_out_of_memory
@@ -111,7 +111,7 @@ class Engine:
             # While the slot is held: the candidates lie in its buffers. What selection makes of
             # them are arrays of its own.
             found = self.selection.run(OUTPUTS, {**slot.read(bound, count), **limits})
-        return by_picture(found, count)
+        return by_image(found, count)
 
     def prepare(self, canvas: Size, batch: int) -> None:
         """Make every slot ready for a shape, with a CUDA graph where the canvas is known."""

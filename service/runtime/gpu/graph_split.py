@@ -2,7 +2,7 @@
 
 The *network* (pixels to candidate boxes) is what a CUDA graph can hold; *selection* (behind the
 seam) is not, since non-maximum suppression on CUDA copies to the host for each class of each
-picture. What follows from the canvas's shape alone, such as the anchors, is the *canvas* part: it
+image. What follows from the canvas's shape alone, such as the anchors, is the *canvas* part: it
 is computed once, because onnxruntime would place it on the CPU and copy it to the GPU in the middle
 of the network, which no CUDA graph may hold. All nodes stay as they are, and so do the answers.
 """

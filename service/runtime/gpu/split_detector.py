@@ -57,7 +57,7 @@ class SplitDetector(Detector):
         iou_threshold: float,
         max_detections: int = MAX_DETECTIONS_CAP,
     ) -> list[Detections]:
-        """Detect on canvases of pictures of size (B, 2); boxes in canvas pixels."""
+        """Detect on canvases of images of size (B, 2); boxes in canvas pixels."""
         limits = thresholds(score_threshold, iou_threshold, max_detections)
         most = self._engine.buckets[-1]
         found: list[Detections] = []

@@ -38,7 +38,7 @@ class WholeDetector(Detector):
         iou_threshold: float,
         max_detections: int = MAX_DETECTIONS_CAP,
     ) -> list[Detections]:
-        """Detect on canvases of pictures of size (B, 2); boxes in canvas pixels."""
+        """Detect on canvases of images of size (B, 2); boxes in canvas pixels."""
         with self._gate.use():
             return super().__call__(
                 canvases,

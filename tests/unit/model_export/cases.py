@@ -1,4 +1,4 @@
-"""Labelled pictures and detections made up for tests of the evaluation."""
+"""Labelled images and detections made up for tests of the evaluation."""
 
 import dataclasses
 from pathlib import Path
@@ -17,7 +17,7 @@ CLASSES = ("cell", "speck")
 
 
 def sample(boxes, labels, path=Path("unused.png")) -> Sample:
-    """A picture of 640 x 480."""
+    """An image of 640 x 480."""
     return Sample(
         path=path,
         size=Size(480, 640),
@@ -39,7 +39,7 @@ EMPTY = sample([], [])
 
 
 def with_crowds(truth, seed: int) -> list[Sample]:
-    """The same, a region of each class laid over every other picture."""
+    """The same, a region of each class laid over every other image."""
     generator = np.random.default_rng(seed)
     regions = []
     for index, each in enumerate(truth):
@@ -52,11 +52,11 @@ def with_crowds(truth, seed: int) -> list[Sample]:
     return regions
 
 
-def random_case(seed: int, pictures: int = 12):
+def random_case(seed: int, images: int = 12):
     """Objects, and detections that are the objects shaken, some missing, some invented."""
     generator = np.random.default_rng(seed)
     truth, found = [], []
-    for _ in range(pictures):
+    for _ in range(images):
         count = int(generator.integers(0, 7))
         corner = generator.uniform(0, 300, (count, 2))
         boxes = np.concatenate([corner, corner + generator.uniform(10, 180, (count, 2))], axis=1)

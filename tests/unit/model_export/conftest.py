@@ -1,4 +1,4 @@
-"""Pictures of rectangles and the model that finds them."""
+"""Images of rectangles and the model that finds them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def rectangles_model(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def rectangles_data(tmp_path: Path) -> Path:
-    """Ten pictures of a red or green rectangle, the last without one."""
+    """Ten images of a red or green rectangle, the last without one."""
     return rectangles.draw_data(tmp_path / "rectangles")
 
 

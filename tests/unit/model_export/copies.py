@@ -1,4 +1,4 @@
-"""Writes the labels of a Pascal VOC folder as COCO and as YOLO, beside the same pictures."""
+"""Writes the labels of a Pascal VOC folder as COCO and as YOLO, beside the same images."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from typing import Any
 import yaml
 
 from model_export.data.formats.voc_folder import read
-from model_export.data.labels import LabelledPicture
+from model_export.data.labels import LabelledImage
 
 SPLITS = ("train", "val")
 
 
-def labelled(source: Path, split: str, most: int | None = None) -> list[LabelledPicture]:
-    """The first pictures of a split, with what is written about them."""
-    return list(read(source, split, naming=False).pictures[:most])
+def labelled(source: Path, split: str, most: int | None = None) -> list[LabelledImage]:
+    """The first images of a split, with what is written about them."""
+    return list(read(source, split, naming=False).images[:most])
 
 
 def write_voc(source: Path, root: Path, *, most: int | None = None) -> Path:
-    """The same folder with fewer pictures."""
+    """The same folder with fewer images."""
     for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (root / name).mkdir(parents=True)
     for split in SPLITS:
-        pictures = labelled(source, split, most)
+        images = labelled(source, split, most)
         (root / "ImageSets" / "Main" / f"{split}.txt").write_text(
-            "".join(f"{each.picture.stem}\n" for each in pictures)
+            "".join(f"{each.image.stem}\n" for each in images)
         )
-        for each in pictures:
-            (root / "JPEGImages" / each.picture.name).symlink_to(each.picture.resolve())
+        for each in images:
+            (root / "JPEGImages" / each.image.name).symlink_to(each.image.resolve())
             (root / "Annotations" / each.annotation.name).symlink_to(each.annotation.resolve())
     return root
 
@@ -44,7 +44,7 @@ def write_coco(source: Path, root: Path, names: Sequence[str], *, most: int | No
         folder.mkdir()
         images, annotations = [], []
         for number, each in enumerate(labelled(source, split, most)):
-            (folder / each.picture.name).symlink_to(each.picture.resolve())
+            (folder / each.image.name).symlink_to(each.image.resolve())
             images.append(_coco_image(3 * number + 11, each))
             for item in each.objects:
                 x1, y1, x2, y2 = item.box
@@ -72,22 +72,22 @@ def write_yolo(source: Path, root: Path, names: Sequence[str], *, most: int | No
         for kind in ("images", "labels"):
             (root / kind / split).mkdir(parents=True)
         for each in labelled(source, split, most):
-            (root / "images" / split / each.picture.name).symlink_to(each.picture.resolve())
+            (root / "images" / split / each.image.name).symlink_to(each.image.resolve())
             lines = "".join(f"{line}\n" for line in _yolo_lines(each, names))
-            (root / "labels" / split / f"{each.picture.stem}.txt").write_text(lines)
+            (root / "labels" / split / f"{each.image.stem}.txt").write_text(lines)
     described = {"path": ".", "train": "images/train", "val": "images/val", "names": list(names)}
     (root / "data.yaml").write_text(yaml.safe_dump(described))
     return root
 
 
-def _coco_image(key: int, each: LabelledPicture) -> dict[str, Any]:
-    image: dict[str, Any] = {"id": key, "file_name": each.picture.name}
+def _coco_image(key: int, each: LabelledImage) -> dict[str, Any]:
+    image: dict[str, Any] = {"id": key, "file_name": each.image.name}
     if each.size is not None:
         image |= {"height": each.size[0], "width": each.size[1]}
     return image
 
 
-def _yolo_lines(each: LabelledPicture, names: Sequence[str]) -> Iterator[str]:
+def _yolo_lines(each: LabelledImage, names: Sequence[str]) -> Iterator[str]:
     assert each.size is not None
     height, width = each.size
     for item in each.objects:

@@ -50,8 +50,8 @@ CONFIG = TrainConfig(
 )
 
 
-def pictures(folder: Path) -> Dataset:
-    """Ten lying pictures and a single upright one: on two processes, one has no share of it."""
+def images(folder: Path) -> Dataset:
+    """Ten lying images and a single upright one: on two processes, one has no share of it."""
     found = load_voc(folder, "val")
     lying = [s for s in found.samples if s.size.width > s.size.height]
     upright = [s for s in found.samples if s.size.width < s.size.height]
@@ -76,7 +76,7 @@ def start(classes: tuple[str, ...]) -> Checkpoint:
 def run(data: Path, output: Path, *, resume: bool = False, **changes: Any) -> float:
     """Train in this process, on one thread."""
     torch.set_num_threads(1)
-    found = pictures(data)
+    found = images(data)
     config = CONFIG.model_copy(update=changes)
     init = None if resume else start(found.classes)
     return train(config, found, found, output, init=init, resume=resume, device="cpu")
@@ -136,7 +136,7 @@ def main() -> None:
         run(data, output / name, accumulate=2)
     if name == "two":
         run(data, output / name, accumulate=2)
-        # Training has left the processes connected. Shares are uneven: two pictures and one.
+        # Training has left the processes connected. Shares are uneven: two images and one.
         rank = dist.get_rank()
         part = [slice(0, 2), slice(2, 3)][rank]
         made = normalise(SharedBatchNorm(2, dtype=torch.float64), part)

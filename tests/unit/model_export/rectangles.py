@@ -1,4 +1,4 @@
-"""Pictures of one bright rectangle, and a detector of a few lines of ONNX that finds it."""
+"""Images of one bright rectangle, and a detector of a few lines of ONNX that finds it."""
 
 from __future__ import annotations
 
@@ -81,14 +81,14 @@ def write_model(path: Path, classes: Sequence[str] = CLASSES) -> Path:
 
 
 def draw_data(root: Path, names: Sequence[str] = CLASSES) -> Path:
-    """Pictures, upright and lying, of a red or green rectangle, as VOC: 6 train and 10 val.
+    """Images, upright and lying, of a red or green rectangle, as VOC: 6 train and 10 val.
 
     The last of each split has none. `names` is what red and green are called.
     """
     for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (root / folder).mkdir(parents=True)
     generator = np.random.default_rng(0)
-    stems = [f"picture-{index}" for index in range(16)]
+    stems = [f"image-{index}" for index in range(16)]
     for split, members in (("val", stems[:10]), ("train", stems[10:])):
         (root / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(members))
     for index, stem in enumerate(stems):

@@ -81,8 +81,8 @@ def test_curves_hold_the_losses_and_the_gradients_of_the_paper(tmp_path: Path) -
     x = np.log(p / (1 - p))
     star = np.log1p(np.exp(-(2 * x + 1))) / 2
     assert float(middle["loss of FL* gamma 2 beta 1"]) == pytest.approx(star, rel=1e-4)
-    with Image.open(tmp_path / "new" / "loss-curves.png") as picture:
-        assert picture.width > 1000
+    with Image.open(tmp_path / "new" / "loss-curves.png") as image:
+        assert image.width > 1000
 
 
 def test_gamma_0_is_called_what_it_is() -> None:
@@ -160,7 +160,7 @@ def test_cdf_of_an_untrained_network_counts_every_anchor(
     # All examples are alike, so that half of them carry about half of the loss.
     for kind in ("foreground", "background"):
         assert float(rows[500][f"{kind}, gamma 0"]) == pytest.approx(0.5, abs=0.05)
-    # 8 x 12 + 4 x 6 + 2 x 3 + 1 x 2 + 1 cells of 3 anchors and 2 classes, on 10 pictures; those
+    # 8 x 12 + 4 x 6 + 2 x 3 + 1 x 2 + 1 cells of 3 anchors and 2 classes, on 10 images; those
     # of foreground and of ignored anchors are not background.
     foreground, background = (
         int(answer.output.split(" foreground and ")[0].rsplit(" ", 1)[1]),
@@ -170,8 +170,8 @@ def test_cdf_of_an_untrained_network_counts_every_anchor(
     assert background <= 10 * 129 * 3 * 2 - foreground
     assert background > 0.9 * 10 * 129 * 3 * 2
     assert "hardest 1%" in answer.output
-    with Image.open(tmp_path / "loss-distribution.png") as picture:
-        assert picture.width > 1000
+    with Image.open(tmp_path / "loss-distribution.png") as image:
+        assert image.width > 1000
 
 
 @pytest.mark.parametrize("device", ["tpu", "cuda", "cpu:x"])
@@ -239,8 +239,8 @@ def test_a_study_runs_once_and_goes_on_where_it_stopped(
         ("hinge", "1"),
     ]
     assert (output / "ablation.md").read_text().count("\n") == 4
-    with Image.open(output / "ablation.png") as picture:
-        assert picture.width > 600
+    with Image.open(output / "ablation.png") as image:
+        assert image.width > 600
 
 
 def test_a_run_that_was_killed_before_its_result_is_not_trained_again(
@@ -342,8 +342,8 @@ def test_settings_of_a_row_and_of_the_command_reach_the_run(tmp_path: Path) -> N
         ({"rows": [{"name": "a|b"}]}, "name"),
         ({"rows": [{"name": ".."}]}, "name"),
         ({"base": {"seed": 3}}, "base.seed"),
-        ({"pictures": 99}, "99 pictures"),
-        ({"validation_pictures": 99}, "99 pictures"),
+        ({"pictures": 99}, "99 images"),
+        ({"validation_pictures": 99}, "99 images"),
     ],
 )
 def test_a_study_that_cannot_run_is_refused_before_the_first_run(

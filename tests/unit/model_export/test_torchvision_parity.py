@@ -1,4 +1,4 @@
-"""Against numbers that torchvision itself gave: the same weights, pictures, boxes and scores."""
+"""Against numbers that torchvision itself gave: the same weights, images, boxes and scores."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def detector(untraced_exporter: None, tmp_path_factory: pytest.TempPathFactory) 
         weights=small_network().state_dict(),
     )
     metadata = export(checkpoint, path, name="small")
-    # A picture of 600 x 800 comes onto the canvas of the golden one.
+    # An image of 600 x 800 comes onto the canvas of the golden one.
     placed = metadata.canvas.fit(Size(600, 800))
     assert (placed.resized, placed.canvas) == (Size(800, 1066), Size(800, 1088))
     return devices.open_detector(read_artifact(path), devices.Device("cpu"))

@@ -36,30 +36,30 @@ def annotation(
     return "\n".join([*lines, "</annotation>", ""])
 
 
-def picture(path: Path, *, size: tuple[int, int] = (80, 60), orientation: int = 1) -> Path:
-    """A drawn picture of `size` (width, height) before EXIF orientation."""
-    image = Image.new("RGB", size, (200, 180, 190))
-    ImageDraw.Draw(image).ellipse((10, 10, 40, 40), fill=(120, 30, 60))
+def image(path: Path, *, size: tuple[int, int] = (80, 60), orientation: int = 1) -> Path:
+    """A drawn image of `size` (width, height) before EXIF orientation."""
+    drawn = Image.new("RGB", size, (200, 180, 190))
+    ImageDraw.Draw(drawn).ellipse((10, 10, 40, 40), fill=(120, 30, 60))
     exif = Image.Exif()
     exif[0x0112] = orientation
-    image.save(path, exif=exif.tobytes())
+    drawn.save(path, exif=exif.tobytes())
     return path
 
 
 class VocFolder:
-    """A VOC folder being filled: pictures, annotations and split files."""
+    """A VOC folder being filled: images, annotations and split files."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.annotations = root / "Annotations"
-        self.pictures = root / "JPEGImages"
+        self.images = root / "JPEGImages"
         self.lists = root / "ImageSets" / "Main"
-        for folder in (self.annotations, self.pictures):
+        for folder in (self.annotations, self.images):
             folder.mkdir(parents=True)
 
     def add(self, stem: str, objects: Iterable[Named] = ()) -> None:
-        """A sound pair of picture and annotation."""
-        picture(self.pictures / f"{stem}.jpg")
+        """A sound pair of image and annotation."""
+        image(self.images / f"{stem}.jpg")
         self.annotate(stem, annotation(objects))
 
     def annotate(self, stem: str, text: str) -> Path:

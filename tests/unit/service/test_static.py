@@ -66,7 +66,7 @@ def test_scripts_ask_for_nothing_absolute() -> None:
         assert re.findall(r"""(?:fetch|call|new URL)\(\s*["'`](?:/|https?:)""", text) == []
 
 
-def test_the_page_and_the_annotated_pictures_agree_on_colours() -> None:
+def test_the_page_and_the_annotated_images_agree_on_colours() -> None:
     script = (STATIC / "drawing.js").read_text(encoding="utf-8")
     match = re.search(r"PALETTE = \[([^\]]+)\]", script)
     assert match is not None

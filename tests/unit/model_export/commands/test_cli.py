@@ -94,7 +94,7 @@ def test_evaluate_prints_and_writes_everything(rectangles_model, rectangles_data
         *("--report", report),
     )
     assert result.exit_code == 0, result.output
-    assert "10 pictures, 9 objects" in result.stdout
+    assert "10 images, 9 objects" in result.stdout
     assert "session alone" in result.stdout
     assert "D-ECE 0.1000 of 9 detections above 0.05" in result.stdout
     assert "AP    +0.0000  [+0.0000, +0.0000]" in result.stdout
@@ -144,7 +144,7 @@ def test_evaluate_on_classes_that_the_file_does_not_know(rectangles_model, tmp_p
     result = call("evaluate", rectangles_model, "--data", data)
     check_refused(result, "the classes of", "rectangles.onnx are red, green")
     # By file and line, before the reason.
-    assert "picture-0.xml:1: unknown class 'cat'; known: red, green" in result.stderr
+    assert "image-0.xml:1: unknown class 'cat'; known: red, green" in result.stderr
 
 
 def test_evaluate_something_else_than_a_model(rectangles_data, tmp_path):
@@ -218,7 +218,7 @@ def test_train_writes_a_run(trained):
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert (config["optimiser"]["lr"], config["seed"], config["epochs"]) == (0.005, 3, 1)
     assert config["model"]["backbone"] == "resnet18"
-    assert "train: 6 pictures, 1 of them without objects; 5 objects" in result.stdout
+    assert "train: 6 images, 1 of them without objects; 5 objects" in result.stdout
     assert "no anchor" in result.stdout
 
 
@@ -329,7 +329,7 @@ def test_export_describes_and_verifies(exported):
     assert metadata.classes == ("red", "green")
     assert (metadata.metrics.dataset, metadata.metrics.split) == ("rectangles", "val")
     assert metadata.provenance["licences"] == ["data: MIT", "weights: Apache-2.0"]
-    assert "6 pictures, canvases 96x128" in result.stdout
+    assert "6 images, canvases 96x128" in result.stdout
     assert "score thresholds: 0.3" in result.stdout
     written = sorted(path.name for path in output.parent.iterdir())
     assert written == ["checkpoint.safetensors", "model.onnx", "model.sha256"]
@@ -339,7 +339,7 @@ def test_exported_file_is_evaluated(exported, data):
     output, _ = exported
     result = call("evaluate", output, "--data", data, "--device", "cpu")
     assert result.exit_code == 0, result.output
-    assert "10 pictures, 9 objects" in result.stdout
+    assert "10 images, 9 objects" in result.stdout
 
 
 def test_export_without_data_and_with_another_canvas(exported, tmp_path):

@@ -43,8 +43,8 @@ def test_check_counts_and_recommends(rectangles_data: Path, tmp_path: Path) -> N
     file = tmp_path / "new" / "answer.json"
     result = call("data", "check", rectangles_data, "--json", file)
     assert result.exit_code == 0, result.output
-    assert "train: 6 pictures, 1 of them without objects; 5 objects" in result.stdout
-    assert "val: 10 pictures, 1 of them without objects; 9 objects" in result.stdout
+    assert "train: 6 images, 1 of them without objects; 5 objects" in result.stdout
+    assert "val: 10 images, 1 of them without objects; 9 objects" in result.stdout
     assert "objects on the canvas, root of the area in px: 5 % below" in result.stdout
     answer = json.loads(file.read_text())
     assert answer["splits"]["val"]["classes"]["red"]["objects"] == 5
@@ -99,7 +99,7 @@ def test_check_finds_everything_that_is_wrong(tmp_path: Path) -> None:
     result = call("data", "check", folder.root, "--json", file)
     assert result.exit_code == 2
     lines = result.stderr.strip().splitlines()
-    assert sum("no picture p" in line for line in lines) == 30
+    assert sum("no image p" in line for line in lines) == 30
     assert any(line.startswith(f"{spoilt}:1: not well-formed XML") for line in lines)
     assert "31 problems to solve before training" in lines[-1]
     stopping = json.loads(file.read_text())["stops_training"]
@@ -116,11 +116,11 @@ def test_check_shows_the_splits_that_are_sound(tmp_path: Path) -> None:
     folder.list("val", "b")
     result = call("data", "check", folder.root)
     assert result.exit_code == 2
-    assert "train: 1 pictures" in result.stdout
+    assert "train: 1 images" in result.stdout
     assert "recommended canvas:" in result.stdout
     lines = result.stderr.strip().splitlines()
     assert "b.xml:2: labelled at 1 x 1" in lines[0]
-    assert lines[-1].endswith("every picture of the split 'val' is left out")
+    assert lines[-1].endswith("every image of the split 'val' is left out")
 
 
 def test_check_says_where_it_cannot_write(rectangles_data: Path, tmp_path: Path) -> None:
@@ -214,10 +214,10 @@ def test_evaluate_reads_other_formats_and_names(
     assert "unknown class 'crimson'; known: red, green" in refused.stderr
     renamed = call(*arguments, "--remap", "crimson=red")
     assert renamed.exit_code == 0, renamed.output
-    assert "10 pictures, 9 objects" in renamed.stdout
+    assert "10 images, 9 objects" in renamed.stdout
     subset = call(*arguments, "--classes", "green", "--format", "yolo")
     assert subset.exit_code == 0, subset.output
-    assert "10 pictures, 4 objects" in subset.stdout
+    assert "10 images, 4 objects" in subset.stdout
 
 
 def test_options_that_can_be_copied() -> None:

@@ -1,4 +1,4 @@
-"""`data sample`: drawn pictures with labels that the other commands read."""
+"""`data sample`: drawn images with labels that the other commands read."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sample") / "new" / "cells"
     result = call(folder, "--pictures", 6, "--size", "160x120")
     assert result.exit_code == 0, result.output
-    assert f"6 pictures with 91 objects in {folder}" in result.stdout
+    assert f"6 images with 91 objects in {folder}" in result.stdout
     assert f"retinaserve data check {folder}" in result.stdout
     return folder
 
 
-def test_pictures_and_labels_lie_side_by_side(drawn: Path) -> None:
+def test_images_and_labels_lie_side_by_side(drawn: Path) -> None:
     stems = [f"smear-{number:03}" for number in range(1, 7)]
     names = sorted(path.name for path in drawn.iterdir())
     assert names == sorted(f"{stem}.{ending}" for stem in stems for ending in ("jpg", "xml"))
@@ -53,7 +53,7 @@ def test_they_are_read_as_they_were_drawn(drawn: Path) -> None:
         assert (sample.boxes[:, 2:] > sample.boxes[:, :2]).all()
 
 
-def test_the_first_pictures_stay_when_there_are_more(drawn: Path, tmp_path: Path) -> None:
+def test_the_first_images_stay_when_there_are_more(drawn: Path, tmp_path: Path) -> None:
     call(tmp_path / "more", "--pictures", 7, "--size", "160x120")
     call(tmp_path / "other", "--pictures", 1, "--size", "160x120", "--seed", 1)
     for name in ("smear-006.jpg", "smear-006.xml"):
@@ -94,7 +94,7 @@ def test_it_needs_no_training_packages(tmp_path: Path) -> None:
         "import sys\n"
         "for name in ('torch', 'lightning', 'yaml', 'matplotlib', 'pycocotools', 'safetensors'):\n"
         "    sys.modules[name] = None\n"
-        f"sys.argv = ['retinaserve', 'data', 'sample', {str(tmp_path)!r}, '--pictures', '1']\n"
+        f"sys.argv = ['retinaserve', 'data', 'sample', {str(tmp_path)!r}, '--images', '1']\n"
         "from service.cli import main\n"
         "main()\n"
     )

@@ -10,14 +10,14 @@ import pytest
 from click.testing import CliRunner
 
 from model_export.commands.data import load
-from model_export.commands.export import calibration_lines, check_place, range_pictures
+from model_export.commands.export import calibration_lines, check_place, range_images
 from model_export.config import DataConfig
 from model_export.evaluation.calibration import Calibration, ScoreMap
 from service.cli import retinaserve
 from tests.unit.model_export import rectangles
 
 
-def test_int8_needs_labelled_pictures(tmp_path: Path) -> None:
+def test_int8_needs_labelled_images(tmp_path: Path) -> None:
     checkpoint = tmp_path / "some.ckpt"
     checkpoint.touch()
     result = CliRunner().invoke(
@@ -87,11 +87,11 @@ def test_the_calibration_says_what_it_was_judged_on() -> None:
         before=0.1,
         after=0.025,
         detections=1234,
-        pictures=87,
+        images=87,
     )
     assert list(calibration_lines(calibration, ("red", "green"))) == [
         (
-            "calibrated on 1234 detections of 87 pictures; calibration error 0.1000, afterwards "
+            "calibrated on 1234 detections of 87 images; calibration error 0.1000, afterwards "
             "0.0250 by 5-fold cross-validation"
         ),
         "  red: logit * 2.500 -0.250",
@@ -104,6 +104,6 @@ def test_ranges_come_from_the_train_split(tmp_path: Path) -> None:
     val = load(root, "val", classes=rectangles.CLASSES)
     train = load(root, "train", classes=rectangles.CLASSES)
     own = [sample.path.read_bytes() for sample in val.samples]
-    assert range_pictures(val, DataConfig()) == [s.path.read_bytes() for s in train.samples]
+    assert range_images(val, DataConfig()) == [s.path.read_bytes() for s in train.samples]
     (root / "ImageSets" / "Main" / "train.txt").unlink()
-    assert range_pictures(val, DataConfig()) == own
+    assert range_images(val, DataConfig()) == own

@@ -16,13 +16,13 @@ from model_export.data.formats.json_tables import JsonError, parse_tables
 from model_export.data.problems import Kind
 from service.errors import DataError
 from service.imaging.canvas import Size
-from tests.unit.model_export.voc_folder import picture
+from tests.unit.model_export.voc_folder import image
 
 Content = dict[str, Any]
 
 
 def content(*stems: str, box: Any = (10, 10, 30, 20), folder: str = "") -> Content:
-    """One cat on each picture; ids have gaps and categories without an object."""
+    """One cat on each image; ids have gaps and categories without an object."""
     return {
         "info": {"description": "drawn"},
         "images": [
@@ -44,7 +44,7 @@ def content(*stems: str, box: Any = (10, 10, 30, 20), folder: str = "") -> Conte
 def draw(folder: Path, *stems: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for stem in stems:
-        picture(folder / f"{stem}.jpg")
+        image(folder / f"{stem}.jpg")
     return folder
 
 
@@ -59,7 +59,7 @@ def write(path: Path, value: Content | str | bytes) -> Path:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Two pictures beside train.json."""
+    """Two images beside train.json."""
     write(tmp_path / "train.json", content("a", "b"))
     draw(tmp_path / "images", "a", "b")
     return tmp_path
@@ -97,14 +97,14 @@ def test_boxes_and_classes(root: Path) -> None:
 @pytest.mark.parametrize("sides", [{}, {"height": 0, "width": 0}, {"height": None, "width": "x"}])
 def test_sizes_may_be_missing(root: Path, sides: dict[str, Any]) -> None:
     value = content("a", "b")
-    for image in value["images"]:
-        del image["height"], image["width"]
-        image.update(sides)
+    for entry in value["images"]:
+        del entry["height"], entry["width"]
+        entry.update(sides)
     write(root / "train.json", value)
     assert [sample.size for sample in load(root, "train").samples] == [Size(60, 80)] * 2
 
 
-def test_pictures_without_annotations_are_negatives(root: Path) -> None:
+def test_images_without_annotations_are_negatives(root: Path) -> None:
     value = content("a", "b")
     del value["annotations"][1]
     write(root / "train.json", value)
@@ -143,7 +143,7 @@ def test_ids_may_be_text(root: Path) -> None:
 
 
 LAYOUTS: dict[str, tuple[dict[str, str], str, str]] = {
-    # annotation files by split; folder of the pictures; prefix of file_name
+    # annotation files by split; folder of the images; prefix of file_name
     "coco": (
         {split: f"annotations/instances_{split}2017.json" for split in ("train", "val")},
         "{split}2017",
@@ -162,8 +162,8 @@ LAYOUTS: dict[str, tuple[dict[str, str], str, str]] = {
     "one folder": ({"train": "train.json", "val": "val.json"}, "images", ""),
     "file names with folders": (
         {"train": "annotations/train.json", "val": "annotations/validation.json"},
-        "pictures/{split}",
-        "pictures/{split}/",
+        "images/{split}",
+        "images/{split}/",
     ),
     "file names of Windows": (
         {"train": "train.json", "val": "val.json"},
@@ -175,12 +175,12 @@ LAYOUTS: dict[str, tuple[dict[str, str], str, str]] = {
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
 def test_layouts(tmp_path: Path, layout: tuple[dict[str, str], str, str]) -> None:
-    paths, pictures, prefix = layout
+    paths, images, prefix = layout
     stems = {"train": ("a", "b"), "val": ("c", "d", "e")}
     for split, name in paths.items():
         path = tmp_path / name
         write(path, content(*stems[split], folder=prefix.format(split=split)))
-        draw(tmp_path / pictures.format(split=split, folder=path.parent.name), *stems[split])
+        draw(tmp_path / images.format(split=split, folder=path.parent.name), *stems[split])
     assert set(split_names(tmp_path)) == {"train", "val"}
     for split, names in stems.items():
         dataset = load(tmp_path, split)
@@ -200,7 +200,7 @@ def test_what_lies_beside_the_instances_is_not_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", ["annotations/instances_default.json", "labels.json"])
 def test_one_file_for_all_is_split_by_the_hash_of_the_stem(tmp_path: Path, place: str) -> None:
-    stems = [f"picture{number}" for number in range(40)]
+    stems = [f"image{number}" for number in range(40)]
     write(tmp_path / place, content(*stems))
     draw(tmp_path / "images", *stems)
     train, val = (load(tmp_path, split) for split in ("train", "val"))
@@ -213,7 +213,7 @@ def test_one_file_for_all_is_split_by_the_hash_of_the_stem(tmp_path: Path, place
     )
 
 
-def test_the_same_picture_in_train_and_val_is_listed(tmp_path: Path) -> None:
+def test_the_same_image_in_train_and_val_is_listed(tmp_path: Path) -> None:
     write(tmp_path / "train.json", content("a", "b"))
     path = write(tmp_path / "val.json", content("c", "b"))
     draw(tmp_path / "images", "a", "b", "c")
@@ -225,10 +225,10 @@ def test_the_same_name_in_two_folders_leaks_only_if_the_bytes_do(tmp_path: Path)
     for folder in ("train", "valid"):
         write(tmp_path / folder / "_annotations.coco.json", content("a", "b"))
         draw(tmp_path / folder, "a")
-    picture(tmp_path / "train" / "b.jpg")
-    picture(tmp_path / "valid" / "b.jpg", orientation=3)
+    image(tmp_path / "train" / "b.jpg")
+    image(tmp_path / "valid" / "b.jpg", orientation=3)
     (leak,) = [each for each in load(tmp_path, "val").problems if each.kind is Kind.LEAKED]
-    assert "a.jpg is the same picture as" in leak.what
+    assert "a.jpg is the same image as" in leak.what
 
 
 def test_layouts_that_are_not_clear_are_refused(tmp_path: Path) -> None:
@@ -293,10 +293,10 @@ BROKEN: list[tuple[Callable[[Content], None], int, str]] = [
     (_set("images", 1, file_name=""), 3, "its 'file_name' is empty"),
     (_set("images", 1, file_name=7), 3, "its 'file_name' is 7; it must be text"),
     (_set("images", 1, file_name="a.jpg"), 3, "'a.jpg' is on line 2 already; make them one"),
-    (_set("images", 1, file_name="gone.jpg"), 3, "no picture 'gone.jpg', looked in ./, images/"),
-    (_set("images", 1, file_name="x" * 5000), 3, "no picture"),
-    (_set("images", 1, file_name="../../../etc/passwd"), 3, "no picture"),
-    (_set("images", 1, file_name="b\0.jpg"), 3, "no picture"),
+    (_set("images", 1, file_name="gone.jpg"), 3, "no image 'gone.jpg', looked in ./, images/"),
+    (_set("images", 1, file_name="x" * 5000), 3, "no image"),
+    (_set("images", 1, file_name="../../../etc/passwd"), 3, "no image"),
+    (_set("images", 1, file_name="b\0.jpg"), 3, "no image"),
     (_replace("images", ["a.jpg"]), 1, "image 0: it is 'a.jpg'; it must be an object"),
     (_set("annotations", 1, image_id=99), 5, "its image_id 99 is not in 'images'"),
     (_set("annotations", 1, image_id=True), 5, "its 'image_id' is True"),
@@ -358,7 +358,7 @@ SOUND = json.dumps(content("a", "b"), indent=1)
         ('{\n"images": [' + "9" * 9000 + "]}", 2, "a number is too long"),
         (b'{"images": [\n"\xff\xfe"]}', 2, "not UTF-8 text"),
         (bytes(range(256)) * 40, 2, "not UTF-8 text"),
-        (b"\xff\xd8\xff\xe0 a picture", 1, "not UTF-8 text"),
+        (b"\xff\xd8\xff\xe0 an image", 1, "not UTF-8 text"),
     ],
 )
 def test_text_that_is_no_such_json(root: Path, text: str | bytes, line: int, what: str) -> None:
@@ -375,7 +375,7 @@ def test_text_that_is_no_such_json(root: Path, text: str | bytes, line: int, wha
         ([20, 20, 0, 10], Kind.NO_AREA, "is 0 x 10 px"),
         ([20, 20, 10, -5], Kind.NO_AREA, "is 10 x -5 px"),
         ([0.1, 0.1, 0.4, 0.4], Kind.NO_AREA, "in pixels"),
-        ([90, 10, 20, 20], Kind.OUTSIDE, "lies outside the picture of 80 x 60"),
+        ([90, 10, 20, 20], Kind.OUTSIDE, "lies outside the image of 80 x 60"),
         ([60, 10, 40, 20], Kind.CLIPPED, "reaches 20 px out of"),
     ],
 )
@@ -391,14 +391,14 @@ def test_boxes_that_hold_nothing_are_dropped_and_listed(
     assert not problem.fatal
 
 
-def test_a_picture_of_another_size_is_left_out(root: Path) -> None:
+def test_a_image_of_another_size_is_left_out(root: Path) -> None:
     value = content("a", "b")
     value["images"][1]["width"] = 640
     path = write(root / "train.json", value)
     dataset = load(root, "train")
     assert [sample.path.stem for sample in dataset.samples] == ["a"]
     (problem,) = [each for each in dataset.problems if each.kind is Kind.WRONG_SIZE]
-    assert str(problem).startswith(f"{path}:3: labelled at 640 x 60, but the picture b.jpg is 80")
+    assert str(problem).startswith(f"{path}:3: labelled at 640 x 60, but the image b.jpg is 80")
     assert "correct width and height" in problem.what
 
 
@@ -406,7 +406,7 @@ def test_a_picture_of_another_size_is_left_out(root: Path) -> None:
 def test_a_file_without_images(root: Path, name: str) -> None:
     (root / "train.json").unlink()
     path = write(root / name, content())
-    assert f"{path}: no image in 'images'; list the pictures there" in refusal(root)
+    assert f"{path}: no image in 'images'; list the images there" in refusal(root)
 
 
 def test_a_broken_train_file_does_not_hide_behind_val(tmp_path: Path) -> None:

@@ -29,6 +29,6 @@ def test_regions_of_many_objects_are_read_beside_the_objects(tmp_path):
     dataset = load(tmp_path, "val", classes=("cell",))
     (sample,) = dataset.samples
     assert sample.boxes.tolist() == [[10, 10, 30, 30]]
-    # Clipped to the picture, as every box.
+    # Clipped to the image, as every box.
     np.testing.assert_array_equal(sample.crowds, [[100, 0, 200, 50]])
     assert sample.crowd_labels.tolist() == [0]

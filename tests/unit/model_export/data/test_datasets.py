@@ -15,7 +15,7 @@ from model_export.data.datasets import Dataset, load_voc
 from model_export.data.problems import Kind, Problem
 from service.errors import DataError
 from service.imaging.canvas import Size
-from tests.unit.model_export.voc_folder import VocFolder, annotation, picture
+from tests.unit.model_export.voc_folder import VocFolder, annotation, image
 
 CELL = ("cell", (10, 10, 40, 40))
 
@@ -46,7 +46,7 @@ def test_boxes_are_taken_as_they_are_written(folder: VocFolder) -> None:
     dataset = load_voc(folder.root, "train")
     assert dataset.classes == ("cell", "speck")
     (sample,) = dataset.samples
-    assert sample.path == folder.pictures / "a.jpg"
+    assert sample.path == folder.images / "a.jpg"
     assert sample.size == Size(height=60, width=80)
     assert sample.boxes.dtype == np.float32
     assert sample.boxes.tolist() == [[10.25, 11.5, 40, 41], [0, 0, 80, 60]]
@@ -55,7 +55,7 @@ def test_boxes_are_taken_as_they_are_written(folder: VocFolder) -> None:
     assert dataset.problems == ()
 
 
-def test_pictures_without_objects_are_kept(folder: VocFolder) -> None:
+def test_images_without_objects_are_kept(folder: VocFolder) -> None:
     folder.add("a", [CELL])
     folder.add("b")
     folder.list("train", "a", "b")
@@ -115,16 +115,16 @@ def test_split_lines_may_carry_the_suffix_and_a_byte_order_mark(folder: VocFolde
     assert len(load_voc(folder.root, "train").samples) == 1
 
 
-def test_the_named_picture_is_found_where_the_stem_differs(folder: VocFolder) -> None:
-    picture(folder.pictures / "scan 7.png")
-    folder.annotate("a", annotation([CELL], filename="C:\\pictures\\scan 7.png"))
+def test_the_named_image_is_found_where_the_stem_differs(folder: VocFolder) -> None:
+    image(folder.images / "scan 7.png")
+    folder.annotate("a", annotation([CELL], filename="C:\\images\\scan 7.png"))
     folder.list("train", "a")
     assert load_voc(folder.root, "train").samples[0].path.name == "scan 7.png"
 
 
-def test_of_two_pictures_of_one_stem_the_named_one_is_taken(folder: VocFolder) -> None:
-    picture(folder.pictures / "a.jpg")
-    picture(folder.pictures / "a.png")
+def test_of_two_images_of_one_stem_the_named_one_is_taken(folder: VocFolder) -> None:
+    image(folder.images / "a.jpg")
+    image(folder.images / "a.png")
     folder.annotate("a", annotation([CELL], filename="a.png"))
     folder.list("train", "a")
     assert load_voc(folder.root, "train").samples[0].path.name == "a.png"
@@ -132,7 +132,7 @@ def test_of_two_pictures_of_one_stem_the_named_one_is_taken(folder: VocFolder) -
 
 def test_a_size_behind_a_long_profile_is_found(folder: VocFolder) -> None:
     folder.annotate("a", annotation([CELL]))
-    Image.new("RGB", (80, 60)).save(folder.pictures / "a.jpg", icc_profile=bytes(400_000))
+    Image.new("RGB", (80, 60)).save(folder.images / "a.jpg", icc_profile=bytes(400_000))
     folder.list("train", "a")
     assert load_voc(folder.root, "train").samples[0].size == Size(60, 80)
 
@@ -149,7 +149,7 @@ def test_without_lists_a_fifth_is_held_out_for_good(tmp_path: Path, flat: bool) 
     if flat:
         root = tmp_path / "flat"
         root.mkdir()
-        for path in [*folder.annotations.iterdir(), *folder.pictures.iterdir()]:
+        for path in [*folder.annotations.iterdir(), *folder.images.iterdir()]:
             path.rename(root / path.name)
 
     def stems(split: str) -> set[str]:
@@ -159,15 +159,15 @@ def test_without_lists_a_fifth_is_held_out_for_good(tmp_path: Path, flat: bool) 
     assert len(train) + len(val) == 60
     assert not train & val
     assert 6 <= len(val) <= 20
-    where = root if flat else folder.pictures
-    picture(where / "another.jpg")
+    where = root if flat else folder.images
+    image(where / "another.jpg")
     ((root if flat else folder.annotations) / "another.xml").write_text(annotation([CELL]))
     assert stems("train") - {"another"} == train
     assert stems("val") - {"another"} == val
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
-def test_both_hashed_splits_have_a_picture_however_few(folder: VocFolder, count: int) -> None:
+def test_both_hashed_splits_have_a_image_however_few(folder: VocFolder, count: int) -> None:
     for number in range(count):
         folder.add(f"p{number}", [CELL])
     sizes = [len(load_voc(folder.root, split).samples) for split in ("train", "val")]
@@ -175,11 +175,11 @@ def test_both_hashed_splits_have_a_picture_however_few(folder: VocFolder, count:
     assert sum(sizes) == count
 
 
-def test_one_picture_cannot_be_split(folder: VocFolder) -> None:
+def test_one_image_cannot_be_split(folder: VocFolder) -> None:
     folder.add("a", [CELL])
     assert len(load_voc(folder.root, "train").samples) == 1
     message = refusal(folder.root, "val")
-    assert "at least 2 annotated pictures are needed, 1 found" in message
+    assert "at least 2 annotated images are needed, 1 found" in message
 
 
 def test_hashed_splits_agree_on_a_class_that_only_one_has(folder: VocFolder) -> None:
@@ -190,13 +190,13 @@ def test_hashed_splits_agree_on_a_class_that_only_one_has(folder: VocFolder) -> 
     assert len(train.classes) == 13
 
 
-def test_pictures_without_an_annotation_are_left_out_and_listed(folder: VocFolder) -> None:
+def test_images_without_an_annotation_are_left_out_and_listed(folder: VocFolder) -> None:
     folder.add("a", [CELL])
     folder.add("b", [CELL])
-    picture(folder.pictures / "c.jpg")
+    image(folder.images / "c.jpg")
     problem = only_problem(load_voc(folder.root, "train"))
     assert problem.kind is Kind.UNLABELLED
-    assert str(problem).startswith(f"{folder.pictures / 'c.jpg'}: no annotation c.xml")
+    assert str(problem).startswith(f"{folder.images / 'c.jpg'}: no annotation c.xml")
 
 
 def test_a_line_that_comes_twice_counts_once(folder: VocFolder) -> None:
@@ -207,7 +207,7 @@ def test_a_line_that_comes_twice_counts_once(folder: VocFolder) -> None:
     assert str(only_problem(dataset)) == f"{path}:3: a is listed twice"
 
 
-def test_a_picture_in_both_splits_is_listed(folder: VocFolder) -> None:
+def test_a_image_in_both_splits_is_listed(folder: VocFolder) -> None:
     folder.add("a", [CELL])
     folder.add("b", [CELL])
     folder.list("train", "a")
@@ -226,7 +226,7 @@ def test_a_picture_in_both_splits_is_listed(folder: VocFolder) -> None:
         ((20, 20, 20, 20), Kind.NO_AREA, "is 0 x 0 px"),
         ((20, 20, 10, 30), Kind.NO_AREA, "is -10 x 10 px"),
         ((0.1, 0.2, 0.5, 0.6), Kind.NO_AREA, "in pixels"),
-        ((80, 10, 90, 20), Kind.OUTSIDE, "lies outside the picture of 80 x 60"),
+        ((80, 10, 90, 20), Kind.OUTSIDE, "lies outside the image of 80 x 60"),
         ((-30, -30, -10, -10), Kind.OUTSIDE, "lies outside"),
         ((1e30, 0, 2e30, 10), Kind.OUTSIDE, "lies outside"),
     ],
@@ -266,7 +266,7 @@ def test_boxes_that_reach_out_are_clipped(
     assert [problem.kind for problem in dataset.problems] == ([Kind.CLIPPED] if listed else [])
 
 
-def test_a_picture_of_another_size_than_labelled_is_left_out(folder: VocFolder) -> None:
+def test_a_image_of_another_size_than_labelled_is_left_out(folder: VocFolder) -> None:
     folder.add("a", [CELL])
     folder.add("b", [CELL])
     path = folder.annotate("b", annotation([CELL], size=(640, 480)))
@@ -275,15 +275,15 @@ def test_a_picture_of_another_size_than_labelled_is_left_out(folder: VocFolder) 
     assert [sample.path.stem for sample in dataset.samples] == ["a"]
     problem = only_problem(dataset)
     assert (problem.file, problem.line, problem.kind) == (path, 2, Kind.WRONG_SIZE)
-    assert "labelled at 640 x 480, but the picture b.jpg is 80 x 60" in problem.what
+    assert "labelled at 640 x 480, but the image b.jpg is 80 x 60" in problem.what
 
 
 @pytest.mark.parametrize(("size", "kept"), [((60, 80), 2), ((80, 60), 1)])
-def test_pictures_turned_by_exif_need_labels_of_the_upright_one(
+def test_images_turned_by_exif_need_labels_of_the_upright_one(
     folder: VocFolder, size: tuple[int, int], kept: int
 ) -> None:
     folder.add("a", [CELL])
-    picture(folder.pictures / "b.jpg", orientation=6)
+    image(folder.images / "b.jpg", orientation=6)
     folder.annotate("b", annotation([CELL], size=size))
     folder.list("train", "a", "b")
     dataset = load_voc(folder.root, "train")
@@ -297,34 +297,34 @@ def test_pictures_turned_by_exif_need_labels_of_the_upright_one(
 # --- what stops training -------------------------------------------------------------------------
 
 
-def test_a_missing_picture_stops(folder: VocFolder) -> None:
+def test_a_missing_image_stops(folder: VocFolder) -> None:
     folder.add("a", [CELL])
     path = folder.annotate("b", annotation([CELL]))
     folder.list("train", "a", "b")
-    assert f"{path}:1: no picture b.jpg" in refusal(folder.root)
+    assert f"{path}:1: no image b.jpg" in refusal(folder.root)
 
 
 @pytest.mark.parametrize(
     ("content", "what"),
     [
         (b"", "empty"),
-        (b"not a picture", "not an accepted image type"),
+        (b"not an image", "not an accepted image type"),
         (b"GIF89a....", "not an accepted image type"),
         (b"\xff\xd8\xff\xe0 then nothing", "does not decode"),
     ],
 )
-def test_an_unreadable_picture_stops(folder: VocFolder, content: bytes, what: str) -> None:
+def test_an_unreadable_image_stops(folder: VocFolder, content: bytes, what: str) -> None:
     folder.add("a", [CELL])
-    (folder.pictures / "a.jpg").write_bytes(content)
+    (folder.images / "a.jpg").write_bytes(content)
     folder.list("train", "a")
     message = refusal(folder.root)
-    assert f"{folder.pictures / 'a.jpg'}: " in message
+    assert f"{folder.images / 'a.jpg'}: " in message
     assert what in message
 
 
-def test_a_picture_that_is_a_folder_stops(folder: VocFolder) -> None:
+def test_a_image_that_is_a_folder_stops(folder: VocFolder) -> None:
     folder.annotate("a", annotation([CELL]))
-    (folder.pictures / "a.jpg").mkdir()
+    (folder.images / "a.jpg").mkdir()
     folder.list("train", "a")
     assert "a.jpg: " in refusal(folder.root)
 
@@ -385,10 +385,10 @@ def test_a_class_that_train_does_not_have_stops(folder: VocFolder) -> None:
 
 def test_a_line_that_names_nothing_stops(folder: VocFolder) -> None:
     folder.add("a", [CELL])
-    picture(folder.pictures / "unlabelled.jpg")
+    image(folder.images / "unlabelled.jpg")
     path = folder.list("train", "a", "gone", "unlabelled", "x" * 5000)
     message = refusal(folder.root)
-    assert f"{path}:2: no picture and no annotation is named 'gone'" in message
+    assert f"{path}:2: no image and no annotation is named 'gone'" in message
     assert f"{path}:3: no annotation is named 'unlabelled'" in message
     assert f"{path}:4: " in message
     assert len(message) < 2000
@@ -398,23 +398,23 @@ def test_a_split_file_of_rubbish_stops(folder: VocFolder) -> None:
     folder.add("a", [CELL])
     folder.list("train", "a")
     (folder.lists / "train.txt").write_bytes(os.urandom(2000) + b"\0/../\xff")
-    assert "no picture and no annotation" in refusal(folder.root)
+    assert "no image and no annotation" in refusal(folder.root)
 
 
 def test_every_problem_is_named_up_to_twenty(folder: VocFolder) -> None:
     for number in range(30):
         folder.annotate(f"p{number:02}", annotation([CELL]))
-    picture(folder.pictures / "other.jpg")
+    image(folder.images / "other.jpg")
     folder.list("train", *(f"p{number:02}" for number in range(30)))
     message = refusal(folder.root)
     assert "30 problems stop training" in message
-    assert message.count("no picture p") == 20
+    assert message.count("no image p") == 20
     assert message.endswith("... and 10 more")
 
 
 @pytest.mark.parametrize(
     ("split", "what"),
-    [("val", "no such split file (splits there: train)"), ("empty", "names no picture")],
+    [("val", "no such split file (splits there: train)"), ("empty", "names no image")],
 )
 def test_a_split_without_entries_stops(folder: VocFolder, split: str, what: str) -> None:
     folder.add("a", [CELL])
@@ -434,7 +434,7 @@ def test_a_split_of_which_nothing_is_left_stops(folder: VocFolder) -> None:
     folder.annotate("a", annotation([CELL], size=(1, 1)))
     folder.list("train", "a")
     message = refusal(folder.root)
-    assert "every picture of the split 'train' is left out" in message
+    assert "every image of the split 'train' is left out" in message
     assert "labelled at 1 x 1" in message
 
 
@@ -456,7 +456,7 @@ def test_folders_that_are_no_data_set_stop(tmp_path: Path) -> None:
     (half / "Annotations").mkdir(parents=True)
     assert "JPEGImages/ is missing" in refusal(half)
     (half / "JPEGImages").mkdir()
-    assert "no pictures here; it needs JPEG, PNG or WebP files" in refusal(half)
+    assert "no images here; it needs JPEG, PNG or WebP files" in refusal(half)
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -471,7 +471,7 @@ def test_a_spoilt_annotation_never_ends_in_a_traceback(
     root = tmp_path / "flat"
     root.mkdir(exist_ok=True)
     for stem in ("a", "b"):
-        picture(root / f"{stem}.jpg")
+        image(root / f"{stem}.jpg")
         (root / f"{stem}.xml").write_text(annotation([CELL]))
     sound = annotation([CELL, ("speck", (1, 2, 30, 40))]).encode()
     spoilt = sound[:position] + rubbish + sound[position + removed :]

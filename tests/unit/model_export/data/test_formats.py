@@ -11,7 +11,7 @@ from model_export.data.problems import BadData, Kind
 from model_export.data.splits import split_by_hash, split_called
 from service.errors import DataError
 from tests.unit.model_export import copies
-from tests.unit.model_export.voc_folder import VocFolder, annotation, picture
+from tests.unit.model_export.voc_folder import VocFolder, annotation, image
 
 NAMES = ("cat", "dog", "kitten")
 FORMATS = ("voc", "coco", "yolo")
@@ -72,7 +72,7 @@ def test_a_folder_in_two_formats_is_refused(animals: dict[str, Path]) -> None:
 def test_a_folder_in_no_format_says_what_was_looked_for_and_found(tmp_path: Path) -> None:
     (tmp_path / "thumbnails").mkdir()
     for number in range(3):
-        picture(tmp_path / f"{number}.jpg")
+        image(tmp_path / f"{number}.jpg")
     (tmp_path / "notes.json").write_text('{"images": 3}')
     with pytest.raises(DataError) as caught:
         load(tmp_path, "train")
@@ -120,7 +120,7 @@ def test_what_is_left_out_is_told(animals: dict[str, Path], name: str) -> None:
     (note,) = [each for each in dataset.problems if each.kind is Kind.UNUSED_CLASS]
     assert not note.fatal
     assert "4 objects of classes that are not used left out (3 kitten, 1 dog)" in note.what
-    assert "1 pictures have no other and count as pictures without objects" in note.what
+    assert "1 images have no other and count as images without objects" in note.what
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -184,14 +184,14 @@ def test_splits_by_name(name: str, split: str | None) -> None:
 
 def test_the_hashed_split_is_the_same_in_every_format(tmp_path: Path) -> None:
     folder = VocFolder(tmp_path / "voc")
-    stems = [f"picture{number}" for number in range(25)]
+    stems = [f"image{number}" for number in range(25)]
     for stem in stems:
         folder.add(stem, [("cat", (10, 10, 40, 40))])
     val = {sample.path.stem for sample in load(folder.root, "val").samples}
     assert val == split_by_hash(folder.root, reversed(stems), "val", unsplit="lists")
     yolo = tmp_path / "yolo"
     (yolo / "labels").mkdir(parents=True)
-    folder.pictures.rename(yolo / "images")
+    folder.images.rename(yolo / "images")
     for stem in stems:
         (yolo / "labels" / f"{stem}.txt").write_text("0 .5 .5 .5 .5")
     (yolo / "classes.txt").write_text("cat")
@@ -203,9 +203,9 @@ def test_voc_in_a_folder_for_each_split(tmp_path: Path) -> None:
     for split, stems in (("train", "ab"), ("valid", "cd"), ("test", "e")):
         (tmp_path / split).mkdir()
         for stem in stems:
-            picture(tmp_path / split / f"{stem}.jpg")
+            image(tmp_path / split / f"{stem}.jpg")
             (tmp_path / split / f"{stem}.xml").write_text(annotation([("cat", box)]))
-    picture(tmp_path / "valid" / "a.jpg")
+    image(tmp_path / "valid" / "a.jpg")
     (tmp_path / "valid" / "a.xml").write_text(annotation([("cat", box)]))
     assert set(split_names(tmp_path)) == {"train", "val", "test"}
     assert [len(load(tmp_path, split).samples) for split in ("train", "val", "test")] == [2, 3, 1]

@@ -42,13 +42,13 @@ def test_counts_sizes_and_warnings() -> None:
         dataset_of(sample(cells, 0, 0), sample(boxes((40, 40, 44, 44)), 1), sample(boxes())),
         Size(256, 256),
     )
-    assert (report.pictures, report.negatives) == (3, 1)
+    assert (report.images, report.negatives) == (3, 1)
     cell, speck, unseen = report.classes
-    assert (cell.objects, cell.pictures, cell.median, cell.unreached) == (2, 1, (50, 40), 0)
-    assert (speck.objects, speck.pictures, speck.median, speck.unreached) == (1, 1, (2, 2), 1)
-    assert (unseen.objects, unseen.pictures, unseen.unreached_share) == (0, 0, 0)
+    assert (cell.objects, cell.images, cell.median, cell.unreached) == (2, 1, (50, 40), 0)
+    assert (speck.objects, speck.images, speck.median, speck.unreached) == (1, 1, (2, 2), 1)
+    assert (unseen.objects, unseen.images, unseen.unreached_share) == (0, 0, 0)
     text = str(report)
-    assert "train: 3 pictures, 1 of them without objects; 3 objects" in text
+    assert "train: 3 images, 1 of them without objects; 3 objects" in text
     assert "cell          2         1    50 x 40 px      0.0 %" in text
     assert "warning: no 'unseen' in the split 'train'" in text
     assert "warning: no anchor reaches 100.0 % of speck (IoU 0.5)" in text
@@ -84,7 +84,7 @@ def test_classes_with_few_objects_are_named() -> None:
 def test_the_report_as_values_names_each_object_that_is_missed() -> None:
     speck = boxes((40, 40, 44, 44), (0, 0, 100, 100), (8, 8, 10, 10))
     report = report_of(dataset_of(sample(boxes()), sample(speck, 1, 0, 1)), Size(256, 256))
-    # The canvas is half the picture: 2 x 2 and 1 x 1 px.
+    # The canvas is half the image: 2 x 2 and 1 x 1 px.
     assert [str(each) for each in report.missed] == [
         "a.jpg: 'speck' at 8,8,10,10, 1 x 1 px on the canvas",
         "a.jpg: 'speck' at 40,40,44,44, 2 x 2 px on the canvas",
@@ -96,7 +96,7 @@ def test_the_report_as_values_names_each_object_that_is_missed() -> None:
     assert report_of(dataset_of(sample(boxes())), Size(256, 256)).to_dict()["root_of_area"] == {}
 
 
-def test_an_empty_class_list_of_pictures_without_objects_is_no_error() -> None:
+def test_an_empty_class_list_of_images_without_objects_is_no_error() -> None:
     report = report_of(dataset_of(sample(boxes())), Size(256, 256))
     assert [item.objects for item in report.classes] == [0, 0, 0]
     assert "0 objects" in str(report)
@@ -111,7 +111,7 @@ def test_problems_are_counted_by_kind_and_listed() -> None:
     lines = problem_listing(problems).splitlines()
     assert lines[:3] == [
         "30 x box without area, dropped",
-        "1 x box outside the picture, dropped",
+        "1 x box outside the image, dropped",
         "a.xml:1: is nothing",
     ]
     assert lines[-1] == "... and 11 more"

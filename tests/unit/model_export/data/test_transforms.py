@@ -32,7 +32,7 @@ from service.imaging import decode as imaging
 from service.imaging.canvas import Buckets, Size
 
 BACKGROUND = 40
-"""Not zero, so that padding is told from the picture."""
+"""Not zero, so that padding is told from the image."""
 
 COLOURS = ((255, 40, 40), (40, 255, 40), (40, 40, 255), (255, 255, 40))
 
@@ -48,7 +48,7 @@ def drawn(
     canvas: Size = CANVAS,
     label: int = 0,
 ) -> Example:
-    """A rectangle in its label's colour; `box` None for a picture without objects."""
+    """A rectangle in its label's colour; `box` None for an image without objects."""
     pixels = np.zeros((*canvas, 3), dtype=np.uint8)
     pixels[: size.height, : size.width] = BACKGROUND
     if box is not None:
@@ -164,7 +164,7 @@ def test_a_flip_by_hand() -> None:
     assert flipped.boxes.tolist() == [[50, 30, 70, 45]]
 
 
-def test_zooming_out_shrinks_the_picture_by_the_factor() -> None:
+def test_zooming_out_shrinks_the_image_by_the_factor() -> None:
     example = drawn(Size(96, 128), (32, 24, 64, 48))
     half = geometry(scale=(0.5, 0.5))
     shrunk = augment(example, half, np.random.default_rng(0), others=no_others)
@@ -193,7 +193,7 @@ def test_a_box_is_dropped_when_too_little_of_it_stays(min_visible: float, kept: 
         assert len(varied.boxes) == len(varied.labels) == kept
 
 
-def test_without_augmentation_a_picture_stays_as_it_is() -> None:
+def test_without_augmentation_a_image_stays_as_it_is() -> None:
     example = drawn(Size(50, 80), (10, 5, 30, 20))
     same = augment(example, Augmentation.none(), np.random.default_rng(0), others=no_others)
     assert np.array_equal(same.canvas, example.canvas)
@@ -202,7 +202,7 @@ def test_without_augmentation_a_picture_stays_as_it_is() -> None:
 
 
 @given(seed=st.integers(0, 2**32), height=st.integers(1, 96), width=st.integers(1, 128))
-def test_pictures_without_objects_and_of_any_size_pass(seed: int, height: int, width: int) -> None:
+def test_images_without_objects_and_of_any_size_pass(seed: int, height: int, width: int) -> None:
     wild = Augmentation(scale=(0.3, 3.0), aspect=1.0, translate=0.5, vertical_flip=0.5, mosaic=0.5)
     example = drawn(Size(height, width), None)
     varied = augment(example, wild, np.random.default_rng(seed), others=lambda: example)
@@ -218,7 +218,7 @@ def test_pictures_without_objects_and_of_any_size_pass(seed: int, height: int, w
 
 @settings(max_examples=50)
 @given(tiles=st.tuples(*(examples(label=label) for label in range(4))), seed=st.integers(0, 2**32))
-def test_a_mosaic_holds_four_pictures_and_their_boxes(
+def test_a_mosaic_holds_four_images_and_their_boxes(
     tiles: tuple[Example, Example, Example, Example], seed: int
 ) -> None:
     others = iter(tiles[1:])
@@ -238,7 +238,7 @@ def test_a_mosaic_holds_four_pictures_and_their_boxes(
             assert extent(mosaic.canvas, label) == pytest.approx(tuple(box), abs=1.0)
 
 
-def test_a_mosaic_of_equal_pictures_is_at_half_scale() -> None:
+def test_a_mosaic_of_equal_images_is_at_half_scale() -> None:
     example = drawn(Size(96, 128), (32, 24, 64, 48))
     mosaic = augment(
         example, geometry(mosaic=1.0), np.random.default_rng(0), others=lambda: example
@@ -259,7 +259,7 @@ def colour(**changes: float) -> Augmentation:
 
 
 def jittered(pixel: tuple[int, int, int], augmentation: Augmentation, seed: int) -> list[int]:
-    """One pixel of an evenly coloured picture after colour jitter; its padding stays zero."""
+    """One pixel of an evenly coloured image after colour jitter; its padding stays zero."""
     canvas = np.zeros((32, 64, 3), dtype=np.uint8)
     canvas[:20, :50] = pixel
     example = Example(canvas, Size(20, 50), np.zeros((0, 4), np.float32), np.zeros(0, np.int64))
@@ -346,7 +346,7 @@ def test_settings_survive_json() -> None:
 
 @pytest.fixture
 def samples(tmp_path: Path) -> list[Sample]:
-    """Ten pictures on two canvases, each of its own colour and with one box."""
+    """Ten images on two canvases, each of its own colour and with one box."""
     found = []
     for number in range(10):
         width, height = (120, 80) if number % 3 else (80, 120)
@@ -372,13 +372,13 @@ def test_the_cache_holds_what_the_service_would_see(samples: list[Sample]) -> No
     assert cache[1].boxes.tolist() == [pytest.approx([8, 8, 32.8, 40])]
 
 
-@pytest.mark.parametrize(("pictures", "on_demand"), [(0, 10), (0.99, 10), (4, 6), (10, 0)])
+@pytest.mark.parametrize(("images", "on_demand"), [(0, 10), (0.99, 10), (4, 6), (10, 0)])
 def test_what_exceeds_the_budget_is_decoded_on_demand(
-    samples: list[Sample], pictures: float, on_demand: int
+    samples: list[Sample], images: float, on_demand: int
 ) -> None:
     whole = CanvasCache(samples, RULE, progress=False)
     canvas_bytes = 64 * 96 * 3
-    partial = CanvasCache(samples, RULE, memory_bytes=int(pictures * canvas_bytes), progress=False)
+    partial = CanvasCache(samples, RULE, memory_bytes=int(images * canvas_bytes), progress=False)
     assert partial.on_demand == on_demand
     for one, other in zip(whole, partial, strict=True):
         assert np.array_equal(one.canvas, other.canvas)
@@ -398,7 +398,7 @@ def test_canvases_cannot_be_written_to(samples: list[Sample]) -> None:
         cache[0].canvas[0, 0] = 1
 
 
-def test_pictures_that_do_not_decode_are_all_named(samples: list[Sample]) -> None:
+def test_images_that_do_not_decode_are_all_named(samples: list[Sample]) -> None:
     for number in (2, 7):
         whole = samples[number].path.read_bytes()
         samples[number].path.write_bytes(whole[: len(whole) - 30])
@@ -412,7 +412,7 @@ def test_pictures_that_do_not_decode_are_all_named(samples: list[Sample]) -> Non
         assert str(samples[3].path) not in message
 
 
-def test_of_many_undecodable_pictures_twenty_are_named(samples: list[Sample]) -> None:
+def test_of_many_undecodable_images_twenty_are_named(samples: list[Sample]) -> None:
     samples[0].path.write_bytes(b"")
     with pytest.raises(DataError) as caught:
         CanvasCache(samples[:1] * 25, RULE, progress=False)
@@ -420,7 +420,7 @@ def test_of_many_undecodable_pictures_twenty_are_named(samples: list[Sample]) ->
     assert str(caught.value).endswith("... and 5 more")
 
 
-def test_a_picture_that_vanishes_later_is_named(samples: list[Sample]) -> None:
+def test_a_image_that_vanishes_later_is_named(samples: list[Sample]) -> None:
     cache = CanvasCache(samples, RULE, memory_bytes=0, progress=False)
     samples[4].path.unlink()
     with pytest.raises(DataError, match=r"4\.png"):
@@ -553,7 +553,7 @@ def test_any_number_of_workers_gives_the_same_batches(samples: list[Sample]) -> 
 
 @pytest.mark.parametrize("count", [3, 2, 1])
 def test_shares_of_a_batch_make_the_whole(samples: list[Sample], count: int) -> None:
-    """Also its transpose is that of the whole; who has no share gets a picture that counts not."""
+    """Also its transpose is that of the whole; who has no share gets an image that counts not."""
     cache = CanvasCache(samples, RULE, progress=False)
     augmentation = Augmentation(mosaic=0.5, transpose=0.5)
 
@@ -619,7 +619,7 @@ def test_whole_batches_are_transposed_as_often_as_asked(samples: list[Sample]) -
     assert 15 <= wide(0.5) <= 45
 
 
-def test_real_pictures_end_to_end(bccd: Path) -> None:
+def test_real_images_end_to_end(bccd: Path) -> None:
     dataset = load_voc(bccd, "val")
     rule = Buckets(sizes=(Size(192, 256), Size(256, 192)))
     cache = CanvasCache(dataset.samples[:12], rule, progress=False)

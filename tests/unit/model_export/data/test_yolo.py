@@ -15,16 +15,16 @@ from model_export.data.datasets import Dataset, load, split_names
 from model_export.data.problems import Kind, Problem
 from service.errors import DataError
 from service.imaging.canvas import Size
-from tests.unit.model_export.voc_folder import picture
+from tests.unit.model_export.voc_folder import image
 
 CAT = "0 0.5 0.5 0.25 0.5"  # 30..50 x 15..45 of 80 x 60
 
 
 def add(root: Path, place: str, text: str | bytes | None = CAT, **options: Any) -> Path:
-    """A picture such as images/train/a and its labels; the path of the labels."""
+    """An image such as images/train/a and its labels; the path of the labels."""
     path = root / f"{place}.jpg"
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture(path, **options)
+    image(path, **options)
     label = root / f"{place.replace('images', 'labels', 1)}.txt"
     if text is not None:
         label.parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ def describe(root: Path, **values: Any) -> Path:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """One picture of a cat in each split."""
+    """One image of a cat in each split."""
     describe(tmp_path)
     add(tmp_path, "images/train/a")
     add(tmp_path, "images/val/b")
@@ -75,7 +75,7 @@ def test_fractions_become_pixels(root: Path) -> None:
     assert sample.labels.tolist() == [0, 1]
 
 
-def test_fractions_are_of_the_upright_picture(root: Path) -> None:
+def test_fractions_are_of_the_upright_image(root: Path) -> None:
     add(root, "images/train/a", orientation=6)
     (sample,) = load(root, "train").samples
     assert sample.size == Size(80, 60)
@@ -101,13 +101,13 @@ def test_keypoints_are_passed_over(root: Path) -> None:
     assert load(root, "train").samples[0].boxes.tolist() == [[30, 15, 50, 45]]
 
 
-def test_a_picture_without_labels_is_a_negative(root: Path) -> None:
+def test_a_image_without_labels_is_a_negative(root: Path) -> None:
     add(root, "images/train/empty", "\n")
     add(root, "images/train/none", None)
     dataset = load(root, "train")
     assert [len(sample.boxes) for sample in dataset.samples] == [1, 0, 0]
     note = of_kind(dataset, Kind.NEGATIVE)
-    assert str(note).startswith(f"{root / 'labels' / 'train'}: no label file for 1 pictures")
+    assert str(note).startswith(f"{root / 'labels' / 'train'}: no label file for 1 images")
     assert "none.txt" in note.what
 
 
@@ -158,7 +158,7 @@ def test_a_split_may_be_several_folders(root: Path) -> None:
     assert [sample.path.stem for sample in load(root, "train").samples] == ["a", "c"]
 
 
-def test_a_split_may_be_a_list_of_pictures(root: Path) -> None:
+def test_a_split_may_be_a_list_of_images(root: Path) -> None:
     add(root, "images/train/c")
     add(root, "images/train/d")
     (root / "train.txt").write_text("./images/train/c.jpg\n\nimages/train/a.jpg\n")
@@ -185,7 +185,7 @@ def test_one_folder_is_split_by_the_hash_of_the_stem(
     tmp_path: Path, declared: bool, folder: str
 ) -> None:
     for number in range(30):
-        add(tmp_path, f"{folder}picture{number}")
+        add(tmp_path, f"{folder}image{number}")
     if declared:
         describe(tmp_path, train=folder or ".", val=None)
     else:
@@ -212,17 +212,17 @@ def test_the_same_folder_for_train_and_val_leaks(root: Path) -> None:
     assert str(leak).startswith(f"{root / 'images' / 'train' / 'a.jpg'}: a.jpg is in train too")
 
 
-def test_a_copy_of_a_picture_leaks_and_one_of_the_same_name_does_not(root: Path) -> None:
+def test_a_copy_of_a_image_leaks_and_one_of_the_same_name_does_not(root: Path) -> None:
     add(root, "images/val/a", orientation=6)
     assert Kind.LEAKED not in [each.kind for each in load(root, "val").problems]
     add(root, "images/val/a")
     (root / "val.txt").write_text("images/val/b.jpg\nimages/val/a.jpg\n")
     describe(root, val="val.txt")
     leak = of_kind(load(root, "val"), Kind.LEAKED)
-    assert str(leak).startswith(f"{root / 'val.txt'}:2: a.jpg is the same picture as")
+    assert str(leak).startswith(f"{root / 'val.txt'}:2: a.jpg is the same image as")
 
 
-def test_a_picture_that_is_listed_twice_counts_once(root: Path) -> None:
+def test_a_image_that_is_listed_twice_counts_once(root: Path) -> None:
     (root / "train.txt").write_text("images/train/a.jpg\n./images/train/a.jpg\n")
     describe(root, train="train.txt")
     dataset = load(root, "train")
@@ -252,7 +252,7 @@ def test_a_picture_that_is_listed_twice_counts_once(root: Path) -> None:
         ("0 .5 .5 nan .1", "'nan' is no number"),
         ("0 .5 .5 inf .1", "'inf' is no number"),
         ("0 .5 .5 wide .1", "'wide' is no number"),
-        ("0 40 30 20 30", "40 is no fraction of the picture's side; divide pixels by its width"),
+        ("0 40 30 20 30", "40 is no fraction of the image's side; divide pixels by its width"),
         ("0 .5 .5 20 .1", "20 is no fraction"),
         ("0 -.2 .5 .1 .1", "-0.2 is no fraction"),
         ("0 .5 .5 .7 2 .1 .1", "2 is no fraction"),
@@ -277,7 +277,7 @@ def test_a_line_that_is_none_stops(root: Path, line: str | bytes, what: str) -> 
         ("0 .5 .5 0 .5", Kind.NO_AREA, "is 0 x 30 px; draw it anew"),
         ("0 .5 .5 -.1 .5", Kind.NO_AREA, "is -8 x 30 px"),
         ("0 .2 .2 .2 .2 .2 .2", Kind.NO_AREA, "is 0 x 0 px"),
-        ("0 1.01 .5 .02 .1", Kind.OUTSIDE, "lies outside the picture of 80 x 60"),
+        ("0 1.01 .5 .02 .1", Kind.OUTSIDE, "lies outside the image of 80 x 60"),
         ("0 1 .5 .5 .1", Kind.CLIPPED, "reaches 20 px out of"),
     ],
 )
@@ -298,13 +298,13 @@ def test_rounding_is_no_mistake(root: Path) -> None:
     assert Kind.CLIPPED not in [each.kind for each in dataset.problems]
 
 
-def test_labels_without_a_picture_stop(root: Path) -> None:
+def test_labels_without_a_image_stop(root: Path) -> None:
     (root / "labels" / "train" / "gone.txt").write_text(CAT)
     (root / "labels" / "train" / "classes.txt").write_text("7")
     (root / "labels" / "train" / "README.dataset.txt").write_text("Drawn by hand.")
     message = refusal(root)
     where = root / "labels" / "train" / "gone.txt"
-    assert f"{where}:1: no picture gone.jpg (or .png, .webp) in {root / 'images/train'}" in message
+    assert f"{where}:1: no image gone.jpg (or .png, .webp) in {root / 'images/train'}" in message
     assert "1 problem stops" in message
 
 
@@ -321,15 +321,15 @@ def test_a_list_that_names_what_is_not_there_stops(root: Path) -> None:
     )
     describe(root, train="train.txt")
     message = refusal(root)
-    assert f"{path}:2: no picture 'images/train/gone.jpg'; add it, or take the line out" in message
+    assert f"{path}:2: no image 'images/train/gone.jpg'; add it, or take the line out" in message
     for line in (3, 4, 5):
-        assert f"{path}:{line}: no picture" in message
+        assert f"{path}:{line}: no image" in message
     assert len(message) < 2000
 
 
-def test_a_picture_that_does_not_decode_stops(root: Path) -> None:
+def test_a_image_that_does_not_decode_stops(root: Path) -> None:
     path = root / "images" / "train" / "a.jpg"
-    path.write_bytes(b"no picture")
+    path.write_bytes(b"no image")
     assert f"{path}: " in refusal(root)
 
 
@@ -342,12 +342,10 @@ def test_no_labels_at_all_stop(root: Path, text: str | None) -> None:
     assert (f"{root / 'labels' / 'train'}: no label file" in message) == (text is None)
 
 
-def test_a_folder_without_pictures_stops(root: Path) -> None:
+def test_a_folder_without_images_stops(root: Path) -> None:
     (root / "images" / "train" / "a.jpg").unlink()
     message = refusal(root)
-    assert (
-        f"data.yaml:1: no picture in {root / 'images' / 'train'}; add some, or correct" in message
-    )
+    assert f"data.yaml:1: no image in {root / 'images' / 'train'}; add some, or correct" in message
 
 
 def test_a_class_that_train_does_not_have_stops(root: Path) -> None:

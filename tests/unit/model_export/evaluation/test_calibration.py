@@ -1,4 +1,4 @@
-"""Score maps: fitted on what is known, folded into a network, judged on pictures not fitted on."""
+"""Score maps: fitted on what is known, folded into a network, judged on images not fitted on."""
 
 from __future__ import annotations
 
@@ -41,14 +41,12 @@ def sigmoid(z: Array) -> Array:
     return answer
 
 
-def drawn(
-    count: int, *, scale: float, offset: float, seed: int = 0, pictures: int = 40
-) -> Outcomes:
+def drawn(count: int, *, scale: float, offset: float, seed: int = 0, images: int = 40) -> Outcomes:
     """Detections that hit with probability sigmoid(scale * z + offset)."""
     generator = np.random.default_rng(seed)
     z = generator.uniform(-4, 3, count)
     hits = generator.random(count) < sigmoid(scale * z + offset)
-    return Outcomes(z, hits.astype(np.float64), generator.integers(0, pictures, count))
+    return Outcomes(z, hits.astype(np.float64), generator.integers(0, images, count))
 
 
 NOTHING = Outcomes(np.zeros(0), np.zeros(0), np.zeros(0, np.int64))
@@ -135,7 +133,7 @@ def test_sure_detections_keep_apart_in_float32() -> None:
     assert scores[-1] < 1
 
 
-# --- the choice, and held-out pictures -----------------------------------------------------------
+# --- the choice, and held-out images -----------------------------------------------------------
 
 
 def test_many_detections_choose_a_map_of_their_own_and_few_a_shared_one() -> None:
@@ -148,8 +146,8 @@ def test_many_detections_choose_a_map_of_their_own_and_few_a_shared_one() -> Non
     assert choose_strength(alike) >= 100.0
 
 
-def test_cross_validated_scores_have_not_seen_their_picture() -> None:
-    classes = [drawn(400, scale=2.0, offset=-1.0, seed=seed, pictures=10) for seed in (1, 2)]
+def test_cross_validated_scores_have_not_seen_their_image() -> None:
+    classes = [drawn(400, scale=2.0, offset=-1.0, seed=seed, images=10) for seed in (1, 2)]
     before = cross_validated(classes)
     turned = [
         Outcomes(c.logits, np.where(c.images == 3, 1 - c.hits, c.hits), c.images) for c in classes
@@ -163,12 +161,12 @@ def test_cross_validated_scores_have_not_seen_their_picture() -> None:
 
 
 def test_too_little_to_fit_on() -> None:
-    check_enough([drawn(200, scale=1.0, offset=0.0)], pictures=10)
-    with pytest.raises(DataError, match=r"4 pictures .* hit .* more labelled pictures"):
-        check_enough([drawn(200, scale=1.0, offset=0.0)], pictures=4)
+    check_enough([drawn(200, scale=1.0, offset=0.0)], images=10)
+    with pytest.raises(DataError, match=r"4 images .* hit .* more labelled images"):
+        check_enough([drawn(200, scale=1.0, offset=0.0)], images=4)
     only_misses = Outcomes(np.zeros(50), np.zeros(50), np.zeros(50, np.int64))
     with pytest.raises(DataError, match="0 detections hit an object and 50 miss"):
-        check_enough([only_misses, NOTHING], pictures=10)
+        check_enough([only_misses, NOTHING], images=10)
 
 
 # --- applied -------------------------------------------------------------------------------------
@@ -215,7 +213,7 @@ def test_folded_weights_give_the_mapped_logits() -> None:
         torch.testing.assert_close(b.deltas, a.deltas)
 
 
-# --- the bundled model on pictures that it was not fitted on -------------------------------------
+# --- the bundled model on images that it was not fitted on -------------------------------------
 
 
 @pytest.fixture(scope="module")

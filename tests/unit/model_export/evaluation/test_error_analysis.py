@@ -37,7 +37,7 @@ def outcomes(truth, found, selection=None) -> list[str]:
     return [str(each) for each in judge(truth, found, selection or at(0.1, 0.1)).outcomes]
 
 
-# --- one picture ---------------------------------------------------------------------------------
+# --- one image ---------------------------------------------------------------------------------
 
 
 def test_one_of_each():
@@ -117,7 +117,7 @@ def test_nothing_at_all():
     assert judgement.missed.shape == judgement.faint.shape == (0,)
 
 
-# --- all pictures --------------------------------------------------------------------------------
+# --- all images --------------------------------------------------------------------------------
 
 
 def test_worst_first():
@@ -131,7 +131,7 @@ def test_worst_first():
     false = [each.score for each in mistakes if each.outcome is Outcome.FALSE]
     assert false == pytest.approx([0.8, 0.7])
     # The large one that nothing speaks for, the small one, the one with a low score.
-    missed = [(each.picture, each.thing) for each in mistakes if each.outcome is Outcome.MISSED]
+    missed = [(each.image, each.thing) for each in mistakes if each.outcome is Outcome.MISSED]
     assert missed == [(0, 0), (0, 1), (1, 0)]
 
 

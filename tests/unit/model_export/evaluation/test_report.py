@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from model_export.evaluation import error_images as mistake_pictures
+from model_export.evaluation import error_images as mistake_images
 from model_export.evaluation import report
 from model_export.evaluation.bootstrap import compare
 from model_export.evaluation.measurement import Against
@@ -66,24 +66,24 @@ class Page(HTMLParser):
 
 
 @pytest.fixture
-def picture(tmp_path):
+def image(tmp_path):
     path = tmp_path / f"{EVIL.replace('/', '_')}.png"
     pixels = np.random.default_rng(0).integers(0, 255, (480, 640, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
     return path
 
 
-def shown(picture, classes=("cell", "speck"), **options):
+def shown(image, classes=("cell", "speck"), **options):
     truth, found = random_case(3)
-    truth = [dataclasses.replace(each, path=picture) for each in truth]
+    truth = [dataclasses.replace(each, path=image) for each in truth]
     return measurement(truth, found, classes, model_file(classes, **options))
 
 
 # --- the page ------------------------------------------------------------------------------------
 
 
-def test_page_is_whole_and_needs_no_other_file(picture):
-    measured = shown(picture, provenance={"git_commit": "abc", "config": {"epochs": 3}})
+def test_page_is_whole_and_needs_no_other_file(image):
+    measured = shown(image, provenance={"git_commit": "abc", "config": {"epochs": 3}})
     text = report.render(measured)
     page = Page(text)
     assert "script" not in page.tags
@@ -104,8 +104,8 @@ def test_page_is_whole_and_needs_no_other_file(picture):
     assert {value[1:] for _, name, value in page.attributes if name == "href"} <= anchors
 
 
-def test_names_from_outside_are_text(picture):
-    measured = shown(picture, EVIL_CLASSES, provenance={EVIL: [EVIL], "config": {EVIL: EVIL}})
+def test_names_from_outside_are_text(image):
+    measured = shown(image, EVIL_CLASSES, provenance={EVIL: [EVIL], "config": {EVIL: EVIL}})
     against = Against(
         model_file(EVIL_CLASSES, name="other"),
         measured.evaluation,
@@ -122,19 +122,19 @@ def test_names_from_outside_are_text(picture):
     assert not [name for _, name, _ in page.attributes if name.startswith("on")]
 
 
-def test_pictures_are_pictures_of_every_kind_that_there_is(picture):
-    measured = shown(picture)
+def test_images_are_images_of_every_kind_that_there_is(image):
+    measured = shown(image)
     page = Page(report.render(measured))
     kinds = {each.outcome for each in measured.mistakes}
     assert len(kinds) >= 3
     assert len(page.sources()) >= len(kinds)
     for source in page.sources():
-        with Image.open(BytesIO(_decoded(source))) as image:
-            assert image.size == (400, 300)
+        with Image.open(BytesIO(_decoded(source))) as opened:
+            assert opened.size == (400, 300)
 
 
-def test_budget_keeps_the_worst_of_each_kind(picture, monkeypatch):
-    measured = shown(picture)
+def test_budget_keeps_the_worst_of_each_kind(image, monkeypatch):
+    measured = shown(image)
     whole = report.render(measured)
     sources = Page(whole).sources()
     monkeypatch.setattr(report, "BUDGET", sum(map(len, sources)) // 2)
@@ -143,7 +143,7 @@ def test_budget_keeps_the_worst_of_each_kind(picture, monkeypatch):
     assert 0 < len(kept) < len(sources)
     kinds = {each.outcome for each in measured.mistakes}
     firsts = [next(each for each in measured.mistakes if each.outcome is kind) for kind in kinds]
-    drawn = mistake_pictures.draw_all(firsts, measured.dataset.samples, measured.judgements)
+    drawn = mistake_images.draw_all(firsts, measured.dataset.samples, measured.judgements)
     assert set(drawn.values()) <= set(kept)
 
 
@@ -155,18 +155,18 @@ def test_page_of_nothing(tmp_path):
     assert "nan" not in page.text.lower().split()
 
 
-def test_many_classes_get_charts_of_their_own(picture):
+def test_many_classes_get_charts_of_their_own(image):
     many = tuple(f"class {index}" for index in range(9))
     boxes = [[60 * index, 10, 60 * index + 40, 60] for index in range(9)]
-    truth = [sample(boxes, range(9), picture)]
+    truth = [sample(boxes, range(9), image)]
     found = [detections(boxes, np.linspace(0.9, 0.4, 9), range(9))]
     page = Page(report.render(measurement(truth, found, many)))
     # A pair for each class, its reliability, and that of all.
     assert page.tags.count("svg") == 9 * 2 + 9 + 1
 
 
-def test_comparison_is_told_in_words(picture):
-    measured = shown(picture)
+def test_comparison_is_told_in_words(image):
+    measured = shown(image)
     worse = [each.pick(slice(None, None, 3)) for each in measured.found]
     other = measurement(measured.dataset.samples, worse)
     outcome = compare(
@@ -178,8 +178,8 @@ def test_comparison_is_told_in_words(picture):
     assert "better" in page.text
 
 
-def test_latency_is_shown(picture):
-    measured = shown(picture)
+def test_latency_is_shown(image):
+    measured = shown(image)
     timing = Timing(12.34, 15.0, 3.21, 20.0, batch_size=16, device="cuda:0")
     timed = dataclasses.replace(measured.evaluation, timing=timing)
     text = Page(report.render(dataclasses.replace(measured, evaluation=timed))).text
@@ -187,10 +187,10 @@ def test_latency_is_shown(picture):
         assert part in text
 
 
-def test_picture_that_is_gone_is_named(picture):
-    measured = shown(picture)
-    picture.unlink()
-    with pytest.raises(DataError, match=r"replace the picture"):
+def test_image_that_is_gone_is_named(image):
+    measured = shown(image)
+    image.unlink()
+    with pytest.raises(DataError, match=r"replace the image"):
         report.render(measured)
 
 
@@ -204,10 +204,10 @@ def test_labelled_and_detected_are_drawn_where_they_are(tmp_path):
     found = [detections([[100, 100, 200, 140]], [0.9], [0])]
     measured = measurement(truth, found)
     (mistake,) = measured.mistakes
-    ((_, source),) = mistake_pictures.draw_all(
+    ((_, source),) = mistake_images.draw_all(
         [mistake], measured.dataset.samples, measured.judgements
     ).items()
-    left, top, right, _ = mistake_pictures.crop_box((100, 100, 200, 200), 640, 480)
+    left, top, right, _ = mistake_images.crop_box((100, 100, 200, 200), 640, 480)
     scale = 400 / (right - left)
     with Image.open(BytesIO(_decoded(source))) as image:
         bottom = image.getpixel((round((150 - left) * scale), round((200 - top) * scale)))
@@ -221,7 +221,7 @@ def test_a_line_of_pixels_is_drawn_too(tmp_path):
     path = tmp_path / "line.png"
     Image.new("RGB", (3000, 1)).save(path)
     measured = measurement([sample([[0, 0, 3000, 1]], [0], path)], [NOTHING])
-    drawn = mistake_pictures.draw_all(
+    drawn = mistake_images.draw_all(
         measured.mistakes, measured.dataset.samples, measured.judgements
     )
     assert len(drawn) == 1
@@ -235,7 +235,7 @@ def test_a_line_of_pixels_is_drawn_too(tmp_path):
 def test_crops_lie_inside_and_hold_the_box(corners, width, height):
     x1, x2 = sorted((corners[0] * width, corners[1] * width))
     y1, y2 = sorted((corners[2] * height, corners[3] * height))
-    left, top, right, bottom = mistake_pictures.crop_box((x1, y1, x2, y2), width, height)
+    left, top, right, bottom = mistake_images.crop_box((x1, y1, x2, y2), width, height)
     assert 0 <= left < right <= width
     assert 0 <= top < bottom <= height
     assert left <= x1 + 1e-6

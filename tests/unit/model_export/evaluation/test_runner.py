@@ -85,7 +85,7 @@ def test_wrong_class_is_a_miss_and_a_false_positive():
     assert result.ap == pytest.approx(0.5)
 
 
-def test_sizes_are_of_the_original_picture():
+def test_sizes_are_of_the_original_image():
     # Areas 31^2, 33^2 and 97^2: the borders are 32^2 and 96^2.
     boxes = [[0, 0, 31, 31], [100, 100, 133, 133], [300, 300, 397, 397]]
     found = [detections(boxes[:2], [0.9, 0.8], [0, 0])]
@@ -122,18 +122,18 @@ def test_class_without_objects_is_left_out_of_the_mean():
     assert result.per_class["cell"].count == 1
 
 
-def test_detections_on_a_picture_without_objects_are_false_positives():
+def test_detections_on_a_image_without_objects_are_false_positives():
     truth = [sample([FULL], [0]), EMPTY]
     found = [detections([FULL], [0.5], [0]), detections([FULL], [0.9], [0])]
     assert coco_metrics(truth, found, CLASSES).ap == pytest.approx(0.5)
 
 
-def test_no_pictures():
+def test_no_images():
     result = coco_metrics([], [], CLASSES)
     assert (result.ap, result.images, result.boxes) == (None, 0, 0)
 
 
-def test_crowded_picture_counts_the_best_hundred_of_each_class():
+def test_crowded_image_counts_the_best_hundred_of_each_class():
     x = np.arange(150, dtype=np.float32) % 30 * 20
     y = np.arange(150, dtype=np.float32) // 30 * 20
     boxes = np.stack([x, y, x + 18, y + 18], axis=1)
@@ -145,7 +145,7 @@ def test_crowded_picture_counts_the_best_hundred_of_each_class():
 
 
 def test_counts_must_agree():
-    with pytest.raises(ValueError, match="1 pictures, but detections of 2"):
+    with pytest.raises(ValueError, match="1 images, but detections of 2"):
         coco_metrics([EMPTY], [NOTHING, NOTHING], CLASSES)
 
 
@@ -215,7 +215,7 @@ def test_agrees_with_pycocotools_on_json_files(seed, tmp_path):
 
 @pytest.mark.parametrize("seed", [4, 5])
 def test_agrees_with_pycocotools_where_objects_are_not_told_apart(seed, tmp_path):
-    alone, found = random_case(seed, pictures=20)
+    alone, found = random_case(seed, images=20)
     truth = with_crowds(alone, seed)
     result = coco_metrics(truth, found, CLASSES)
     assert twelve(result) == reference(truth, found, tmp_path).tolist()
@@ -232,7 +232,7 @@ def test_agrees_with_pycocotools_where_objects_are_not_told_apart(seed, tmp_path
 
 
 def test_agrees_with_pycocotools_where_sizes_and_classes_are_missing(tmp_path):
-    # No large object, no detection of a speck, and a picture with neither.
+    # No large object, no detection of a speck, and an image with neither.
     truth = [sample([[0, 0, 30, 30], [50, 50, 100, 100]], [0, 1]), EMPTY]
     found = [detections([[0, 0, 30, 28]], [0.9], [0]), NOTHING]
     expected = [None if value == -1 else value for value in reference(truth, found, tmp_path)]
@@ -249,8 +249,8 @@ def twelve(result) -> list[float | None]:
 
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10_000), order=st.permutations(range(8)))
-def test_order_of_pictures_and_of_detections_does_not_matter(seed, order):
-    truth, found = random_case(seed, pictures=8)
+def test_order_of_images_and_of_detections_does_not_matter(seed, order):
+    truth, found = random_case(seed, images=8)
     before = coco_metrics(truth, found, CLASSES)
     turned = [each.pick(slice(None, None, -1)) for each in found]
     after = coco_metrics([truth[i] for i in order], [turned[i] for i in order], CLASSES)
@@ -351,7 +351,7 @@ def f1_at(truth, found, label: int, threshold: float) -> float:
 # --- comparison ----------------------------------------------------------------------------------
 
 
-def test_average_precision_of_every_picture_once_is_cocos():
+def test_average_precision_of_every_image_once_is_cocos():
     truth, found = random_case(4)
     result = coco_metrics(truth, found, CLASSES)
     matches = match(truth, found, CLASSES)
@@ -368,8 +368,8 @@ def once(truth) -> np.ndarray:
 
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10_000), drawn=st.lists(st.integers(0, 5), min_size=6, max_size=6))
-def test_weights_equal_pictures_taken_several_times(seed, drawn):
-    truth, found = random_case(seed, pictures=6)
+def test_weights_equal_images_taken_several_times(seed, drawn):
+    truth, found = random_case(seed, images=6)
     result = coco_metrics([truth[i] for i in drawn], [found[i] for i in drawn], CLASSES)
     # Among other draws, one of them of nothing.
     weights = np.array([[0] * 6, [1] * 6, np.bincount(drawn, minlength=6), [3] * 6])
@@ -391,7 +391,7 @@ def test_a_model_against_itself_is_exactly_zero():
 
 
 def test_difference_is_signed_and_repeatable():
-    truth, found = random_case(6, pictures=30)
+    truth, found = random_case(6, images=30)
     worse = [each.pick(slice(None, None, 2)) for each in found]
     outcome = compare(truth, found, worse, CLASSES, resamples=200)
     better, other = coco_metrics(truth, found, CLASSES), coco_metrics(truth, worse, CLASSES)
@@ -405,7 +405,7 @@ def test_difference_is_signed_and_repeatable():
 
 
 def test_calibration_is_compared_too():
-    truth, found = random_case(9, pictures=30)
+    truth, found = random_case(9, images=30)
     # All of these scores are between 0 and 1, so halves are as well, and most detections hit.
     unsure = [detections(each.boxes, each.scores / 2, each.labels) for each in found]
     outcome = compare(truth, found, unsure, CLASSES, resamples=100).d_ece
@@ -417,7 +417,7 @@ def test_calibration_is_compared_too():
 
 
 def test_nothing_detected_leaves_calibration_open():
-    truth, found = random_case(9, pictures=5)
+    truth, found = random_case(9, images=5)
     outcome = compare(truth, found, [NOTHING] * 5, CLASSES, resamples=5)
     assert outcome.d_ece is None
     assert outcome.ap.value > 0
@@ -439,7 +439,7 @@ def test_rectangles_are_found_where_they_are(rectangles_model, rectangles_data):
     assert evaluation.images == len(dataset.samples) == len(found)
     for truth, each in zip(dataset.samples, found, strict=True):
         assert each.labels.tolist() == truth.labels.tolist()
-        # The canvas is a little coarser than the picture.
+        # The canvas is a little coarser than the image.
         assert np.abs(each.boxes - truth.boxes).max(initial=0) < 3
     timing = evaluation.timing
     assert min(timing.session, timing.batch, timing.pipeline) > 0
@@ -461,7 +461,7 @@ def test_other_class_list_is_refused(rectangles_model, rectangles_data):
         evaluate_file(rectangles_model, dataset, device="cpu")
 
 
-def test_truncated_picture_is_named(rectangles_model, rectangles_data):
+def test_truncated_image_is_named(rectangles_model, rectangles_data):
     dataset = load_voc(rectangles_data, "val", classes=("red", "green"))
     broken = dataset.samples[0].path
     broken.write_bytes(broken.read_bytes()[:-200])

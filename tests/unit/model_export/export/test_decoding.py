@@ -134,7 +134,7 @@ def test_no_more_candidates_than_asked_for_and_no_more_than_there_are() -> None:
 
 
 @pytest.mark.parametrize("sizes", [[[0, 0]], [[0, 40], [96, 0]], [[1, 1], [96, 64]]])
-def test_pixels_outside_of_the_picture_are_nothing(sizes: list[list[int]]) -> None:
+def test_pixels_outside_of_the_image_are_nothing(sizes: list[list[int]]) -> None:
     found, expected = both(network({}, 1), 1, (96, 64), sizes)
     np.testing.assert_allclose(found[3], expected[3], atol=1e-6)
     height, width = sizes[0][0] or 96, sizes[0][1] or 64

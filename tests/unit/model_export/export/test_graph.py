@@ -355,6 +355,6 @@ def test_what_lies_in_the_padding_does_not_matter(run: Run) -> None:
     for name in OUTPUTS:
         np.testing.assert_array_equal(a[name], b[name])
     assert (a["boxes"] <= [70, 50, 70, 50]).all()
-    # The same picture without saying so is another one: its padding is black, not nothing.
+    # The same image without saying so is another one: its padding is black, not nothing.
     whole = run(clean, score_threshold=[0.05], max_detections=[500])
     assert not np.array_equal(whole["scores"], a["scores"])

@@ -50,7 +50,7 @@ def opened(path: Path) -> Detector:
 
 @pytest.fixture(scope="module")
 def data(exported: RandomModel, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """Pictures whose objects are what the random network finds, the surer the likelier."""
+    """Images whose objects are what the random network finds, the surer the likelier."""
     folder = tmp_path_factory.mktemp("smears")
     generator = np.random.default_rng(0)
     samples = []
@@ -71,7 +71,7 @@ def go(
 ) -> release_module.Release:
     given: dict[str, Any] = {
         "name": "random", "canvas": None, "score": None, "held_out": None,
-        "pictures": [each.path.read_bytes() for each in data.samples[:1]], **options,
+        "images": [each.path.read_bytes() for each in data.samples[:1]], **options,
     }  # fmt: skip
     return release(exported.checkpoint, output, **given)
 
@@ -112,8 +112,8 @@ def test_a_smaller_release_measured_beside_the_float32_one(
     exported: RandomModel, data: Dataset, tmp_path: Path
 ) -> None:
     data = dataclasses.replace(data, samples=data.samples[:2])
-    pictures = [each.path.read_bytes() for each in data.samples]
-    reduction = Reduction(Precision.INT8, pictures, accepted_loss=100.0)
+    images = [each.path.read_bytes() for each in data.samples]
+    reduction = Reduction(Precision.INT8, images, accepted_loss=100.0)
     done = go(exported, tmp_path / "model.onnx", data, held_out=data, reduction=reduction)
     assert [row.precision for row in done.rows] == ["fp32", "int8"]
     assert done.evaluation is not None
@@ -133,11 +133,11 @@ def test_a_release_that_costs_too_much_leaves_the_old_file(
     (tmp_path / "model.onnx").write_text("the old one")
     rows = [Row(Precision.FP32, 1, 1, 1, 0.60, 0.9), Row(Precision.INT8, 1, 1, 1, 0.58, 0.9)]
     monkeypatch.setattr(release_module, "side_by_side", lambda *_: (rows, {}))
-    pictures = [each.path.read_bytes() for each in data.samples[:1]]
+    images = [each.path.read_bytes() for each in data.samples[:1]]
     with pytest.raises(VerificationError, match=r"2.00 points of AP"):
         go(
             exported, tmp_path / "model.onnx", data,
-            reduction=Reduction(Precision.INT8, pictures),
+            reduction=Reduction(Precision.INT8, images),
         )  # fmt: skip
     assert (tmp_path / "model.onnx").read_text() == "the old one"
     assert len(list(tmp_path.iterdir())) == 1

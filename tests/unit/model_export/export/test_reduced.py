@@ -121,7 +121,7 @@ def test_numbers_beyond_float16_are_refused(small: onnx.ModelProto) -> None:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[bytes]:
+def images() -> list[bytes]:
     answer = []
     for seed in range(5):
         file = io.BytesIO()
@@ -133,14 +133,14 @@ def pictures() -> list[bytes]:
 
 @pytest.fixture(scope="module")
 def files(
-    exported: RandomModel, pictures: list[bytes], tmp_path_factory: pytest.TempPathFactory
+    exported: RandomModel, images: list[bytes], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[Precision, Path]:
     """The same network in each precision."""
     folder = tmp_path_factory.mktemp("reduced")
     answer = {Precision.FP32: exported.path}
     for precision in (Precision.FP16, Precision.INT8):
         answer[precision] = folder / precision / "model.onnx"
-        write_reduced(exported.path, answer[precision], precision, pictures)
+        write_reduced(exported.path, answer[precision], precision, images)
     return answer
 
 
@@ -221,8 +221,8 @@ def test_int8_leaves_the_first_and_the_last_convolutions(files: dict[Precision, 
     assert not names & network(onnx.load(files[Precision.FP32])).last
 
 
-def candidate_scores(path: Path, picture: bytes) -> NDArray[np.float32]:
-    """(N,) of one picture, each level's in falling order."""
+def candidate_scores(path: Path, image: bytes) -> NDArray[np.float32]:
+    """(N,) of one image, each level's in falling order."""
     model = onnx.load(path)
     del model.graph.output[:]
     model.graph.output.append(
@@ -233,17 +233,17 @@ def candidate_scores(path: Path, picture: bytes) -> NDArray[np.float32]:
         model.SerializeToString(), devices.session_options(device), devices.providers(device)
     )
     answer: NDArray[np.float32] = session.run(
-        None, {"images": prepare(picture, CANVAS).canvas[None]}
+        None, {"images": prepare(image, CANVAS).canvas[None]}
     )[0][0]
     return answer
 
 
-def test_what_is_found_stays_near(files: dict[Precision, Path], pictures: list[bytes]) -> None:
-    exact, half, whole = (candidate_scores(file, pictures[0]) for file in files.values())
+def test_what_is_found_stays_near(files: dict[Precision, Path], images: list[bytes]) -> None:
+    exact, half, whole = (candidate_scores(file, images[0]) for file in files.values())
     assert 1e-6 < np.abs(half - exact).max() < 0.005
     assert 1e-3 < np.abs(whole - exact).max() < 0.2
     report = verify_reduced(
-        opened(files[Precision.FP32]), opened(files[Precision.FP16]), pictures, CANVAS
+        opened(files[Precision.FP32]), opened(files[Precision.FP16]), images, CANVAS
     )
     assert report.against.detections > 200
     assert report.against.boxes < 0.5
@@ -251,18 +251,16 @@ def test_what_is_found_stays_near(files: dict[Precision, Path], pictures: list[b
     assert "file against fp32:" in str(report)
 
 
-def test_company_does_not_matter_to_int8(
-    files: dict[Precision, Path], pictures: list[bytes]
-) -> None:
+def test_company_does_not_matter_to_int8(files: dict[Precision, Path], images: list[bytes]) -> None:
     report = verify_reduced(
-        opened(files[Precision.FP32]), opened(files[Precision.INT8]), pictures, CANVAS
+        opened(files[Precision.FP32]), opened(files[Precision.INT8]), images, CANVAS
     )
     assert report.in_company.detections > 1000
     assert report.in_company.agrees
 
 
 def test_a_file_that_finds_other_things_is_refused(
-    files: dict[Precision, Path], pictures: list[bytes], tmp_path: Path
+    files: dict[Precision, Path], images: list[bytes], tmp_path: Path
 ) -> None:
     model = onnx.load(files[Precision.FP16])
     for each in model.graph.initializer:
@@ -272,12 +270,12 @@ def test_a_file_that_finds_other_things_is_refused(
     onnx.save(model, tmp_path / "model.onnx")
     with pytest.raises(VerificationError, match="finds other things"):
         verify_reduced(
-            opened(files[Precision.FP32]), opened(tmp_path / "model.onnx"), pictures, CANVAS
+            opened(files[Precision.FP32]), opened(tmp_path / "model.onnx"), images, CANVAS
         )
 
 
-def test_rows_side_by_side(files: dict[Precision, Path], pictures: list[bytes]) -> None:
-    rows, measured = side_by_side(files, None, pictures[:2])
+def test_rows_side_by_side(files: dict[Precision, Path], images: list[bytes]) -> None:
+    rows, measured = side_by_side(files, None, images[:2])
     assert measured == {}
     assert [row.precision for row in rows] == ["fp32", "fp16", "int8"]
     sizes = [row.megabytes for row in rows]

@@ -132,7 +132,7 @@ def test_differences_add_up() -> None:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[bytes]:
+def images() -> list[bytes]:
     answer = []
     for seed in range(5):
         file = io.BytesIO()
@@ -148,23 +148,21 @@ def detector(exported: RandomModel) -> Detector:
 
 
 def test_a_file_agrees_with_its_network(
-    exported: RandomModel, detector: Detector, pictures: list[bytes]
+    exported: RandomModel, detector: Detector, images: list[bytes]
 ) -> None:
-    report = verify(exported.checkpoint.build(), detector, pictures, CANVAS)
+    report = verify(exported.checkpoint.build(), detector, images, CANVAS)
     assert report.canvases == (Size(96, 128), Size(128, 96))
-    assert report.pictures == 5
-    # Every picture on every canvas; in company, batches of 1, 2 and 5 make 5 + 4 + 5 of each.
+    assert report.images == 5
+    # Every image on every canvas; in company, batches of 1, 2 and 5 make 5 + 4 + 5 of each.
     assert report.against.detections > 200
     assert report.in_company.detections > 2 * report.against.detections
-    assert "verified on 5 pictures, canvases 96x128, 128x96, batches of 1, 2, 5" in str(report)
+    assert "verified on 5 images, canvases 96x128, 128x96, batches of 1, 2, 5" in str(report)
 
 
 def test_a_rule_without_fixed_canvases(
-    exported: RandomModel, detector: Detector, pictures: list[bytes]
+    exported: RandomModel, detector: Detector, images: list[bytes]
 ) -> None:
-    report = verify(
-        exported.checkpoint.build(), detector, pictures[:2], ShortSide(short=64, long=96)
-    )
+    report = verify(exported.checkpoint.build(), detector, images[:2], ShortSide(short=64, long=96))
     assert set(report.canvases) == {Size(64, 96), Size(96, 64)}
 
 
@@ -172,13 +170,13 @@ def test_a_rule_without_fixed_canvases(
     "weight", ["backbone.layer3.0.conv1.weight", "regression_head.out.bias", "fpn.p6.weight"]
 )
 def test_another_network_is_found_out(
-    weight: str, exported: RandomModel, detector: Detector, pictures: list[bytes]
+    weight: str, exported: RandomModel, detector: Detector, images: list[bytes]
 ) -> None:
     network = exported.checkpoint.build()
     with torch.no_grad():
         network.get_parameter(weight).add_(0.05)
     with pytest.raises(VerificationError, match="does not do what the network does"):
-        verify(network, detector, pictures, CANVAS)
+        verify(network, detector, images, CANVAS)
 
 
 # --- release -------------------------------------------------------------------------------------
@@ -202,7 +200,7 @@ def write_instead(
 
 
 def test_a_file_that_fails_leaves_the_old_one_alone(
-    exported: RandomModel, pictures: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exported: RandomModel, images: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_instead(monkeypatch, exported, disturbance=0.05)
     for name in ("model.onnx", "model.sha256"):
@@ -210,7 +208,7 @@ def test_a_file_that_fails_leaves_the_old_one_alone(
     with pytest.raises(VerificationError):
         release(
             exported.checkpoint, tmp_path / "model.onnx", name="random", canvas=None, score=None,
-            held_out=None, pictures=pictures,
+            held_out=None, images=images,
         )  # fmt: skip
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
         "model.onnx": "the old model.onnx",
@@ -219,25 +217,25 @@ def test_a_file_that_fails_leaves_the_old_one_alone(
 
 
 def test_a_file_that_fails_leaves_nothing(
-    exported: RandomModel, pictures: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exported: RandomModel, images: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_instead(monkeypatch, exported, disturbance=0.05)
     with pytest.raises(VerificationError):
         release(
             exported.checkpoint, tmp_path / "new" / "model.onnx", name="random", canvas=None,
-            score=None, held_out=None, pictures=pictures,
+            score=None, held_out=None, images=images,
         )  # fmt: skip
     assert list((tmp_path / "new").iterdir()) == []
 
 
 def test_a_file_that_agrees_comes_to_its_place(
-    exported: RandomModel, pictures: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exported: RandomModel, images: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_instead(monkeypatch, exported, disturbance=0.0)
     output = tmp_path / "random" / "1" / "model.onnx"
     done = release(
         exported.checkpoint, output, name="random", canvas=None, score=None, held_out=None,
-        pictures=pictures,
+        images=images,
     )  # fmt: skip
     assert done.evaluation is None
     assert done.report.against.agrees

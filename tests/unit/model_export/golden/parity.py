@@ -30,7 +30,7 @@ IOU_TIE = 1e-4
 
 @dataclass(frozen=True)
 class Run:
-    """Pictures of one canvas and what torchvision found on them."""
+    """Images of one canvas and what torchvision found on them."""
 
     canvases: NDArray[np.uint8]
     sizes: NDArray[np.int64]
@@ -55,7 +55,7 @@ class Golden:
 
 @dataclass(frozen=True)
 class Difference:
-    """How far two sets of detections of one picture are apart."""
+    """How far two sets of detections of one image are apart."""
 
     boxes: float
     """Largest difference of a corner's coordinate in canvas pixels."""
@@ -144,7 +144,7 @@ def _runs(about: list[dict[str, Any]], arrays: dict[str, NDArray[Any]]) -> Itera
         height, width = -(-sizes.max(axis=0) // MULTIPLE) * MULTIPLE
         canvases = np.zeros((len(sizes), height, width, 3), dtype=np.uint8)
         for index, (rows, columns) in enumerate(sizes.tolist()):
-            canvases[index, :rows, :columns] = recipe.picture(index, rows, columns)
+            canvases[index, :rows, :columns] = recipe.image(index, rows, columns)
         found = tuple(
             Detections(
                 *(arrays[f"{number}_{index}_{part}"] for part in ("boxes", "scores", "labels"))

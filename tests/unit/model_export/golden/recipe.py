@@ -1,4 +1,4 @@
-"""Weights and pictures made of nothing but names and numbers, the same everywhere.
+"""Weights and images made of nothing but names and numbers, the same everywhere.
 
 Golden numbers of another implementation are only of use with the weights that they came from. These
 are not stored but made again: every value follows from its key, by the raw output of a bit
@@ -44,12 +44,12 @@ def tensor(key: str, shape: tuple[int, ...]) -> NDArray[Any]:
     return values * np.float32(_gain(key) * np.sqrt(6 / np.prod(shape[1:])))
 
 
-def picture(seed: int, height: int, width: int) -> NDArray[np.uint8]:
+def image(seed: int, height: int, width: int) -> NDArray[np.uint8]:
     """(height, width, 3): patches of all sizes, so that every pyramid level sees something."""
     total = np.zeros((height, width, 3), dtype=np.float32)
     for side in (4, 16, 64, 256):
         rows, columns = -(-height // side), -(-width // side)
-        patches = uniform(f"picture {seed} {side}", (rows, columns, 3))
+        patches = uniform(f"image {seed} {side}", (rows, columns, 3))
         total += np.kron(patches, np.ones((side, side, 1), dtype=np.float32))[:height, :width]
     return np.clip(128 + 48 * total, 0, 255).astype(np.uint8)
 
@@ -59,7 +59,7 @@ def _centre(key: str, count: int) -> NDArray[np.float32]:
         # Few enough anchors score above 0.05 that suppression is quick.
         return np.full(count, -6, dtype=np.float32)
     if "bbox_reg" in key:
-        # Boxes of about a third of their anchors: the largest ones, too, end inside the picture.
+        # Boxes of about a third of their anchors: the largest ones, too, end inside the image.
         return np.tile(np.array([0, 0, -1, -1], dtype=np.float32), count // 4)
     return np.zeros(count, dtype=np.float32)
 

@@ -182,11 +182,11 @@ def ball() -> Tensor:
     light = (0.35 + 0.65 * (0.6 * depth - 0.5 * x - 0.6 * y).clamp(min=0)).clamp(max=1)
     orange = torch.tensor([255.0, 140, 20]).view(3, 1, 1) * light
     green = torch.tensor([60.0, 110, 50]).view(3, 1, 1).expand(3, 224, 224)
-    picture = torch.where(inside, orange, green)
+    image = torch.where(inside, orange, green)
     spec = BACKBONES["mobilenet_v2_tf"]
-    return (
-        (picture - torch.tensor(spec.mean).view(3, 1, 1)) / torch.tensor(spec.std).view(3, 1, 1)
-    )[None]
+    return ((image - torch.tensor(spec.mean).view(3, 1, 1)) / torch.tensor(spec.std).view(3, 1, 1))[
+        None
+    ]
 
 
 @torch.no_grad()
@@ -202,7 +202,7 @@ def test_the_published_weights_reproduce_their_classifier(state: dict[str, Tenso
     def entropy(p: Tensor) -> float:
         return -(p * p.log()).sum().item()
 
-    # Padded on the other side, every layer of stride 2 sees the picture half a cell off.
+    # Padded on the other side, every layer of stride 2 sees the image half a cell off.
     assert entropy(seen) < entropy(shifted) - 0.5
     assert shifted.argmax().item() != 417
 

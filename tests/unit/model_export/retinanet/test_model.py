@@ -77,7 +77,7 @@ def test_predictions_line_up_with_the_anchors(canvas: tuple[int, int]) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("width", [16, 64, 256])
-def test_a_random_picture_is_1_percent_object_everywhere(width: int) -> None:
+def test_a_random_image_is_1_percent_object_everywhere(width: int) -> None:
     model = network(width=width).train()
     images = noise(2, 64, 64)
     levels = model(images, whole(images))
@@ -189,7 +189,7 @@ def test_what_lies_in_the_padding_does_not_matter(backbone: str) -> None:
 
 @torch.no_grad()
 def test_a_grey_of_the_mean_is_what_padding_is() -> None:
-    """Padding is 0 after normalisation: a picture of the mean colour looks the same all over."""
+    """Padding is 0 after normalisation: an image of the mean colour looks the same all over."""
     model = network(backbone="mobilenet_v2_tf")
     model.mean.fill_(127.0)
     images = torch.full((1, 64, 64, 3), 127, dtype=torch.uint8)
@@ -217,7 +217,7 @@ def test_normalisation_is_what_the_weights_expect(
 
 
 @torch.no_grad()
-def test_a_picture_s_predictions_do_not_depend_on_its_companions() -> None:
+def test_a_image_s_predictions_do_not_depend_on_its_companions() -> None:
     model = network().eval()
     images, sizes = noise(3, 64, 64), torch.tensor([[64, 64], [50, 64], [64, 30]])
     together = model(images, sizes)
@@ -256,7 +256,7 @@ def step(
 
 BATCHES = {
     "no objects": ([], []),
-    "one picture without": ([(4.0, 4, 30, 30)], []),
+    "one image without": ([(4.0, 4, 30, 30)], []),
     "NaN": ([(NAN, NAN, NAN, NAN)], [(4.0, 4, 30, 30)]),
     "inf": ([(0.0, 0, INF, INF)], [(-INF, -INF, INF, INF)]),
     "zero area": ([(5.0, 5, 5, 5)], [(5.0, 5, 40, 5)]),
@@ -296,13 +296,13 @@ def test_every_parameter_learns() -> None:
 
 def drawn() -> tuple[Tensor, Tensor, Tensor]:
     """A bright and a dark rectangle on grey, with their boxes and labels."""
-    picture = torch.full((1, 64, 64, 3), 110, dtype=torch.uint8)
+    image = torch.full((1, 64, 64, 3), 110, dtype=torch.uint8)
     boxes = torch.tensor([[6.0, 8, 26, 30], [34.0, 30, 60, 48]])
     for (x1, y1, x2, y2), colour in zip(
         boxes.int().tolist(), ((240, 200, 60), (20, 30, 120)), strict=True
     ):
-        picture[0, y1:y2, x1:x2] = torch.tensor(colour, dtype=torch.uint8)
-    return picture, boxes, torch.tensor([0, 1])
+        image[0, y1:y2, x1:x2] = torch.tensor(colour, dtype=torch.uint8)
+    return image, boxes, torch.tensor([0, 1])
 
 
 FAMILY: dict[str, LossConfig] = {
@@ -322,7 +322,7 @@ FAMILY: dict[str, LossConfig] = {
 
 
 @pytest.mark.parametrize("name", FAMILY)
-def test_every_loss_learns_a_picture_by_heart(name: str) -> None:
+def test_every_loss_learns_a_image_by_heart(name: str) -> None:
     loss = FAMILY[name]
     model = network().train()
     images, boxes, labels = drawn()

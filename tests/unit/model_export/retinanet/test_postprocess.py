@@ -20,12 +20,12 @@ from model_export.retinanet.postprocess import (
 )
 
 
-def random_level(generator: torch.Generator, *, pictures: int, anchors: int, classes: int) -> Level:
+def random_level(generator: torch.Generator, *, images: int, anchors: int, classes: int) -> Level:
     corners = torch.rand(anchors, 2, generator=generator) * 200
     sizes = 8 + torch.rand(anchors, 2, generator=generator) * 60
     return Level(
-        logits=torch.randn(pictures, anchors, classes, generator=generator) * 3,
-        deltas=torch.randn(pictures, anchors, 4, generator=generator) * 0.5,
+        logits=torch.randn(images, anchors, classes, generator=generator) * 3,
+        deltas=torch.randn(images, anchors, 4, generator=generator) * 0.5,
         anchors=torch.cat([corners, corners + sizes], dim=1),
     )
 
@@ -35,21 +35,19 @@ def test_the_best_pairs_of_each_level(classes: int) -> None:
     generator = torch.Generator().manual_seed(0)
     # The first level has more than 1000 pairs, the others fewer.
     counts = (3600 // classes + 900, 150 // classes, 1)
-    levels = [
-        random_level(generator, pictures=2, anchors=count, classes=classes) for count in counts
-    ]
+    levels = [random_level(generator, images=2, anchors=count, classes=classes) for count in counts]
     total = 1000 + (counts[1] + counts[2]) * classes
     sizes = torch.tensor([[150, 210], [180, 120]])
     boxes, scores, labels = candidates(levels, sizes)
     assert TOP_K == 1000
     assert boxes.shape == (2, total, 4)
     assert scores.shape == labels.shape == (2, total)
-    for picture, (height, width) in enumerate(sizes.tolist()):
+    for image, (height, width) in enumerate(sizes.tolist()):
         start = 0
         for level in levels:
             pairs = sorted(
                 (
-                    (level.logits[picture, anchor, label].item(), anchor, label)
+                    (level.logits[image, anchor, label].item(), anchor, label)
                     for anchor in range(len(level.anchors))
                     for label in range(classes)
                 ),
@@ -58,13 +56,13 @@ def test_the_best_pairs_of_each_level(classes: int) -> None:
             part = slice(start, start + len(pairs))
             start += len(pairs)
             chosen = torch.tensor([anchor for _, anchor, _ in pairs])
-            expected = decode(level.deltas[picture][chosen], level.anchors[chosen])
+            expected = decode(level.deltas[image][chosen], level.anchors[chosen])
             expected[:, 0::2] = expected[:, 0::2].clamp(0, width)
             expected[:, 1::2] = expected[:, 1::2].clamp(0, height)
-            assert torch.allclose(boxes[picture, part], expected, atol=1e-3)
-            assert labels[picture, part].tolist() == [label for *_, label in pairs]
+            assert torch.allclose(boxes[image, part], expected, atol=1e-3)
+            assert labels[image, part].tolist() == [label for *_, label in pairs]
             logits = torch.tensor([logit for logit, *_ in pairs])
-            assert torch.allclose(scores[picture, part], logits.sigmoid(), atol=1e-6)
+            assert torch.allclose(scores[image, part], logits.sigmoid(), atol=1e-6)
 
 
 def test_one_anchor_may_give_several_classes() -> None:
@@ -79,7 +77,7 @@ def test_one_anchor_may_give_several_classes() -> None:
     assert scores[0].tolist() == [pytest.approx(0.952574), pytest.approx(0.880797)]
 
 
-def test_boxes_are_clipped_to_their_own_picture() -> None:
+def test_boxes_are_clipped_to_their_own_image() -> None:
     level = Level(
         logits=torch.zeros(2, 1, 1),
         deltas=torch.zeros(2, 1, 4),
@@ -89,9 +87,9 @@ def test_boxes_are_clipped_to_their_own_picture() -> None:
     assert boxes.tolist() == [[[0, 0, 30, 50]], [[0, 0, 90, 200]]]
 
 
-def test_no_picture_depends_on_its_companions() -> None:
+def test_no_image_depends_on_its_companions() -> None:
     generator = torch.Generator().manual_seed(1)
-    level = random_level(generator, pictures=3, anchors=40, classes=2)
+    level = random_level(generator, images=3, anchors=40, classes=2)
     sizes = torch.tensor([[100, 200], [200, 100], [64, 64]])
     together = candidates([level], sizes)
     for index in range(3):
@@ -228,7 +226,7 @@ def test_two_steps_find_what_one_does(
     best, anchor, label = best_pairs(logits, count)
     expected = logits.flatten(1).sort(dim=1, descending=True).values[:, :count]
     assert torch.equal(best, expected)
-    for picture in range(2):
-        assert torch.equal(logits[picture, anchor[picture], label[picture]], best[picture])
-        pairs = list(zip(anchor[picture].tolist(), label[picture].tolist(), strict=True))
+    for image in range(2):
+        assert torch.equal(logits[image, anchor[image], label[image]], best[image])
+        pairs = list(zip(anchor[image].tolist(), label[image].tolist(), strict=True))
         assert len(set(pairs)) == len(pairs)

@@ -152,14 +152,14 @@ def test_the_canvas_is_as_small_as_the_objects_allow() -> None:
     # At a scale of 1/2 objects of 64 px are 32 px: 480 x 640 of 960 x 1280.
     rule = choose_canvas([sample(Size(960, 1280), boxes(square(64.01)))])
     assert rule.sizes == (Size(480, 640),)
-    # Large objects do not make it tiny, small ones not larger than the pictures.
+    # Large objects do not make it tiny, small ones not larger than the images.
     assert choose_canvas([sample(Size(960, 960), boxes(square(900)))]).sizes == (Size(256, 256),)
     assert choose_canvas([sample(Size(300, 300), boxes(square(5)))]).sizes == (Size(320, 320),)
     assert choose_canvas([sample(Size(90, 90), boxes(square(5)))]).sizes == (Size(96, 96),)
     assert choose_canvas([sample(Size(4000, 4000), boxes(square(5)))]).sizes == (Size(1024, 1024),)
 
 
-def test_pictures_of_each_shape_get_a_canvas() -> None:
+def test_images_of_each_shape_get_a_canvas() -> None:
     lying = sample(Size(480, 640), boxes(square(10)))
     upright = sample(Size(640, 480), boxes(square(10)))
     rule = choose_canvas([lying, upright, upright, sample(Size(480, 500), boxes(square(10)))])

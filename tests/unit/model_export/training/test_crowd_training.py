@@ -57,7 +57,7 @@ def test_shares_of_hand() -> None:
     assert shares[:, 0].tolist() == pytest.approx([0, 0.5, 9 / 20])
 
 
-def test_crowds_go_with_the_pictures(tmp_path: Path) -> None:
+def test_crowds_go_with_the_images(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     Image.new("RGB", (64, 32)).save(path)
     crowd = np.array([[32, 0, 64, 32]], dtype=np.float32)

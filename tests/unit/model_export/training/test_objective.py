@@ -28,12 +28,12 @@ ANCHORS = (
 
 
 def levels(
-    *, pictures: int = 1, classes: int = 2, logit: float = 0.0, delta: float = 0.0
+    *, images: int = 1, classes: int = 2, logit: float = 0.0, delta: float = 0.0
 ) -> list[Level]:
     return [
         Level(
-            logits=torch.full((pictures, len(anchors), classes), logit, requires_grad=True),
-            deltas=torch.full((pictures, len(anchors), 4), delta, requires_grad=True),
+            logits=torch.full((images, len(anchors), classes), logit, requires_grad=True),
+            deltas=torch.full((images, len(anchors), 4), delta, requires_grad=True),
             anchors=anchors,
         )
         for anchors in ANCHORS
@@ -109,15 +109,15 @@ def test_a_low_quality_match_learns_its_object() -> None:
 
 
 def test_both_parts_are_divided_by_the_foreground_of_the_whole_batch() -> None:
-    """Not per picture: two objects on one and none on the other make two in all."""
-    made = levels(pictures=2, delta=0.05)
+    """Not per image: two objects on one and none on the other make two in all."""
+    made = levels(images=2, delta=0.05)
     losses = loss_of(made, [[(0, 0, 10, 10), (20, 0, 30, 10)], []], [[0, 1], []])
     assert losses.classification.item() == pytest.approx((2 * ONE + 10 * ZERO) / 2, rel=1e-5)
     assert losses.regression.item() == pytest.approx(8 * 0.0125 / 2, rel=1e-5)
 
 
 def test_without_objects_the_divisor_is_1_and_every_parameter_has_a_gradient() -> None:
-    made = levels(pictures=2, delta=3.0)
+    made = levels(images=2, delta=3.0)
     losses = loss_of(made, [[], []], [[], []])
     assert losses.classification.item() == pytest.approx(12 * ZERO, rel=1e-5)
     assert losses.regression.item() == 0
@@ -167,7 +167,7 @@ def test_a_perfect_prediction_costs_next_to_nothing() -> None:
     ],
 )
 def test_boxes_that_are_none_change_nothing(rubbish: tuple[float, ...]) -> None:
-    made, plain = levels(pictures=2, delta=0.3), levels(pictures=2, delta=0.3)
+    made, plain = levels(images=2, delta=0.3), levels(images=2, delta=0.3)
     losses = loss_of(made, [[(0, 0, 10, 10), rubbish], [rubbish]], [[1, 0], [0]])
     expected = loss_of(plain, [[(0, 0, 10, 10)], []], [[1], []])
     assert losses.classification.item() == expected.classification.item()
@@ -209,7 +209,7 @@ def test_half_precision_predictions_are_summed_in_float32(dtype: torch.dtype) ->
 
 # --- shards --------------------------------------------------------------------------------------
 
-# Pictures of one batch: two objects, none, one, and one that only rubbish is on.
+# Images of one batch: two objects, none, one, and one that only rubbish is on.
 BOXES: tuple[list[tuple[float, ...]], ...] = (
     [(0, 0, 10, 9), (20, 0, 31, 10)],
     [],
@@ -219,19 +219,19 @@ BOXES: tuple[list[tuple[float, ...]], ...] = (
 LABELS = ([0, 1], [], [1], [0])
 
 
-def batch_levels(pictures: Sequence[int]) -> list[Level]:
+def batch_levels(images: Sequence[int]) -> list[Level]:
     generator = torch.Generator().manual_seed(0)
     made = []
     for anchors in ANCHORS:
-        logits = torch.randn(4, len(anchors), 2, generator=generator)[list(pictures)]
-        deltas = torch.randn(4, len(anchors), 4, generator=generator)[list(pictures)]
+        logits = torch.randn(4, len(anchors), 2, generator=generator)[list(images)]
+        deltas = torch.randn(4, len(anchors), 4, generator=generator)[list(images)]
         made.append(Level(logits.requires_grad_(), deltas.requires_grad_(), anchors))
     return made
 
 
-def batch_gradients(pictures: Sequence[int]) -> list[Tensor]:
-    made = batch_levels(pictures)
-    losses = loss_of(made, [BOXES[i] for i in pictures], [LABELS[i] for i in pictures])
+def batch_gradients(images: Sequence[int]) -> list[Tensor]:
+    made = batch_levels(images)
+    losses = loss_of(made, [BOXES[i] for i in images], [LABELS[i] for i in images])
     (losses.classification + losses.regression).backward()
     return gradients(made)
 
@@ -241,8 +241,8 @@ def test_a_batch_is_its_shards_weighed_by_their_foreground() -> None:
     # Three foreground anchors in all: two in the first shard, one in the second.
     shards = ((slice(0, 2), 2 / 3), (slice(2, 4), 1 / 3))
     for part, share in shards:
-        pictures = list(range(4))[part]
-        for together, alone in zip(whole, batch_gradients(pictures), strict=True):
+        images = list(range(4))[part]
+        for together, alone in zip(whole, batch_gradients(images), strict=True):
             assert torch.allclose(together[part], alone * share, atol=1e-6)
 
 

@@ -68,13 +68,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def few(folder: Path) -> Dataset:
-    """Six pictures, the last without an object."""
+    """Six images, the last without an object."""
     return load_voc(folder, "train")
 
 
 @pytest.fixture(scope="module")
 def many(folder: Path) -> Dataset:
-    """Ten pictures, the last without an object."""
+    """Ten images, the last without an object."""
     return load_voc(folder, "val")
 
 
@@ -113,7 +113,7 @@ def watch_batches(
 # --- learning ------------------------------------------------------------------------------------
 
 
-def test_a_network_learns_its_own_pictures(many: Dataset, tmp_path: Path) -> None:
+def test_a_network_learns_its_own_images(many: Dataset, tmp_path: Path) -> None:
     config = changed(
         model=MODEL.model_copy(update={"backbone": "resnet18"}),
         optimiser=OptimiserConfig(name="adamw", lr=2e-3, warmup_steps=5),
@@ -123,7 +123,7 @@ def test_a_network_learns_its_own_pictures(many: Dataset, tmp_path: Path) -> Non
         batch_size=4,
         validate_every=5,
     )
-    # One epoch over repeated pictures costs less than many epochs.
+    # One epoch over repeated images costs less than many epochs.
     training = dataclasses.replace(many, samples=many.samples * 9)
     best = train(config, training, many, tmp_path, device="cpu")
     first, last = rows(tmp_path)
@@ -279,7 +279,7 @@ def test_a_run_that_is_not_finite_gives_up(
     assert rows(tmp_path)[0]["classification_loss"] == "nan"
 
 
-def test_pictures_without_objects_train_in_half_precision(few: Dataset, tmp_path: Path) -> None:
+def test_images_without_objects_train_in_half_precision(few: Dataset, tmp_path: Path) -> None:
     negative = few.samples[-1]
     assert len(negative.boxes) == 0
     training = dataclasses.replace(few, samples=(negative, few.samples[0]))

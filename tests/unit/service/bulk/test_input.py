@@ -1,4 +1,4 @@
-"""What a user names as input becomes a listing, and the listing's pictures can be read."""
+"""What a user names as input becomes a listing, and the listing's images can be read."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from service.bulk.files import files_of, full_name, read_picture
+from service.bulk.files import files_of, full_name, read_image
 from service.bulk.listing import Item, Lister, Listing, difference, write_listing
-from service.bulk.reading import Numbered, PictureReader
+from service.bulk.reading import ImageReader, Numbered
 from service.bulk.walk import walk
 from service.errors import DataError, RetinaserveError, TooLarge, Unreadable
 
@@ -56,7 +56,7 @@ def read(items: list[Item], column: str | None = None, most: int = 100) -> list[
     """Contents, or the words of the errors."""
     found: list[bytes | str] = [""] * len(items)
     numbered = [Numbered(i, item) for i, item in enumerate(items)]
-    with closing(PictureReader(column, most)) as reader:
+    with closing(ImageReader(column, most)) as reader:
         for source in chain.from_iterable(reader.sources(numbered)):
             try:
                 found[source.number] = bytes(source.load())
@@ -65,7 +65,7 @@ def read(items: list[Item], column: str | None = None, most: int = 100) -> list[
     return found
 
 
-def test_a_folder_is_walked_in_order_and_only_pictures_count(folder: Path) -> None:
+def test_a_folder_is_walked_in_order_and_only_images_count(folder: Path) -> None:
     wanted = [".hidden/h.jpg", "a.png", "b/10.JPEG", "b/2.jpg", "c/d/e.webp"]
     assert named(folder, folder) == wanted
 
@@ -99,14 +99,14 @@ def test_globs(folder: Path, pattern: str, wanted: list[str]) -> None:
 def test_a_url_is_walked_alike(bucket: str) -> None:
     assert named(bucket, bucket) == ["a.png", "b/2.jpg", "c/d/e.webp"]
     assert named(f"{bucket}/**/*.jpg", bucket) == ["b/2.jpg"]
-    assert read_picture(f"{bucket}/b/2.jpg", 100) == b"b/2.jpg"
+    assert read_image(f"{bucket}/b/2.jpg", 100) == b"b/2.jpg"
 
 
 @pytest.mark.parametrize(
     ("given", "says"),
     [
         ("nowhere", "no such file or folder"),
-        ("in/c/d/*.jpg", "no picture there"),
+        ("in/c/d/*.jpg", "no image there"),
         ("in/empty", "for a folder of Parquet files give --column"),
         ("zzz://in", "cannot be reached"),
     ],
@@ -140,7 +140,7 @@ def test_a_file_url_is_a_path(folder: Path) -> None:
 def test_parquet_of_paths(folder: Path) -> None:
     listed = table(
         folder / "tables" / "listed.parquet",
-        picture=["../a.png", str(folder / "b" / "2.jpg"), None, "memory://bucket/a.png"],
+        image=["../a.png", str(folder / "b" / "2.jpg"), None, "memory://bucket/a.png"],
         id=[7, 8, 9, 10],
     )
     items = list(Lister([str(listed)]).items())
@@ -150,10 +150,10 @@ def test_parquet_of_paths(folder: Path) -> None:
         f"{listed}#2",
         "memory://bucket/a.png",
     ]
-    assert read(items[:3], "picture") == [
-        b"a.png", b"b/2.jpg", "unreadable: the Parquet row holds no picture",
+    assert read(items[:3], "image") == [
+        b"a.png", b"b/2.jpg", "unreadable: the Parquet row holds no image",
     ]  # fmt: skip
-    assert named(listed, "", column="picture", name_column="id") == ["7", "8", "9", "10"]
+    assert named(listed, "", column="image", name_column="id") == ["7", "8", "9", "10"]
 
 
 @pytest.mark.parametrize("shape", ["binary", "large", "struct"])
@@ -166,22 +166,22 @@ def test_parquet_of_bytes(tmp_path: Path, shape: str) -> None:
         "large": pa.large_binary(),
         "struct": pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
     }[shape]
-    path = table(tmp_path / "p.parquet", rows=12, picture=pa.array(values, kind))
-    items = list(Lister([str(tmp_path)], column="picture").items())
+    path = table(tmp_path / "p.parquet", rows=12, image=pa.array(values, kind))
+    items = list(Lister([str(tmp_path)], column="image").items())
     assert [item.path for item in items] == [f"{path}#{i}" for i in range(23)]
     wanted = [
         b"one",
         "too-large: the file has more than 100 bytes; RETINASERVE_MAX_BODY_BYTES is the limit",
-        "unreadable: the Parquet row holds no picture",
+        "unreadable: the Parquet row holds no image",
         *(str(i).encode() for i in range(20)),
     ]
-    assert read(items, "picture") == wanted
-    # As a part in the middle has them, and as failed pictures are read again.
-    assert read(items[5:15], "picture") == wanted[5:15]
-    assert read([items[i] for i in (1, 9, 4, 22)], "picture") == [wanted[i] for i in (1, 9, 4, 22)]
+    assert read(items, "image") == wanted
+    # As a part in the middle has them, and as failed images are read again.
+    assert read(items[5:15], "image") == wanted[5:15]
+    assert read([items[i] for i in (1, 9, 4, 22)], "image") == [wanted[i] for i in (1, 9, 4, 22)]
 
 
-def test_parquet_that_does_not_say_where_the_pictures_are(tmp_path: Path) -> None:
+def test_parquet_that_does_not_say_where_the_images_are(tmp_path: Path) -> None:
     path = table(tmp_path / "p.parquet", a=["x"], b=["y"], n=[1])
     with pytest.raises(DataError, match=r"Give --column; there is a, b, n"):
         list(Lister([str(path)]).items())
@@ -195,12 +195,12 @@ def test_parquet_that_does_not_say_where_the_pictures_are(tmp_path: Path) -> Non
 
 
 def test_a_row_group_that_cannot_be_read_fails_alone(tmp_path: Path) -> None:
-    path = table(tmp_path / "p.parquet", rows=2, picture=[b"first", b"other", b"last", b"end"])
+    path = table(tmp_path / "p.parquet", rows=2, image=[b"first", b"other", b"last", b"end"])
     items = list(Lister([str(path)]).items())
     whole = path.read_bytes()
     position = whole.index(b"first")
     path.write_bytes(whole[: position - 20] + bytes(30) + whole[position + 10 :])
-    first, second, *others = read(items, "picture")
+    first, second, *others = read(items, "image")
     assert "cannot be read" in str(first) or first != b"first"
     assert str(second)
     assert others == [b"last", b"end"]
@@ -209,14 +209,14 @@ def test_a_row_group_that_cannot_be_read_fails_alone(tmp_path: Path) -> None:
 def test_what_cannot_be_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")
     with pytest.raises(Unreadable, match="not a regular file"):
-        read_picture(str(tmp_path / "pipe.jpg"), 10)
+        read_image(str(tmp_path / "pipe.jpg"), 10)
     with pytest.raises(Unreadable, match="No such file"):
-        read_picture(str(tmp_path / "gone.jpg"), 10)
+        read_image(str(tmp_path / "gone.jpg"), 10)
     with pytest.raises(Unreadable, match="cannot be read"):
-        read_picture("memory://bucket/gone.jpg", 10)
+        read_image("memory://bucket/gone.jpg", 10)
     (tmp_path / "big.jpg").write_bytes(bytes(11))
     with pytest.raises(TooLarge):
-        read_picture(str(tmp_path / "big.jpg"), 10)
+        read_image(str(tmp_path / "big.jpg"), 10)
 
 
 def test_a_listing_comes_back_part_by_part_and_tells_differences(folder: Path) -> None:
@@ -229,11 +229,11 @@ def test_a_listing_comes_back_part_by_part_and_tells_differences(folder: Path) -
     assert difference(listing, items) is None
     gone = difference(listing, items[:4])
     assert gone is not None
-    assert gone.startswith("5 pictures then, 4 now; picture 5 was ")
+    assert gone.startswith("5 images then, 4 now; image 5 was ")
     assert gone.endswith("e.webp, now it is nothing")
     other = difference(listing, [items[0], items[2], *items[2:]])
     assert other is not None
-    assert f"picture 2 was {items[1].path}, now it is {items[2].path}" in other
+    assert f"image 2 was {items[1].path}, now it is {items[2].path}" in other
     listing.close()
 
 

@@ -20,7 +20,7 @@ from service.bulk.progress import Progress
 from service.runtime.artifact import Thresholds, read_artifact
 from service.runtime.detector import Detections, Detector
 from tests import tiny_model
-from tests.pictures import GREEN, RED, encoded, huge_png, one_red, squares
+from tests.images import GREEN, RED, encoded, huge_png, one_red, squares
 
 
 @pytest.fixture(autouse=True)
@@ -35,12 +35,12 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Ten pictures, three of them bad."""
-    root = tmp_path / "pictures"
+    """Ten images, three of them bad."""
+    root = tmp_path / "images"
     (root / "deep").mkdir(parents=True)
     for i in range(6):
         (root / f"{i}.png").write_bytes(encoded(squares(*[(32, 16, RED)] * (i % 2))))
-    (root / "bad.jpg").write_bytes(b"no picture")
+    (root / "bad.jpg").write_bytes(b"no image")
     (root / "bomb.png").write_bytes(huge_png(9000))
     (root / "deep" / "cut.png").write_bytes(encoded(one_red())[:-40])
     (root / "deep" / "green.png").write_bytes(encoded(squares((0, 0, GREEN), (64, 64, RED))))
@@ -62,7 +62,7 @@ def rows(output: Path) -> list[dict[str, Any]]:
     return found
 
 
-def test_a_row_for_each_picture_good_or_bad(folder: Path, tmp_path: Path) -> None:
+def test_a_row_for_each_image_good_or_bad(folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     found = summary(bulk(folder, "--output", output, "--part-size", 4))
     assert found["pictures"] == 10
@@ -151,7 +151,7 @@ def test_a_run_of_other_arguments_is_refused_and_says_what_differs(
     assert rows(output) == before
 
 
-def test_pictures_that_come_or_go_meanwhile_are_noticed(folder: Path, tmp_path: Path) -> None:
+def test_images_that_come_or_go_meanwhile_are_noticed(folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     command = (folder, "--output", output, "--part-size", 4)
     summary(bulk(*command))
@@ -159,13 +159,13 @@ def test_pictures_that_come_or_go_meanwhile_are_noticed(folder: Path, tmp_path: 
     (output / "part-0000001.parquet").unlink()
     refused = bulk(*command)
     assert refused.exit_code == 2
-    assert "10 pictures then, 11 now" in refused.stderr
+    assert "10 images then, 11 now" in refused.stderr
     assert f"was {folder / '4.png'}, now it is {folder / '3a.png'}" in refused.stderr
     assert summary(bulk(*command, "--as-listed"))["pictures"] == 10
     assert len(rows(output)) == 10
 
 
-def test_failed_pictures_get_another_try(folder: Path, tmp_path: Path) -> None:
+def test_failed_images_get_another_try(folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     command = (folder, "--output", output, "--part-size", 4)
     summary(bulk(*command))
@@ -182,13 +182,13 @@ def test_failed_pictures_get_another_try(folder: Path, tmp_path: Path) -> None:
     assert after[changed]["labels"] == ["red"]
 
 
-def test_strict_tells_of_failed_pictures(folder: Path, tmp_path: Path) -> None:
+def test_strict_tells_of_failed_images(folder: Path, tmp_path: Path) -> None:
     assert bulk(folder, "--output", tmp_path / "out", "--strict").exit_code == 1
     assert bulk(folder / "*.png", "--output", tmp_path / "o", "--strict").exit_code == 1
     assert bulk(folder / "[0-9].png", "--output", tmp_path / "p", "--strict").exit_code == 0
 
 
-def test_pictures_and_results_may_lie_behind_urls(tmp_path: Path) -> None:
+def test_images_and_results_may_lie_behind_urls(tmp_path: Path) -> None:
     system = fsspec.filesystem("memory")
     for i in range(5):
         system.pipe_file(f"/store/in/{i}.png", encoded(one_red()))
@@ -205,10 +205,10 @@ def test_pictures_and_results_may_lie_behind_urls(tmp_path: Path) -> None:
     assert all(row["labels"] == ["red"] for row in found)
 
 
-def test_pictures_out_of_parquet(tmp_path: Path) -> None:
+def test_images_out_of_parquet(tmp_path: Path) -> None:
     good = encoded(one_red())
-    pictures = [good, b"", None, *[good] * 17]
-    table = pa.table({"jpeg": pa.array(pictures, pa.binary()), "id": [f"id{i}" for i in range(20)]})
+    images = [good, b"", None, *[good] * 17]
+    table = pa.table({"jpeg": pa.array(images, pa.binary()), "id": [f"id{i}" for i in range(20)]})
     pq.write_table(table, tmp_path / "in.parquet", row_group_size=7)
     command = (tmp_path / "in.parquet", "--column", "jpeg", "--name-column", "id")
     assert summary(bulk(*command, "--output", tmp_path / "out", "--part-size", 6))["failed"] == 2
@@ -232,11 +232,11 @@ def test_one_process_at_a_time(folder: Path, tmp_path: Path) -> None:
     ("arguments", "says"),
     [
         (("nowhere",), "no such file or folder"),
-        (("pictures", "--classes", "cat"), "unknown class 'cat'"),
-        (("pictures", "--tile", "7"), "neither off nor auto"),
-        (("pictures", "--model", "other"), "no model 'other'"),
-        (("pictures", "--concurrency", "2"), "--concurrency needs --engine ray"),
-        (("pictures", "--max-detections", "0"), "is not in the range"),
+        (("images", "--classes", "cat"), "unknown class 'cat'"),
+        (("images", "--tile", "7"), "neither off nor auto"),
+        (("images", "--model", "other"), "no model 'other'"),
+        (("images", "--concurrency", "2"), "--concurrency needs --engine ray"),
+        (("images", "--max-detections", "0"), "is not in the range"),
     ],
 )
 def test_bad_arguments(
@@ -272,7 +272,7 @@ def test_an_output_that_cannot_be_written_ends_the_run(folder: Path, tmp_path: P
     assert summary(bulk(*command))["pictures"] == 10
 
 
-def test_a_device_that_fails_ends_the_run_and_not_the_pictures(
+def test_a_device_that_fails_ends_the_run_and_not_the_images(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "out"
@@ -315,25 +315,25 @@ def test_an_image_that_its_decoder_fails_on_costs_its_row_alone(
 @pytest.mark.parametrize(
     ("arguments", "refused"),
     [
-        ("pictures --output pictures", True),
-        ("pictures --output linked", True),
-        ("pictures/*.png --output linked", True),
-        ("tables --column picture --output tables", True),
-        ("tables --column picture --output tables/found", True),
-        ("tables --column picture --output tables/../tables/found", True),
+        ("images --output images", True),
+        ("images --output linked", True),
+        ("images/*.png --output linked", True),
+        ("tables --column image --output tables", True),
+        ("tables --column image --output tables/found", True),
+        ("tables --column image --output tables/../tables/found", True),
         ("tables/**/*.parquet --output tables/found", True),
         ("tables/*.parquet --output tables/found", False),
-        ("pictures/[0-9].png --output pictures/found", False),
-        ("pictures --output pictures/found", False),
+        ("images/[0-9].png --output images/found", False),
+        ("images --output images/found", False),
     ],
 )
 def test_results_among_the_input_are_refused(
     folder: Path, monkeypatch: pytest.MonkeyPatch, arguments: str, refused: bool
 ) -> None:
     monkeypatch.chdir(folder.parent)
-    Path("linked").symlink_to("pictures")
+    Path("linked").symlink_to("images")
     Path("tables").mkdir()
-    pq.write_table(pa.table({"picture": [encoded(one_red())]}), "tables/in.parquet")
+    pq.write_table(pa.table({"image": [encoded(one_red())]}), "tables/in.parquet")
     for _ in range(2):
         result = bulk(*arguments.split())
         assert result.exit_code == (2 if refused else 0), result.output
@@ -400,5 +400,5 @@ def test_progress_in_a_log_is_a_line_now_and_then(
     told[0] = 40.0
     progress.add(30, failed=2)
     progress.close()
-    line = "retinaserve: 60 of 100 pictures, 1.0/s, 3 failed, 00:40 left\n"
+    line = "retinaserve: 60 of 100 images, 1.0/s, 3 failed, 00:40 left\n"
     assert capsys.readouterr().err == line

@@ -22,7 +22,7 @@ from service.engine.tiling import Canvases, Tile
 from service.http.routes.openapi import BatchAnswer, DetectAnswer
 from service.runtime.artifact import read_artifact, write_checksum, write_metadata
 from tests import tiny_model
-from tests.pictures import GREEN, RED, encoded, one_red, rotated, squares
+from tests.images import GREEN, RED, encoded, one_red, rotated, squares
 
 
 @pytest.fixture
@@ -36,10 +36,10 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    root = tmp_path / "pictures"
+    root = tmp_path / "images"
     (root / "deep").mkdir(parents=True)
     (root / "a.png").write_bytes(encoded(one_red()))
-    (root / "b.JPG").write_bytes(b"no picture")
+    (root / "b.JPG").write_bytes(b"no image")
     (root / "deep" / "c.png").write_bytes(encoded(squares((0, 0, GREEN))))
     (root / "notes.txt").write_text("not looked at")
     return root
@@ -99,7 +99,7 @@ def test_a_command_of_an_entry_point_gets_its_arguments_and_exit_code(
     assert run("look", "--nonsense").exit_code == 2
 
 
-def test_one_picture_has_the_shape_of_detect(models: Path, tmp_path: Path) -> None:
+def test_one_image_has_the_shape_of_detect(models: Path, tmp_path: Path) -> None:
     path = tmp_path / "odd name.bin"
     path.write_bytes(rotated(one_red(), 3))
     result = run("detect", path)
@@ -111,7 +111,7 @@ def test_one_picture_has_the_shape_of_detect(models: Path, tmp_path: Path) -> No
     ]
 
 
-def test_a_folder_has_the_shape_of_a_batch_and_bad_pictures_are_reported(
+def test_a_folder_has_the_shape_of_a_batch_and_bad_images_are_reported(
     models: Path, folder: Path
 ) -> None:
     result = run("detect", folder)
@@ -124,7 +124,7 @@ def test_a_folder_has_the_shape_of_a_batch_and_bad_pictures_are_reported(
     assert f"{folder}/b.JPG: not an accepted image type" in result.stderr
 
 
-def test_many_pictures_come_in_order(models: Path, tmp_path: Path) -> None:
+def test_many_images_come_in_order(models: Path, tmp_path: Path) -> None:
     for number in range(30):
         colour = RED if number % 2 else GREEN
         (tmp_path / f"{number:02}.png").write_bytes(encoded(squares((0, 0, colour))))
@@ -148,7 +148,7 @@ def test_score_threshold(models: Path, folder: Path) -> None:
     assert run("detect", folder, "--score-threshold", "1.5").exit_code == 2
 
 
-def test_annotated_pictures_keep_their_names_and_types(
+def test_annotated_images_keep_their_names_and_types(
     models: Path, folder: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "other"
@@ -156,7 +156,7 @@ def test_annotated_pictures_keep_their_names_and_types(
     (other / "a.png").write_bytes(encoded(one_red()))
     target = tmp_path / "drawn"
     result = run("detect", folder, other, "--save-dir", target)
-    assert result.exit_code == 2, "b.JPG is no picture"
+    assert result.exit_code == 2, "b.JPG is no image"
     names = sorted(str(path.relative_to(target)) for path in target.rglob("*.*"))
     assert names == ["a-2.png", "a.png", "deep/c.png"]
     with Image.open(target / "a.png") as drawn:
@@ -169,7 +169,7 @@ def test_annotated_pictures_keep_their_names_and_types(
     [
         ("a.png --save-dir .", "a.png"),
         ("deep/../a.png --save-dir deep/..", "deep/../a.png"),
-        (". --save-dir ../pictures", "../pictures/a.png"),
+        (". --save-dir ../images", "../images/a.png"),
         ("../link --save-dir .", "a.png"),
         ("a.png --save-dir ../hard", "../hard/a.png"),
         ("a.png --save-dir ../soft", "../soft/a.png"),
@@ -183,11 +183,11 @@ def test_save_dir_never_replaces_an_image_that_is_read(
     monkeypatch.chdir(folder)
     (folder / "deep" / "kept").mkdir()
     (folder / "deep" / "kept" / "a.png").write_bytes(encoded(squares((0, 0, GREEN))))
-    Path("../link").symlink_to("pictures")
+    Path("../link").symlink_to("images")
     for name in ("hard", "soft"):
         Path("..", name).mkdir()
     Path("../hard/a.png").hardlink_to("a.png")
-    Path("../soft/a.png").symlink_to("../pictures/a.png")
+    Path("../soft/a.png").symlink_to("../images/a.png")
     before = {path: path.read_bytes() for path in folder.parent.rglob("*.*") if path.is_file()}
     # No model is looked for: the images are compared first.
     result = run("detect", *arguments.split(), "--model", "missing.onnx")
@@ -311,15 +311,15 @@ def test_an_empty_folder(models: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     result = run("detect", tmp_path / "empty")
     assert result.exit_code == 2
-    assert "no picture in this folder" in result.stderr
+    assert "no image in this folder" in result.stderr
 
 
 def test_a_model_by_name_by_version_and_by_file(models: Path, folder: Path) -> None:
     tiny_model.save(models, version=2)
-    picture = folder / "a.png"
+    image = folder / "a.png"
 
     def used(*arguments: object) -> object:
-        return json.loads(run("detect", picture, *arguments).stdout)["model"]
+        return json.loads(run("detect", image, *arguments).stdout)["model"]
 
     assert used() == {"name": "tiny", "version": 2}
     assert used("--model", "tiny@1") == {"name": "tiny", "version": 1}

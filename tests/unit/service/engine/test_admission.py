@@ -16,7 +16,7 @@ def test_places_are_counted_and_given_back() -> None:
     admission = Admission(2)
     with admission.slot(), admission.slot():
         assert admission.held == 2
-        with pytest.raises(Unavailable, match="2 pictures") as refused, admission.slot():
+        with pytest.raises(Unavailable, match="2 images") as refused, admission.slot():
             pytest.fail("there was no room")
         assert refused.value.reason == "queue-full"
         assert refused.value.retry_after > 0
@@ -39,7 +39,7 @@ def test_bytes_are_counted_and_given_back() -> None:
     assert (admission.held, admission.bytes_held) == (0, 0)
 
 
-def test_a_picture_larger_than_all_the_bytes_passes_alone() -> None:
+def test_a_image_larger_than_all_the_bytes_passes_alone() -> None:
     admission = Admission(10, bytes_limit=100)
     with admission.slot(500), pytest.raises(Unavailable), admission.slot(1):
         pytest.fail("there was no room")
@@ -109,7 +109,7 @@ def test_bulk_leaves_places_to_others() -> None:
         admission.check()
         for _ in range(2):
             held.enter_context(admission.slot())
-        with pytest.raises(Unavailable, match="8 pictures"):
+        with pytest.raises(Unavailable, match="8 images"):
             admission.check()
     for urgency in Urgency:
         admission.check(urgency=urgency)
@@ -134,5 +134,5 @@ def test_the_bytes_of_a_whole_request_count_while_it_lasts() -> None:
         with admission.slot(30):
             pass
     with admission.body(500), admission.slot():
-        assert admission.held == 1, "its own pictures have been counted"
+        assert admission.held == 1, "its own images have been counted"
     assert (admission.held, admission.bytes_held) == (0, 0)

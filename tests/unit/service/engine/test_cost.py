@@ -130,9 +130,9 @@ def test_many_threads_may_learn_at_once() -> None:
     assert costs.of(Size(32, 32)).seconds(1) == pytest.approx(0.01)
 
 
-def test_what_pictures_take_one_batch_after_the_other() -> None:
+def test_what_images_take_one_batch_after_the_other() -> None:
     cost = learnt(0.010, 0.030, (1, 8))
-    assert cost.lasting(8, most=8) == pytest.approx(0.110), "one batch, and none of no pictures"
+    assert cost.lasting(8, most=8) == pytest.approx(0.110), "one batch, and none of no images"
     assert cost.lasting(19, most=8) == pytest.approx(2 * 0.110 + 0.060)
     assert cost.lasting(3, most=1) == pytest.approx(3 * 0.040)
     alone = learnt(0.040, 0.001)

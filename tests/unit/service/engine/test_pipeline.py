@@ -28,7 +28,7 @@ from service.runtime.artifact import read_artifact
 from service.runtime.detector import Detections, Detector
 from service.runtime.devices import Device, open_detector, providers, session_options
 from tests import tiny_model
-from tests.pictures import BLUE, GREEN, RED, encoded, one_red, squares
+from tests.images import BLUE, GREEN, RED, encoded, one_red, squares
 
 MAGENTA = (255, 0, 255)
 OTHER = encoded(squares((32, 16, RED), (64, 48, GREEN)))
@@ -139,7 +139,7 @@ async def test_other_canvases_and_iou_thresholds_do_not_share_a_batch(
     assert sorted(sizes) == [1, 1, 2]
 
 
-async def test_a_bad_picture_fails_alone(load: Callable[..., Servable]) -> None:
+async def test_a_bad_image_fails_alone(load: Callable[..., Servable]) -> None:
     model = load()
     async with started(Policy(max_batch_size=4, max_delay=0.05)) as line:
         answers = await asyncio.gather(
@@ -159,11 +159,11 @@ async def test_poison_in_a_batch_fails_alone(load: Callable[..., Servable]) -> N
         )
         assert sizes == [4]
         assert [type(each) for each in answers] == [Outcome, InferenceFailed, Outcome, Outcome]
-        assert line.fatal is None, "the picture is to blame, not the device"
+        assert line.fatal is None, "the image is to blame, not the device"
         assert isinstance(await detect(line, model, good), Outcome)
 
 
-async def test_a_device_that_died_is_told_from_a_bad_picture(
+async def test_a_device_that_died_is_told_from_a_bad_image(
     load: Callable[..., Servable], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load(poison=True)
@@ -182,7 +182,7 @@ async def test_a_device_that_died_is_told_from_a_bad_picture(
         assert "CUDA error 700" in line.fatal
 
 
-async def test_late_pictures_cost_no_device_time(
+async def test_late_images_cost_no_device_time(
     load: Callable[..., Servable], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, sizes = load(work=60), []
@@ -202,7 +202,7 @@ async def test_late_pictures_cost_no_device_time(
     assert len(sizes) == 2
 
 
-async def test_cancelled_pictures_leave_the_queue(load: Callable[..., Servable]) -> None:
+async def test_cancelled_images_leave_the_queue(load: Callable[..., Servable]) -> None:
     model, sizes = load(work=60), []
     async with started(sizes=sizes) as line:
         running = asyncio.create_task(detect(line, model, encoded(one_red())))
@@ -427,7 +427,7 @@ async def test_a_decode_thread_that_dies_inferring_gives_its_place_back(
         assert len(await asyncio.gather(*answers)) == 8
 
 
-async def test_a_picture_is_lone_only_where_nothing_else_is_to_be_done(
+async def test_a_image_is_lone_only_where_nothing_else_is_to_be_done(
     load: Callable[..., Servable],
 ) -> None:
     plain = load()
@@ -488,7 +488,7 @@ async def test_first_come_first_served(load: Callable[..., Servable]) -> None:
 
 @pytest.mark.parametrize("infer", [False, True])
 @pytest.mark.parametrize("content", [encoded(one_red()), b"\xff\xd8\xff broken"])
-async def test_nothing_keeps_a_picture_alive(
+async def test_nothing_keeps_a_image_alive(
     load: Callable[..., Servable], content: bytes, infer: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alive: weakref.WeakSet[Work] = weakref.WeakSet()
@@ -534,7 +534,7 @@ async def test_what_comes_after_the_end_is_told_of_it(load: Callable[..., Servab
         with pytest.raises(Unavailable, match="the server stops") as refused:
             line.admit(model, time.monotonic() + 60.0)
         assert refused.value.reason == "draining"
-        # The next picture of a request whose others have just been turned away.
+        # The next image of a request whose others have just been turned away.
         with pytest.raises(Unavailable, match="the server stops"):
             await line.detect_canvas(
                 lambda: pytest.fail("it was begun"),
@@ -573,7 +573,7 @@ async def test_a_canvas_that_fails_even_when_empty_is_not_the_devices_fault(
         assert isinstance(await detect(line, model, encoded(one_red())), Outcome)
 
 
-async def test_pictures_that_fail_one_by_one_are_not_a_batch_that_hangs(
+async def test_images_that_fail_one_by_one_are_not_a_batch_that_hangs(
     load: Callable[..., Servable], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps: list[int] = []
@@ -589,7 +589,7 @@ async def test_pictures_that_fail_one_by_one_are_not_a_batch_that_hangs(
         await asyncio.gather(
             *(detect(line, model, POISON) for _ in range(3)), return_exceptions=True
         )
-    # The batch, each picture, and after each the question whether the device still works.
+    # The batch, each image, and after each the question whether the device still works.
     assert len(steps) == 7
 
 

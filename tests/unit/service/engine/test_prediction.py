@@ -1,4 +1,4 @@
-"""When a picture will have its turn, and whether that is in time: sums that were done by hand."""
+"""When an image will have its turn, and whether that is in time: sums that were done by hand."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NOW = 1_000.0
 
 @dataclass(eq=False)
 class Item:
-    """As much of a picture's work as predictions look at."""
+    """As much of an image's work as predictions look at."""
 
     key: Any
     model: Servable
@@ -43,10 +43,10 @@ class Item:
 
 @pytest.fixture
 def model() -> Servable:
-    """10 ms for a picture of a batch, 30 ms for the batch."""
+    """10 ms for an image of a batch, 30 ms for the batch."""
     made = Servable("tiny", 1, cast(Any, None), ())
-    for pictures in (1, 8):
-        made.costs.observe(CANVAS, pictures, 0.010 * pictures + 0.030)
+    for images in (1, 8):
+        made.costs.observe(CANVAS, images, 0.010 * images + 0.030)
     return made
 
 
@@ -84,7 +84,7 @@ def ready(
     urgency: Urgency = Urgency.INTERACTIVE,
     canvas: Size = CANVAS,
 ) -> None:
-    """Pictures that wait for a device."""
+    """Images that wait for a device."""
     for _ in range(count):
         line.ready.push(cast(Any, Item(BatchKey(model, canvas, 0.5), model, urgency)))
 
@@ -134,7 +134,7 @@ def test_what_waits_is_done_in_batches(model: Servable) -> None:
     assert line.prediction.wait() == pytest.approx(0.110 + 0.050 + 0.060)
 
 
-def test_a_lone_picture_counts_once(model: Servable) -> None:
+def test_a_lone_image_counts_once(model: Servable) -> None:
     line = Line(batch=1)
     ready(line, model, 1)
     assert line.prediction.wait() == pytest.approx(0.040)
@@ -339,7 +339,7 @@ def test_requests_of_many_canvases_share_with_each_other_and_with_single_ones(
         ), "four single images in the pipeline take every second turn"
 
 
-def test_many_pictures_go_in_batches_and_to_every_device(model: Servable) -> None:
+def test_many_images_go_in_batches_and_to_every_device(model: Servable) -> None:
     assert Line().prediction.admit(model, NOW + 9, Price(canvases=16)) == pytest.approx(0.220)
     assert Line(devices=2).prediction.admit(model, NOW + 9, Price(canvases=16)) == pytest.approx(
         0.110
@@ -368,9 +368,7 @@ def test_an_idle_service_lets_in_what_is_not_hopeless(model: Servable) -> None:
     line.prediction.admit(model, NOW + 0.014)
     with pytest.raises(Unavailable) as refused:
         line.prediction.admit(model, NOW + 0.013)
-    assert refused.value.reason == "deadline-too-short", (
-        "8 pictures took 110 ms, so one takes 13.75"
-    )
+    assert refused.value.reason == "deadline-too-short", "8 images took 110 ms, so one takes 13.75"
 
 
 def test_an_idle_service_tries_again_after_a_while(

@@ -14,10 +14,10 @@ from service.engine.postprocessing import Selection, resolve, select
 from service.engine.tiling import Plan, Tile, View, parse_tile, plan, starts
 from service.errors import InvalidParameter, TooLarge
 from service.imaging.canvas import Buckets, ShortSide, Size
-from service.imaging.decode import cut, open_picture, prepare
+from service.imaging.decode import cut, open_image, prepare
 from service.runtime.artifact import Metadata, Thresholds
 from service.runtime.detector import Detections
-from tests.pictures import encoded, noise
+from tests.images import encoded, noise
 
 RULE = Buckets(sizes=(Size(384, 512), Size(512, 384), Size(448, 448)))
 TORCHVISION = ShortSide(short=800, long=1333)
@@ -84,9 +84,9 @@ def test_tiles_cover_the_side_and_overlap_by_a_quarter(side: int, tile: int) -> 
         # standing 2 rows of 4; 448 x 448 is 336 apart: 2 rows of 3 tiles, the fewest.
         ((769, 1026), "auto", 7),
         ((769, 1026), "off", 1),
-        # 5000 wide: 1 row of 13 lying tiles, also where the picture is lower than a tile.
+        # 5000 wide: 1 row of 13 lying tiles, also where the image is lower than a tile.
         ((100, 5000), "auto", 14),
-        # A tile is as long as the picture, so it is the whole picture.
+        # A tile is as long as the image, so it is the whole image.
         ((600, 800), 800, 1),
         ((600, 800), 65535, 1),
         # Lying tiles of 400 x 300, 300 and 225 apart: 3 x 3; standing 4 x 2; 400 x 400: 3 x 2.
@@ -111,14 +111,14 @@ tiles = st.one_of(st.just("auto"), st.integers(tiling.MIN_TILE, 3000))
 
 @settings(max_examples=60)
 @given(st.integers(1, 6000), st.integers(1, 6000), rules, tiles)
-def test_views_fit_their_canvas_and_cover_the_picture(
+def test_views_fit_their_canvas_and_cover_the_image(
     height: int, width: int, rule: Buckets | ShortSide, tile: Tile
 ) -> None:
-    picture = Size(height, width)
-    chosen = plan(picture, rule, tile)
+    image = Size(height, width)
+    chosen = plan(image, rule, tile)
     views = chosen.views
     assert len(views) == chosen.count
-    assert views[-1] == ((0, 0), rule.fit(picture))
+    assert views[-1] == ((0, 0), rule.fit(image))
     for (x, y), placed in views:
         assert 0 <= x <= x + placed.original.width <= width
         assert 0 <= y <= y + placed.original.height <= height
@@ -129,7 +129,7 @@ def test_views_fit_their_canvas_and_cover_the_picture(
     if tile == "auto":
         assert all(view.letterbox.resized == view.letterbox.original for view in views[:-1])
     if chosen.count > 1:
-        # Rows times columns: covering each side is covering the picture.
+        # Rows times columns: covering each side is covering the image.
         far = views[-2]
         assert far.corner[0] + far.letterbox.original.width == width
         assert far.corner[1] + far.letterbox.original.height == height
@@ -182,7 +182,7 @@ def test_what_a_tile_may_not_be(text: str) -> None:
         parse_tile(text)
 
 
-def test_a_tile_is_the_pictures_own_pixels() -> None:
+def test_a_tile_is_the_images_own_pixels() -> None:
     image = noise((1400, 1100))
     pixels = np.asarray(image)
     views = plan(Size(1100, 1400), RULE, "auto").views[:-1]
@@ -193,7 +193,7 @@ def test_a_tile_is_the_pictures_own_pixels() -> None:
         assert (made.canvas == pixels[y : y + height, x : x + width]).all()
 
 
-def test_a_tile_of_a_low_picture_is_padded_below() -> None:
+def test_a_tile_of_a_low_image_is_padded_below() -> None:
     image = noise((1400, 100))
     (x, y), placed = plan(Size(100, 1400), RULE, "auto").views[1]
     made = cut(image, (x, y), placed)
@@ -216,7 +216,7 @@ def test_a_tile_of_another_size_is_scaled_onto_its_canvas() -> None:
 
 def test_one_view_is_the_ordinary_way() -> None:
     data = encoded(noise((700, 500)), "JPEG")
-    opened = open_picture(data)
+    opened = open_image(data)
     canvases = tiling.lay_out(opened, plan(opened.size, RULE, "auto"), RULE)
     (made,) = (make() for make in canvases.makers)
     plain = prepare(data, RULE)
@@ -277,12 +277,12 @@ def test_every_object_is_found_once_and_whole(
     seed: int, size: tuple[int, int], tile: Tile, small: bool
 ) -> None:
     rng = np.random.default_rng(seed)
-    picture, chosen = Size(*size), plan(Size(*size), RULE, tile)
+    image, chosen = Size(*size), plan(Size(*size), RULE, tile)
     assert chosen.count > 1
     count = 20
-    largest = np.array(guaranteed(chosen) if small else (picture.width, picture.height))
+    largest = np.array(guaranteed(chosen) if small else (image.width, image.height))
     extents = np.floor(rng.uniform(0.1, 1.0, (count, 2)) * largest)
-    room = np.array([picture.width, picture.height]) - extents
+    room = np.array([image.width, image.height]) - extents
     corners = np.floor(rng.uniform(0, 1, (count, 2)) * (room + 1))
     objects = np.concatenate([corners, corners + extents], axis=1)
     scores = rng.uniform(0.6, 0.9, count)
@@ -354,10 +354,10 @@ assert (PAIR.columns, PAIR.rows) == ((0, 252), (0,))
         # Too wide for the right tile: it would cut it too.
         ((240, 100, 448, 200), 0, True, True),
         ((255, 100, 448, 200), 0, True, True),
-        # The picture's own borders cut nothing.
+        # The image's own borders cut nothing.
         ((0, 0, 100, 448), 0, True, False),
         ((620, 0, 700, 448), 1, True, False),
-        # The whole picture is asked only where no tile sees all of it.
+        # The whole image is asked only where no tile sees all of it.
         ((380, 100, 430, 200), 2, False, False),
         ((240, 100, 460, 200), 2, True, False),
         ((0, 0, 700, 448), 2, True, False),
@@ -391,7 +391,7 @@ def test_a_corner_is_left_to_the_tile_that_cuts_it_on_one_side_less() -> None:
         # Exactly half of it is not most of it.
         (352, 0, True, 0.6, False),
         (351, 0, True, 0.6, True),
-        # A faint box of half the picture, as there are at low thresholds, erases nothing clear.
+        # A faint box of half the image, as there are at low thresholds, erases nothing clear.
         (300, 0, True, 0.44, False),
         (300, 0, True, 0.46, True),
     ],

@@ -85,14 +85,14 @@ def test_a_worker_that_dies_is_told_of_with_what_it_held_and_works_on(stage: Sta
     def body(worker: Worker[str]) -> None:
         runs.append(1)
         if len(runs) <= 2:
-            worker.hold([f"picture {len(runs)}"])
+            worker.hold([f"image {len(runs)}"])
             raise SystemExit("the thread ends here")
         stage.over.wait(LIMIT)
 
     worker = Worker("device-0", body)
     stage.watch(worker)
     until(lambda: len(runs) == 3)
-    assert stage.deaths == [["picture 1"], ["picture 2"]]
+    assert stage.deaths == [["image 1"], ["image 2"]]
     assert worker.thread.is_alive()
     assert not worker.held, "the new thread has not taken anything yet"
 
@@ -134,7 +134,7 @@ def test_a_wedge_is_told_once_with_its_seconds(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def body(worker: Worker[str]) -> None:
-        worker.hold(["picture"], limit=0.05)
+        worker.hold(["image"], limit=0.05)
         stage.over.wait(LIMIT)
 
     stage.watch(Worker("device-0", body))
@@ -148,7 +148,7 @@ def test_a_wedge_is_told_once_with_its_seconds(
 
 def test_an_idle_worker_is_never_wedged(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     def body(worker: Worker[str]) -> None:
-        worker.hold(["picture"], limit=1e-6)
+        worker.hold(["image"], limit=1e-6)
         worker.hold((), limit=1e-6)
         stage.over.wait(LIMIT)
 
@@ -190,7 +190,7 @@ def test_time_that_the_whole_process_stood_still_is_nobodys(
     monkeypatch.setattr(worker.thread, "is_alive", lambda: True)
     dog = Watchdog([worker], on_death=lambda _: None, on_wedge=stage.wedged)
     dog.tick()
-    worker.hold(["picture"], limit=10.0)
+    worker.hold(["image"], limit=10.0)
     # A stopped container, a paused machine: the watchdog does not get to look either.
     now += 3600.0
     dog.tick()

@@ -136,7 +136,7 @@ def test_multipart_comes_back_as_it_was_sent(
         assert [(each.name, each.filename, bytes(each.data)) for each in found] == parts
 
 
-def test_what_looks_like_a_boundary_stays_in_the_picture() -> None:
+def test_what_looks_like_a_boundary_stays_in_the_image() -> None:
     content = b"\r\n--b\r--b\r\n--\r\n\r\n--bb"[:-1] + b"\r\n-" * 50
     body = (
         b'--boundary\r\nContent-Disposition: form-data; name="file"\r\n\r\n'

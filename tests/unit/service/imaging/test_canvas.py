@@ -1,4 +1,4 @@
-"""Which canvas a picture goes onto, where on it, and how boxes come back."""
+"""Which canvas an image goes onto, where on it, and how boxes come back."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ THREE = Buckets(sizes=(Size(384, 512), Size(512, 384), Size(448, 448)))
 TORCHVISION = ShortSide(short=800, long=1333)
 
 sides = st.integers(1, 20_000)
-pictures = st.builds(Size, sides, sides)
+images = st.builds(Size, sides, sides)
 multiples = st.integers(1, 20).map(lambda number: 32 * number)
 bucket_rules = st.lists(st.builds(Size, multiples, multiples), min_size=1, max_size=5).map(
     lambda sizes: Buckets(sizes=tuple(sizes))
@@ -33,7 +33,7 @@ rules = st.one_of(bucket_rules, short_side_rules)
 @pytest.mark.parametrize(
     ("original", "resized", "canvas"),
     [
-        # The pictures that the rule was made for fill their canvas.
+        # The images that the rule was made for fill their canvas.
         ((480, 640), (384, 512), (384, 512)),
         ((640, 480), (512, 384), (512, 384)),
         ((300, 300), (448, 448), (448, 448)),
@@ -81,8 +81,8 @@ def test_short_side_is_torchvision_s_rule(
     )
 
 
-@given(rules, pictures)
-def test_the_picture_fits_its_canvas_of_multiples_of_32(rule: CanvasRule, size: Size) -> None:
+@given(rules, images)
+def test_the_image_fits_its_canvas_of_multiples_of_32(rule: CanvasRule, size: Size) -> None:
     placed = rule.fit(size)
     assert placed.original == size
     assert all(side >= 32 and side % 32 == 0 for side in placed.canvas)
@@ -92,7 +92,7 @@ def test_the_picture_fits_its_canvas_of_multiples_of_32(rule: CanvasRule, size: 
     assert not rule.all_canvases() or placed.canvas in rule.all_canvases()
 
 
-@given(rules, pictures)
+@given(rules, images)
 def test_the_aspect_ratio_is_kept_to_a_pixel(rule: CanvasRule, size: Size) -> None:
     resized = rule.fit(size).resized
     x, y = resized.width / size.width, resized.height / size.height
@@ -101,15 +101,15 @@ def test_the_aspect_ratio_is_kept_to_a_pixel(rule: CanvasRule, size: Size) -> No
     assert abs(x - y) <= slack + 1e-9
 
 
-@given(bucket_rules, pictures)
-def test_a_bucket_is_touched_by_the_picture_in_one_side(rule: Buckets, size: Size) -> None:
+@given(bucket_rules, images)
+def test_a_bucket_is_touched_by_the_image_in_one_side(rule: Buckets, size: Size) -> None:
     placed = rule.fit(size)
     assert (
         placed.resized.width == placed.canvas.width or placed.resized.height == placed.canvas.height
     )
 
 
-@given(bucket_rules, pictures)
+@given(bucket_rules, images)
 def test_no_other_bucket_has_less_padding(rule: Buckets, size: Size) -> None:
     def padding(placed: Letterbox) -> int:
         return placed.canvas.area - placed.resized.area
@@ -121,7 +121,7 @@ def test_no_other_bucket_has_less_padding(rule: Buckets, size: Size) -> None:
     assert chosen == next(placed for placed in each if padding(placed) == least)
 
 
-@given(short_side_rules, pictures)
+@given(short_side_rules, images)
 def test_short_side_reaches_its_limit_and_does_not_pass_it(rule: ShortSide, size: Size) -> None:
     resized = rule.fit(size).resized
     assert min(resized) <= rule.short
@@ -130,7 +130,7 @@ def test_short_side_reaches_its_limit_and_does_not_pass_it(rule: ShortSide, size
     assert min(resized) >= rule.short - 1 or max(resized) >= rule.long - 1
 
 
-@given(rules, pictures, st.lists(st.floats(0, 1), min_size=4, max_size=4))
+@given(rules, images, st.lists(st.floats(0, 1), min_size=4, max_size=4))
 def test_boxes_map_there_and_back(rule: CanvasRule, size: Size, shares: list[float]) -> None:
     x1, x2 = sorted(shares[:2])
     y1, y2 = sorted(shares[2:])

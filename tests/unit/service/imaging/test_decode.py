@@ -1,4 +1,4 @@
-"""The imaging path: every kind of picture, every orientation, and every kind of rubbish."""
+"""The imaging path: every kind of image, every orientation, and every kind of rubbish."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from service.imaging.samples import draw_smear
 
 RULE = Buckets(sizes=(Size(96, 128), Size(128, 96), Size(96, 96)))
 
-# The four quarters of the test picture, clockwise from the top-left.
+# The four quarters of the test image, clockwise from the top-left.
 RED, GREEN, BLUE, GREY = (200, 40, 40), (40, 200, 40), (40, 40, 200), (120, 120, 120)
 QUARTERS = (RED, GREEN, BLUE, GREY)
 
 EXIF_ORIENTATION = 0x0112
-# What turns an upright picture into the stored one that has this orientation.
+# What turns an upright image into the stored one that has this orientation.
 STORED: dict[int, Callable[[Image.Image], Image.Image]] = {
     1: lambda image: image,
     2: lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
@@ -362,7 +362,7 @@ RUBBISH_EXIF = (
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("exif", RUBBISH_EXIF)
-def test_rubbish_in_exif_does_not_cost_the_picture(kind: str, exif: bytes) -> None:
+def test_rubbish_in_exif_does_not_cost_the_image(kind: str, exif: bytes) -> None:
     data = encoded(quarters(), kind, exif=exif, quality=95)
     assert_quarters(prepare(data, RULE).canvas, Size(96, 128), tolerance=6)
 
@@ -370,7 +370,7 @@ def test_rubbish_in_exif_does_not_cost_the_picture(kind: str, exif: bytes) -> No
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @settings(max_examples=60, deadline=None)
 @given(st.binary(max_size=60))
-def test_any_exif_does_not_cost_the_picture(body: bytes) -> None:
+def test_any_exif_does_not_cost_the_image(body: bytes) -> None:
     for head in (b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01", b"Exif\0\0MM\0*"):
         data = encoded(quarters(16, 12), "JPEG", exif=head + body)
         assert sorted(probe(data)) == [12, 16]
@@ -381,7 +381,7 @@ def test_any_exif_does_not_cost_the_picture(body: bytes) -> None:
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("size", [(1, 1), (4000, 1), (1, 4000), (3, 2000), (17, 5), (129, 97)])
-def test_tiny_and_extreme_pictures(kind: str, size: tuple[int, int]) -> None:
+def test_tiny_and_extreme_images(kind: str, size: tuple[int, int]) -> None:
     data = encoded(Image.new("RGB", size, (90, 90, 90)), kind)
     prepared = prepare(data, RULE)
     height, width = prepared.letterbox.resized
@@ -403,7 +403,7 @@ def test_a_box_on_the_canvas_maps_back_to_the_object(orientation: int) -> None:
     found = np.array(
         [[columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]], dtype=np.float32
     )
-    # One canvas pixel is five of the picture.
+    # One canvas pixel is five of the image.
     assert np.abs(prepared.letterbox.to_original(found) - [[200, 100, 360, 220]]).max() <= 5
     assert (
         np.abs(
@@ -415,8 +415,8 @@ def test_a_box_on_the_canvas_maps_back_to_the_object(orientation: int) -> None:
 
 def test_draft_scaling_agrees_with_a_full_decode() -> None:
     """DCT scaling is another filter than resizing alone: a few grey levels at edges, not more."""
-    picture, _ = draw_smear(1, width=1600, height=1200)
-    data = encoded(picture, "JPEG", quality=92)
+    image, _ = draw_smear(1, width=1600, height=1200)
+    data = encoded(image, "JPEG", quality=92)
     rule = Buckets(sizes=(Size(288, 384),))
     canvas = prepare(data, rule).canvas.astype(int)
     full = decode(data).resize((384, 288), Image.Resampling.BILINEAR)
@@ -427,11 +427,11 @@ def test_draft_scaling_agrees_with_a_full_decode() -> None:
     assert difference.max() > 0
 
 
-def test_a_picture_is_prepared_as_pillow_resizes_it() -> None:
-    picture, _ = draw_smear(2, width=300, height=200)
-    prepared = prepare(encoded(picture, "PNG"), ShortSide(short=100, long=140))
+def test_a_image_is_prepared_as_pillow_resizes_it() -> None:
+    image, _ = draw_smear(2, width=300, height=200)
+    prepared = prepare(encoded(image, "PNG"), ShortSide(short=100, long=140))
     assert prepared.letterbox.resized == Size(93, 140)
-    expected = np.asarray(picture.resize((140, 93), Image.Resampling.BILINEAR)).astype(int)
+    expected = np.asarray(image.resize((140, 93), Image.Resampling.BILINEAR)).astype(int)
     assert prepared.canvas.shape == (96, 160, 3)
     # The last bit, in how sums are rounded: tests/unit/service/imaging/test_resize.py.
     assert np.abs(prepared.canvas[:93, :140] - expected).max() <= 2
@@ -439,7 +439,7 @@ def test_a_picture_is_prepared_as_pillow_resizes_it() -> None:
 
 @pytest.mark.parametrize("size", [(128, 96), (256, 192), (100, 96)])
 def test_a_canvas_may_be_written(size: tuple[int, int]) -> None:
-    """torch takes no other; also where the picture fills it, scaled or not."""
+    """torch takes no other; also where the image fills it, scaled or not."""
     rule = Buckets(sizes=(Size(96, 128),))
     assert prepare(encoded(quarters(*size), "JPEG"), rule).canvas.flags.writeable
 
@@ -462,7 +462,7 @@ def svg() -> bytes:
 @pytest.mark.parametrize(
     "data",
     [
-        b"not a picture at all",
+        b"not an image at all",
         b"x",
         svg(),
         encoded(quarters(), "GIF"),
@@ -491,8 +491,8 @@ def test_no_bytes() -> None:
 )
 @pytest.mark.parametrize("share", [0.02, 0.1, 0.5, 0.9])
 def test_truncated(kind: str, options: dict[str, Any], share: float) -> None:
-    picture, _ = draw_smear(3, width=320, height=240)
-    data = encoded(picture, kind, **options)
+    image, _ = draw_smear(3, width=320, height=240)
+    data = encoded(image, kind, **options)
     part = data[: max(20, int(len(data) * share))]
     for function in (lambda: prepare(part, RULE), lambda: decode(part)):
         with pytest.raises(MalformedImage, match="truncated"):
@@ -502,7 +502,7 @@ def test_truncated(kind: str, options: dict[str, Any], share: float) -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @settings(max_examples=80, deadline=None)
 @given(st.sampled_from(["JPEG", "PNG", "WEBP"]), st.data())
-def test_flipped_bytes_give_a_picture_or_a_refusal(kind: str, data: st.DataObject) -> None:
+def test_flipped_bytes_give_a_image_or_a_refusal(kind: str, data: st.DataObject) -> None:
     body = bytearray(encoded(quarters(32, 24), kind))
     places = data.draw(st.lists(st.integers(0, len(body) - 1), min_size=1, max_size=8))
     for place in places:
@@ -537,7 +537,7 @@ def lossy_webp(width: int, height: int) -> bytes:
     ],
     ids=["png", "animated webp", "animated webp of 64 Mpx", "lossless webp", "lossy webp"],
 )
-def test_a_huge_picture_is_refused_by_its_header(data: bytes) -> None:
+def test_a_huge_image_is_refused_by_its_header(data: bytes) -> None:
     for function in (lambda: prepare(data, RULE), lambda: decode(data), lambda: probe(data)):
         with pytest.raises(TooLarge, match="at most 50000000 are accepted"):
             function()
@@ -559,7 +559,7 @@ def test_a_bomb_of_text_is_refused() -> None:
 
 
 @pytest.mark.parametrize("size", [(0, 5), (5, 0)])
-def test_a_picture_without_pixels_is_refused(size: tuple[int, int]) -> None:
+def test_a_image_without_pixels_is_refused(size: tuple[int, int]) -> None:
     with pytest.raises(MalformedImage):
         prepare(png(*size, 8, 2, (b"IDAT", zlib.compress(b""))), RULE)
 

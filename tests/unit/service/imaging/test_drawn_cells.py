@@ -25,10 +25,10 @@ def detector() -> Detector:
     return open_detector(read_artifact(newest.path), resolve("cpu").devices[0])
 
 
-def detect(detector: Detector, picture: bytes) -> Detections:
+def detect(detector: Detector, image: bytes) -> Detections:
     """As the service does, at the model's own thresholds."""
     metadata = detector.metadata
-    prepared = prepare(picture, metadata.canvas)
+    prepared = prepare(image, metadata.canvas)
     selection = resolve_selection(metadata)
     [raw] = detector(
         prepared.canvas[None],

@@ -19,7 +19,7 @@ from service.imaging.canvas import Buckets, Size
 from service.imaging.decode import decode, prepare
 from service.imaging.limits import MOST_SCANS, START_OF_SCAN, JpegReader, jpeg_file
 from service.imaging.memory_budget import DecodeMemory
-from tests.pictures import encoded, one_red
+from tests.images import encoded, one_red
 
 RULE = Buckets(sizes=(Size(96, 128),))
 PEAK = 72 << 20
@@ -59,7 +59,7 @@ def exif(entries: int, size: int) -> bytes:
 
 
 def segments(count: int) -> bytes:
-    """A JPEG with so many full application segments before its picture."""
+    """A JPEG with so many full application segments before its image."""
     good = encoded(one_red(), "JPEG")
     return (
         good[:2]
@@ -107,7 +107,7 @@ def test_a_bomb_stays_small(name: str) -> None:
 
 
 def in_front(piece: bytes, count: int) -> bytes:
-    """A JPEG with so many pieces before its picture."""
+    """A JPEG with so many pieces before its image."""
     good = encoded(one_red(), "JPEG")
     return good[:2] + piece * count + good[2:]
 
@@ -182,7 +182,7 @@ def test_an_ordinary_jpeg_is_read_unwatched(data: bytes) -> None:
         in_front(b"\xff\xe0\x00\x00", 1),
         in_front(b"\xff\xe0\x00\x01", 1),
         in_front(b"\xff\xfe\x00\x02", 64),
-        # A second header, for a picture whose colours come one by one.
+        # A second header, for an image whose colours come one by one.
         in_front(GREY[(begin := GREY.index(b"\xff\xc0")) : begin + 13], 1),
         COLOURED.replace(b"\xff\xda\x00\x0c\x03", b"\xff\xda\x00\x0c\x01"),
         COLOURED[: COLOURED.index(START_OF_SCAN)],
@@ -253,7 +253,7 @@ def test_only_three_kinds_by_their_first_bytes(name: str) -> None:
         prepare(POLYGLOTS[name], RULE)
 
 
-def test_what_hangs_behind_or_beside_a_picture_does_not_matter() -> None:
+def test_what_hangs_behind_or_beside_a_image_does_not_matter() -> None:
     plain = prepare(encoded(one_red()), RULE).canvas
     assert (prepare(encoded(one_red()) + b"PK\x03\x04 a zip file", RULE).canvas == plain).all()
     # What a camera's film holds is as good as random: the two bytes of a marker, hundreds of times.

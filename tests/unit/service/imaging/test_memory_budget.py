@@ -14,10 +14,10 @@ from PIL import Image
 
 from service.errors import MalformedImage, TooLarge
 from service.imaging.canvas import Buckets, Size
-from service.imaging.decode import decode, held_picture, prepare
+from service.imaging.decode import decode, held_image, prepare
 from service.imaging.memory_budget import DecodeMemory
 from service.imaging.resize import COPY_BYTES, LARGEST_COPIED
-from tests.pictures import encoded, huge_png, noise, one_red, sixteen_bit
+from tests.images import encoded, huge_png, noise, one_red, png_header, sixteen_bit
 
 RULE = Buckets(sizes=(Size(96, 128),))
 STRIP = 20 << 20
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[4]
 
 def needed(data: bytes, rule: Buckets | None) -> int:
     memory = DecodeMemory(1 << 40)
-    with held_picture(data, memory=memory, max_pixels=1 << 40, rule=rule):
+    with held_image(data, memory=memory, max_pixels=1 << 40, rule=rule):
         return memory.held
 
 
@@ -53,14 +53,23 @@ def test_what_does_not_fit_even_alone_is_refused(kind: str) -> None:
 
 def test_a_large_jpeg_takes_what_it_is_scaled_to() -> None:
     data = encoded(noise((1600, 1200)), "JPEG")
-    assert needed(data, RULE) == 200 * 150 * (4 + COPY_BYTES)
-    assert needed(data, None) == 1600 * 1200 * 8
+    sides = 40 * (1600 + 1200)
+    assert needed(data, RULE) == 200 * 150 * (4 + COPY_BYTES) + sides
+    assert needed(data, None) == 1600 * 1200 * 8 + sides
     progressive = encoded(noise((1600, 1200)), "JPEG", progressive=True)
-    assert needed(progressive, RULE) == 200 * 150 * (4 + COPY_BYTES) + 1600 * 1200 * 6
+    assert needed(progressive, RULE) == 200 * 150 * (4 + COPY_BYTES) + 1600 * 1200 * 6 + sides
 
 
 def test_a_bomb_is_known_by_its_header() -> None:
-    assert needed(huge_png(8000), RULE) == 8000 * 8000 * 5 + LARGEST_COPIED * COPY_BYTES + STRIP
+    scaled = LARGEST_COPIED * COPY_BYTES + STRIP + 40 * 16_000
+    assert needed(huge_png(8000), RULE) == 8000 * 8000 * 5 + scaled
+
+
+@pytest.mark.parametrize("size", [(50_000_000, 1), (1, 50_000_000)])
+def test_sides_of_millions_of_pixels_do_not_fit(size: tuple[int, int]) -> None:
+    memory = DecodeMemory(1 << 30)
+    with pytest.raises(TooLarge, match="decoding the image takes"):
+        prepare(png_header(*size), RULE, memory=memory, max_pixels=50_000_000)
 
 
 def test_large_images_wait_in_order_and_small_ones_behind_none() -> None:
@@ -124,12 +133,12 @@ print(json.dumps(result))
 """
 
 
-def test_no_picture_takes_more_than_was_held_for_it(tmp_path: Path) -> None:
+def test_no_image_takes_more_than_was_held_for_it(tmp_path: Path) -> None:
     """Measured: a process of its own for each, and the most memory that it ever had."""
     plain = noise((100, 75)).resize((1600, 1200), Image.Resampling.NEAREST)
     turned = Image.Exif()
     turned[0x0112] = 6
-    pictures = {
+    images = {
         "jpeg": encoded(plain, "JPEG"),
         "jpeg cmyk": encoded(plain.convert("CMYK"), "JPEG"),
         "jpeg progressive": encoded(plain, "JPEG", progressive=True, subsampling=0),
@@ -142,7 +151,7 @@ def test_no_picture_takes_more_than_was_held_for_it(tmp_path: Path) -> None:
         "webp": encoded(plain, "WEBP", method=0),
         "webp lossless alpha": encoded(plain.convert("RGBA"), "WEBP", lossless=True, method=0),
     }
-    for name, data in pictures.items():
+    for name, data in images.items():
         (tmp_path / name).write_bytes(data)
     run = subprocess.run(
         [sys.executable, "-c", MEASURE, tmp_path], cwd=ROOT, capture_output=True, check=True
@@ -150,6 +159,6 @@ def test_no_picture_takes_more_than_was_held_for_it(tmp_path: Path) -> None:
     # Code that is loaded when it is first used, and what an allocator keeps.
     slack = 6 << 20
     for name, taken in json.loads(run.stdout).items():
-        picture, _, how = name.rpartition(" ")
-        held = needed(pictures[picture], RULE if how == "prepare" else None)
+        image, _, how = name.rpartition(" ")
+        held = needed(images[image], RULE if how == "prepare" else None)
         assert taken <= held + slack, (name, taken, held)

@@ -25,9 +25,9 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(dice.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def pillow(picture: Image.Image, size: Size) -> NDArray[np.int64]:
+def pillow(image: Image.Image, size: Size) -> NDArray[np.int64]:
     wanted = (size.width, size.height)
-    return np.asarray(picture.resize(wanted, Image.Resampling.BILINEAR)).astype(np.int64)
+    return np.asarray(image.resize(wanted, Image.Resampling.BILINEAR)).astype(np.int64)
 
 
 @pytest.mark.skipif(
@@ -43,9 +43,9 @@ def test_this_machine_has_the_vectorised_build() -> None:
     "size", [(384, 512), (448, 597), (120, 160), (33, 7), (1, 1), (900, 1300), (480, 200)]
 )
 def test_drawn_cells_at_other_sizes(size: tuple[int, int]) -> None:
-    picture, _ = draw_smear(3)
-    found = resize(picture, Size(*size))
-    difference = np.abs(found.astype(np.int64) - pillow(picture, Size(*size)))
+    image, _ = draw_smear(3)
+    found = resize(image, Size(*size))
+    difference = np.abs(found.astype(np.int64) - pillow(image, Size(*size)))
     assert found.shape == (*size, 3)
     assert found.dtype == np.uint8
     assert difference.max() <= 2
@@ -57,31 +57,31 @@ def test_drawn_cells_at_other_sizes(size: tuple[int, int]) -> None:
 def test_noise_between_any_two_sizes(
     width: int, height: int, to_width: int, to_height: int
 ) -> None:
-    """The hardest picture there is: neighbours have nothing in common."""
-    picture, size = noise(width, height), Size(to_height, to_width)
-    difference = np.abs(resize(picture, size).astype(np.int64) - pillow(picture, size))
+    """The hardest image there is: neighbours have nothing in common."""
+    image, size = noise(width, height), Size(to_height, to_width)
+    difference = np.abs(resize(image, size).astype(np.int64) - pillow(image, size))
     assert difference.max() <= 2
 
 
-def test_a_picture_of_the_size_that_is_asked_for_stays_as_it_is() -> None:
-    picture = noise(64, 48)
-    assert np.array_equal(resize(picture, Size(48, 64)), np.asarray(picture))
+def test_a_image_of_the_size_that_is_asked_for_stays_as_it_is() -> None:
+    image = noise(64, 48)
+    assert np.array_equal(resize(image, Size(48, 64)), np.asarray(image))
 
 
 @pytest.mark.parametrize("shade", [0, 1, 127, 254, 255])
-def test_a_plain_picture_stays_plain(shade: int) -> None:
-    picture = Image.new("RGB", (301, 203), (shade, 255 - shade, shade))
-    found = resize(picture, Size(96, 128))
+def test_a_plain_image_stays_plain(shade: int) -> None:
+    image = Image.new("RGB", (301, 203), (shade, 255 - shade, shade))
+    found = resize(image, Size(96, 128))
     assert np.array_equal(found, np.broadcast_to([shade, 255 - shade, shade], (96, 128, 3)))
 
 
-def test_a_very_large_picture_is_scaled_without_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_very_large_image_is_scaled_without_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resizing, "LARGEST_COPIED", 100 * 100 - 1)
-    picture = noise(100, 100)
-    assert np.array_equal(resize(picture, Size(50, 40)), pillow(picture, Size(50, 40)))
+    image = noise(100, 100)
+    assert np.array_equal(resize(image, Size(50, 40)), pillow(image, Size(50, 40)))
 
 
 def test_without_the_vectorised_build_it_is_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resizing, "vectorised", None)
-    picture = noise(120, 90)
-    assert np.array_equal(resize(picture, Size(50, 40)), pillow(picture, Size(50, 40)))
+    image = noise(120, 90)
+    assert np.array_equal(resize(image, Size(50, 40)), pillow(image, Size(50, 40)))

@@ -17,7 +17,7 @@ import service
 from service.imaging.samples import PLATELET, RED, WHITE, draw_smear, sample_jpeg
 
 
-def test_the_same_seed_draws_the_same_picture_and_another_seed_another() -> None:
+def test_the_same_seed_draws_the_same_image_and_another_seed_another() -> None:
     first, cells = draw_smear(3)
     again, cells_again = draw_smear(3)
     other, other_cells = draw_smear(4)
@@ -27,7 +27,7 @@ def test_the_same_seed_draws_the_same_picture_and_another_seed_another() -> None
     assert cells != other_cells
 
 
-def test_the_picture_does_not_depend_on_global_random_state() -> None:
+def test_the_image_does_not_depend_on_global_random_state() -> None:
     np.random.seed(1)
     first, _ = draw_smear(3)
     np.random.seed(2)
@@ -46,7 +46,7 @@ def test_as_many_cells_as_asked(red: int, white: int, platelets: int) -> None:
 
 
 @pytest.mark.parametrize("size", [(640, 480), (480, 640), (1280, 960), (333, 251), (64, 64)])
-def test_boxes_lie_inside_the_picture_and_scale_with_it(size: tuple[int, int]) -> None:
+def test_boxes_lie_inside_the_image_and_scale_with_it(size: tuple[int, int]) -> None:
     width, height = size
     image, cells = draw_smear(5, width=width, height=height)
     assert image.size == size
@@ -101,7 +101,7 @@ def test_a_negative_count_is_refused(wrong: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"width": 63}, {"height": 0}])
-def test_a_tiny_picture_is_refused(wrong: dict[str, int]) -> None:
+def test_a_tiny_image_is_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="at least 64"):
         draw_smear(0, **wrong)
 

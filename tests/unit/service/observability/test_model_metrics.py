@@ -49,7 +49,7 @@ def test_series_begin_at_zero_and_end_with_their_model() -> None:
 
     numbers = collector.of("cells", 1, ("RBC", "WBC"))
     found = np.array([1, 1, 0]), np.array([0.9, 0.8, 0.7], dtype=np.float32)
-    numbers.observe_picture(STAGES, *found)
+    numbers.observe_image(STAGES, *found)
     after = series(collector)
     assert after[name, frozenset({"cells", "1", "WBC"})] == 2
     assert after["retinaserve_detection_score_count", frozenset({"cells", "1"})] == 3
@@ -60,7 +60,7 @@ def test_series_begin_at_zero_and_end_with_their_model() -> None:
 
     loaded.clear()
     loaded[ModelKey("cells", 2)] = ("RBC",)
-    # A picture of the old version comes to its end after the version has gone.
+    # An image of the old version comes to its end after the version has gone.
     collector.of("cells", 1, ("RBC", "WBC")).count("answered")
     labels = frozenset.union(*(labels for _, labels in series(collector)))
     assert "2" in labels
@@ -76,10 +76,10 @@ def test_another_file_under_the_same_version_begins_anew() -> None:
     assert series(collector)[name, frozenset({"cells", "1", "answered"})] == 0
 
 
-def test_a_picture_without_objects_counts_too() -> None:
+def test_a_image_without_objects_counts_too() -> None:
     collector = ModelMetricsCollector()
     empty = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32)
-    collector.of("cells", 1, ("RBC",)).observe_picture(STAGES, *empty)
+    collector.of("cells", 1, ("RBC",)).observe_image(STAGES, *empty)
     found = series(collector)
     name = "retinaserve_detections_per_picture_bucket"
     assert found[name, frozenset({"cells", "1", "0.0"})] == 1

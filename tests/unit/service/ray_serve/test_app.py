@@ -14,7 +14,7 @@ from service.ray_serve.app import Replica, app, fit, open_app
 from service.settings import Settings
 from service.system.cpus import cpu_count
 from tests import tiny_model
-from tests.pictures import encoded, one_red
+from tests.images import encoded, one_red
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ from service.runtime.detector import Detector
 from service.runtime.devices import Device, open_detector
 from service.settings import Settings, bundled_models
 from tests import seam_model, tiny_model
-from tests.pictures import encoded, one_red
+from tests.images import encoded, one_red
 
 Spoil = Callable[[Path], None]
 
@@ -189,8 +189,8 @@ def test_commands_refuse_a_file_with_fewer_names_than_classes(
     path = tiny_model.save(tmp_path)
     described(classes=["red", "green"])(path)
     (tmp_path / "image.png").write_bytes(encoded(one_red()))
-    pictures = [str(tmp_path)] if "detect" in command else []
-    result = CliRunner().invoke(retinaserve, [*command, str(path), *pictures])
+    images = [str(tmp_path)] if "detect" in command else []
+    result = CliRunner().invoke(retinaserve, [*command, str(path), *images])
     assert result.exit_code != 0
     assert result.stdout == ""
     assert "3 classes apart" in result.stderr

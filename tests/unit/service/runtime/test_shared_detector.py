@@ -35,7 +35,7 @@ class Fake(Detector):
         call.begun.set()
         assert call.go.wait(SECONDS)
         if call.fails:
-            raise RuntimeError("bad picture")
+            raise RuntimeError("bad image")
         return []
 
 
@@ -114,10 +114,10 @@ def test_both_sessions_give_the_same_answers() -> None:
     alone, beside = (open_detector(artifact, Device("cpu", threads=count)) for count in (4, 1))
     file = io.BytesIO()
     draw_smear(1)[0].save(file, "JPEG")
-    picture = prepare(file.getvalue(), artifact.metadata.canvas, max_pixels=10**7)
-    sizes = np.array([picture.letterbox.resized], dtype=np.int64)
+    image = prepare(file.getvalue(), artifact.metadata.canvas, max_pixels=10**7)
+    sizes = np.array([image.letterbox.resized], dtype=np.int64)
     (expected,), (found,) = (
-        each([picture.canvas], sizes, score_threshold=0.05, iou_threshold=0.5)
+        each([image.canvas], sizes, score_threshold=0.05, iou_threshold=0.5)
         for each in (alone, beside)
     )
     assert len(expected) > 10

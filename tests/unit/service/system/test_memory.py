@@ -36,7 +36,7 @@ def run(**environment: str) -> list[str]:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's settings")
-def test_freed_pictures_are_not_fetched_from_the_kernel_again() -> None:
+def test_freed_images_are_not_fetched_from_the_kernel_again() -> None:
     done, *faults = run()
     assert done == "True"
     # Each of the 50 would cost a fault for every 4 KiB.

@@ -24,7 +24,7 @@ from service.runtime.gpu.split_detector import SplitDetector
 from service.settings import bundled_models
 from tests import seam_model
 from tests.canvases import found, noise, same, sizes_of
-from tests.pictures import encoded
+from tests.images import encoded
 
 pytestmark = pytest.mark.gpu
 
@@ -56,8 +56,8 @@ def warm(bundled: Artifact, gpu: Device, canvas: Size) -> SplitDetector:
     return detector
 
 
-def pictures(artifact: Artifact, count: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Drawn blood cells that share a canvas, and the sizes of their pictures."""
+def images(artifact: Artifact, count: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Drawn blood cells that share a canvas, and the sizes of their images."""
     drawn = [encoded(draw_smear(seed)[0], "PNG") for seed in range(count)]
     prepared = [prepare(each, artifact.metadata.canvas) for each in drawn]
     return (
@@ -90,7 +90,7 @@ def test_the_network_runs_as_cuda_graphs(
 
 
 def test_a_replay_answers_as_the_first_run(warm: SplitDetector, bundled: Artifact) -> None:
-    canvases, sizes = pictures(bundled, 4)
+    canvases, sizes = images(bundled, 4)
     first = found(warm, canvases, sizes, score=0.3)
     for _ in range(3 * SLOTS):
         assert same(found(warm, canvases, sizes, score=0.3), first)
@@ -104,13 +104,13 @@ def test_split_on_the_gpu_answers_as_the_whole_file_on_the_cpu(
 ) -> None:
     whole = open_detector(bundled, Device("cpu"))
     for count in (1, 3, 4, 6):
-        canvases, sizes = pictures(bundled, count)
+        canvases, sizes = images(bundled, count)
         agree(found(warm, canvases, sizes, score=0.3), found(whole, canvases, sizes, score=0.3))
 
 
 def test_without_tf32_it_is_nearer(bundled: Artifact, canvas: Size) -> None:
     exact = resolve("cuda", tf32=False).devices[0]
-    canvases, sizes = pictures(bundled, 2)
+    canvases, sizes = images(bundled, 2)
     expected = found(open_detector(bundled, Device("cpu")), canvases, sizes, score=0.3)
     answers = found(open_detector(bundled, exact, batch=2), canvases, sizes, score=0.3)
     for a, b in zip(answers, expected, strict=True):
@@ -120,7 +120,7 @@ def test_without_tf32_it_is_nearer(bundled: Artifact, canvas: Size) -> None:
 
 
 def test_companions_change_no_answer(warm: SplitDetector, bundled: Artifact) -> None:
-    canvases, sizes = pictures(bundled, 4)
+    canvases, sizes = images(bundled, 4)
     together = found(warm, canvases, sizes, score=0.3)
     for index in range(4):
         (alone,) = found(warm, canvases[[index]], sizes[[index]], score=0.3)
@@ -160,7 +160,7 @@ def test_two_threads_never_share_the_session(
         finally:
             busy.release()
 
-    canvases, sizes = pictures(bundled, 4)
+    canvases, sizes = images(bundled, 4)
     expected = found(warm, canvases, sizes, score=0.3)
     monkeypatch.setattr(session, "run_with_iobinding", watched)
     with ThreadPoolExecutor(4) as callers:
@@ -173,7 +173,7 @@ def test_another_model_is_made_ready_while_one_serves(
     warm: SplitDetector, bundled: Artifact, gpu: Device, canvas: Size
 ) -> None:
     """Captures are CUDA's own business with every thread of the process: see CaptureGate."""
-    canvases, sizes = pictures(bundled, 4)
+    canvases, sizes = images(bundled, 4)
     expected = found(warm, canvases, sizes, score=0.3)
     done = threading.Event()
 

@@ -439,21 +439,21 @@ def test_two_callers_of_one_detector_serve_a_pipeline(
 ) -> None:
     servable = Servable("seam", 1, artifact, (halves,) * SLOTS)
     pipeline = Pipeline(devices=SLOTS, decode_threads=2, policy=Policy(4), on_batch=lambda *_: None)
-    pictures = noise(7, 24, SMALL)
+    images = noise(7, 24, SMALL)
     letterbox = Letterbox(SMALL, SMALL, SMALL)
 
     async def detect_all() -> Iterator[Detections]:
         outcomes = await asyncio.gather(
             *(
                 pipeline.detect_canvas(
-                    lambda picture=picture: Prepared(picture, letterbox),
+                    lambda image=image: Prepared(image, letterbox),
                     servable,
                     score=0.45,
                     iou=0.5,
                     deadline=time.monotonic() + SECONDS,
                     finish=as_it_is,
                 )
-                for picture in pictures
+                for image in images
             )
         )
         return (outcome.detections for outcome in outcomes)
@@ -463,6 +463,6 @@ def test_two_callers_of_one_detector_serve_a_pipeline(
         answers = list(asyncio.run(detect_all()))
     finally:
         pipeline.close()
-    expected = found(whole, pictures, sizes_of(24, SMALL), most=1000)
+    expected = found(whole, images, sizes_of(24, SMALL), most=1000)
     assert same(answers, expected)
     assert math.isfinite(servable.costs.of(SMALL).seconds(4))

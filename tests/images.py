@@ -1,4 +1,4 @@
-"""Pictures for tests, drawn when needed: squares that the tiny model finds, and rubbish."""
+"""Images for tests, drawn when needed: squares that the tiny model finds, and rubbish."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BLUE = (0, 0, 255)
 def squares(
     *placed: tuple[int, int, tuple[int, int, int]], size: tuple[int, int] = (128, 96)
 ) -> Image.Image:
-    """A black picture of `size` (width, height) with 32 px squares at (x, y)."""
+    """A black image of `size` (width, height) with 32 px squares at (x, y)."""
     image = Image.new("RGB", size)
     for x, y, colour in placed:
         image.paste(colour, (x, y, x + 32, y + 32))
@@ -31,7 +31,7 @@ def one_red() -> Image.Image:
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    """The picture as a file."""
+    """The image as a file."""
     target = io.BytesIO()
     image.save(target, kind, **options)
     return target.getvalue()
@@ -82,7 +82,7 @@ def sixteen_bit(image: Image.Image) -> bytes:
 
 
 def noise(size: tuple[int, int], seed: int = 0) -> Image.Image:
-    """A picture that compresses badly."""
+    """An image that compresses badly."""
     width, height = size
     values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(values)

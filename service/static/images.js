@@ -1,4 +1,4 @@
-// What the browser itself makes of a picture. One is decoded at a time, the one on show first, and
+// What the browser itself makes of an image. One is decoded at a time, the one on show first, and
 // few are kept large: a folder of photographs would fill the memory.
 
 import { state } from "./state.js";
@@ -7,7 +7,7 @@ const LARGE_ONES = 6;
 const broken = { failure: "this browser cannot paint in the background" };
 
 const jobs = new Map();
-const kept = []; // pictures that have a preview, the latest last
+const kept = []; // images that have a preview, the latest last
 let worker = null;
 let works = true;
 let last = 0;
@@ -37,39 +37,39 @@ function run(job) {
 
 let looking = false;
 
-/** Decode whatever the page can show now; `changed` is called with each picture that came. */
+/** Decode whatever the page can show now; `changed` is called with each image that came. */
 export async function lookAtAll(changed) {
   if (looking) return;
   looking = true;
-  for (let picture; (picture = nextToLookAt()); ) {
-    const large = picture === state.current;
-    const seen = await run({ kind: "look", file: picture.file, large });
-    if (!state.pictures.includes(picture)) {
+  for (let image; (image = nextToLookAt()); ) {
+    const large = image === state.current;
+    const seen = await run({ kind: "look", file: image.file, large });
+    if (!state.images.includes(image)) {
       seen.thumbnail?.close();
       seen.preview?.close();
       continue;
     }
-    keep(picture, seen);
-    changed(picture);
+    keep(image, seen);
+    changed(image);
   }
   looking = false;
 }
 
 function nextToLookAt() {
-  const { current, pictures } = state;
+  const { current, images } = state;
   if (current && !current.preview && !current.undrawable) return current;
-  return pictures.find((picture) => !picture.thumbnail && !picture.undrawable);
+  return images.find((image) => !image.thumbnail && !image.undrawable);
 }
 
-function keep(picture, { size, thumbnail, preview, failure }) {
-  picture.undrawable = Boolean(failure);
+function keep(image, { size, thumbnail, preview, failure }) {
+  image.undrawable = Boolean(failure);
   if (failure) return;
-  picture.size = size;
-  picture.thumbnail ??= painted(thumbnail);
+  image.size = size;
+  image.thumbnail ??= painted(thumbnail);
   thumbnail.close();
   if (!preview) return;
-  picture.preview = preview;
-  kept.push(picture);
+  image.preview = preview;
+  kept.push(image);
   if (kept.length > LARGE_ONES) {
     forget(kept.find((each) => each !== state.current));
   }
@@ -83,15 +83,15 @@ function painted(bitmap) {
   return canvas;
 }
 
-/** Free what a picture holds besides its file. */
-export function forget(picture) {
-  picture.preview?.close();
-  picture.preview = null;
-  const index = kept.indexOf(picture);
+/** Free what an image holds besides its file. */
+export function forget(image) {
+  image.preview?.close();
+  image.preview = null;
+  const index = kept.indexOf(image);
   if (index >= 0) kept.splice(index, 1);
 }
 
-/** The picture in its full size with boxes, as a PNG blob; null where this browser cannot. */
+/** The image in its full size with boxes, as a PNG blob; null where this browser cannot. */
 export async function annotatedBlob({ file }, detections, options) {
   const { blob } = await run({ kind: "annotate", file, detections, options });
   return blob ?? null;
