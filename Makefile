@@ -45,7 +45,7 @@ test: $(TEST_VENV)/installed
 
 # No torch: what serves and what scales needs none.
 test-scale: $(SCALE_VENV)/installed
-	$(SCALE_VENV)/bin/python -m pytest $(SCALE_TESTS)
+	$(SCALE_VENV)/bin/python -m pytest -m ray $(SCALE_TESTS)
 
 lint: $(TEST_VENV)/installed
 	$(TEST_VENV)/bin/python -m ruff check .

@@ -1,6 +1,6 @@
 """What stands around the network in the model file, written in ONNX itself.
 
-Before it the normalisation of the image; behind it, level by level, the best anchors and their boxes.
+Before it the normalisation of the image; behind it, level by level, the best anchors and boxes.
 All of that depends on the canvas, whose size the file leaves open: torch's exporter takes several
 times as long to follow open sizes as to export the network, and guesses at some. What it computes
 is what `RetinaNet` and `candidates` compute, and `verification` compares the two in every export.
