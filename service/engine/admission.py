@@ -1,12 +1,17 @@
-"""Who is let in: bounds on what the service holds, and the prediction of when work will be done."""
+"""Which requests are let in: those that find room, and that will be done by their deadline."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from service.engine.batch_queue import Urgency
-from service.errors import Unavailable
+from service.engine.places import Places
+from service.engine.prediction import KINDS, Booking, Prediction, Price
+from service.engine.work import Servable
+from service.errors import DeadlineExceeded, Unavailable
 
 _START: Final = 1.1
 """How much longer than predicted work is taken to last before anything was seen."""
@@ -17,10 +22,10 @@ _FALL: Final = 0.0002
 """Share of the ratio's excess over 1 that goes when work did not last longer, a tenth of it at
 least: it settles where some 0.2 % last longer. A ratio that is too high makes queues shorter and
 keeps no device idle; one that is too low breaks promises."""
-_SPARED: Final = 4
-"""One in so many places is never taken by bulk."""
 WAY_BACK: Final = 0.02
 """Seconds from a device to the client: the event loop, and writing the answer."""
+_RARE: Final = 0.02
+"""`_FALL` for kinds of requests that are few: by the usual share their ratio never would."""
 _SMALL_CHANGE: Final = 0.05
 """Seconds that are added to both sides of a comparison: being 20 ms late on 20 ms is no pattern."""
 
@@ -74,98 +79,59 @@ def refuse_late(*, finish: float, left: float, alone: float) -> None:
 
 
 class Admission:
-    """Bounds how many images, and bytes of them, the service holds. One event loop's."""
+    """Lets a request in, or refuses it with the time after which to try again. Not thread-safe.
+
+    A request is asked about twice at most: `check` before its body is read, `promise` once its
+    image's header tells what it costs.
+    """
 
     def __init__(
-        self,
-        limit: int,
-        *,
-        bytes_limit: int | None = None,
-        pause: Callable[[], float] | None = None,
+        self, places: Places, prediction: Prediction, *, refuse_if_over: Callable[[], None]
     ) -> None:
-        """`pause` tells how many seconds it will take until there is room."""
-        self.limit = limit
-        self.bytes_limit = bytes_limit
-        self.bulk_limit = limit - limit // _SPARED
-        """Bulk leaves places to those who wait for one image."""
-        self.held = 0
-        self.bulk_held = 0
-        self.bytes_held = 0
-        self._pause = pause or (lambda: 1.0)
-
-    def check(self, places: int = 1, size: int = 0, urgency: Urgency = Urgency.INTERACTIVE) -> None:
-        """Raise Unavailable when there is no room, before anything was spent on the request."""
-        if self.held + places > self.limit:
-            raise Unavailable(
-                f"the queue is full ({self.limit} images); try again in a moment",
-                reason="queue-full",
-                retry_after=self._pause(),
-            )
-        if urgency is Urgency.BULK and self.bulk_held + places > self.bulk_limit:
-            raise Unavailable(
-                f"batches hold {self.bulk_held} of {self.limit} places, the rest is for single "
-                "images; try again in a moment",
-                reason="queue-full",
-                retry_after=self._pause(),
-            )
-        # What is larger than the bound passes when it is alone: its size has a bound of its own.
-        crowded = self.bytes_limit is not None and self.bytes_held + size > self.bytes_limit
-        if crowded and size and self.bytes_held:
-            raise Unavailable(
-                f"the queue holds {self.bytes_held} bytes of images and has no room for {size} "
-                f"more (at most {self.bytes_limit}); try again in a moment",
-                reason="queue-bytes",
-                retry_after=self._pause(),
-            )
-
-    def slot(self, size: int = 0, urgency: Urgency = Urgency.INTERACTIVE) -> Place:
-        """To hold the place of an image of so many bytes. Raises Unavailable without room."""
-        self.check(1, size, urgency)
-        return Place(self, 1, size, bulk=int(urgency is Urgency.BULK))
-
-    def body(self, size: int) -> Place:
-        """To hold the bytes of a request of many images, which then need only places.
-
-        Raises Unavailable without room.
-        """
-        self.check(0, size)
-        return self.hold(0, size)
-
-    def more(self, places: int) -> Place:
-        """To hold further places, for a request of several canvases.
-
-        Raises Unavailable without room for all of them.
-        """
-        self.check(places)
-        return self.hold(places, 0)
-
-    def hold(self, places: int, size: int) -> Place:
-        """To hold what has been checked already."""
-        return Place(self, places, size)
-
-
-class Place:
-    """What is held while a `with` block runs."""
-
-    __slots__ = ("_admission", "_bulk", "_places", "_size")
-
-    def __init__(self, admission: Admission, places: int, size: int, *, bulk: int = 0) -> None:
-        self._admission = admission
+        """`refuse_if_over` raises Unavailable once no more work is taken."""
         self._places = places
-        self._size = size
-        self._bulk = bulk
+        self._prediction = prediction
+        self._refuse_if_over = refuse_if_over
+        # Bulk is also overtaken by what comes after it.
+        self._cautions = {
+            (urgency, kind): Caution() if kind == "single" else Caution(fall=_RARE)
+            for urgency in Urgency
+            for kind in KINDS
+        }
 
-    def __enter__(self) -> None:
-        self._change(1)
+    def check(self, patience: float, urgency: Urgency) -> None:
+        """Raise Unavailable where any image would be refused, whatever its body holds.
 
-    def __exit__(self, *_: object) -> None:
-        self._change(-1)
+        `patience` is how many seconds its client waits.
+        """
+        self._refuse_if_over()
+        self._places.check(urgency=urgency)
+        wait = self._cautions[urgency, "single"].stretch(self._prediction.wait(urgency))
+        refuse_late(finish=wait, left=patience, alone=0.0)
 
-    def _change(self, sign: int) -> None:
-        held = self._admission
-        held.held += sign * self._places
-        held.bytes_held += sign * self._size
-        held.bulk_held += sign * self._bulk
+    @contextmanager
+    def promise(
+        self, model: Servable, deadline: float, price: Price, urgency: Urgency
+    ) -> Iterator[Booking]:
+        """Do the work of the block if it will be done by `deadline`, and learn how long it took.
+
+        What of it comes into the queues bit by bit is booked meanwhile. Raises Unavailable.
+        """
+        self._refuse_if_over()
+        forecast = self._prediction.forecast(model, price, urgency)
+        caution = self._cautions[urgency, price.kind]
+        # An idle service lets in whatever is not hopeless: what it has learnt may be out of date,
+        # and only work can tell.
+        finish = caution.stretch(forecast.needed) + WAY_BACK if forecast.wait else forecast.alone
+        started = time.monotonic()
+        refuse_late(finish=finish, left=deadline - started, alone=forecast.alone)
+        with self._prediction.booked(model, price) as booking:
+            try:
+                yield booking
+            except DeadlineExceeded:
+                caution.observe(predicted=forecast.needed, actual=time.monotonic() - started)
+                raise
+            caution.observe(predicted=forecast.needed, actual=time.monotonic() - started)
 
 
 def _ms(seconds: float) -> str:

@@ -13,13 +13,13 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any, Final, TypeVar, cast
 
 from service.engine.batch_queue import BatchQueue, Policy, Urgency
 from service.engine.inference import brief, deliver, finished, run_batch
-from service.engine.prediction import ONE_IMAGE, Booking, Prediction, Price, infers
+from service.engine.prediction import Prediction, infers
 from service.engine.work import (
     NOTHING_KNOWN,
     BatchKey,
@@ -31,7 +31,7 @@ from service.engine.work import (
     as_it_is,
 )
 from service.engine.workers import Watchdog, Worker
-from service.errors import DeadlineExceeded, InferenceFailed, RetinaserveError, Unavailable
+from service.errors import InferenceFailed, RetinaserveError, Unavailable
 from service.imaging.canvas import CanvasRule, Size
 from service.imaging.decode import Prepared, draft_scale, examine, prepare
 from service.imaging.header import Header, read_header
@@ -155,48 +155,6 @@ class Pipeline:
             if worker.thread.ident is not None:
                 worker.thread.join(max(0.0, limit - time.monotonic()))
 
-    def admit(
-        self,
-        model: Servable,
-        deadline: float,
-        price: Price = ONE_IMAGE,
-        urgency: Urgency = Urgency.INTERACTIVE,
-    ) -> float:
-        """As `Prediction.admit`; once it is over, every request is refused."""
-        self._refuse_if_over()
-        return self.prediction.admit(model, deadline, price, urgency)
-
-    @contextlib.contextmanager
-    def admitted(
-        self,
-        model: Servable,
-        deadline: float,
-        price: Price,
-        urgency: Urgency = Urgency.INTERACTIVE,
-    ) -> Iterator[Booking]:
-        """Do what is inside the block if it will be done by `deadline`, and learn from it.
-
-        What comes into the queues bit by bit is booked until then. Raises Unavailable.
-        """
-        needed = self.admit(model, deadline, price, urgency)
-        started = time.monotonic()
-
-        def learn() -> None:
-            self.prediction.learn(
-                urgency, price, predicted=needed, actual=time.monotonic() - started
-            )
-
-        device = self.prediction.inference(model, price) if price.canvases > 1 else 0.0
-        with self.prediction.booked(
-            device=device, thread=price.after if price.long else 0.0
-        ) as booking:
-            try:
-                yield booking
-            except DeadlineExceeded:
-                learn()
-                raise
-            learn()
-
     def estimate(self, kind: str, pixels: float, canvas: Size | None = None) -> Estimate:
         """What work of a kind will take in a decode thread."""
         return Estimate(canvas, kind, pixels, self.prediction.thread_costs.seconds(kind, pixels))
@@ -213,31 +171,24 @@ class Pipeline:
         finish: Callable[[Outcome], T],
         memory: DecodeMemory | None = None,
         urgency: Urgency = Urgency.INTERACTIVE,
-        estimate: Estimate | None = None,
+        estimate: Estimate = NOTHING_KNOWN,
     ) -> T:
-        """Detect on one compressed image. Leaves the queue at once when cancelled or late.
+        """Detect on one compressed image that was let in.
 
-        With an `estimate` it has been let in already. Raises what `admit` and `imaging.prepare`
-        raise, DeadlineExceeded, InferenceFailed, or what `finish` raises.
+        It leaves the queue at once when cancelled or late. Raises what `imaging.prepare` raises,
+        Unavailable, DeadlineExceeded, InferenceFailed, or what `finish` raises.
         """
         rule = model.metadata.canvas
-        make = partial(prepare, data, rule, max_pixels=max_pixels, memory=memory)
-        detect = partial(
-            self.detect_canvas,
-            make,
+        return await self.detect_canvas(
+            partial(prepare, data, rule, max_pixels=max_pixels, memory=memory),
             model,
             score=score,
             iou=iou,
             deadline=deadline,
             finish=finish,
             urgency=urgency,
+            estimate=estimate,
         )
-        if estimate is not None:
-            return await detect(estimate=estimate)
-        estimate = self.decoding(await look_at(data, max_pixels), rule, max_pixels)
-        price = Price(estimate.canvas, decode=estimate.seconds, long=estimate.long)
-        with self.admitted(model, deadline, price, urgency):
-            return await detect(estimate=estimate)
 
     def decoding(
         self, header: Header | None, rule: CanvasRule, max_pixels: int, *, whole: bool = False
@@ -299,7 +250,6 @@ class Pipeline:
 
         `finish` makes the answer of the outcome: on a CPU in the thread that has it, where what it
         needs is still in the core's caches; otherwise on the event loop, so that no device waits.
-        Whoever calls this has called `admit`.
         """
         # Held by the work alone: a frame that held it, and an exception in it, would be a cycle.
         future = asyncio.get_running_loop().create_future
@@ -310,7 +260,7 @@ class Pipeline:
 
     async def _pass(self, work: Work) -> Any:
         """Hand work to the threads, and wait for what comes of it."""
-        self._refuse_if_over()
+        self.refuse_if_over()
         loop = self._loop = asyncio.get_running_loop()
         timer = loop.call_later(max(0.0, work.deadline - time.monotonic()), work.expire)
         self._pending.add(work)
@@ -327,7 +277,8 @@ class Pipeline:
             # with this name left in the frame the image would wait for the cycle collector.
             del work
 
-    def _refuse_if_over(self) -> None:
+    def refuse_if_over(self) -> None:
+        """Raise Unavailable once no more work is taken."""
         if self.fatal is not None:
             raise Unavailable(self.fatal, reason="device-lost", retry_after=30.0)
         if self._over is not None:

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final, Literal, NamedTuple
 
-from service.engine.admission import WAY_BACK, Caution, refuse_late
 from service.engine.batch_queue import URGENT_TURNS, BatchQueue, Lane, Urgency
 from service.engine.cost import ThreadCosts
 from service.engine.work import BatchKey, DecodeKey, Servable, Work
@@ -17,10 +16,10 @@ from service.imaging.canvas import Size
 
 _LONGEST_DOUBT: Final = 30.0
 """Seconds that a batch which is overdue is thought to need at most."""
-_FRESH: Final = 0.002
-"""Seconds within which a request that has been checked is let in by what was seen then."""
-_RARE: Final = 0.02
-"""How fast caution falls for kinds of requests that are few: by the usual share it never would."""
+
+
+Kind = Literal["single", "long", "many"]
+KINDS: Final[tuple[Kind, ...]] = ("single", "long", "many")
 
 
 class Price(NamedTuple):
@@ -39,14 +38,11 @@ class Price(NamedTuple):
     """Whether a decode thread is held for long at a time."""
 
     @property
-    def kind(self) -> Literal["single", "long", "many"]:
+    def kind(self) -> Kind:
         """Requests of one kind are mispredicted in the same way."""
         if self.canvases > 1:
             return "many"
         return "long" if self.long else "single"
-
-
-ONE_IMAGE: Final = Price()
 
 
 class Booking:
@@ -59,14 +55,15 @@ class Booking:
         """Seconds of a decode thread, long at a time."""
 
 
-class _Checked(NamedTuple):
-    """What a check saw."""
+class Forecast(NamedTuple):
+    """When a request would be done, in seconds from now."""
 
-    urgency: Urgency
-    arrivals: int
-    at: float
-    """On the clock of `time.monotonic`."""
     wait: float
+    """Until its turn; 0: an idle service."""
+    needed: float
+    """Until it is done."""
+    alone: float
+    """The least that it takes on an idle service."""
 
 
 class Prediction:
@@ -96,14 +93,6 @@ class Prediction:
         self.thread_costs = ThreadCosts()
         """What work in decode threads costs."""
         self._bookings: set[Booking] = set()
-        self._checked: _Checked | None = None
-        """The last check."""
-        self._cautions = {
-            (urgency, kind): Caution() if kind == "single" else Caution(fall=_RARE)
-            for urgency in Urgency
-            for kind in ("single", "long", "many")
-        }
-        """One for each: bulk is also overtaken by what comes after it."""
 
     def wait(self, urgency: Urgency = Urgency.INTERACTIVE, *, long: bool = False) -> float:
         """How many seconds, by what is known, until an image that comes now has its turn.
@@ -125,42 +114,27 @@ class Prediction:
         return max(seconds / self._count, self._decoding(before_it, now, long=long))
 
     @contextmanager
-    def booked(self, *, device: float = 0.0, thread: float = 0.0) -> Iterator[Booking]:
-        """Count work that comes into the queues bit by bit, such as tiles. On the event loop."""
-        booking = Booking(device, thread)
+    def booked(self, model: Servable, price: Price) -> Iterator[Booking]:
+        """Count what of a request comes into the queues bit by bit, such as tiles.
+
+        On the event loop.
+        """
+        booking = Booking(
+            device=self._inference(model, price) if price.canvases > 1 else 0.0,
+            thread=price.after if price.long else 0.0,
+        )
         self._bookings.add(booking)
         try:
             yield booking
         finally:
             self._bookings.discard(booking)
 
-    def check(self, seconds: float, urgency: Urgency) -> None:
-        """Raise Unavailable when the queue alone takes longer than `seconds`. On the event loop."""
-        arrivals, now = self._arrived.arrivals, time.monotonic()
-        wait = self.wait(urgency)
-        self._checked = _Checked(urgency, arrivals, now, wait)
-        caution = self._cautions[urgency, "single"]
-        refuse_late(finish=caution.stretch(wait), left=seconds, alone=0.0)
-
-    def admit(
-        self,
-        model: Servable,
-        deadline: float,
-        price: Price = ONE_IMAGE,
-        urgency: Urgency = Urgency.INTERACTIVE,
-    ) -> float:
-        """Let a request in if it will be done by `deadline`. Returns the seconds that it needs.
-
-        Raises Unavailable. On the event loop.
-        """
-        rounds = math.ceil(price.canvases / self._count)
-        alone = model.costs.fastest * rounds
-        work = price.decode + price.after
-        inference = self.inference(model, price)
-        if price.kind == "single":
-            wait = self._wait_as_checked(urgency)
-        else:
-            wait = self.wait(urgency, long=price.long)
+    def forecast(self, model: Servable, price: Price, urgency: Urgency) -> Forecast:
+        """When a request that comes now would be done. On the event loop."""
+        work, inference = price.decode + price.after, self._inference(model, price)
+        wait = self.wait(urgency, long=price.long)
+        alone = model.costs.fastest * math.ceil(price.canvases / self._count)
+        if price.kind != "single":
             # What is long is learnt from few: the estimate must do on an idle service, too.
             alone += work
         if price.canvases > 1:
@@ -168,44 +142,12 @@ class Prediction:
             inference *= 1 + self._others(price.window) / price.window
         if price.long:
             wait += sum(each.thread for each in self._bookings) / self._long_threads
-        needed = wait + work + inference
-        # An idle service lets in whatever is not hopeless: what it has learnt may be out of date,
-        # and only work can tell.
-        caution = self._cautions[urgency, price.kind]
-        finish = caution.stretch(needed) + WAY_BACK if wait else alone
-        refuse_late(finish=finish, left=deadline - time.monotonic(), alone=alone)
-        return needed
+        return Forecast(wait, wait + work + inference, alone)
 
-    def inference(self, model: Servable, price: Price) -> float:
+    def _inference(self, model: Servable, price: Price) -> float:
         """Seconds that the canvases of a request take on the devices, were they alone."""
         rounds = math.ceil(price.canvases / self._count)
         return model.costs.of(price.canvas).lasting(rounds, most=self._max_batch_size)
-
-    def _wait_as_checked(self, urgency: Urgency) -> float:
-        """As `wait`, without looking again where nothing has come since a check a moment ago.
-
-        Of a request whose body came with its headers that is the check of the request itself.
-        """
-        seen = self._checked
-        if (
-            seen is None
-            or seen.urgency is not urgency
-            or seen.arrivals != self._arrived.arrivals
-            or time.monotonic() - seen.at > _FRESH
-        ):
-            return self.wait(urgency)
-        return seen.wait
-
-    def learn(
-        self,
-        urgency: Urgency,
-        price: Price = ONE_IMAGE,
-        *,
-        predicted: float,
-        actual: float,
-    ) -> None:
-        """Work that `admit` gave `predicted` seconds took `actual` seconds."""
-        self._cautions[urgency, price.kind].observe(predicted=predicted, actual=actual)
 
     @property
     def _long_threads(self) -> int:

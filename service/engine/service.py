@@ -10,11 +10,11 @@ from functools import partial
 from typing import ParamSpec, TypeVar
 
 from service.engine.admission import Admission
-from service.engine.batch_queue import Policy, Urgency
+from service.engine.batch_queue import Policy
 from service.engine.models.collector import RegistryCollector, loaded
 from service.engine.models.startup import Models, open_models
 from service.engine.pipeline import Pipeline
-from service.errors import Unavailable
+from service.engine.places import Places
 from service.imaging.memory_budget import DecodeMemory
 from service.observability.metrics import Metrics
 from service.observability.tracing import Tracing
@@ -44,28 +44,28 @@ class Service:
         """None: nobody asked for traces."""
         # Two at least, so that one is there for small images while the other has a large one.
         threads = max(2, models.cpus)
+        first = self.hardware.devices[0]
+        on_cpu = first.kind == "cpu"
         self.pipeline = Pipeline(
             devices=len(self.hardware.devices),
-            callers=self.hardware.devices[0].callers,
+            callers=models.cpu_concurrency.inferences if on_cpu else first.callers,
             decode_threads=threads,
-            decoders_infer=self.hardware.devices[0].kind == "cpu",
+            decoders_infer=on_cpu,
             policy=Policy(batch, settings.max_queue_delay_ms / 1e3),
             on_batch=self.metrics.observe_batch,
             watchdog_seconds=settings.watchdog_seconds,
         )
-        if self.hardware.devices[0].kind == "cpu":
-            # Known before the first model serves.
-            models.side_by_side.chosen.add_done_callback(
-                lambda chosen: self.pipeline.widen(chosen.result())
-            )
-        self.images = Admission(
+        self.places = Places(
             settings.max_queue_size,
             bytes_limit=settings.max_queue_bytes,
             pause=self.pipeline.prediction.wait,
         )
+        self.admission = Admission(
+            self.places, self.pipeline.prediction, refuse_if_over=self.pipeline.refuse_if_over
+        )
         self.decode_memory = DecodeMemory(settings.decode_memory_bytes)
         self.batch_window = min(
-            self.images.bulk_limit, 2 * batch * len(self.hardware.devices) + threads
+            self.places.bulk_limit, 2 * batch * len(self.hardware.devices) + threads
         )
         """Images of one batch request in the pipeline at a time: enough to keep every thread
         busy, and not so many that other clients wait for all of them."""
@@ -79,8 +79,8 @@ class Service:
             models=RegistryCollector(self.registry),
             loaded=partial(loaded, self.registry),
             waiting=lambda: self.pipeline.depth,
-            held=lambda: self.images.held,
-            bytes_held=lambda: self.images.bytes_held,
+            held=lambda: self.places.held,
+            bytes_held=lambda: self.places.bytes_held,
             wait=self.pipeline.prediction.wait,
         )
 
@@ -102,16 +102,6 @@ class Service:
         if self.draining:
             return "the service is draining"
         return self.pipeline.fatal or self.registry.not_ready()
-
-    def admit(self, seconds: float, urgency: Urgency) -> None:
-        """Raise Unavailable when an image would be refused whatever it is, before it is read.
-
-        `seconds` is how long its client waits.
-        """
-        if self.pipeline.fatal:
-            raise Unavailable(self.pipeline.fatal, reason="device-lost", retry_after=30.0)
-        self.images.check(urgency=urgency)
-        self.pipeline.prediction.check(seconds, urgency)
 
     def off_loop(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:
         """Run what takes more than a moment in a thread, away from the event loop."""

@@ -10,8 +10,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from starlette.datastructures import QueryParams
 from starlette.requests import Request
 
-from service.engine.detection import ImageType
 from service.engine.postprocessing import Selection, resolve, split_classes
+from service.engine.request import ImageType
 from service.engine.tiling import MAX_TILE, MIN_TILE, parse_tile
 from service.errors import InvalidParameter, shown
 from service.runtime.artifact import MAX_DETECTIONS_CAP, Metadata, VersionText

@@ -42,33 +42,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def needs_more_than_an_address(item: pytest.Item) -> str | None:
-    """What a test needs of the application beside its address."""
+    """Return what a test needs of the application beside its address, or None."""
     fixtures = set(getattr(item, "fixturenames", ()))
-    if fixtures.isdisjoint({"client", "start"}):
+    if "client" not in fixtures:
         return "makes an application or server of its own"
-    own = item.get_closest_marker("own_service")
-    if own is not None:
-        return str(own.kwargs["reason"])
     return next((reason for name, reason in INSIDE.items() if name in fixtures), None)
 
 
-class Elsewhere(httpx.AsyncHTTPTransport):
-    """To a service in another process, whose insides nobody can look at."""
+class Remote(httpx.AsyncHTTPTransport):
+    """The transport to a service in another process, whose application is out of reach."""
 
     @property
     def app(self) -> FastAPI:
         pytest.skip("looks inside the application")
-
-
-@asynccontextmanager
-async def elsewhere(url: str, **given: object) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of the service at RETINASERVE_TEST_URL."""
-    if given:
-        pytest.skip(f"needs settings of its own: {', '.join(given)}")
-    async with httpx.AsyncClient(
-        transport=Elsewhere(verify=False), base_url=url, timeout=PATIENCE
-    ) as client:
-        yield client
 
 
 @pytest.fixture(scope="session")
@@ -94,21 +80,32 @@ async def running(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def start(repository: Path) -> Start:
-    """Start an application with other settings than the defaults."""
+    """Start an application with the given settings."""
 
     def begin(**given: object) -> AbstractAsyncContextManager[httpx.AsyncClient]:
-        if URL is not None:
-            return elsewhere(URL, **given)
-        settings = Settings(**{"models_dir": repository, "device": "cpu", **given})  # type: ignore[arg-type]
-        return running(create_app(settings))
+        chosen = {"models_dir": repository, "device": "cpu", "cpu_inferences": 1, **given}
+        return running(create_app(Settings(**chosen)))  # type: ignore[arg-type]
 
     return begin
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 async def client(start: Start) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of an application with default settings."""
+    """A client of an application with default settings that all tests of a file share."""
+    if URL is not None:
+        async with httpx.AsyncClient(
+            transport=Remote(verify=False), base_url=URL, timeout=PATIENCE
+        ) as client:
+            yield client
+    else:
+        async with start() as client:
+            yield client
+
+
+@pytest.fixture
+async def new_client(start: Start) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of an application that no other test has used: its metrics count from zero."""
     async with start() as client:
         yield client

@@ -117,7 +117,7 @@ async def test_a_image_that_finds_the_queue_full_is_refused_alone(start: Start) 
     async with start(max_queue_size=3) as client:
         service = client._transport.app.state.service  # type: ignore[attr-defined]
         # Two other clients' images, which leaves room for one.
-        with service.images.slot(), service.images.slot():
+        with service.places.slot(), service.places.slot():
             answer = await post_forms(client, *[GOOD] * 8)
             assert answer.status_code == 200
             results = answer.json()["results"]
@@ -125,7 +125,7 @@ async def test_a_image_that_finds_the_queue_full_is_refused_alone(start: Start) 
             assert len(refused) + sum(each["status"] == 200 for each in results) == 8
             assert refused
             assert "queue is full" in refused[0]["detail"]
-            with service.images.slot():
+            with service.places.slot():
                 answer = await post_forms(client, GOOD)
                 assert answer.status_code == 503, "refused before its body was read"
         assert (await post_forms(client, GOOD)).json()["results"][0]["status"] == 200
@@ -197,7 +197,7 @@ async def test_the_bytes_of_images_that_have_yet_to_come_in_count(
         detect = service.pipeline.detect
 
         async def watched(*args: object, **options: object) -> object:
-            seen.append(service.images.bytes_held)
+            seen.append(service.places.bytes_held)
             return await detect(*args, **options)
 
         monkeypatch.setattr(service.pipeline, "detect", watched)
@@ -205,8 +205,8 @@ async def test_the_bytes_of_images_that_have_yet_to_come_in_count(
         assert answer.status_code == 200
         assert len(seen) == 40
         assert min(seen) >= 40 * len(GOOD)
-        assert service.images.bytes_held == 0
-        with service.images.body(service.settings.max_queue_bytes):
+        assert service.places.bytes_held == 0
+        with service.places.body(service.settings.max_queue_bytes):
             answer = await post_forms(client, GOOD, headers={"Accept": accept})
         assert answer.status_code == 503
         assert "retry-after" in answer.headers
@@ -217,6 +217,6 @@ async def test_batches_cannot_take_every_place(start: Start) -> None:
         service = client._transport.app.state.service  # type: ignore[attr-defined]
         with ExitStack() as held:
             for _ in range(3):
-                held.enter_context(service.images.slot(urgency=Urgency.BULK))
+                held.enter_context(service.places.slot(urgency=Urgency.BULK))
             assert (await post_forms(client, GOOD)).status_code == 503
             assert (await client.post("/v1/detect", content=GOOD)).status_code == 200

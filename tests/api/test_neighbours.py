@@ -192,13 +192,13 @@ async def test_an_image_of_many_tiles_leaves_places_and_finds_some(
     content = encoded(squares(size=(1900, 1900)))
     async with start(models_dir=tmp_path, request_timeout_ms=120_000) as client:
         service = service_of(client)
-        with service.images.hold(12, 0):
+        with service.places.hold(12, 0):
             tiled = asyncio.create_task(client.post("/v1/detect?tile=auto", content=content))
             await until(lambda: service.pipeline.depth > 0)
-            assert service.images.held <= 12 + service.batch_window
+            assert service.places.held <= 12 + service.batch_window
             assert (await client.post("/v1/detect", content=SMALL)).status_code == 200
             assert not tiled.done()
             answer = await tiled
         assert answer.status_code == 200, answer.text
         assert answer.json()["image"]["tiles"] > 60
-        assert service.images.held == 0
+        assert service.places.held == 0

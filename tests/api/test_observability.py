@@ -138,7 +138,6 @@ async def test_no_key_is_ever_logged(
     assert refused["route"] == "/v1/detect", "although it was refused before it was routed"
 
 
-@pytest.mark.own_service(reason="counts from zero")
 @settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(plan=st.lists(st.sampled_from(sorted(BODIES)), min_size=1, max_size=25))
 def test_the_outcomes_add_up_to_the_requests(start: Start, plan: list[int]) -> None:
@@ -170,11 +169,10 @@ def test_the_outcomes_add_up_to_the_requests(start: Start, plan: list[int]) -> N
     assert counts["retinaserve_request_seconds_count"]["route=/v1/detect"] == len(plan)
 
 
-@pytest.mark.own_service(reason="counts from zero")
-async def test_every_image_of_a_batch_has_one_outcome(client: httpx.AsyncClient) -> None:
+async def test_every_image_of_a_batch_has_one_outcome(new_client: httpx.AsyncClient) -> None:
     files = [("files", content) for content in (GOOD, b"", GOOD, b"GIF89a...", GOOD)]
-    await client.post("/v1/detect/batch", files=files)
-    found = await samples(client)
+    await new_client.post("/v1/detect/batch", files=files)
+    found = await samples(new_client)
     outcomes = {
         dict(labels)["outcome"]: value
         for (name, labels), value in found.items()
@@ -185,24 +183,22 @@ async def test_every_image_of_a_batch_has_one_outcome(client: httpx.AsyncClient)
     assert found["retinaserve_requests_in_progress", ()] == 1, "the scrape itself"
 
 
-@pytest.mark.own_service(reason="counts from zero")
-async def test_routes_are_templates(client: httpx.AsyncClient) -> None:
+async def test_routes_are_templates(new_client: httpx.AsyncClient) -> None:
     paths = ("/static/sample.jpg", "/static/none", "/v1/models/tiny", "/v1/models/none", "/none")
     for path in paths:
-        await client.get(path)
+        await new_client.get(path)
     routes: Counter[str] = Counter()
-    for (name, labels), value in (await samples(client)).items():
+    for (name, labels), value in (await samples(new_client)).items():
         if name == "retinaserve_requests_total":
             routes[dict(labels)["route"]] += int(value)
     # The scrape itself is over only after it was written.
     assert routes == {"/static": 2, "/v1/models/{name}": 2, "unmatched": 1}
 
 
-@pytest.mark.own_service(reason="counts from zero")
-async def test_detections_and_scores_show_what_answers_hold(client: httpx.AsyncClient) -> None:
+async def test_detections_and_scores_show_what_answers_hold(new_client: httpx.AsyncClient) -> None:
     for _ in range(2):
-        await client.post("/v1/detect", content=GOOD)
-    found = await samples(client)
+        await new_client.post("/v1/detect", content=GOOD)
+    found = await samples(new_client)
     model = ("model", "tiny"), ("version", "1")
     assert found["retinaserve_detection_score_count", model] == 2
     assert found["retinaserve_detections_per_picture_sum", model] == 2

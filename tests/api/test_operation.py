@@ -83,14 +83,13 @@ async def test_the_fallback_to_the_cpu_is_named(
     assert "no NVIDIA driver" in warnings[0].getMessage()
 
 
-@pytest.mark.own_service(reason="counts from zero")
-async def test_metrics(client: httpx.AsyncClient) -> None:
+async def test_metrics(new_client: httpx.AsyncClient) -> None:
     content = encoded(squares((0, 0, RED), (64, 0, RED)))
     for _ in range(3):
-        await client.post("/v1/detect", content=content, params={"score_threshold": 0.9})
-    await client.post("/v1/detect", content=b"")
-    await client.get("/no/such/path")
-    found = await samples(client)
+        await new_client.post("/v1/detect", content=content, params={"score_threshold": 0.9})
+    await new_client.post("/v1/detect", content=b"")
+    await new_client.get("/no/such/path")
+    found = await samples(new_client)
     route = ("method", "POST"), ("route", "/v1/detect")
     assert found["retinaserve_requests_total", (*route, ("status", "200"))] == 3
     assert found["retinaserve_requests_total", (*route, ("status", "400"))] == 1
@@ -116,7 +115,6 @@ async def test_metrics(client: httpx.AsyncClient) -> None:
     assert ready[1] == 1
 
 
-@pytest.mark.own_service(reason="counts from zero")
 async def test_two_applications_share_nothing(start: Start) -> None:
     async with start() as one, start() as two:
         await one.post("/v1/detect", content=encoded(one_red()))

@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 
-from service.engine.batch_queue import Urgency
 from service.engine.prediction import Prediction
 from service.engine.service import Service
 from service.imaging.canvas import Size
@@ -43,7 +42,7 @@ class Body:
 async def test_a_queue_that_is_too_long_refuses_before_the_body(
     start: Start, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
-    monkeypatch.setattr(Prediction, "wait", lambda self, urgency=Urgency.INTERACTIVE: 3.0)
+    monkeypatch.setattr(Prediction, "wait", lambda self, *_, **__: 3.0)
     async with start() as client:
         body = Body()
         answer = await client.post(path, content=body, headers={"X-Deadline-Ms": "500"})
@@ -58,7 +57,7 @@ async def test_a_queue_that_is_too_long_refuses_before_the_body(
 async def test_the_default_deadline_counts_where_none_is_given(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Prediction, "wait", lambda self, urgency=Urgency.INTERACTIVE: 3.0)
+    monkeypatch.setattr(Prediction, "wait", lambda self, *_, **__: 3.0)
     async with start() as client:
         assert (await client.post("/v1/detect", content=GOOD)).status_code == 200
     async with start(request_timeout_ms=2_000) as client:
@@ -76,7 +75,7 @@ async def test_a_wrong_deadline_is_for_the_route_to_refuse(start: Start, wrong: 
 async def test_a_wrong_deadline_is_wrong_on_a_busy_service_too(
     start: Start, monkeypatch: pytest.MonkeyPatch, wrong: str
 ) -> None:
-    monkeypatch.setattr(Prediction, "wait", lambda self, urgency=Urgency.INTERACTIVE: 3.0)
+    monkeypatch.setattr(Prediction, "wait", lambda self, *_, **__: 3.0)
     async with start() as client:
         headers = {"X-Deadline-Ms": wrong}
         assert (await client.post("/v1/detect", content=GOOD, headers=headers)).status_code == 422
@@ -84,7 +83,7 @@ async def test_a_wrong_deadline_is_wrong_on_a_busy_service_too(
 
 async def test_a_full_queue_refuses_before_the_body(start: Start) -> None:
     async with start(max_queue_size=1) as client:
-        with service_of(client).images.slot():
+        with service_of(client).places.slot():
             body = Body()
             answer = await client.post("/v1/detect", content=body)
         assert answer.status_code == 503
@@ -94,7 +93,7 @@ async def test_a_full_queue_refuses_before_the_body(start: Start) -> None:
 
 async def test_bytes_are_bounded_too(start: Start) -> None:
     async with start(max_queue_bytes=1_000_000) as client:
-        with service_of(client).images.slot(1_000_000):
+        with service_of(client).places.slot(1_000_000):
             answer = await client.post("/v1/detect", content=GOOD)
         assert answer.status_code == 503
         assert "1000000 bytes" in answer.json()["detail"]
@@ -137,7 +136,7 @@ async def test_a_lost_device_fails_probes_and_requests_with_its_reason(start: St
 
 
 async def test_a_refusal_is_not_even_routed(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Prediction, "wait", lambda self, urgency=Urgency.INTERACTIVE: 30.0)
+    monkeypatch.setattr(Prediction, "wait", lambda self, *_, **__: 30.0)
     async with start() as client:
         monkeypatch.setattr(
             service_of(client).registry, "get", lambda *_: pytest.fail("it was routed")

@@ -129,8 +129,7 @@ async def test_what_is_transparent_is_white_not_its_hidden_colour(
     assert {each["label"] for each in left_edge} == {"red", "green", "blue"}
 
 
-@pytest.mark.own_service(reason="watches how much the application reads")
-async def test_a_large_upload_that_says_so_is_not_read(client: httpx.AsyncClient) -> None:
+async def test_a_large_upload_that_says_so_is_not_read(new_client: httpx.AsyncClient) -> None:
     read = 0
 
     async def body() -> AsyncIterator[bytes]:
@@ -139,18 +138,17 @@ async def test_a_large_upload_that_says_so_is_not_read(client: httpx.AsyncClient
             read += 1
             yield bytes(1 << 20)
 
-    answer = await client.post(
+    answer = await new_client.post(
         "/v1/detect", content=body(), headers={"Content-Length": str(100 << 20)}
     )
     assert answer.status_code == 413
     assert read == 0
-    await assert_still_serving(client)
+    await assert_still_serving(new_client)
 
 
-@pytest.mark.own_service(reason="watches how much the application reads")
 @pytest.mark.parametrize("content_type", ["image/jpeg", "multipart/form-data; boundary=b"])
 async def test_a_large_upload_in_chunks_is_counted(
-    client: httpx.AsyncClient, content_type: str
+    new_client: httpx.AsyncClient, content_type: str
 ) -> None:
     read = 0
 
@@ -160,11 +158,13 @@ async def test_a_large_upload_in_chunks_is_counted(
             read += 1
             yield bytes(1 << 20)
 
-    answer = await client.post("/v1/detect", content=body(), headers={"Content-Type": content_type})
+    answer = await new_client.post(
+        "/v1/detect", content=body(), headers={"Content-Type": content_type}
+    )
     assert answer.status_code == 413
     assert read == LIMIT // (1 << 20) + 1
     assert str(LIMIT) in answer.json()["detail"]
-    await assert_still_serving(client)
+    await assert_still_serving(new_client)
 
 
 async def test_an_encoded_body(client: httpx.AsyncClient) -> None:

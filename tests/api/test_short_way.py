@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import httpx
-import pytest
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -45,11 +44,10 @@ async def test_other_methods_are_answered_by_the_router(client: httpx.AsyncClien
     assert answer.headers["allow"] == "POST"
 
 
-@pytest.mark.own_service(reason="counts from zero")
-async def test_it_is_counted_under_its_route(client: httpx.AsyncClient) -> None:
-    await client.post("/v1/detect", content=encoded(one_red()))
-    await client.post("/v1/detect", content=b"no image")
-    text = (await client.get("/metrics")).text
+async def test_it_is_counted_under_its_route(new_client: httpx.AsyncClient) -> None:
+    await new_client.post("/v1/detect", content=encoded(one_red()))
+    await new_client.post("/v1/detect", content=b"no image")
+    text = (await new_client.get("/metrics")).text
     for status in (200, 415):
         line = f'route="/v1/detect",status="{status}"'
         assert any(line in each and each.endswith(" 1.0") for each in text.splitlines()), text

@@ -245,7 +245,7 @@ async def test_bad_images_are_bad_in_tiles(client: httpx.AsyncClient) -> None:
     for content, status in ((b"", 400), (b"GIF89a...", 415), (whole[: len(whole) // 2], 400)):
         answer = await client.post("/v1/detect?tile=auto", content=content)
         assert answer.status_code == status, answer.text
-    assert service_of(client).images.held == 0
+    assert service_of(client).places.held == 0
 
 
 async def test_a_image_with_more_tiles_than_the_queue_has_places(start: Start) -> None:
@@ -263,16 +263,16 @@ async def test_the_tiles_in_the_pipeline_find_room_or_none_does(start: Start, mo
     async with start(models_dir=models, max_queue_size=21) as client:
         service = service_of(client)
         taken = 21 - service.batch_window + 1
-        with service.images.hold(taken, 0):
+        with service.places.hold(taken, 0):
             answer = await client.post("/v1/detect?tile=auto", content=content)
             assert answer.status_code == 503
             assert "the queue is full" in answer.json()["detail"]
             assert answer.headers["retry-after"] == "1"
-            assert service.images.held == taken, "nothing is kept of what was refused"
+            assert service.places.held == taken, "nothing is kept of what was refused"
             assert await samples(client, "retinaserve_batch_size_count") == 0
         answer = await client.post("/v1/detect?tile=auto", content=content)
         assert answer.status_code == 200
-        assert service.images.held == 0
+        assert service.places.held == 0
         # One image, in 21 inferences.
         assert await samples(client, "retinaserve_tiles_total") == 21
         assert await samples(client, "retinaserve_batch_size_sum") == 21
@@ -298,13 +298,13 @@ async def test_others_are_served_in_between(start: Start, tmp_path: Path) -> Non
             client.post("/v1/detect?tile=300", content=encoded(sparse((1600, 1600))[0]))
         )
         await until(lambda: service.pipeline.depth > 0)
-        assert service.images.held == service.batch_window, "places are for what is under way"
+        assert service.places.held == service.batch_window, "places are for what is under way"
         assert service.pipeline.depth <= service.batch_window
         answers = [await client.post("/v1/detect", content=encoded(one_red())) for _ in range(3)]
         assert not tiled.done(), "three images waited for fifty tiles"
         assert [answer.status_code for answer in answers] == [200] * 3
         assert (await tiled).json()["image"]["tiles"] == 50
-        assert service.images.held == 0
+        assert service.places.held == 0
 
 
 async def test_the_deadline_is_one_for_all_tiles(start: Start, tmp_path: Path) -> None:
@@ -319,7 +319,7 @@ async def test_the_deadline_is_one_for_all_tiles(start: Start, tmp_path: Path) -
             headers={"X-Deadline-Ms": "400"},
         )
         assert answer.status_code == 504
-        assert service.images.held == 0
+        assert service.places.held == 0
         assert service.pipeline.depth == 0
         assert not service.decoded_images.locked()
         inferences = await samples(client, "retinaserve_batch_size_count")
@@ -365,7 +365,7 @@ async def test_a_tile_that_fails_fails_its_image_alone(start: Start, tmp_path: P
         assert bad.status_code == 500
         assert bad.json()["title"] == "Inference failed"
         assert good.status_code == 200
-        assert service_of(client).images.held == 0
+        assert service_of(client).places.held == 0
         assert not service_of(client).decoded_images.locked()
 
 

@@ -309,7 +309,7 @@ def test_a_clients_deadline_ends_the_work(
     call = channel.unary_unary(METHOD + "ModelInfer")
     error = refusal(lambda: call(typed().SerializeToString(), timeout=0.2))
     assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    until(lambda: server.service.images.held == 0)
+    until(lambda: server.service.places.held == 0)
 
 
 def test_a_client_that_leaves_frees_its_place(
@@ -317,10 +317,10 @@ def test_a_client_that_leaves_frees_its_place(
 ) -> None:
     call = channel.unary_unary(METHOD + "ModelInfer")
     pending = [call.future(typed().SerializeToString()) for _ in range(6)]
-    until(lambda: server.service.images.held == 6)
+    until(lambda: server.service.places.held == 6)
     for each in pending:
         each.cancel()
-    until(lambda: server.service.images.held == 0)
+    until(lambda: server.service.places.held == 0)
     stuck()
     assert infer(channel, typed()).model_name == "tiny"
 
@@ -355,7 +355,7 @@ def test_who_cannot_be_served_need_not_send(
         never.wait(PATIENCE)
         yield b""
 
-    monkeypatch.setattr(server.service.images, "limit", 0)
+    monkeypatch.setattr(server.service.places, "limit", 0)
     error = refusal(
         lambda: channel.stream_unary(METHOD + "ModelInfer")(messages(), timeout=PATIENCE)
     )
@@ -371,7 +371,7 @@ def test_a_full_queue_says_when_to_come_back(repository: Path) -> None:
     ):
         contents = pb.InferTensorContents(bytes_contents=[encoded(one_red())] * 2)
         given = typed(name="encoded_images", datatype="BYTES", shape=[2], contents=contents)
-        with server.service.images.hold(1, 0):
+        with server.service.places.hold(1, 0):
             error = refusal(lambda: infer(channel, given))
         assert error.code() is grpc.StatusCode.UNAVAILABLE
         trailing = dict(error.trailing_metadata())

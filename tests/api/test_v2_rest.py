@@ -301,12 +301,12 @@ async def test_big_bodies_are_taken_apart_one_after_another(
 async def test_a_full_queue_is_503_and_takes_nothing(start: Start) -> None:
     async with start(max_queue_size=2) as client:
         service = client._transport.app.state.service  # type: ignore[attr-defined]
-        with service.images.hold(1, 0):
+        with service.places.hold(1, 0):
             answer = await infer(client, base64_images(*[encoded(one_red())] * 3))
             assert answer.status_code == 503
             assert int(answer.headers["retry-after"]) >= 1
             assert "queue is full" in answer.json()["error"]
-            assert service.images.held == 1
+            assert service.places.held == 1
         answer = await infer(client, base64_images(*[encoded(one_red())] * 2))
         assert answer.status_code == 200
 
@@ -314,12 +314,12 @@ async def test_a_full_queue_is_503_and_takes_nothing(start: Start) -> None:
 async def test_who_would_be_late_is_refused_whatever_he_sends(
     client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipeline = client._transport.app.state.service.pipeline  # type: ignore[attr-defined]
+    admission = client._transport.app.state.service.admission  # type: ignore[attr-defined]
 
     def refuse(*_: object, **__: object) -> None:
         raise Unavailable("too late", reason="deadline", retry_after=6.5)
 
-    monkeypatch.setattr(pipeline, "admit", refuse)
+    monkeypatch.setattr(admission, "promise", refuse)
     file = encoded(one_red())
     for given in (images(canvas(one_red())), base64_images(file), base64_images(file, file)):
         answer = await infer(client, given)
@@ -355,10 +355,9 @@ async def test_a_compressed_body_is_415(client: httpx.AsyncClient) -> None:
     assert "unencoded" in answer.json()["error"]
 
 
-@pytest.mark.own_service(reason="declares more than it sends, which no real connection lets it")
-async def test_a_declared_length_over_the_limit_is_413(client: httpx.AsyncClient) -> None:
+async def test_a_declared_length_over_the_limit_is_413(new_client: httpx.AsyncClient) -> None:
     headers = {"Content-Length": str(2**40), HEADER: "10"}
-    answer = await client.post(INFER, content=b"{}", headers=headers)
+    answer = await new_client.post(INFER, content=b"{}", headers=headers)
     assert answer.status_code == 413
     assert list(answer.json()) == ["error"]
 

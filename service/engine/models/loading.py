@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from operator import attrgetter
@@ -23,9 +23,10 @@ from service.engine.work import Servable
 from service.errors import ArtifactError, DeviceError
 from service.imaging.canvas import CanvasRule, Size
 from service.runtime.artifact import Artifact, Entry
-from service.runtime.cpu_concurrency import OpenDetector, SideBySide
+from service.runtime.cpu_concurrency import CpuConcurrency
 from service.runtime.detector import Detector, batch_buckets
 from service.runtime.devices import Device, fitted, open_detector
+from service.runtime.shared_detector import SharedDetector
 
 _log = logging.getLogger("retinaserve.loading")
 _SETTLED: Final = 1.25
@@ -83,7 +84,7 @@ def open_servable(
     *,
     devices: Sequence[Device],
     batch: int,
-    side_by_side: SideBySide,
+    cpu_concurrency: CpuConcurrency,
 ) -> Servable:
     """A model on every device, warm for every batch of up to `batch` images.
 
@@ -94,16 +95,14 @@ def open_servable(
     artifact = fitted(artifact, devices[0])
     on_cpu = all(each.kind == "cpu" for each in devices)
     canvas = _canvases(artifact.metadata.canvas)[0]
-    # To open a session takes one core; there are several where a second one will be needed.
-    needed = side_by_side.surely if len(artifact.content) <= _OPENED_TOGETHER else None
+    open_second = partial(_open_second, artifact, devices[0], canvas, cpu_concurrency)
+    second: Future[Detector] | None = None
+    shared = on_cpu and cpu_concurrency.threads is not None
     try:
-        with ThreadPoolExecutor(1, thread_name_prefix="model-loader-beside") as beside:
-            openers = [
-                _ahead(partial(_open_beside, artifact, device, canvas), needed, beside)
-                if device.kind == "cpu"
-                else None
-                for device in devices
-            ]
+        with ThreadPoolExecutor(1, thread_name_prefix="model-loader-second") as pool:
+            if shared and len(artifact.content) <= _OPENED_TOGETHER:
+                # To open a session takes one core, and there are several.
+                second = pool.submit(open_second)
             detectors = tuple(open_detector(artifact, device, batch=batch) for device in devices)
             if on_cpu:
                 # What a first run sets up it sets up while the other session does.
@@ -116,25 +115,16 @@ def open_servable(
         if not on_cpu:
             # Here the buffers of a shape are made by its warm-up.
             detectors[0].prove(canvas, min(batch, 2))
-        shared = [
-            (detector, device.callers)
-            if opener is None
-            else side_by_side.share(
-                detector,
-                opener,
-                canvas=canvas,
-                alone_seconds=servable.costs.of(canvas).seconds(1),
-            )
-            for device, detector, opener in zip(devices, detectors, openers, strict=True)
-        ]
+        if shared:
+            beside = open_second() if second is None else second.result()
+            detectors = tuple(SharedDetector(each, beside) for each in detectors)
     except (ArtifactError, DeviceError):
         raise
     except Exception as error:
         # onnxruntime's errors share no base class that it documents.
         raise ArtifactError(f"{artifact.path}: its warm-up failed: {error}") from error
-    return replace(
-        servable, detectors=tuple(detector for detector, count in shared for _ in range(count))
-    )
+    callers = cpu_concurrency.inferences if on_cpu else devices[0].callers
+    return replace(servable, detectors=tuple(each for each in detectors for _ in range(callers)))
 
 
 def return_free_memory() -> None:
@@ -150,25 +140,17 @@ def return_free_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _open_beside(
-    artifact: Artifact, device: Device, canvas: Size, threads: int, callers: int
+def _open_second(
+    artifact: Artifact, device: Device, canvas: Size, concurrency: CpuConcurrency
 ) -> Detector:
-    detector = open_detector(artifact, replace(device, threads=threads))
+    """Open the session that inferences use while others run, warm for all of them."""
+    detector = open_detector(artifact, replace(device, threads=concurrency.threads))
+    callers = concurrency.inferences
     # Each caller's first run takes memory of its own.
     with ThreadPoolExecutor(callers, thread_name_prefix="warm-up") as pool:
         for run in [pool.submit(detector.warm, canvas) for _ in range(callers)]:
             run.result()
     return detector
-
-
-def _ahead(
-    opener: OpenDetector, needed: tuple[int, int] | None, pool: ThreadPoolExecutor
-) -> OpenDetector:
-    """The same opener, which has begun with what it will be asked for."""
-    if needed is None:
-        return opener
-    begun = pool.submit(opener, *needed)
-    return lambda *asked: begun.result() if asked == needed else opener(*asked)
 
 
 def _after_release() -> None:

@@ -37,7 +37,7 @@ from service.runtime.artifact import (
     scan_repository,
     skipped_files,
 )
-from service.runtime.cpu_concurrency import SideBySide
+from service.runtime.cpu_concurrency import CpuConcurrency
 from service.runtime.devices import Device
 
 _log = logging.getLogger("retinaserve.registry")
@@ -64,12 +64,12 @@ class Registry:
         devices: Sequence[Device],
         default: str,
         batch: int,
-        side_by_side: SideBySide,
+        cpu_concurrency: CpuConcurrency,
     ) -> None:
-        """`batch` is the largest batch that a device gets, `side_by_side` how many a CPU gets."""
+        """`batch` is the largest batch that a device gets."""
         self._root = root
         self._open = partial(
-            open_servable, devices=tuple(devices), batch=batch, side_by_side=side_by_side
+            open_servable, devices=tuple(devices), batch=batch, cpu_concurrency=cpu_concurrency
         )
         slots = [replace(empty_slot(entry), state="waiting") for entry in sorted(entries)]
         self._snapshot = Snapshot({slot.key: slot for slot in slots}, default, {})
@@ -330,13 +330,12 @@ def open_registry(
     devices: Sequence[Device],
     default: str | None,
     batch: int,
-    side_by_side: SideBySide | None = None,
+    cpu_concurrency: CpuConcurrency = CpuConcurrency(),  # noqa: B008
 ) -> Registry:
     """Look a repository through; nothing is loaded yet.
 
-    A CPU gets one inference at a time unless `side_by_side` says otherwise. Without `default` the
-    only model is the default. Raises ArtifactError for an empty repository and DataError when the
-    default is not clear.
+    Without `default` the only model is the default. Raises ArtifactError for an empty repository
+    and DataError when the default is not clear.
     """
     entries = scan_repository(root)
     names = list(dict.fromkeys(entry.name for entry in entries))
@@ -355,7 +354,7 @@ def open_registry(
         devices=devices,
         default=default or names[0],
         batch=batch,
-        side_by_side=side_by_side or SideBySide(1, cores=1),
+        cpu_concurrency=cpu_concurrency,
     )
 
 

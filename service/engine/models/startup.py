@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from service.engine.models.registry import Registry, open_registry
-from service.runtime.cpu_concurrency import SideBySide
+from service.runtime.cpu_concurrency import CpuConcurrency, cpu_concurrency
 from service.runtime.devices import Hardware, resolve
 from service.settings import Settings
 from service.system.cpus import cpu_count
@@ -23,8 +23,8 @@ class Models(NamedTuple):
     """Most canvases in one inference: MAX_BATCH_SIZE, or what suits the devices."""
     cpus: int
     """How many CPUs may be kept busy: CPUS, or all that this process has."""
-    side_by_side: SideBySide
-    """How many inferences share a CPU."""
+    cpu_concurrency: CpuConcurrency
+    """How inferences share a CPU."""
 
 
 def open_models(settings: Settings, hardware: Hardware | None = None) -> Models:
@@ -38,16 +38,17 @@ def open_models(settings: Settings, hardware: Hardware | None = None) -> Models:
             settings.device,
             memory_limit=settings.gpu_memory_bytes,
             tf32=settings.gpu_tf32,
+            graphs=settings.gpu_engine == "graphs",
             winograd=settings.cpu_winograd,
             threads=cpus,
         )
     batch = settings.max_batch_size or max(device.default_batch_size for device in hardware.devices)
-    side_by_side = SideBySide(settings.cpu_inferences, cores=cpus)
+    concurrency = cpu_concurrency(settings.cpu_inferences, cpus)
     registry = open_registry(
         settings.models_dir,
         devices=hardware.devices,
         default=settings.default_model,
         batch=batch,
-        side_by_side=side_by_side,
+        cpu_concurrency=concurrency,
     )
-    return Models(hardware, registry, batch, cpus, side_by_side)
+    return Models(hardware, registry, batch, cpus, concurrency)

@@ -30,7 +30,7 @@ class OverloadGuard:
             urgency = _urgency(get_route_path(scope))
             if urgency is not None:
                 try:
-                    self._service.admit(self._seconds(scope), urgency)
+                    self._service.admission.check(self._seconds(scope), urgency)
                 except RetinaserveError as error:
                     response = refusal(error, self._service.metrics, scope["path"])
                     await response(scope, receive, send)

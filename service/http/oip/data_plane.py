@@ -15,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.engine.batch_queue import Urgency
-from service.engine.detection import detect_one
+from service.engine.detection import detect
 from service.engine.pipeline import look_at
 from service.engine.postprocessing import resolve
 from service.engine.prediction import Price
+from service.engine.request import DetectRequest
 from service.engine.service import Service
 from service.engine.work import Estimate, Servable, as_it_is
 from service.errors import MalformedRequest, RetinaserveError, UnknownModel, shown
@@ -123,9 +124,9 @@ async def infer(
 ) -> dict[str, NDArray[Any]]:
     """Every output, in the order and with the dtypes of the model file.
 
-    The request holds one place in `service.images`; those for further images are taken here, all
+    The request holds one place in `service.places`; those for further images are taken here, all
     or none. Canvases get what the file itself answers, images what /v1/detect answers.
-    `limit` is when an answer is too late. Raises MalformedRequest and what `detect_one` raises.
+    `limit` is when a response is too late. Raises MalformedRequest and what `detect` raises.
     """
     thresholds = _thresholds(request)
     if request.images:
@@ -144,8 +145,8 @@ async def infer(
     window = min(len(jobs), service.batch_window)
     price = price._replace(canvases=len(jobs), window=window)
     with (
-        service.pipeline.admitted(model, limit, price, urgency),
-        service.images.more(window - 1),
+        service.admission.promise(model, limit, price, urgency),
+        service.places.more(window - 1),
     ):
         return _outputs(await _all(jobs, window))
 
@@ -174,10 +175,9 @@ def _image_jobs(
     urgency = _urgency(len(images))
 
     async def one(index: int, image: Buffer, estimate: Estimate) -> Detections:
+        request = DetectRequest(image, model, selection, limit, urgency=urgency, estimate=estimate)
         try:
-            answer = await detect_one(
-                service, image, model, selection, limit, urgency=urgency, estimate=estimate
-            )
+            answer = await detect(service, request)
         except RetinaserveError as error:
             if len(images) > 1:
                 error.args = (f"encoded_images[{index}]: {error}",)

@@ -54,12 +54,12 @@ class GrpcMethods:
         service, arrived = self._service, time.monotonic()
         longest = service.settings.request_timeout_ms / 1e3
         patience = longest if remaining is None else max(0.0, min(longest, remaining))
-        service.admit(patience, Urgency.INTERACTIVE)
+        service.admission.check(patience, Urgency.INTERACTIVE)
         content = await receive()
         limit = time.monotonic() + longest
         if remaining is not None:
             limit = min(limit, arrived + remaining)
-        with service.images.slot(len(content)):
+        with service.places.slot(len(content)):
             if len(content) < _BIG_MESSAGE:
                 model, parsed = self._take_apart(method, content)
             else:

@@ -108,7 +108,7 @@ class RestRoutes:
             read=time.monotonic(),
             limit_ms=service.settings.request_timeout_ms,
         )
-        with service.images.slot(len(body)), WhileConnected(request):
+        with service.places.slot(len(body)), WhileConnected(request):
             async with self._big_bodies if len(body) >= _BIG_BODY else nullcontext():
                 parsed = await take_apart(
                     service,

@@ -14,8 +14,9 @@ from starlette.responses import StreamingResponse
 
 from service.engine import postprocessing as results
 from service.engine.batch_queue import Urgency
-from service.engine.detection import detect_one
+from service.engine.detection import detect
 from service.engine.postprocessing import Selection
+from service.engine.request import DetectRequest
 from service.engine.service import Service
 from service.engine.tiling import Tile
 from service.engine.work import Servable
@@ -69,7 +70,7 @@ class BatchRoute:
         body = await receive_body(service, request, request.headers)
         size = len(body)
         # All of the images are in memory from now on, not only those that have a place.
-        service.images.check(0, size)
+        service.places.check(0, size)
         images = await self._images(request.headers.get("content-type", ""), body)
         # Base64 has been copied out of it.
         del body
@@ -82,7 +83,7 @@ class BatchRoute:
         run = _Run(service, model, selection, limit, query.tile, request.scope["path"])
         if NDJSON in request.headers.get("accept", "").lower():
             return StreamingResponse(run.lines(images, size), media_type=NDJSON)
-        with service.images.body(size), WhileConnected(request):
+        with service.places.body(size), WhileConnected(request):
             answers = [answer async for answer in run.answers(images)]
             answers.sort(key=lambda answer: int(answer["index"]))
             content = await service.off_loop(
@@ -154,7 +155,7 @@ class _Run:
     async def lines(self, images: Sequence[Image], size: int) -> AsyncIterator[bytes]:
         """The answers as newline-delimited JSON. All the images have `size` bytes."""
         # Here and not around the response: a generator that nobody begins has nothing to end.
-        with self._service.images.hold(0, size):
+        with self._service.places.hold(0, size):
             async for answer in self.answers(images):
                 yield orjson.dumps(answer) + b"\n"
 
@@ -175,18 +176,13 @@ class _Run:
     async def _detect(self, image: Image) -> dict[str, Any]:
         service, model = self._service, self._model
         content = image.content
-        with service.images.slot(urgency=Urgency.BULK):
+        with service.places.slot(urgency=Urgency.BULK):
             if not isinstance(content, memoryview):
                 content = memoryview(await service.off_loop(decode_base64, content))
-            answer = await detect_one(
-                service,
-                content,
-                model,
-                self._selection,
-                self._limit,
-                self._tile,
-                Urgency.BULK,
+            request = DetectRequest(
+                content, model, self._selection, self._limit, self._tile, Urgency.BULK
             )
+            answer = await detect(service, request)
             return {
                 "image": results.image(answer.image, answer.canvases),
                 "detections": results.native(answer.found, model.metadata.classes),

@@ -12,7 +12,8 @@ import orjson
 from fastapi import FastAPI, Request, Response
 
 from service.engine import postprocessing as results
-from service.engine.detection import Answer, detect_one
+from service.engine.detection import Answer, detect
+from service.engine.request import DetectRequest
 from service.engine.service import Service
 from service.engine.work import Servable
 from service.errors import MalformedRequest, shown_list
@@ -69,21 +70,16 @@ class DetectRoute:
             read=read,
             limit_ms=service.settings.request_timeout_ms,
         )
-        with service.images.slot(len(body)), WhileConnected(request):
+        with service.places.slot(len(body)), WhileConnected(request):
             image = await self._image(headers.get("content-type", ""), body)
             # Base64 has been copied out of it.
             del body
             image_type = wanted_image(headers.get("accept"))
             written_as = partial(_write, query.format, model, read)
-            answer = await detect_one(
+            answer = await detect(
                 service,
-                image,
-                model,
-                selection,
-                limit,
-                query.tile,
+                DetectRequest(image, model, selection, limit, query.tile, draw_as=image_type),
                 write=None if image_type else partial(_write_few, written_as),
-                draw_as=image_type,
             )
             written = answer.written
             if written is None:

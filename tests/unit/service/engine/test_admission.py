@@ -7,47 +7,48 @@ from contextlib import ExitStack
 
 import pytest
 
-from service.engine.admission import Admission, Caution, refuse_late
+from service.engine.admission import Caution, refuse_late
 from service.engine.batch_queue import Urgency
+from service.engine.places import Places
 from service.errors import Unavailable
 
 
 def test_places_are_counted_and_given_back() -> None:
-    admission = Admission(2)
-    with admission.slot(), admission.slot():
-        assert admission.held == 2
-        with pytest.raises(Unavailable, match="2 images") as refused, admission.slot():
+    places = Places(2)
+    with places.slot(), places.slot():
+        assert places.held == 2
+        with pytest.raises(Unavailable, match="2 images") as refused, places.slot():
             pytest.fail("there was no room")
         assert refused.value.reason == "queue-full"
         assert refused.value.retry_after > 0
-    with pytest.raises(ZeroDivisionError), admission.slot():
+    with pytest.raises(ZeroDivisionError), places.slot():
         raise ZeroDivisionError
-    assert admission.held == 0
-    admission.check()
+    assert places.held == 0
+    places.check()
 
 
 def test_bytes_are_counted_and_given_back() -> None:
-    admission = Admission(10, bytes_limit=100)
-    with admission.slot(60):
-        with admission.slot(40):
-            assert admission.bytes_held == 100
-            with pytest.raises(Unavailable, match="100 bytes") as refused, admission.slot(1):
+    places = Places(10, bytes_limit=100)
+    with places.slot(60):
+        with places.slot(40):
+            assert places.bytes_held == 100
+            with pytest.raises(Unavailable, match="100 bytes") as refused, places.slot(1):
                 pytest.fail("there was no room")
             assert refused.value.reason == "queue-bytes"
-        with admission.slot(40):
+        with places.slot(40):
             pass
-    assert (admission.held, admission.bytes_held) == (0, 0)
+    assert (places.held, places.bytes_held) == (0, 0)
 
 
 def test_a_image_larger_than_all_the_bytes_passes_alone() -> None:
-    admission = Admission(10, bytes_limit=100)
-    with admission.slot(500), pytest.raises(Unavailable), admission.slot(1):
+    places = Places(10, bytes_limit=100)
+    with places.slot(500), pytest.raises(Unavailable), places.slot(1):
         pytest.fail("there was no room")
 
 
 def test_a_refusal_says_how_long_the_queue_will_take() -> None:
-    admission = Admission(1, pause=lambda: 7.5)
-    with admission.slot(), pytest.raises(Unavailable) as refused, admission.slot():
+    places = Places(1, pause=lambda: 7.5)
+    with places.slot(), pytest.raises(Unavailable) as refused, places.slot():
         pytest.fail("there was no room")
     assert refused.value.retry_after == 7.5
 
@@ -99,40 +100,40 @@ def test_a_hiccup_on_something_short_is_no_pattern() -> None:
 
 
 def test_bulk_leaves_places_to_others() -> None:
-    admission = Admission(8)
+    places = Places(8)
     with ExitStack() as held:
         for _ in range(6):
-            held.enter_context(admission.slot(urgency=Urgency.BULK))
+            held.enter_context(places.slot(urgency=Urgency.BULK))
         with pytest.raises(Unavailable, match="6 of 8") as refused:
-            held.enter_context(admission.slot(urgency=Urgency.BULK))
+            held.enter_context(places.slot(urgency=Urgency.BULK))
         assert refused.value.reason == "queue-full"
-        admission.check()
+        places.check()
         for _ in range(2):
-            held.enter_context(admission.slot())
+            held.enter_context(places.slot())
         with pytest.raises(Unavailable, match="8 images"):
-            admission.check()
+            places.check()
     for urgency in Urgency:
-        admission.check(urgency=urgency)
+        places.check(urgency=urgency)
 
 
 def test_the_smallest_queue_takes_bulk_too() -> None:
-    admission = Admission(1)
-    with admission.slot(urgency=Urgency.BULK), pytest.raises(Unavailable):
-        admission.check()
-    assert admission.held == 0
+    places = Places(1)
+    with places.slot(urgency=Urgency.BULK), pytest.raises(Unavailable):
+        places.check()
+    assert places.held == 0
 
 
 def test_the_bytes_of_a_whole_request_count_while_it_lasts() -> None:
-    admission = Admission(10, bytes_limit=100)
-    with admission.body(70):
-        assert (admission.held, admission.bytes_held) == (0, 70)
-        with pytest.raises(Unavailable) as refused, admission.body(40):
+    places = Places(10, bytes_limit=100)
+    with places.body(70):
+        assert (places.held, places.bytes_held) == (0, 70)
+        with pytest.raises(Unavailable) as refused, places.body(40):
             pytest.fail("there was no room")
         assert refused.value.reason == "queue-bytes"
-        with pytest.raises(Unavailable), admission.slot(40):
+        with pytest.raises(Unavailable), places.slot(40):
             pytest.fail("there was no room")
-        with admission.slot(30):
+        with places.slot(30):
             pass
-    with admission.body(500), admission.slot():
-        assert admission.held == 1, "its own images have been counted"
-    assert (admission.held, admission.bytes_held) == (0, 0)
+    with places.body(500), places.slot():
+        assert places.held == 1, "its own images have been counted"
+    assert (places.held, places.bytes_held) == (0, 0)

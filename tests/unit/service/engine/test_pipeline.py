@@ -532,7 +532,7 @@ async def test_what_comes_after_the_end_is_told_of_it(load: Callable[..., Servab
     async with started() as line:
         line.abort("the server stops", "draining")
         with pytest.raises(Unavailable, match="the server stops") as refused:
-            line.admit(model, time.monotonic() + 60.0)
+            line.refuse_if_over()
         assert refused.value.reason == "draining"
         # The next image of a request whose others have just been turned away.
         with pytest.raises(Unavailable, match="the server stops"):

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
+from service.engine import admission
 from service.engine import prediction as module
-from service.engine.admission import WAY_BACK
+from service.engine.admission import WAY_BACK, Admission
 from service.engine.batch_queue import BatchQueue, Policy, Urgency
+from service.engine.places import Places
 from service.engine.prediction import Prediction, Price
 from service.engine.work import NOTHING_KNOWN, BatchKey, DecodeKey, Estimate, Servable, Work
 from service.engine.workers import Worker
 from service.errors import Unavailable
 from service.imaging.canvas import Size
 
+ONE = Price()
 CANVAS, LARGE = Size(96, 128), Size(960, 1280)
 NOW = 1_000.0
 
@@ -52,7 +56,8 @@ def model() -> Servable:
 
 @pytest.fixture(autouse=True)
 def _still(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: NOW))
+    for each in (module, admission):
+        monkeypatch.setattr(each, "time", SimpleNamespace(monotonic=lambda: NOW))
 
 
 class Line:
@@ -71,6 +76,23 @@ class Line:
             count=devices,
             max_batch_size=batch,
         )
+        self.admission = Admission(Places(1000), self.prediction, refuse_if_over=lambda: None)
+
+    def admit(
+        self,
+        model: Servable,
+        deadline: float,
+        price: Price = ONE,
+        urgency: Urgency = Urgency.INTERACTIVE,
+    ) -> float:
+        """Let a request in, which then goes away: nothing is learnt. The seconds that it needs."""
+        with suppress(_Gone), self.admission.promise(model, deadline, price, urgency):
+            raise _Gone
+        return self.prediction.forecast(model, price, urgency).needed
+
+
+class _Gone(Exception):
+    pass
 
 
 def _idle(name: str) -> Worker[Work]:
@@ -152,7 +174,7 @@ def test_each_canvas_has_its_own_cost(model: Servable) -> None:
     assert line.prediction.wait() == pytest.approx(1.120), "what waits is priced by its own canvas"
     arrived(line, model, 1, canvas=LARGE)
     assert line.prediction.wait() == pytest.approx(2.120)
-    needed = line.prediction.admit(model, NOW + 9, Price(Size(64, 64)))
+    needed = line.admit(model, NOW + 9, Price(Size(64, 64)))
     assert needed == pytest.approx(2.120 + 0.040)
 
 
@@ -170,42 +192,21 @@ def test_a_batch_that_is_late_is_thought_to_be_late_again(model: Servable) -> No
     assert line.prediction.wait() == pytest.approx(0.400)
     in_hand(line, 0, model, 8, since=NOW - 5.110)
     with pytest.raises(Unavailable) as refused:
-        line.prediction.admit(model, NOW + 1.0)
+        line.admit(model, NOW + 1.0)
     assert refused.value.reason == "deadline", "it hangs, and who waited would wait in vain"
     in_hand(line, 0, model, 8, since=NOW - 3600.0)
     assert line.prediction.wait() == 30.0, "no more is made of it"
-
-
-def test_a_request_that_was_just_checked_is_not_looked_at_again(
-    model: Servable, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    line = Line(batch=1)
-    ready(line, model, 2)
-    alone = 0.040
-    line.prediction.check(1.0, Urgency.INTERACTIVE)
-    # Nobody came but from thread to thread.
-    ready(line, model, 1)
-    assert line.prediction.admit(model, NOW + 1.0) == pytest.approx(2 * alone + alone)
-    assert line.prediction.admit(model, NOW + 1.0, urgency=Urgency.BULK) == pytest.approx(
-        3 * alone + alone
-    ), "the check was of another urgency"
-    arrived(line, model, 1)
-    assert line.prediction.admit(model, NOW + 1.0) == pytest.approx(4 * alone + alone)
-    line.prediction.check(1.0, Urgency.INTERACTIVE)
-    ready(line, model, 1)
-    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: NOW + 0.003))
-    assert line.prediction.admit(model, NOW + 1.0) == pytest.approx(5 * alone + alone)
 
 
 def test_bulk_learns_for_itself_how_often_it_is_overtaken(model: Servable) -> None:
     line = Line()
     ready(line, model, 8, Urgency.BULK)
     for _ in range(20):
-        line.prediction._cautions[Urgency.BULK, "single"].observe(predicted=0.1, actual=1.0)
-    line.prediction.check(0.120, Urgency.INTERACTIVE)
-    line.prediction.admit(model, NOW + 1.1 * 0.050)
+        line.admission._cautions[Urgency.BULK, "single"].observe(predicted=0.1, actual=1.0)
+    line.admission.check(0.120, Urgency.INTERACTIVE)
+    line.admit(model, NOW + 1.1 * 0.050)
     with pytest.raises(Unavailable):
-        line.prediction.check(0.120, Urgency.BULK)
+        line.admission.check(0.120, Urgency.BULK)
 
 
 def test_several_devices_share_the_work(model: Servable) -> None:
@@ -223,9 +224,7 @@ def test_batches_side_by_side_share_a_device(model: Servable) -> None:
     assert line.prediction.wait() == pytest.approx(2 * (0.110 - 0.025))
     ready(line, model, 8)
     assert line.prediction.wait() == pytest.approx(2 * (0.110 - 0.025) + 0.110)
-    assert Line(callers=2).prediction.admit(model, NOW + 9, Price(canvases=3)) == pytest.approx(
-        0.060
-    )
+    assert Line(callers=2).admit(model, NOW + 9, Price(canvases=3)) == pytest.approx(0.060)
 
 
 def test_a_decode_thread_that_infers_counts_as_one_of_the_devices(model: Servable) -> None:
@@ -273,9 +272,9 @@ def test_where_decoding_takes_longer_it_decides(model: Servable) -> None:
 
 def test_what_an_image_needs(model: Servable) -> None:
     line, price = Line(), Price(CANVAS, decode=0.005)
-    assert line.prediction.admit(model, NOW + 9, price) == pytest.approx(0.005 + 0.040)
+    assert line.admit(model, NOW + 9, price) == pytest.approx(0.005 + 0.040)
     ready(line, model, 8)
-    assert line.prediction.admit(model, NOW + 9, price) == pytest.approx(0.110 + 0.005 + 0.040)
+    assert line.admit(model, NOW + 9, price) == pytest.approx(0.110 + 0.005 + 0.040)
 
 
 def test_what_is_long_keeps_only_what_is_long_waiting(model: Servable) -> None:
@@ -288,10 +287,10 @@ def test_what_is_long_keeps_only_what_is_long_waiting(model: Servable) -> None:
     assert line.prediction.wait() == pytest.approx(0.4), "by that one thread"
     long = Price(CANVAS, decode=5.0, long=True)
     with pytest.raises(Unavailable) as refused:
-        line.prediction.admit(model, NOW + 10.0, long)
+        line.admit(model, NOW + 10.0, long)
     assert refused.value.reason == "deadline"
-    line.prediction.admit(model, NOW + 60.0, long)
-    line.prediction.admit(model, NOW + 1.0, Price(CANVAS, decode=0.005))
+    line.admit(model, NOW + 60.0, long)
+    line.admit(model, NOW + 1.0, Price(CANVAS, decode=0.005))
 
 
 def test_work_that_infers_nothing_takes_no_device(model: Servable) -> None:
@@ -303,20 +302,20 @@ def test_work_that_infers_nothing_takes_no_device(model: Servable) -> None:
 def test_an_idle_service_refuses_what_alone_takes_too_long(model: Servable) -> None:
     line, drawn = Line(), Price(CANVAS, decode=0.1, after=16.0, long=True)
     with pytest.raises(Unavailable) as refused:
-        line.prediction.admit(model, NOW + 9.0, drawn)
+        line.admit(model, NOW + 9.0, drawn)
     assert refused.value.reason == "deadline-too-short"
-    line.prediction.admit(model, NOW + 17.0, drawn)
+    line.admit(model, NOW + 17.0, drawn)
 
 
 def test_drawing_that_was_promised_counts_before_it_is_in_a_queue(model: Servable) -> None:
     line, drawn = Line(), Price(CANVAS, after=4.0, long=True)
-    line.prediction.admit(model, NOW + 9.0, drawn)
-    with line.prediction.booked(thread=4.0), line.prediction.booked(thread=4.0):
+    line.admit(model, NOW + 9.0, drawn)
+    with line.prediction.booked(model, drawn), line.prediction.booked(model, drawn):
         ready(line, model, 1)
         with pytest.raises(Unavailable):
-            line.prediction.admit(model, NOW + 9.0, drawn)
-        line.prediction.admit(model, NOW + 9.0, Price(CANVAS))
-    line.prediction.admit(model, NOW + 9.0, drawn)
+            line.admit(model, NOW + 9.0, drawn)
+        line.admit(model, NOW + 9.0, Price(CANVAS))
+    line.admit(model, NOW + 9.0, drawn)
 
 
 def test_requests_of_many_canvases_share_with_each_other_and_with_single_ones(
@@ -324,50 +323,44 @@ def test_requests_of_many_canvases_share_with_each_other_and_with_single_ones(
 ) -> None:
     line, many = Line(batch=1), Price(CANVAS, canvases=100, window=4)
     alone = 100 * 0.040
-    assert line.prediction.admit(model, NOW + 99, many) == pytest.approx(alone)
-    with line.prediction.booked(device=alone):
-        assert line.prediction.admit(model, NOW + 99, many) == pytest.approx(2 * alone)
+    assert line.admit(model, NOW + 99, many) == pytest.approx(alone)
+    with line.prediction.booked(model, many):
+        assert line.admit(model, NOW + 99, many) == pytest.approx(2 * alone)
         ready(line, model, 4)
-        assert line.prediction.admit(model, NOW + 99, many) == pytest.approx(0.160 + 2 * alone), (
+        assert line.admit(model, NOW + 99, many) == pytest.approx(0.160 + 2 * alone), (
             "those that wait are the other request's own"
         )
-        single = line.prediction.admit(model, NOW + 99, Price(CANVAS))
+        single = line.admit(model, NOW + 99, Price(CANVAS))
         assert single == pytest.approx(0.160 + 0.040), "a single image waits for no tile to come"
         ready(line, model, 4)
-        assert line.prediction.admit(model, NOW + 99, many) == pytest.approx(
-            0.320 + 2 * (2 * alone)
-        ), "four single images in the pipeline take every second turn"
+        assert line.admit(model, NOW + 99, many) == pytest.approx(0.320 + 2 * (2 * alone)), (
+            "four single images in the pipeline take every second turn"
+        )
 
 
 def test_many_images_go_in_batches_and_to_every_device(model: Servable) -> None:
-    assert Line().prediction.admit(model, NOW + 9, Price(canvases=16)) == pytest.approx(0.220)
-    assert Line(devices=2).prediction.admit(model, NOW + 9, Price(canvases=16)) == pytest.approx(
-        0.110
-    )
-    assert Line(devices=2).prediction.admit(model, NOW + 9, Price(canvases=3)) == pytest.approx(
-        0.050
-    )
-    assert Line(batch=1).prediction.admit(model, NOW + 9, Price(canvases=16)) == pytest.approx(
-        0.640
-    )
+    assert Line().admit(model, NOW + 9, Price(canvases=16)) == pytest.approx(0.220)
+    assert Line(devices=2).admit(model, NOW + 9, Price(canvases=16)) == pytest.approx(0.110)
+    assert Line(devices=2).admit(model, NOW + 9, Price(canvases=3)) == pytest.approx(0.050)
+    assert Line(batch=1).admit(model, NOW + 9, Price(canvases=16)) == pytest.approx(0.640)
 
 
 def test_who_would_be_late_is_told_when_to_come_again(model: Servable) -> None:
     line = Line()
     ready(line, model, 8)
     careful = 1.1 * (0.110 + 0.040) + WAY_BACK
-    line.prediction.admit(model, NOW + careful + 0.001)
+    line.admit(model, NOW + careful + 0.001)
     with pytest.raises(Unavailable) as refused:
-        line.prediction.admit(model, NOW + careful - 0.010)
+        line.admit(model, NOW + careful - 0.010)
     assert refused.value.reason == "deadline"
     assert refused.value.retry_after == pytest.approx(0.010)
 
 
 def test_an_idle_service_lets_in_what_is_not_hopeless(model: Servable) -> None:
     line = Line()
-    line.prediction.admit(model, NOW + 0.014)
+    line.admit(model, NOW + 0.014)
     with pytest.raises(Unavailable) as refused:
-        line.prediction.admit(model, NOW + 0.013)
+        line.admit(model, NOW + 0.013)
     assert refused.value.reason == "deadline-too-short", "8 images took 110 ms, so one takes 13.75"
 
 
@@ -377,16 +370,16 @@ def test_an_idle_service_tries_again_after_a_while(
     slow = Servable("tiny", 1, cast(Any, None), ())
     slow.costs.observe(CANVAS, 1, 20.0)
     with pytest.raises(Unavailable):
-        Line().prediction.admit(slow, NOW + 0.5)
+        Line().admit(slow, NOW + 0.5)
     later = time.monotonic() + 60.0
     monkeypatch.setattr("service.engine.cost.time", SimpleNamespace(monotonic=lambda: later))
-    Line().prediction.admit(slow, NOW + 0.5)
+    Line().admit(slow, NOW + 0.5)
 
 
 def test_the_queue_alone_refuses_by_its_wait(model: Servable) -> None:
     line = Line()
-    line.prediction.check(0.0, Urgency.INTERACTIVE)
+    line.admission.check(0.0, Urgency.INTERACTIVE)
     ready(line, model, 8)
-    line.prediction.check(0.122, Urgency.INTERACTIVE)
+    line.admission.check(0.122, Urgency.INTERACTIVE)
     with pytest.raises(Unavailable):
-        line.prediction.check(0.120, Urgency.INTERACTIVE)
+        line.admission.check(0.120, Urgency.INTERACTIVE)

@@ -17,7 +17,7 @@ from service.engine.work import Servable
 from service.errors import ArtifactError
 from service.imaging.canvas import Size
 from service.runtime.artifact import Entry, read_artifact
-from service.runtime.cpu_concurrency import SideBySide
+from service.runtime.cpu_concurrency import CpuConcurrency, cpu_concurrency
 from service.runtime.detector import Detector, batch_buckets
 from service.runtime.devices import Device, open_detector
 from tests import tiny_model
@@ -101,16 +101,16 @@ def test_what_a_file_answers_is_looked_at_before_it_serves(
     monkeypatch.setattr(
         module, "open_detector", lambda artifact, _, **given: open_detector(artifact, CPU, **given)
     )
-    entry, side_by_side = Entry("tiny", 1, path), SideBySide(1, cores=1)
+    entry = Entry("tiny", 1, path)
     with pytest.raises(ArtifactError, match=why):
         open_servable(
-            entry, read_artifact(path), devices=(device,), batch=2, side_by_side=side_by_side
+            entry, read_artifact(path), devices=(device,), batch=2, cpu_concurrency=CpuConcurrency()
         )
 
 
-def opened(path: Path, side_by_side: SideBySide) -> Servable:
+def opened(path: Path, concurrency: CpuConcurrency) -> Servable:
     artifact, entry = read_artifact(path), Entry("tiny", 1, path)
-    return open_servable(entry, artifact, devices=(CPU,), batch=1, side_by_side=side_by_side)
+    return open_servable(entry, artifact, devices=(CPU,), batch=1, cpu_concurrency=concurrency)
 
 
 def test_the_second_session_is_opened_beside_the_first_and_once(
@@ -126,7 +126,7 @@ def test_the_second_session_is_opened_beside_the_first_and_once(
         return open_detector(artifact, device, **given)
 
     monkeypatch.setattr(module, "open_detector", together)
-    servable = opened(path, SideBySide(2, cores=4))
+    servable = opened(path, cpu_concurrency(2, 4))
     assert sorted(threads, key=str) == [2, None]
     assert len(servable.detectors) == 2
 
@@ -143,26 +143,8 @@ def test_a_large_file_is_opened_once_at_a_time(
 
     monkeypatch.setattr(module, "open_detector", noted)
     monkeypatch.setattr(module, "_OPENED_TOGETHER", path.stat().st_size - 1)
-    assert len(opened(path, SideBySide(2, cores=4)).detectors) == 2
+    assert len(opened(path, cpu_concurrency(2, 4)).detectors) == 2
     assert opening == [threading.current_thread()] * 2
-
-
-@pytest.mark.parametrize(
-    ("asked", "cores", "needed"),
-    [
-        (None, 1, None),
-        (3, 1, None),
-        (1, 8, None),
-        (None, 2, (1, 2)),
-        (None, 8, (4, 2)),
-        (4, 8, (2, 4)),
-        (8, 4, (1, 8)),
-    ],
-)
-def test_what_surely_will_be_needed(
-    asked: int | None, cores: int, needed: tuple[int, int] | None
-) -> None:
-    assert SideBySide(asked, cores=cores).surely == needed
 
 
 def test_what_a_first_run_sets_up_both_sessions_set_up_side_by_side(
@@ -186,7 +168,7 @@ def test_what_a_first_run_sets_up_both_sessions_set_up_side_by_side(
 
     monkeypatch.setattr(Detector, "warm", together(Detector.warm))
     monkeypatch.setattr(Detector, "prove", together(Detector.prove))
-    opened(path, SideBySide(3, cores=4))
+    opened(path, cpu_concurrency(3, 4))
     assert len(set(runs[:4])) == 2, "one run of the lone session, one for each caller beside it"
     assert len(runs) == 5
     assert runs.count(runs[4]) == 2, "then the lone one runs by itself, and is timed"
@@ -210,5 +192,5 @@ def test_a_file_that_does_not_load_ends_both(
 
     monkeypatch.setattr(module, "open_detector", fail)
     with pytest.raises(ArtifactError, match="bad file"):
-        opened(path, SideBySide(2, cores=2))
+        opened(path, cpu_concurrency(2, 2))
     assert ended.is_set(), "nothing is left in native code"
