@@ -92,12 +92,6 @@ def test_settings_that_stand_for_triton_s_exist() -> None:
     assert names <= {name.upper() for name in Settings.model_fields}
 
 
-def test_links_of_tutorials_lead_somewhere() -> None:
-    for page in TUTORIALS:
-        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
-
-
 # --- the runner itself ---------------------------------------------------------------------------
 
 
