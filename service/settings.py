@@ -44,12 +44,16 @@ class Settings(BaseSettings):
     """CPUs that decoding and inference may keep busy. Default: what affinity and quota allow."""
 
     cpu_inferences: int | None = Field(default=None, ge=1, le=64)
-    """Inferences that run side by side on a CPU: one that comes alone on all cores, else few each.
-    Default: as many as prove best at the start, tried out on the first model that is loaded."""
+    """Most concurrent inferences on a CPU, each on its share of the cores; one that is alone has
+    all cores. Default: half the cores, but at least 2 where there are 2 cores, and at most 4."""
 
     cpu_winograd: bool = True
     """Whether a CPU may compute 3 x 3 convolutions with fewer multiplications, where that is
     faster: to about six digits."""
+
+    gpu_engine: Literal["session", "graphs"] = "session"
+    """How a GPU runs a model file: whole in one session of onnxruntime, or `graphs`: the network as
+    CUDA graphs and the selection on the CPU. `graphs` has not been measured on a GPU yet."""
 
     gpu_memory_bytes: int | None = Field(default=None, ge=1_048_576)
     """Most memory of each GPU for a model's weights and intermediate values. Default: no limit."""

@@ -33,7 +33,7 @@ from service.imaging.canvas import Size
 from service.imaging.decode import Prepared, held_image, prepare
 from service.imaging.memory_budget import DecodeMemory
 from service.runtime.artifact import Artifact, Entry
-from service.runtime.cpu_concurrency import SideBySide
+from service.runtime.cpu_concurrency import cpu_concurrency
 from service.runtime.detector import Detections
 from service.runtime.devices import Hardware
 from service.settings import Settings
@@ -243,7 +243,7 @@ def open_engine(
         artifact,
         devices=devices,
         batch=_batch(settings, hardware),
-        side_by_side=SideBySide(settings.cpu_inferences, cores=cores),
+        cpu_concurrency=cpu_concurrency(settings.cpu_inferences, cores),
     )
     return Engine(run, model, hardware, settings, cores=cores)
 

@@ -27,6 +27,7 @@ class LocalDetection:
             settings.device,
             memory_limit=settings.gpu_memory_bytes,
             tf32=settings.gpu_tf32,
+            graphs=settings.gpu_engine == "graphs",
             winograd=settings.cpu_winograd,
         )
 

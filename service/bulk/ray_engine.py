@@ -174,6 +174,7 @@ class Detection:
                 kind,
                 memory_limit=chosen.gpu_memory_bytes,
                 tf32=chosen.gpu_tf32,
+                graphs=chosen.gpu_engine == "graphs",
                 winograd=chosen.cpu_winograd,
             )
             run = open_run(output)

@@ -23,8 +23,14 @@ import onnxruntime as ort
 from service.errors import DeviceError
 from service.runtime.artifact import Artifact
 from service.runtime.detector import Detector, batch_buckets
-from service.runtime.gpu.cuda import CaptureGate, CudaMemory, OutOfMemory, runtime_library
-from service.runtime.gpu.engine import SLOTS, first_line
+from service.runtime.gpu.cuda import (
+    CaptureGate,
+    CudaMemory,
+    OutOfMemory,
+    first_line,
+    runtime_library,
+)
+from service.runtime.gpu.engine import SLOTS
 from service.runtime.gpu.graph_split import Parts, split
 from service.runtime.gpu.split_detector import open_split
 from service.runtime.gpu.whole_detector import WholeDetector
@@ -51,6 +57,8 @@ class Device:
     """Most bytes for weights and intermediate values, of each model."""
     tf32: bool = True
     """Whether float32 products may be computed in TF32."""
+    graphs: bool = False
+    """Whether a GPU runs the network as CUDA graphs, split from the selection; else whole."""
     winograd: bool = True
     """Whether a CPU may compute convolutions with fewer multiplications."""
     threads: int | None = None
@@ -93,20 +101,21 @@ def resolve(
     *,
     memory_limit: int | None = None,
     tf32: bool = True,
+    graphs: bool = False,
     winograd: bool = True,
     threads: int | None = None,
 ) -> Hardware:
     """Choose and prove the devices for `asked`: auto, cpu, cuda, or cuda:0,cuda:1.
 
-    `memory_limit` and `tf32` are for GPUs, `winograd` and `threads` for a CPU. Raises DeviceError
-    that names what is missing.
+    `memory_limit`, `tf32` and `graphs` are for GPUs, `winograd` and `threads` for a CPU. Raises
+    DeviceError that names what is missing.
     """
     cpu = Device("cpu", winograd=winograd, threads=threads)
     if asked == "cpu":
         return Hardware((cpu,))
     gate = CaptureGate()
     devices = tuple(
-        replace(device, memory_limit=memory_limit, tf32=tf32, gate=gate)
+        replace(device, memory_limit=memory_limit, tf32=tf32, graphs=graphs, gate=gate)
         for device in _parse("cuda" if asked == "auto" else asked)
     )
     driver = nvidia_driver()
@@ -155,10 +164,11 @@ def open_detector(artifact: Artifact, device: Device, *, batch: int | None = Non
     a GPU has too little memory.
     """
     if device.kind == "cuda":
-        detector = _open_on_gpu(artifact, device, batch or device.default_batch_size)
+        batch = batch or device.default_batch_size
+        open_on_gpu = _open_graphs if device.graphs else _open_whole
+        detector, wanted = open_on_gpu(artifact, device, batch), CUDA_PROVIDER
     else:
-        detector = _open_whole(artifact, device)
-    wanted = CUDA_PROVIDER if device.kind == "cuda" else CPU_PROVIDER
+        detector, wanted = _open_on_cpu(artifact, device), CPU_PROVIDER
     if detector.providers[0] != wanted:
         raise DeviceError(
             f"{artifact.path}: asked for {device.name}, but the session uses "
@@ -265,14 +275,24 @@ def preload_libraries() -> None:
         ort.preload_dlls()
 
 
-def _open_whole(artifact: Artifact, device: Device) -> Detector:
-    given, options = providers(device), session_options(device)
-    if device.kind == "cpu":
-        return Detector(fitted(artifact, device), providers=given, options=options)
-    return WholeDetector(artifact, providers=given, options=options, gate=device.gate)
+def _open_on_cpu(artifact: Artifact, device: Device) -> Detector:
+    return Detector(
+        fitted(artifact, device), providers=providers(device), options=session_options(device)
+    )
 
 
-def _open_on_gpu(artifact: Artifact, device: Device, batch: int) -> Detector:
+def _open_whole(artifact: Artifact, device: Device, batch: int) -> Detector:
+    return WholeDetector(
+        artifact,
+        providers=providers(device),
+        options=session_options(device),
+        device=(device.kind, device.index),
+        gate=device.gate,
+        remedy=_memory_remedy(device, batch),
+    )
+
+
+def _open_graphs(artifact: Artifact, device: Device, batch: int) -> Detector:
     """Split at the seam, where the file has one."""
     parts = split(artifact.content)
     if parts is None:
@@ -280,7 +300,7 @@ def _open_on_gpu(artifact: Artifact, device: Device, batch: int) -> Detector:
             "%s has no seam (candidate_*) to split it at: it runs whole, without CUDA graphs",
             artifact.path,
         )
-        return _open_whole(artifact, device)
+        return _open_whole(artifact, device, batch)
     try:
         return _proved(_open_split(artifact, parts, device, batch))
     except OutOfMemory:
@@ -290,7 +310,7 @@ def _open_on_gpu(artifact: Artifact, device: Device, batch: int) -> Detector:
         reason = first_line(error)
     # Only here nothing holds the failed one any more, nor its memory.
     _log.warning("%s runs whole on %s, without CUDA graphs: %s", artifact.path, device.name, reason)
-    return _open_whole(artifact, device)
+    return _open_whole(artifact, device, batch)
 
 
 def _proved(detector: Detector) -> Detector:
@@ -307,10 +327,6 @@ def _open_split(artifact: Artifact, parts: Parts, device: Device, batch: int) ->
         )
 
     plain = providers(device)
-    limit = device.memory_limit
-    remedy = f"lower RETINASERVE_MAX_BATCH_SIZE (now {batch})" + (
-        "" if limit is None else f" or raise RETINASERVE_GPU_MEMORY_BYTES (now {limit})"
-    )
     return open_split(
         artifact,
         parts,
@@ -320,7 +336,15 @@ def _open_split(artifact: Artifact, parts: Parts, device: Device, batch: int) ->
         memory=CudaMemory(device.index, device.gate, runtime_library()),
         gate=device.gate,
         buckets=batch_buckets(batch),
-        remedy=remedy,
+        remedy=_memory_remedy(device, batch),
+    )
+
+
+def _memory_remedy(device: Device, batch: int) -> str:
+    """Return what an operator can do about too little memory."""
+    limit = device.memory_limit
+    return f"lower RETINASERVE_MAX_BATCH_SIZE (now {batch})" + (
+        "" if limit is None else f" or raise RETINASERVE_GPU_MEMORY_BYTES (now {limit})"
     )
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.errors import DeviceError
+from service.imaging.canvas import Size
 
 _LIBRARIES: Final = (
     ("cudart64_13.dll", "cudart64_12.dll")
@@ -84,11 +85,34 @@ def is_out_of_memory(error: Exception) -> bool:
     return _NO_MEMORY.search(str(error)) is not None
 
 
+def first_line(error: Exception) -> str:
+    """Return an error's message without the native stack trace that onnxruntime appends."""
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
 class Free(NamedTuple):
     """Bytes of a device's memory."""
 
     free: int
     total: int
+
+
+def too_little_memory(
+    error: Exception,
+    device: tuple[str, int],
+    canvas: Size,
+    batch: int,
+    *,
+    free: Free | None,
+    remedy: str,
+) -> OutOfMemory:
+    """Return the error that tells an operator which setting to change."""
+    kind, index = device
+    rest = "" if free is None else f", {free.free >> 20} of its {free.total >> 20} MiB are free"
+    return OutOfMemory(
+        f"{kind}:{index} has too little memory for {batch} canvases of "
+        f"{canvas.height}x{canvas.width}{rest}: {remedy} ({first_line(error)})"
+    )
 
 
 class Memory(Protocol):

@@ -29,7 +29,7 @@ from service.runtime.detector import (
     by_image,
 )
 from service.runtime.gpu.buffers import Bound, Shape, Slot, run_options
-from service.runtime.gpu.cuda import CaptureGate, Memory, is_out_of_memory
+from service.runtime.gpu.cuda import CaptureGate, Memory, first_line, is_out_of_memory
 from service.runtime.gpu.graph_split import Constant, Parts
 from service.runtime.gpu.submitter import Submitter
 
@@ -278,8 +278,3 @@ def _agree(first: dict[str, NDArray[Any]], second: dict[str, NDArray[Any]]) -> b
         float(np.mean(np.abs(first[name] - second[name]) <= limit)) >= _SAME_SHARE
         for name, limit in limits.items()
     )
-
-
-def first_line(error: Exception) -> str:
-    """What went wrong, without the stack of native code that onnxruntime appends."""
-    return (str(error).strip() or repr(error)).splitlines()[0]

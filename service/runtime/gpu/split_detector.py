@@ -13,8 +13,8 @@ from service.errors import ArtifactError, DeviceError
 from service.imaging.canvas import Size
 from service.runtime.artifact import MAX_DETECTIONS_CAP, Artifact
 from service.runtime.detector import INPUTS, Canvases, Detections, Detector, signature, thresholds
-from service.runtime.gpu.cuda import CaptureGate, Memory, OutOfMemory, is_out_of_memory
-from service.runtime.gpu.engine import Engine, OpenSession, first_line
+from service.runtime.gpu.cuda import CaptureGate, Memory, is_out_of_memory, too_little_memory
+from service.runtime.gpu.engine import Engine, OpenSession
 from service.runtime.gpu.graph_split import Parts
 
 
@@ -77,8 +77,9 @@ class SplitDetector(Detector):
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
+            memory = self._engine.memory
             raise too_little_memory(
-                error, self._engine.memory, canvas, batch, remedy=self._remedy
+                error, memory.device, canvas, batch, free=memory.left(), remedy=self._remedy
             ) from error
 
 
@@ -112,21 +113,10 @@ def open_split(
     except Exception as error:
         # onnxruntime's errors share no base class that it documents.
         if is_out_of_memory(error):
-            raise too_little_memory(error, memory, largest, buckets[-1], remedy=remedy) from error
+            raise too_little_memory(
+                error, memory.device, largest, buckets[-1], free=memory.left(), remedy=remedy
+            ) from error
         if isinstance(error, DeviceError):
             raise
         raise ArtifactError(f"{artifact.path}: onnxruntime cannot load it: {error}") from error
     return SplitDetector(artifact, engine, remedy=remedy)
-
-
-def too_little_memory(
-    error: Exception, memory: Memory, canvas: Size, batch: int, *, remedy: str
-) -> OutOfMemory:
-    """What to tell an operator whose device has too little memory."""
-    left = memory.left()
-    rest = "" if left is None else f", {left.free >> 20} of its {left.total >> 20} MiB are free"
-    kind, index = memory.device
-    return OutOfMemory(
-        f"{kind}:{index} has too little memory for {batch} canvases of "
-        f"{canvas.height}x{canvas.width}{rest}: {remedy} ({first_line(error)})"
-    )

@@ -16,7 +16,7 @@ import pytest
 from service.errors import DeviceError
 from service.imaging.canvas import Size
 from service.runtime import devices
-from service.runtime.artifact import read_artifact
+from service.runtime.artifact import Artifact, read_artifact
 from service.runtime.devices import (
     Device,
     open_detector,
@@ -28,6 +28,7 @@ from service.runtime.gpu import cuda
 from service.runtime.gpu.buffers import run_options
 from service.runtime.gpu.cuda import CaptureGate, CudaMemory, Free, OutOfMemory
 from service.runtime.gpu.split_detector import SplitDetector
+from service.runtime.gpu.whole_detector import WholeDetector
 from tests import seam_model
 from tests.canvases import found, noise, same, sizes_of
 
@@ -248,7 +249,7 @@ def test_a_gpu_is_opened_as_its_device_says(
     # What lies on the "device" is on the host, and onnxruntime has to be told so.
     monkeypatch.setattr(CudaMemory, "device", ("cpu", 0), raising=False)
     monkeypatch.setattr(CudaMemory, "__setattr__", _keep_device)
-    detector = open_detector(artifact, Device("cuda", 0), batch=4)
+    detector = open_detector(artifact, Device("cuda", 0, graphs=True), batch=4)
     assert isinstance(detector, SplitDetector)
     canvas = Size(96, 128)
     for count in (1, 4):
@@ -275,7 +276,7 @@ def test_a_gpu_that_is_too_small_says_what_to_lower(
     monkeypatch.setattr(devices, "providers", lambda _: [devices.CPU_PROVIDER])
     monkeypatch.setattr(devices, "session_options", lambda _: session_options(Device("cpu")))
     with pytest.raises(DeviceError) as caught:
-        open_detector(artifact, Device("cuda", 0, memory_limit=1 << 30), batch=16)
+        open_detector(artifact, Device("cuda", 0, memory_limit=1 << 30, graphs=True), batch=16)
     for part in (
         "cuda:0 has too little memory for 16 canvases of 96x128",
         "lower RETINASERVE_MAX_BATCH_SIZE (now 16)",
@@ -304,33 +305,75 @@ def test_a_gpu_where_the_parts_do_not_run_gets_the_whole_file(
     monkeypatch.setattr(devices, "providers", lambda _: [devices.CPU_PROVIDER])
     monkeypatch.setattr(devices, "session_options", lambda _: session_options(Device("cpu")))
     monkeypatch.setattr(devices, "CUDA_PROVIDER", devices.CPU_PROVIDER)
-    detector = open_detector(artifact, Device("cuda", 0))
+    detector = open_detector(artifact, Device("cuda", 0, graphs=True))
     assert not isinstance(detector, SplitDetector)
     reason = "no such library" if broken == "library" else "no such kernel"
     (line,) = [record.getMessage() for record in caplog.records if "runs whole" in record.message]
     assert line.endswith(f"on cuda:0, without CUDA graphs: {reason}")
 
 
-def test_a_whole_file_on_a_gpu_waits_for_captures(
+def open_whole(artifact: Artifact, gate: CaptureGate) -> WholeDetector:
+    """A whole file on a "device" that is the host."""
+    return WholeDetector(
+        artifact,
+        providers=providers(Device("cpu")),
+        options=session_options(Device("cpu")),
+        device=("cpu", 0),
+        gate=gate,
+        remedy="lower RETINASERVE_MAX_BATCH_SIZE (now 16)",
+    )
+
+
+def test_a_gpu_runs_the_whole_file_unless_graphs_are_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever else the process does with CUDA would break them, and be broken by them."""
     monkeypatch.setattr(devices, "providers", lambda _: [devices.CPU_PROVIDER])
-    monkeypatch.setattr(devices, "session_options", lambda _: session_options(Device("cpu")))
     monkeypatch.setattr(devices, "CUDA_PROVIDER", devices.CPU_PROVIDER)
-    monkeypatch.setattr(devices, "split", lambda _: None)
-    device = Device("cuda", 0)
+    detector = open_detector(read_artifact(seam_model.save(tmp_path)), Device("cuda", 0))
+    assert isinstance(detector, WholeDetector)
+
+
+def test_bound_inputs_and_outputs_give_the_same_detections(tmp_path: Path) -> None:
+    artifact = read_artifact(seam_model.save(tmp_path))
+    plain, bound = open_detector(artifact, Device("cpu")), open_whole(artifact, CaptureGate())
+    canvas = Size(96, 128)
+    for count in (1, 3, 2):
+        canvases, sizes = noise(count, count, canvas), sizes_of(count, canvas, less=5)
+        assert same(found(bound, canvases, sizes), found(plain, canvases, sizes))
+        assert same(found(bound, list(canvases), sizes), found(plain, canvases, sizes))
+
+
+def test_a_whole_file_that_does_not_fit_says_what_to_lower(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detector = open_whole(read_artifact(seam_model.save(tmp_path)), CaptureGate())
+    monkeypatch.setattr(detector, "_session", Full())
+    with pytest.raises(DeviceError) as caught:
+        detector.warm(Size(96, 128), 16)
+    assert "too little memory for 16 canvases of 96x128: lower RETINASERVE_MAX_BATCH_SIZE" in str(
+        caught.value
+    )
+
+
+class Full:
+    def io_binding(self) -> None:
+        raise RuntimeError("Failed to allocate memory for requested buffer of size 1\nStack: ...")
+
+
+def test_a_whole_file_on_a_gpu_waits_for_captures(tmp_path: Path) -> None:
+    """Whatever else the process does with CUDA would break them, and be broken by them."""
+    gate = CaptureGate()
     artifact = read_artifact(seam_model.save(tmp_path))
     done: list[str] = []
 
     def work() -> None:
-        detector = open_detector(artifact, device)
+        detector = open_whole(artifact, gate)
         done.append("opened")
         found(detector, noise(1, 1, Size(96, 128)), sizes_of(1, Size(96, 128), less=5))
         done.append("ran")
 
     thread = threading.Thread(target=work)
-    with device.gate.capture():
+    with gate.capture():
         thread.start()
         thread.join(0.2)
         assert done == []

@@ -21,6 +21,7 @@ from service.runtime.devices import Device, open_detector, resolve
 from service.runtime.gpu.cuda import CudaMemory, runtime_library
 from service.runtime.gpu.engine import SLOTS
 from service.runtime.gpu.split_detector import SplitDetector
+from service.runtime.gpu.whole_detector import WholeDetector
 from service.settings import bundled_models
 from tests import seam_model
 from tests.canvases import found, noise, same, sizes_of
@@ -34,7 +35,7 @@ MEBIBYTE = 1 << 20
 
 @pytest.fixture(scope="module")
 def gpu() -> Device:
-    return resolve("cuda").devices[0]
+    return resolve("cuda", graphs=True).devices[0]
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +110,7 @@ def test_split_on_the_gpu_answers_as_the_whole_file_on_the_cpu(
 
 
 def test_without_tf32_it_is_nearer(bundled: Artifact, canvas: Size) -> None:
-    exact = resolve("cuda", tf32=False).devices[0]
+    exact = resolve("cuda", tf32=False, graphs=True).devices[0]
     canvases, sizes = images(bundled, 2)
     expected = found(open_detector(bundled, Device("cpu")), canvases, sizes, score=0.3)
     answers = found(open_detector(bundled, exact, batch=2), canvases, sizes, score=0.3)
@@ -196,11 +197,31 @@ def test_another_model_is_made_ready_while_one_serves(
     assert same(found(other, canvases, sizes, score=0.3), expected)
 
 
-def test_too_little_memory_is_an_error_that_says_what_to_do(bundled: Artifact) -> None:
-    small = resolve("cuda", memory_limit=24 * MEBIBYTE).devices[0]
+@pytest.mark.parametrize("graphs", [False, True])
+def test_too_little_memory_is_an_error_that_says_what_to_do(
+    bundled: Artifact, graphs: bool
+) -> None:
+    small = resolve("cuda", memory_limit=24 * MEBIBYTE, graphs=graphs).devices[0]
     with pytest.raises(DeviceError, match="RETINASERVE_GPU_MEMORY_BYTES") as caught:
         open_detector(bundled, small, batch=16).warm(Size(448, 448), 16)
     assert "RETINASERVE_MAX_BATCH_SIZE (now 16)" in str(caught.value)
+
+
+def test_the_whole_file_on_the_gpu_answers_as_on_the_cpu(bundled: Artifact, canvas: Size) -> None:
+    on_gpu = open_detector(bundled, resolve("cuda").devices[0], batch=4)
+    assert isinstance(on_gpu, WholeDetector)
+    on_gpu.warm(canvas, 4)
+    on_cpu = open_detector(bundled, Device("cpu"))
+    for count in (1, 3, 4):
+        canvases, sizes = images(bundled, count)
+        expected = found(on_cpu, canvases, sizes, score=0.3)
+        with ThreadPoolExecutor(SLOTS) as callers:
+            answers = callers.map(
+                lambda _: found(on_gpu, canvases, sizes, score=0.3),  # noqa: B023
+                range(4 * SLOTS),
+            )
+            for answer in answers:
+                agree(answer, expected)
 
 
 def test_a_small_model_is_exact(tmp_path: Path, gpu: Device) -> None:

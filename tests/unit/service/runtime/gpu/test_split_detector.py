@@ -394,7 +394,7 @@ def test_a_file_without_a_seam_runs_whole(
     monkeypatch.setattr(devices, "providers", lambda _: providers(CPU))
     monkeypatch.setattr(devices, "CUDA_PROVIDER", devices.CPU_PROVIDER)
     with caplog.at_level(logging.WARNING):
-        detector = open_detector(artifact, Device("cuda", 0))
+        detector = open_detector(artifact, Device("cuda", 0, graphs=True))
     assert isinstance(detector, WholeDetector)
     assert "no seam" in caplog.text
 
