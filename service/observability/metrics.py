@@ -30,7 +30,7 @@ from service.observability.model_metrics import (
     SECONDS,
     ModelKey,
     ModelMetrics,
-    ModelMetricsCollector,
+    ModelSeries,
     Outcome,
 )
 from service.observability.record import Passage, Seen, Stages, Timing, current
@@ -104,7 +104,7 @@ class Metrics:
         # `labels` of prometheus_client costs more than the counting itself.
         self._of_request: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         self._of_route: dict[str, Histogram] = {}
-        self._models = ModelMetricsCollector()
+        self._models = ModelMetrics()
         self.registry.register(self._models)
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
@@ -194,16 +194,16 @@ class Metrics:
         self.registry.register(models)
         self._models.watch(loaded)
 
-    def _of(self, model: Model) -> ModelMetrics:
-        return self._models.of(model.name, model.version, model.metadata.classes)
+    def _of(self, model: Model) -> ModelSeries:
+        return self._models.of(ModelKey(model.name, model.version), model.metadata.classes)
 
 
 class Watched:
     """An image on its way through a model."""
 
-    def __init__(self, numbers: ModelMetrics, model: Model) -> None:
+    def __init__(self, series: ModelSeries, model: Model) -> None:
         self.done = False
-        self._numbers = numbers
+        self._series = series
         self._model = model
         self._started = time.monotonic()
 
@@ -212,9 +212,9 @@ class Watched:
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if error is not None:
-            self._numbers.count(_outcome(error))
+            self._series.count(_outcome(error))
         else:
-            self._numbers.count("answered" if self.done else "failed")
+            self._series.count("answered" if self.done else "failed")
 
     def answered(
         self,
@@ -228,7 +228,7 @@ class Watched:
         # What is left: choosing, mapping to the image, writing, the way back to the event loop.
         rest = max(0.0, finished - self._started - sum(timing))
         stages = Stages(*timing, rest)
-        self._numbers.observe_image(stages, found.labels, found.scores)
+        self._series.observe_image(stages, found.labels, found.scores)
         self.done = True
         record = current.get()
         if record is not None:
