@@ -18,8 +18,9 @@ import numpy as np
 from model_export.checkpoints import load_checkpoint
 from model_export.data.datasets import Sample, load
 from model_export.evaluation.calibration import calibrate
-from model_export.evaluation.calibration_error import reliability
-from model_export.evaluation.runner import SCORE, coco_metrics, detect, match
+from model_export.evaluation.reliability import reliability
+from model_export.evaluation.coco_metrics import SCORE, coco_metrics, match
+from model_export.evaluation.inference import detect
 from model_export.export.graph import export, replace_weights
 from service.runtime import devices
 from service.runtime.artifact import read_artifact

@@ -23,7 +23,7 @@ from PIL import Image
 
 from model_export.data.datasets import load
 from model_export.data.samples import Sample
-from model_export.evaluation.runner import KEPT_DETECTIONS, SCORE, coco_metrics
+from model_export.evaluation.coco_metrics import KEPT_DETECTIONS, SCORE, coco_metrics
 from service.engine import tiling
 from service.engine.postprocessing import Selection
 from service.engine.postprocessing import resolve as resolve_selection

@@ -30,11 +30,11 @@ import torch
 
 from model_export.config import TrainConfig, load_config
 from model_export.data.datasets import Dataset, load
-from model_export.data.transforms import Batch, CanvasBatchSampler, CanvasCache, TrainingBatches
+from model_export.data.batches import Batch, CanvasBatchSampler, CanvasCache, TrainingBatches
 from model_export.retinanet.model import RetinaNet
 from model_export.training.hardware import accelerator_for, precision_for
-from model_export.training.module import Trainee, parameter_groups
-from model_export.training.objective import detection_loss
+from model_export.training.lightning_module import RetinaNetModule, parameter_groups
+from model_export.training.detection_loss import detection_loss
 from model_export.training.trainer import train
 
 RECIPES = Path(__file__).resolve().parent.parent / "model_export" / "recipes"
@@ -131,9 +131,9 @@ def run_train(config: TrainConfig, training: Dataset, device: str, *, skipped: i
     """One epoch as `retinaserve train` does it; the steps alone are timed."""
     place = place_of(device)
     watch = Watch(place)
-    original = Trainee.on_train_batch_end
+    original = RetinaNetModule.on_train_batch_end
 
-    def ended(self: Trainee, *arguments: Any) -> None:
+    def ended(self: RetinaNetModule, *arguments: Any) -> None:
         original(self, *arguments)
         watch.end()
 
@@ -144,8 +144,8 @@ def run_train(config: TrainConfig, training: Dataset, device: str, *, skipped: i
     with (
         tempfile.TemporaryDirectory() as folder,
         silence(),
-        mock.patch.object(Trainee, "on_train_batch_start", begun),
-        mock.patch.object(Trainee, "on_train_batch_end", ended),
+        mock.patch.object(RetinaNetModule, "on_train_batch_start", begun),
+        mock.patch.object(RetinaNetModule, "on_train_batch_end", ended),
     ):
         train(config, training, few, Path(folder), device=device)
     return watch.steps(config.batch_size, skipped=skipped)

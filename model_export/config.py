@@ -11,8 +11,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from model_export.data.formats.registry import FormatName
-from model_export.data.transforms import Augmentation
+from model_export.data.batches import Augmentation
+from model_export.data.formats import FormatName
 from model_export.retinanet.losses import BoxLoss, ClassificationLoss, Focal, SmoothL1
 from model_export.retinanet.model import ModelConfig
 from service.errors import DataError

@@ -69,7 +69,7 @@ def check(
 
     Everything that is wrong is named by file and line; what would stop training ends with exit 2.
     """
-    from model_export.commands import check as command
+    from model_export.commands import data_check as command
 
     command.run(
         folder,
@@ -119,7 +119,7 @@ def sample(folder: Path, images: int, size: tuple[int, int], seed: int) -> None:
     RBC, WBC and Platelets beside them. They are drawings: what is measured on them says nothing
     about photographs.
     """
-    from model_export.commands import sample as command
+    from model_export.commands import data_sample as command
 
     width, height = size
     command.run(folder, images=images, width=width, height=height, seed=seed)

@@ -11,14 +11,15 @@ from typing import Any
 import click
 import numpy as np
 
-from model_export.commands.data import load, used
+from model_export.commands.labelled_data import load, used
 from model_export.config import DataConfig
 from model_export.data.datasets import Dataset
 from model_export.evaluation.bootstrap import Comparison, Difference, compare
-from model_export.evaluation.calibration_error import MIN_SCORE, Reliability
-from model_export.evaluation.measurement import Against, Measurement, describe_file, measure
-from model_export.evaluation.runner import Evaluation, Timing, evaluate_file
-from model_export.evaluation.summary import answer
+from model_export.evaluation.coco_metrics import Evaluation, Timing
+from model_export.evaluation.inference import evaluate_file
+from model_export.evaluation.json_report import answer
+from model_export.evaluation.reliability import MIN_SCORE, Reliability
+from model_export.evaluation.results import Baseline, EvaluationResults, describe_file, measure
 from service.errors import DataError
 from service.filenames import refuse_to_replace
 from service.runtime.artifact import read_artifact
@@ -55,8 +56,8 @@ def run(
 
 
 def _write(
-    measured: Measurement,
-    against: Against | None,
+    measured: EvaluationResults,
+    against: Baseline | None,
     *,
     json_file: Path | None,
     plots: Path | None,
@@ -71,7 +72,7 @@ def _write(
         text = json.dumps(answer(measured, against), indent=2, allow_nan=False)
         yield _write_text(json_file, text + "\n")
     if report is not None:
-        from model_export.evaluation.report import render
+        from model_export.evaluation.html_report import render
 
         yield _write_text(report, render(measured, against))
 
@@ -95,7 +96,7 @@ def load_for(model: Path, data: Path, split: str, choice: DataConfig | None = No
         raise DataError(f"{error} (the classes of {model} are {', '.join(classes)})") from error
 
 
-def table(evaluation: Evaluation, measured: Measurement | None = None) -> Iterator[str]:
+def table(evaluation: Evaluation, measured: EvaluationResults | None = None) -> Iterator[str]:
     """The metrics as lines of text, with what follows from the detections where they are given."""
     yield f"{evaluation.images} images, {evaluation.boxes} objects"
     for figures in _overall(evaluation):
@@ -135,7 +136,7 @@ def _overall(evaluation: Evaluation) -> Iterator[dict[str, float | None]]:
     }
 
 
-def _of_class(measured: Measurement, name: str) -> str:
+def _of_class(measured: EvaluationResults, name: str) -> str:
     points = measured.points[name]
     f1 = None if points is None or not points.f1.size else float(points.f1.max())
     threshold = None if points is None else points.best_threshold()
@@ -171,7 +172,9 @@ def comparison_lines(against: Path, comparison: Comparison) -> Iterator[str]:
         yield f"{name:<5} {'-' if each is None else _difference(each)}"
 
 
-def _compare(measured: Measurement, model: Path, *, device: str, batch_size: int | None) -> Against:
+def _compare(
+    measured: EvaluationResults, model: Path, *, device: str, batch_size: int | None
+) -> Baseline:
     """Evaluate another file on the same images; its labels become those of the first."""
     dataset = measured.dataset
     classes = read_artifact(model).metadata.classes
@@ -192,7 +195,7 @@ def _compare(measured: Measurement, model: Path, *, device: str, batch_size: int
     ours = np.array([dataset.classes.index(name) for name in classes], dtype=np.int64)
     found = [Detections(each.boxes, each.scores, ours[each.labels]) for each in answers]
     comparison = compare(dataset.samples, measured.found, found, dataset.classes)
-    return Against(describe_file(model), evaluation, comparison)
+    return Baseline(describe_file(model), evaluation, comparison)
 
 
 def _number(value: float | None) -> str:

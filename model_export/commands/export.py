@@ -14,13 +14,13 @@ import click
 from pydantic import ValidationError
 
 from model_export.checkpoints import Checkpoint, load_checkpoint, save_weights
-from model_export.commands.data import load, used
 from model_export.commands.evaluate import table
+from model_export.commands.labelled_data import load, used
 from model_export.config import DataConfig, describe
 from model_export.data import datasets
 from model_export.data.datasets import Dataset, Sample
 from model_export.evaluation.calibration import FOLDS, Calibration
-from model_export.export.pipeline import VERIFIED_IMAGES, Reduction, release
+from model_export.export.pipeline import VERIFIED_IMAGES, PrecisionOptions, release
 from model_export.export.precision import Precision
 from model_export.export.reduced import RANGE_IMAGES
 from model_export.export.reduced import table as reduction_table
@@ -60,7 +60,7 @@ def run(
         )
     if weights_file is not None and weights_file.suffix != ".safetensors":
         raise DataError(f"--save-weights {weights_file}: expected a name that ends in .safetensors")
-    check_place(output)
+    check_repository_path(output)
     refuse_to_replace(
         filter(None, (output, weights_file)), filter(None, (checkpoint_file, data, calibrate_on))
     )
@@ -139,7 +139,7 @@ def parse_canvas(text: str) -> Buckets | ShortSide:
     )
 
 
-def check_place(output: Path) -> None:
+def check_repository_path(output: Path) -> None:
     """Refuse NAME/VERSION/model.onnx where the service would skip the file for one of the names.
 
     Paths of any other form are accepted: a model file may lie outside a repository. Raises
@@ -182,13 +182,13 @@ def _reduction(
     choice: DataConfig,
     images: Sequence[bytes],
     max_loss: float | None,
-) -> Reduction | None:
+) -> PrecisionOptions | None:
     """What a smaller precision needs: for int8 images of the kind that it will see."""
     if precision is Precision.FP32:
         return None
     if precision is Precision.INT8 and held_out is not None:
         images = range_images(held_out, choice)
-    return Reduction(precision, images, max_loss)
+    return PrecisionOptions(precision, images, max_loss)
 
 
 def range_images(held_out: Dataset, choice: DataConfig) -> list[bytes]:

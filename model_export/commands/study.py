@@ -10,14 +10,13 @@ import click
 import torch
 
 from model_export.checkpoints import load_checkpoint
-from model_export.commands.data import load
+from model_export.commands.labelled_data import load
 from model_export.commands.train import messages, parse_setting
 from model_export.config import TrainConfig, apply_overrides
-from model_export.data.transforms import CanvasCache
+from model_export.data.batches import CanvasCache
 from model_export.study import (
     ablation,
-    ablation_plot,
-    ablation_table,
+    ablation_report,
     loss_curves,
     loss_distribution,
 )
@@ -106,7 +105,7 @@ def ablate(
     if not any(len(sample.boxes) for sample in validation.samples):
         raise DataError(f"{data}: no object in the val images that were chosen; choose more")
     for run in chosen:
-        ablation.check_folder(run, ablation.made_of(run, training, validation, weights))
+        ablation.check_folder(run, ablation.run_inputs(run, training, validation, weights))
     click.echo(
         f"{study.title}: {len(chosen)} runs on {len(training.samples)} images, measured on "
         f"{len(validation.samples)}"
@@ -124,7 +123,7 @@ def ablate(
             )
             summaries = _write(study, runs, output)
     click.echo(f"wrote {output}/ablation.csv, .md and .png")
-    for line in ablation_table.table(summaries):
+    for line in ablation_report.table(summaries):
         click.echo(line)
 
 
@@ -138,13 +137,13 @@ def _choose(runs: Sequence[ablation.Run], only: Sequence[str]) -> list[ablation.
 
 def _write(
     study: ablation.StudyConfig, runs: Sequence[ablation.Run], output: Path
-) -> list[ablation_table.Summary]:
+) -> list[ablation_report.Summary]:
     """The table of what there is, after every run: the next one may be killed."""
     results = [result for run in runs if (result := ablation.finished(run)) is not None]
-    summaries = ablation_table.summarise(ablation.expand(study.rows), results)
-    ablation_table.write_results(results, output / "ablation.csv")
-    (output / "ablation.md").write_text("\n".join(ablation_table.table(summaries)) + "\n")
-    ablation_plot.write(study.title, summaries, results, output / "ablation.png")
+    summaries = ablation_report.summarise(ablation.expand(study.rows), results)
+    ablation_report.write_results(results, output / "ablation.csv")
+    (output / "ablation.md").write_text("\n".join(ablation_report.table(summaries)) + "\n")
+    ablation_report.write_plot(study.title, summaries, results, output / "ablation.png")
     return summaries
 
 

@@ -15,15 +15,15 @@ import yaml
 from tqdm import tqdm
 
 from model_export.checkpoints import Checkpoint, fetch_imagenet, load_checkpoint
-from model_export.commands.data import load, options
+from model_export.commands.labelled_data import load, options
 from model_export.config import DataConfig, TrainConfig, dump_config, load_config
 from model_export.data.datasets import Dataset
 from model_export.data.report import summarise
 from model_export.provenance import provenance, resumed
-from model_export.training.advice import advise
 from model_export.training.callbacks import METRICS
 from model_export.training.distributed import launch, this_command, world
 from model_export.training.hardware import accelerator_for
+from model_export.training.recommendation import recommend
 from model_export.training.trainer import BEST, CONFIG, LAST, train
 from service.errors import DataError
 from service.filenames import refuse_to_replace
@@ -72,9 +72,9 @@ def run(
         config = _with_advised_anchors(config, training)
     _report(config, training, validation)
     backbone = _backbone_weights(weights, config)
-    made_of = _provenance(config, training, backbone, started_from, licences)
+    run_inputs = _provenance(config, training, backbone, started_from, licences)
     if resume and known is not None:
-        made_of = resumed(known.description.provenance, config.model_dump(mode="json"))
+        run_inputs = resumed(known.description.provenance, config.model_dump(mode="json"))
     output.mkdir(parents=True, exist_ok=True)
     if world().is_first:
         dump_config(config, output / CONFIG)
@@ -88,7 +88,7 @@ def run(
             init=started_from,
             resume=resume,
             device=device,
-            provenance=made_of,
+            provenance=run_inputs,
         )
     _say(
         f"best AP {best:.4f}; next:\n  retinaserve export {output / BEST} --data {data} "
@@ -116,7 +116,7 @@ def _say(text: str) -> None:
 
 
 def _with_advised_anchors(config: TrainConfig, training: Dataset) -> TrainConfig:
-    advice = advise(training, config)
+    advice = recommend(training, config)
     _say(f"{advice}\n")
     return advice.apply(config)
 

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from model_export.data.class_choice import ClassChoice
-from model_export.data.formats.registry import choose_format
-from model_export.data.labels import Reading
+from model_export.data.annotations import SplitAnnotations
+from model_export.data.formats import choose_format
 from model_export.data.problems import (
     LISTED_PROBLEMS,
     Kind,
@@ -23,7 +22,14 @@ from model_export.data.problems import (
     describe_all,
     refuse_fatal,
 )
-from model_export.data.samples import CLIP_TOLERANCE, MIN_SIDE, Sample, SampleReader, nearest
+from model_export.data.samples import (
+    CLIP_TOLERANCE,
+    MIN_SIDE,
+    ClassSelection,
+    Sample,
+    SampleReader,
+    nearest,
+)
 from service.errors import DataError
 
 __all__ = ["CLIP_TOLERANCE", "MIN_SIDE", "Dataset", "Sample", "load", "load_voc", "split_names"]
@@ -61,7 +67,7 @@ def load(
     every format. Images without objects are negatives. Raises DataError with every problem that
     stops training.
     """
-    choice = ClassChoice(None if keep is None else tuple(keep), dict(remap or {}))
+    choice = ClassSelection(None if keep is None else tuple(keep), dict(remap or {}))
     for name in keep or ():
         if classes is not None and name not in classes:
             raise DataError(f"{root}: {name!r} is not among the classes {', '.join(classes)}")
@@ -97,7 +103,7 @@ def split_names(root: Path, *, format: str = "auto") -> tuple[str, ...]:  # noqa
     return choose_format(root, format).split_names(root)
 
 
-def _find_classes(root: Path, reading: Reading, choice: ClassChoice) -> tuple[str, ...]:
+def _find_classes(root: Path, reading: SplitAnnotations, choice: ClassSelection) -> tuple[str, ...]:
     """The class list that the labels themselves give. Raises DataError if a chosen one is not."""
     written = reading.names
     # Where annotations could not be read the names are not all there, and that is what to report.
@@ -109,7 +115,7 @@ def _find_classes(root: Path, reading: Reading, choice: ClassChoice) -> tuple[st
     if choice.keep is None:
         return tuple(sorted(counts, key=lambda name: (-counts[name], name)))
     if sound:
-        renamed = ClassChoice(None, choice.remap).count(written)
+        renamed = ClassSelection(None, choice.remap).count(written)
         for name in choice.keep:
             _check_there(root, name, renamed, what="the class to keep")
     return choice.keep

@@ -1,10 +1,10 @@
-"""What is written about one image to a sample: boxes are checked here, whatever the format."""
+"""Samples: the annotations of one image, checked, in pixels and class indices."""
 
 from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -12,8 +12,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from model_export.data.class_choice import ClassChoice
-from model_export.data.labels import Edges, LabelledImage, LabelledObject
+from model_export.data.annotations import Edges, LabelledImage, LabelledObject
 from model_export.data.problems import Kind, Problem
 from service.errors import MalformedImage, RetinaserveError
 from service.imaging import decode as imaging
@@ -53,7 +52,7 @@ class SampleReader:
     """Turns what is written about one image into a sample; collects what is wrong with it."""
 
     def __init__(
-        self, labelled: LabelledImage, classes: tuple[str, ...], choice: ClassChoice
+        self, labelled: LabelledImage, classes: tuple[str, ...], choice: ClassSelection
     ) -> None:
         self._labelled = labelled
         self._classes = classes
@@ -104,7 +103,7 @@ class SampleReader:
             crowd_labels=np.array(crowd_labels, dtype=np.int64),
         )
 
-    def _note(self, line: int, what: str, *, fatal: bool, kind: Kind) -> None:
+    def _note(self, line: int | None, what: str, *, fatal: bool, kind: Kind) -> None:
         self.problems.append(Problem(self._labelled.annotation, line, what, fatal, kind))
 
     def _size_agrees(self, size: Size) -> bool:
@@ -173,3 +172,32 @@ def _probe(path: Path) -> Size:
         except MalformedImage:
             # Long EXIF blocks and colour profiles push the size further back.
             return imaging.probe(head + file.read())
+
+
+@dataclass(frozen=True, slots=True)
+class ClassSelection:
+    """New names for classes, then a subset of them."""
+
+    keep: tuple[str, ...] | None = None
+    """Classes, by their new names, whose objects are used; None: all of them."""
+    remap: Mapping[str, str] = field(default_factory=dict)
+    """New name of a class by the one that is written. Several may become one."""
+
+    def name(self, written: str) -> str | None:
+        """The class of an object by the one that is written; None if it is left out.
+
+        >>> choice = ClassSelection(keep=("cat",), remap={"kitten": "cat"})
+        >>> choice.name("cat"), choice.name("kitten"), choice.name("dog")
+        ('cat', 'cat', None)
+        """
+        name = self.remap.get(written, written)
+        return name if self.keep is None or name in self.keep else None
+
+    def count(self, written: Mapping[str, int]) -> Counter[str]:
+        """Objects of each class that is used, from those of each that is written."""
+        counts: Counter[str] = Counter()
+        for each, number in written.items():
+            name = self.name(each)
+            if name is not None:
+                counts[name] += number
+        return counts

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model_export.data.datasets import Sample
-from model_export.evaluation.calibration_error import reliability
-from model_export.evaluation.runner import Matches, match
+from model_export.evaluation.coco_metrics import Matches, match
+from model_export.evaluation.reliability import reliability
 from model_export.evaluation.thresholds import RECALLS
 from service.errors import DataError
 from service.runtime.detector import Detections

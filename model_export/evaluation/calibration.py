@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model_export.data.datasets import Sample
-from model_export.evaluation.calibration_error import reliability
-from model_export.evaluation.runner import KEPT_DETECTIONS, Matches, match
+from model_export.evaluation.coco_metrics import KEPT_DETECTIONS, Matches, match
+from model_export.evaluation.reliability import reliability
 from service.errors import DataError
 from service.runtime.detector import Detections
 

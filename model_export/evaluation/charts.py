@@ -14,7 +14,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from model_export.evaluation.bootstrap import Difference
-from model_export.evaluation.calibration_error import Reliability
+from model_export.evaluation.reliability import Reliability
 
 SERIES: Final = 7
 """So many colours are told apart."""

@@ -10,10 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from model_export.evaluation.calibration_error import Reliability
-from model_export.evaluation.confusion import Confusion
-from model_export.evaluation.measurement import Measurement
-from model_export.evaluation.runner import SCORE, Matches
+from model_export.evaluation.coco_metrics import SCORE, Matches
+from model_export.evaluation.error_analysis import Confusion
+from model_export.evaluation.reliability import Reliability
+from model_export.evaluation.results import EvaluationResults
 from model_export.evaluation.thresholds import operating_points
 
 _LEGEND = 12
@@ -23,7 +23,7 @@ _DARK = 0.5
 """Shares above are drawn so dark that text on them is white."""
 
 
-def save_plots(measured: Measurement, folder: Path) -> list[Path]:
+def save_plots(measured: EvaluationResults, folder: Path) -> list[Path]:
     """Draw all figures into `folder`, which is made if need be; their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     matches, classes = measured.matches, tuple(map(_plain, measured.classes))

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model_export.data.datasets import Sample
-from model_export.evaluation.runner import SCORE, Matches, match
+from model_export.evaluation.coco_metrics import SCORE, Matches, match
 from service.runtime.detector import Detections
 
 RECALLS: Final = np.linspace(0.0, 1.0, 101)

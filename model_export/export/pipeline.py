@@ -12,7 +12,8 @@ from typing import Any, Final
 from model_export.checkpoints import Checkpoint
 from model_export.data.datasets import Dataset
 from model_export.evaluation.calibration import Calibration, calibrate
-from model_export.evaluation.runner import Evaluation, detect, evaluate_file
+from model_export.evaluation.coco_metrics import Evaluation
+from model_export.evaluation.inference import detect, evaluate_file
 from model_export.evaluation.thresholds import best_thresholds
 from model_export.export.graph import export, replace_weights
 from model_export.export.precision import Precision
@@ -34,7 +35,7 @@ VERIFIED_IMAGES: Final = 6
 
 
 @dataclass(frozen=True, slots=True)
-class Reduction:
+class PrecisionOptions:
     """A smaller precision, and what it needs."""
 
     precision: Precision
@@ -45,7 +46,7 @@ class Reduction:
 
 
 @dataclass(frozen=True, slots=True)
-class Release:
+class ExportResult:
     """What came of `release`."""
 
     report: Report
@@ -67,8 +68,8 @@ def release(
     held_out: Dataset | None,
     images: Sequence[bytes],
     calibrate_on: Dataset | None = None,
-    reduction: Reduction | None = None,
-) -> Release:
+    reduction: PrecisionOptions | None = None,
+) -> ExportResult:
     """Write a model file, verify it on `images` and, given `held_out` data, measure it.
 
     With `held_out` the file says how well it detects there, and its thresholds are the ones of
@@ -91,7 +92,7 @@ def release(
                 metadata = _with_thresholds(metadata, calibrate_on, found)
             replace_weights(draft, folded, metadata)
         report = verify(checkpoint.build(), _open(draft), images, metadata.canvas)
-        done = Release(report, None, calibration)
+        done = ExportResult(report, None, calibration)
         choose = score is None
         if reduction is None and held_out is not None:
             evaluation, found = evaluate_file(draft, held_out)
@@ -162,14 +163,14 @@ def _describe_measured(
 
 
 def _reduce(
-    done: Release,
+    done: ExportResult,
     full: Path,
     smaller: Path,
-    reduction: Reduction,
+    reduction: PrecisionOptions,
     held_out: Dataset | None,
     images: Sequence[bytes],
     choose_thresholds: bool,
-) -> Release:
+) -> ExportResult:
     """Write, verify and measure the file of smaller precision beside the float32 one."""
     precision = reduction.precision
     write_reduced(full, smaller, precision, reduction.images)

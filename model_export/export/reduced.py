@@ -13,7 +13,8 @@ import numpy as np
 import onnx
 
 from model_export.data.datasets import Dataset
-from model_export.evaluation.runner import Evaluation, evaluate_file
+from model_export.evaluation.coco_metrics import Evaluation
+from model_export.evaluation.inference import evaluate_file
 from model_export.export import fp16 as half
 from model_export.export import int8 as quantisation
 from model_export.export.precision import (

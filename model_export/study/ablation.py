@@ -26,7 +26,7 @@ from model_export.config import TrainConfig, apply_overrides, describe
 from model_export.data.datasets import Dataset
 from model_export.provenance import provenance
 from model_export.training.callbacks import LAST, METRICS
-from model_export.training.module import TrainingError
+from model_export.training.lightning_module import TrainingError
 from model_export.training.trainer import train
 from service.errors import DataError
 
@@ -225,7 +225,7 @@ def merge_classes(dataset: Dataset, name: str | None) -> Dataset:
     return dataclasses.replace(dataset, classes=(name,), samples=samples)
 
 
-def made_of(
+def run_inputs(
     run: Run, training: Dataset, validation: Dataset, weights: Path | None
 ) -> dict[str, Any]:
     """What a run's result hangs on: its settings, the images, the weights, as JSON has them."""
@@ -269,7 +269,7 @@ def execute(
 ) -> Result:
     """Train one run, or go on with it, and leave its result in its folder."""
     started = time.monotonic()
-    content = made_of(run, training, validation, weights)
+    content = run_inputs(run, training, validation, weights)
     run.folder.mkdir(parents=True, exist_ok=True)
     replace_file(run.folder / MADE_OF, json.dumps(content, indent=2) + "\n")
     diverged = None

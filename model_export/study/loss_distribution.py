@@ -19,12 +19,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model_export.config import MatchingConfig
-from model_export.data.transforms import Example, collate
+from model_export.data.batches import Example, collate
 from model_export.retinanet.losses import focal_loss
 from model_export.retinanet.matching import BACKGROUND
 from model_export.retinanet.model import RetinaNet
 from model_export.study.figures import panels, save, write_columns
-from model_export.training.objective import assign
+from model_export.training.detection_loss import assign
 from service.errors import DataError
 
 GAMMAS: Final = (0.0, 0.5, 1.0, 2.0)

@@ -1,4 +1,4 @@
-"""What a run leaves on disk: metrics, curves and checkpoints, after each epoch."""
+"""Lightning callbacks: metrics, training curves and checkpoints after each epoch."""
 
 from __future__ import annotations
 
@@ -13,15 +13,21 @@ from typing import Any, Final
 import lightning
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from model_export.checkpoints import Description
+from model_export.data.batches import CanvasBatchSampler, Example, collate
 from model_export.data.datasets import Sample
-from model_export.data.transforms import CanvasBatchSampler, Example, collate
-from model_export.evaluation.runner import KEPT_DETECTIONS, SCORE, Evaluation, coco_metrics
+from model_export.evaluation.coco_metrics import (
+    KEPT_DETECTIONS,
+    SCORE,
+    Evaluation,
+    coco_metrics,
+)
 from model_export.retinanet.postprocess import candidates, suppress
-from model_export.training.curves import training_curves
-from model_export.training.distributed import from_first, gather, share
-from model_export.training.module import Trainee
+from model_export.training.distributed import broadcast, gather, share
+from model_export.training.lightning_module import RetinaNetModule
 from service.imaging.canvas import Letterbox
 from service.runtime.detector import Detections
 
@@ -48,39 +54,39 @@ class Recorder(lightning.Callback):
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """Validate the averaged weights, not the current ones: they are what is kept."""
-        trainee: Trainee = pl_module
-        config = trainee.config
+        module: RetinaNetModule = pl_module
+        config = module.config
         epoch = trainer.current_epoch + 1
         final = epoch == config.epochs or trainer.should_stop
         evaluation: Evaluation | None = None
         due = final or epoch % config.validate_every == 0
         if due:
             evaluation = validate(
-                trainee.average.module,
+                module.average.module,
                 self._samples,
                 self._examples,
-                trainee.description,
-                device=trainee.device,
+                module.description,
+                device=module.device,
             )
         if trainer.is_global_zero:
-            self._record(trainee, epoch, evaluation)
-        ap = from_first((evaluation.ap or 0.0) if evaluation else None) if due else None
-        best = ap is not None and ap > trainee.best_ap
+            self._record(module, epoch, evaluation)
+        ap = broadcast((evaluation.ap or 0.0) if evaluation else None) if due else None
+        best = ap is not None and ap > module.best_ap
         if ap is not None and best:
-            trainee.best_ap = ap
+            module.best_ap = ap
         # A run that is killed in between goes on from the older `last` and finds the best again.
         if best:
             trainer.save_checkpoint(self._output / BEST)
         trainer.save_checkpoint(self._output / LAST)
 
-    def _record(self, trainee: Trainee, epoch: int, evaluation: Evaluation | None) -> None:
-        steps = trainee.sums["steps"] or math.nan
+    def _record(self, module: RetinaNetModule, epoch: int, evaluation: Evaluation | None) -> None:
+        steps = module.sums["steps"] or math.nan
         row: dict[str, Any] = {
             "epoch": epoch,
-            "minutes": round(trainee.minutes(), 3),
-            "lr": trainee.trainer.optimizers[0].param_groups[-1]["lr"],
-            "classification_loss": round(trainee.sums["classification"] / steps, 5),
-            "regression_loss": round(trainee.sums["regression"] / steps, 5),
+            "minutes": round(module.minutes(), 3),
+            "lr": module.trainer.optimizers[0].param_groups[-1]["lr"],
+            "classification_loss": round(module.sums["classification"] / steps, 5),
+            "regression_loss": round(module.sums["regression"] / steps, 5),
             "ap": "" if evaluation is None else evaluation.ap,
             "ap50": "" if evaluation is None else evaluation.ap50,
         }
@@ -91,13 +97,13 @@ class Recorder(lightning.Callback):
             _log.info(
                 "epoch %d, %.1f min: AP %.4f, AP50 %.4f",
                 epoch,
-                trainee.minutes(),
+                module.minutes(),
                 evaluation.ap or 0.0,
                 evaluation.ap50 or 0.0,
             )
 
 
-class ResumedOrder(lightning.Callback):
+class ResumeSamplerEpoch(lightning.Callback):
     """Tells the sampler in which epoch a resumed run goes on.
 
     Lightning begins to iterate over the loader before it tells the sampler the epoch, and after
@@ -191,3 +197,29 @@ def detect_example(
         scores[kept].numpy(),
         labels[kept].numpy(),
     )
+
+
+def training_curves(metrics: Path, output: Path) -> None:
+    """Draw losses, learning rate and AP over epochs into `output`/curves.png."""
+    with metrics.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    epochs = [int(row["epoch"]) for row in rows]
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    losses, rates, metric = figure.subplots(1, 3)
+    for name in ("classification_loss", "regression_loss"):
+        losses.plot(epochs, [float(row[name]) for row in rows], label=name.replace("_", " "))
+    losses.set_yscale("log")
+    losses.legend(loc="upper right")
+    rates.plot(epochs, [float(row["lr"]) for row in rows])
+    rates.set_title("learning rate", fontsize=10)
+    for name in ("ap", "ap50"):
+        points = [(int(row["epoch"]), float(row[name])) for row in rows if row[name]]
+        metric.plot([p[0] for p in points], [p[1] for p in points], marker=".", label=name)
+    if metric.lines and len(metric.lines[0].get_xdata()):
+        metric.legend(loc="lower right")
+    metric.set_title("validation", fontsize=10)
+    for axes in (losses, rates, metric):
+        axes.set_xlabel("epoch")
+        axes.grid(alpha=0.3)
+    figure.savefig(output / "curves.png", dpi=110)

@@ -74,7 +74,7 @@ def processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def add_up(tensor: Tensor) -> Tensor:
+def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Sum a tensor over all processes, in place."""
     if processes() > 1:
         dist.all_reduce(tensor)
@@ -90,7 +90,7 @@ def gather(value: Any) -> list[Any] | None:
     return gathered
 
 
-def from_first(value: Any) -> Any:
+def broadcast(value: Any) -> Any:
     """The first process's value, on every process."""
     if processes() == 1:
         return value
@@ -142,11 +142,11 @@ class _SharedSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
-        return add_up(value.clone())
+        return all_reduce_sum(value.clone())
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return add_up(gradients[0].clone())
+        return all_reduce_sum(gradients[0].clone())
 
 
 def _shared_sum(value: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ def _shared_sum(value: Tensor) -> Tensor:
     return shared
 
 
-def share_norms(network: nn.Module, *, cuda: bool) -> None:
+def sync_batch_norms(network: nn.Module, *, cuda: bool) -> None:
     """Let batch norms that learn statistics learn those of the whole batch, in place."""
     if cuda:
         nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]

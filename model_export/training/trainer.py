@@ -16,24 +16,36 @@ from torch.utils.data import DataLoader
 
 from model_export.checkpoints import Checkpoint, Description, initialise_from, load_backbone
 from model_export.config import TrainConfig
-from model_export.data.datasets import Dataset, Sample
-from model_export.data.transforms import (
+from model_export.data.batches import (
     DEFAULT_CACHE_BYTES,
     Batch,
     CanvasBatchSampler,
     CanvasCache,
     TrainingBatches,
 )
+from model_export.data.datasets import Dataset, Sample
 from model_export.retinanet.model import RetinaNet
-from model_export.training.callbacks import BEST, LAST, AtomicCheckpointIO, Recorder, ResumedOrder
-from model_export.training.distributed import World, lost_processes_named, share, share_norms, world
+from model_export.training.callbacks import (
+    BEST,
+    LAST,
+    AtomicCheckpointIO,
+    Recorder,
+    ResumeSamplerEpoch,
+)
+from model_export.training.distributed import (
+    World,
+    lost_processes_named,
+    share,
+    sync_batch_norms,
+    world,
+)
 from model_export.training.hardware import (
     accelerator_for,
     compiler_works,
     precision_for,
     workers_for,
 )
-from model_export.training.module import Trainee
+from model_export.training.lightning_module import RetinaNetModule
 from service.errors import DataError
 
 __all__ = ["BEST", "CONFIG", "LAST", "train"]
@@ -88,7 +100,7 @@ def train(
     output.mkdir(parents=True, exist_ok=True)
     network = _network(config, training.classes, weights=weights, init=init)
     if place.size > 1:
-        share_norms(network, cuda=accelerator == "cuda")
+        sync_batch_norms(network, cuda=accelerator == "cuda")
     description = Description(
         classes=training.classes,
         model=config.model,
@@ -96,7 +108,7 @@ def train(
         provenance=provenance or {},
     )
     pretrained = init is not None or weights is not None
-    trainee = Trainee(network, config, description, pretrained=pretrained)
+    module = RetinaNetModule(network, config, description, pretrained=pretrained)
     if config.compile and compiler_works(accelerator):
         network.compile()
     sampler, loader = _batches(config, training, place, accelerator)
@@ -106,15 +118,15 @@ def train(
         devices=devices,
         precision=precision,
         max_epochs=config.epochs,
-        callbacks=[Recorder(output, validation.samples, held_out), ResumedOrder(sampler)],
+        callbacks=[Recorder(output, validation.samples, held_out), ResumeSamplerEpoch(sampler)],
         plugins=[AtomicCheckpointIO()],
         default_root_dir=output,
         **_together(place, accelerator),
         **_QUIET,
     )
     with _expected_warnings(), lost_processes_named():
-        trainer.fit(trainee, loader, ckpt_path=last if resume else None, weights_only=True)
-    return trainee.best_ap
+        trainer.fit(module, loader, ckpt_path=last if resume else None, weights_only=True)
+    return module.best_ap
 
 
 def _together(place: World, accelerator: str) -> dict[str, Any]:

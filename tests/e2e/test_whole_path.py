@@ -27,7 +27,7 @@ from click.testing import CliRunner, Result
 from model_export.checkpoints import load_checkpoint
 from model_export.commands.train import bundled_checkpoint
 from model_export.data.datasets import Sample, load_voc
-from model_export.data.transforms import CanvasCache
+from model_export.data.batches import CanvasCache
 from model_export.evaluation import runner as evaluation
 from model_export.export.verify import (
     BOX_TOLERANCE,

@@ -7,8 +7,8 @@ import numpy as np
 
 from model_export.data.datasets import Dataset
 from model_export.data.samples import Sample
-from model_export.evaluation.measurement import Measurement, ModelFile
-from model_export.evaluation.runner import coco_metrics
+from model_export.evaluation.coco_metrics import coco_metrics
+from model_export.evaluation.results import EvaluationResults, ModelFile
 from service.imaging.canvas import Buckets, Size
 from service.runtime.artifact import Metadata
 from service.runtime.detector import Detections
@@ -88,9 +88,9 @@ def model_file(classes=CLASSES, *, name="made-up", **metadata) -> ModelFile:
     )
 
 
-def measurement(truth, found, classes=CLASSES, model=None) -> Measurement:
+def measurement(truth, found, classes=CLASSES, model=None) -> EvaluationResults:
     """What an evaluation finds, without a model and without timings."""
-    return Measurement(
+    return EvaluationResults(
         model=model or model_file(classes),
         dataset=Dataset(Path("made-up-data"), "val", tuple(classes), tuple(truth), ()),
         evaluation=coco_metrics(truth, found, classes),

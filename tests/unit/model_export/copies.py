@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from model_export.data.formats.voc_folder import read
-from model_export.data.labels import LabelledImage
+from model_export.data.annotations import LabelledImage
+from model_export.data.voc import read
 
 SPLITS = ("train", "val")
 

@@ -19,8 +19,8 @@ import torch.distributed as dist
 
 from model_export.checkpoints import Checkpoint, Description
 from model_export.config import OptimiserConfig, TrainConfig
+from model_export.data.batches import Augmentation, Batch, Key, TrainingBatches
 from model_export.data.datasets import Dataset, load_voc
-from model_export.data.transforms import Augmentation, Batch, Key, TrainingBatches
 from model_export.retinanet.anchors import AnchorConfig
 from model_export.retinanet.model import ModelConfig, RetinaNet
 from model_export.training.distributed import SharedBatchNorm, world

@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from model_export.checkpoints import Checkpoint, Description, save_weights
-from model_export.commands.data import load
+from model_export.commands.labelled_data import load
 from model_export.commands.study_cli import study as command
 from model_export.retinanet.losses import FocalStar, Hinge, Ohem
 from model_export.retinanet.model import ModelConfig, RetinaNet
@@ -255,8 +255,8 @@ def test_a_run_that_was_killed_before_its_result_is_not_trained_again(
     training = load(rectangles_data, "train")
     validation = load(rectangles_data, "val", classes=training.classes)
     train(killed.config, training, validation, killed.folder, device="cpu")
-    made_of = ablation.made_of(killed, training, validation, None)
-    (killed.folder / ablation.MADE_OF).write_text(json.dumps(made_of))
+    run_inputs = ablation.run_inputs(killed, training, validation, None)
+    (killed.folder / ablation.MADE_OF).write_text(json.dumps(run_inputs))
     before = (killed.folder / METRICS).read_text()
     answer = run(
         "ablate", "--config", config, "--data", rectangles_data, "--output", output,
@@ -388,8 +388,8 @@ def test_a_result_that_is_none_is_refused(rectangles_data: Path, tmp_path: Path)
     training = load(rectangles_data, "train")
     validation = load(rectangles_data, "val", classes=training.classes)
     [first] = [each for each in ablation.plan(study, output, {}) if each.row.name == "star"]
-    made_of = ablation.made_of(first, training, validation, None)
-    (broken.parent / ablation.MADE_OF).write_text(json.dumps(made_of))
+    run_inputs = ablation.run_inputs(first, training, validation, None)
+    (broken.parent / ablation.MADE_OF).write_text(json.dumps(run_inputs))
     answer = run("ablate", "--config", config, "--data", rectangles_data, "--output", output)
     assert isinstance(answer.exception, DataError)
     assert f"{broken}: not a result" in str(answer.exception)

@@ -29,7 +29,7 @@ from model_export.torchvision_import import (
     read_labels,
     rename,
 )
-from model_export.training.module import Trainee
+from model_export.training.lightning_module import RetinaNetModule
 from service.cli import retinaserve
 from service.errors import DataError
 from service.imaging.canvas import ShortSide
@@ -452,7 +452,7 @@ def test_norms_without_eps_do_not_train_unfrozen() -> None:
         (True, False, False),
     ):
         config = TrainConfig(model=model, freeze_norms=freeze)
-        made = Trainee(network, config, description, pretrained=pretrained)
+        made = RetinaNetModule(network, config, description, pretrained=pretrained)
         if allowed:
             made.on_fit_start()
         else:

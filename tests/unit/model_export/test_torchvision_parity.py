@@ -1,4 +1,4 @@
-"""Against numbers that torchvision itself gave: the same weights, images, boxes and scores."""
+"""Baseline numbers that torchvision itself gave: the same weights, images, boxes and scores."""
 
 from __future__ import annotations
 

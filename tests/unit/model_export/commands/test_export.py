@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from model_export.commands.data import load
-from model_export.commands.export import calibration_lines, check_place, range_images
+from model_export.commands.export import calibration_lines, check_repository_path, range_images
+from model_export.commands.labelled_data import load
 from model_export.config import DataConfig
 from model_export.evaluation.calibration import Calibration, ScoreMap
 from service.cli import retinaserve
@@ -77,7 +77,7 @@ def test_export_writes_anywhere_else(
     folder = tmp_path / "my work" / "v1"
     folder.mkdir(parents=True)
     monkeypatch.chdir(folder)
-    check_place(Path(place))
+    check_repository_path(Path(place))
 
 
 def test_the_calibration_says_what_it_was_judged_on() -> None:

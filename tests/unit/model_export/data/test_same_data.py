@@ -9,7 +9,8 @@ import pytest
 
 from model_export.data.datasets import load
 from model_export.data.problems import Kind
-from model_export.evaluation.runner import coco_metrics, detect
+from model_export.evaluation.coco_metrics import coco_metrics
+from model_export.evaluation.inference import detect
 from service.runtime import devices
 from service.runtime.artifact import read_artifact
 from service.settings import bundled_models

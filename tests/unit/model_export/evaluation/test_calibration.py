@@ -25,8 +25,9 @@ from model_export.evaluation.calibration import (
     log_loss,
     logits,
 )
-from model_export.evaluation.calibration_error import reliability
-from model_export.evaluation.runner import detect, match
+from model_export.evaluation.coco_metrics import match
+from model_export.evaluation.inference import detect
+from model_export.evaluation.reliability import reliability
 from model_export.retinanet.model import RetinaNet
 from service.errors import DataError
 from service.runtime import devices

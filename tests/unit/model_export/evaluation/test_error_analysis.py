@@ -5,9 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model_export.evaluation.confusion import confusion
-from model_export.evaluation.error_analysis import Outcome, find_mistakes, judge
-from model_export.evaluation.runner import match
+from model_export.evaluation.coco_metrics import match
+from model_export.evaluation.error_analysis import Outcome, confusion, find_mistakes, judge
 from service.engine.postprocessing import Selection, resolve
 from service.runtime.artifact import Thresholds
 from tests.unit.model_export.cases import (

@@ -13,9 +13,9 @@ import pytest
 from model_export.checkpoints import Checkpoint
 from model_export.data.datasets import Dataset, Sample
 from model_export.evaluation.calibration import logits
-from model_export.evaluation.runner import detect
+from model_export.evaluation.inference import detect
 from model_export.export import pipeline as release_module
-from model_export.export.pipeline import Reduction, release
+from model_export.export.pipeline import PrecisionOptions, release
 from model_export.export.precision import Precision
 from model_export.export.reduced import Row
 from model_export.export.verify import VerificationError
@@ -68,7 +68,7 @@ def data(exported: RandomModel, tmp_path_factory: pytest.TempPathFactory) -> Dat
 
 def go(
     exported: RandomModel, output: Path, data: Dataset, **options: Any
-) -> release_module.Release:
+) -> release_module.ExportResult:
     given: dict[str, Any] = {
         "name": "random", "canvas": None, "score": None, "held_out": None,
         "images": [each.path.read_bytes() for each in data.samples[:1]], **options,
@@ -113,7 +113,7 @@ def test_a_smaller_release_measured_beside_the_float32_one(
 ) -> None:
     data = dataclasses.replace(data, samples=data.samples[:2])
     images = [each.path.read_bytes() for each in data.samples]
-    reduction = Reduction(Precision.INT8, images, accepted_loss=100.0)
+    reduction = PrecisionOptions(Precision.INT8, images, accepted_loss=100.0)
     done = go(exported, tmp_path / "model.onnx", data, held_out=data, reduction=reduction)
     assert [row.precision for row in done.rows] == ["fp32", "int8"]
     assert done.evaluation is not None
@@ -137,7 +137,7 @@ def test_a_release_that_costs_too_much_leaves_the_old_file(
     with pytest.raises(VerificationError, match=r"2.00 points of AP"):
         go(
             exported, tmp_path / "model.onnx", data,
-            reduction=Reduction(Precision.INT8, images),
+            reduction=PrecisionOptions(Precision.INT8, images),
         )  # fmt: skip
     assert (tmp_path / "model.onnx").read_text() == "the old one"
     assert len(list(tmp_path.iterdir())) == 1

@@ -24,7 +24,7 @@ from model_export.retinanet.losses import (
 from model_export.retinanet.matching import BACKGROUND, box_iou, match
 from model_export.retinanet.model import ModelConfig, RetinaNet, freeze_norms
 from model_export.retinanet.postprocess import candidates, suppress
-from model_export.training.objective import detection_loss
+from model_export.training.detection_loss import detection_loss
 
 NAN, INF = math.nan, math.inf
 

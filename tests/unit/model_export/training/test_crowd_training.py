@@ -11,10 +11,10 @@ from PIL import Image
 
 from model_export.config import MatchingConfig
 from model_export.data.augmentation import Augmentation, Example, augment
+from model_export.data.batches import CanvasCache, collate, transpose
 from model_export.data.samples import CROWD, Sample
-from model_export.data.transforms import CanvasCache, collate, transpose
 from model_export.retinanet.matching import BACKGROUND, IGNORED, share_inside
-from model_export.training.objective import assign
+from model_export.training.detection_loss import assign
 from service.imaging.canvas import Buckets, Size
 
 ANCHORS = torch.tensor(

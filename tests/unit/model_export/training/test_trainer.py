@@ -16,14 +16,19 @@ from torch import Tensor
 
 from model_export.checkpoints import AVERAGE_PREFIX, Checkpoint, Description, load_checkpoint
 from model_export.config import OptimiserConfig, TrainConfig
+from model_export.data.batches import Augmentation, Batch, Key, TrainingBatches
 from model_export.data.datasets import Dataset, load_voc
-from model_export.data.transforms import Augmentation, Batch, Key, TrainingBatches
 from model_export.retinanet.anchors import AnchorConfig
 from model_export.retinanet.model import ModelConfig, RetinaNet
-from model_export.training import module as trainee
+from model_export.training import module as module
 from model_export.training.callbacks import write_row
-from model_export.training.module import TrainingError, averaging, parameter_groups, schedule
-from model_export.training.objective import Losses, assigned_loss
+from model_export.training.detection_loss import Losses, assigned_loss
+from model_export.training.lightning_module import (
+    TrainingError,
+    averaging,
+    parameter_groups,
+    schedule,
+)
 from model_export.training.trainer import train
 from service.errors import DataError, DeviceError
 from service.imaging.canvas import Buckets, Size
@@ -203,7 +208,7 @@ def test_the_schedule_ends_with_the_time(
 ) -> None:
     seconds = iter(range(0, 10_000, 4))
     clock = types.SimpleNamespace(monotonic=lambda: next(seconds))
-    monkeypatch.setattr(trainee, "time", clock)
+    monkeypatch.setattr(module, "time", clock)
     config = changed(epochs=1000, max_minutes=1.0, validate_every=1000)
     train(config, few, few, tmp_path, device="cpu")
     history = rows(tmp_path)
@@ -251,7 +256,7 @@ def break_losses(
         made.append(losses)
         return faults[len(made) % len(faults)](losses)
 
-    monkeypatch.setattr(trainee, "assigned_loss", broken)
+    monkeypatch.setattr(module, "assigned_loss", broken)
     return made
 
 

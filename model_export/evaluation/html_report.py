@@ -21,10 +21,10 @@ from markupsafe import Markup
 from model_export.evaluation import charts
 from model_export.evaluation import error_images as mistake_images
 from model_export.evaluation.bootstrap import Difference
-from model_export.evaluation.calibration_error import MIN_SCORE
+from model_export.evaluation.coco_metrics import KEPT_DETECTIONS, MAX_DETECTIONS, SCORE
 from model_export.evaluation.error_analysis import HIT_IOU, MISTAKES, NEAR_IOU, Mistake, Outcome
-from model_export.evaluation.measurement import Against, Measurement
-from model_export.evaluation.runner import KEPT_DETECTIONS, MAX_DETECTIONS, SCORE
+from model_export.evaluation.reliability import MIN_SCORE
+from model_export.evaluation.results import Baseline, EvaluationResults
 from service.imaging.canvas import Buckets, ShortSide
 
 SHOWN: Final = 12
@@ -69,7 +69,7 @@ _MEANINGS: Final = {
 }
 
 
-def render(measured: Measurement, against: Against | None = None) -> str:
+def render(measured: EvaluationResults, against: Baseline | None = None) -> str:
     """The page. Raises DataError if an image can no longer be read."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("model_export"),
@@ -84,7 +84,7 @@ def render(measured: Measurement, against: Against | None = None) -> str:
     )
 
 
-def _context(measured: Measurement) -> dict[str, Any]:
+def _context(measured: EvaluationResults) -> dict[str, Any]:
     evaluation, metadata = measured.evaluation, measured.model.metadata
     return {
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -129,7 +129,7 @@ def _canvas(rule: Buckets | ShortSide) -> str:
     return f"{sizes} pixels (height x width), the one that fits best"
 
 
-def _shares(measured: Measurement) -> dict[str, float | None]:
+def _shares(measured: EvaluationResults) -> dict[str, float | None]:
     """Recall and precision of all classes together at the file's own thresholds."""
     counts = measured.confusion.counts
     hits = int(np.trace(counts[:-1, :-1]))
@@ -140,7 +140,7 @@ def _shares(measured: Measurement) -> dict[str, float | None]:
     }
 
 
-def _coco(measured: Measurement) -> list[tuple[str, str, float | None]]:
+def _coco(measured: EvaluationResults) -> list[tuple[str, str, float | None]]:
     each = measured.evaluation
     return [
         ("AP", "mean over IoU 0.50 to 0.95", each.ap),
@@ -158,7 +158,7 @@ def _coco(measured: Measurement) -> list[tuple[str, str, float | None]]:
     ]
 
 
-def _classes(measured: Measurement) -> Iterator[dict[str, Any]]:
+def _classes(measured: EvaluationResults) -> Iterator[dict[str, Any]]:
     precision, recall = measured.confusion.precision(), measured.confusion.recall()
     for label, name in enumerate(measured.classes):
         points = measured.points[name]
@@ -176,7 +176,7 @@ def _classes(measured: Measurement) -> Iterator[dict[str, Any]]:
         }
 
 
-def _curves(measured: Measurement) -> list[dict[str, Any]]:
+def _curves(measured: EvaluationResults) -> list[dict[str, Any]]:
     """Precision-recall and F1 charts: of all classes in one, or of each where they are many."""
     names = [name for name in measured.classes if _drawable(measured, name)]
     if not names:
@@ -187,7 +187,9 @@ def _curves(measured: Measurement) -> list[dict[str, Any]]:
     return [_pair_of_charts(measured, [name], title=name) for name in by_ap[:_SMALL_MULTIPLES]]
 
 
-def _pair_of_charts(measured: Measurement, names: Sequence[str], *, title: str) -> dict[str, Any]:
+def _pair_of_charts(
+    measured: EvaluationResults, names: Sequence[str], *, title: str
+) -> dict[str, Any]:
     of = f" of {title}" if title else ""
     return {
         "title": title,
@@ -206,12 +208,12 @@ def _pair_of_charts(measured: Measurement, names: Sequence[str], *, title: str) 
     }
 
 
-def _drawable(measured: Measurement, name: str) -> bool:
+def _drawable(measured: EvaluationResults, name: str) -> bool:
     points = measured.points[name]
     return points is not None and points.scores.size > 0
 
 
-def _precision_recall(measured: Measurement, name: str) -> charts.Line:
+def _precision_recall(measured: EvaluationResults, name: str) -> charts.Line:
     points = measured.points[name]
     assert points is not None
     threshold = float(measured.selection.scores[measured.classes.index(name)])
@@ -222,7 +224,7 @@ def _precision_recall(measured: Measurement, name: str) -> charts.Line:
     )
 
 
-def _f1(measured: Measurement, name: str) -> charts.Line:
+def _f1(measured: EvaluationResults, name: str) -> charts.Line:
     points = measured.points[name]
     assert points is not None
     best = points.best_threshold()
@@ -231,7 +233,7 @@ def _f1(measured: Measurement, name: str) -> charts.Line:
     return charts.Line(name, points.scores, points.f1, mark, note)
 
 
-def _class_reliability(measured: Measurement) -> list[tuple[str, float | None, Markup]]:
+def _class_reliability(measured: EvaluationResults) -> list[tuple[str, float | None, Markup]]:
     if len(measured.classes) < 2:
         return []
     most = sorted(measured.classes, key=lambda name: -measured.calibration[name].total)
@@ -241,7 +243,7 @@ def _class_reliability(measured: Measurement) -> list[tuple[str, float | None, M
     ]
 
 
-def _confusion(measured: Measurement) -> list[tuple[str | None, list[tuple[int, float]]]]:
+def _confusion(measured: EvaluationResults) -> list[tuple[str | None, list[tuple[int, float]]]]:
     """Rows of counts and shares; the name of the last is None: no object there."""
     counts, shares = measured.confusion.counts, measured.confusion.row_shares()
     return [
@@ -250,7 +252,7 @@ def _confusion(measured: Measurement) -> list[tuple[str | None, list[tuple[int, 
     ]
 
 
-def _most_confused(measured: Measurement) -> Iterator[tuple[str, str, int]]:
+def _most_confused(measured: EvaluationResults) -> Iterator[tuple[str, str, int]]:
     between = measured.confusion.counts[:-1, :-1].copy()
     np.fill_diagonal(between, 0)
     for flat in np.argsort(-between, axis=None, kind="stable")[:_CONFUSED]:
@@ -261,7 +263,7 @@ def _most_confused(measured: Measurement) -> Iterator[tuple[str, str, int]]:
             yield *names, int(between[true, detected])
 
 
-def _galleries(measured: Measurement) -> list[Gallery]:
+def _galleries(measured: EvaluationResults) -> list[Gallery]:
     totals = Counter(each.outcome for each in measured.mistakes)
     chosen = {
         kind: [each for each in measured.mistakes if each.outcome is kind][:SHOWN]
@@ -301,7 +303,7 @@ def _within_budget(
     return fitting
 
 
-def _caption(measured: Measurement, mistake: Mistake) -> tuple[str, str, str]:
+def _caption(measured: EvaluationResults, mistake: Mistake) -> tuple[str, str, str]:
     """Title, explanation and file name."""
     sample = measured.dataset.samples[mistake.image]
     judgement = measured.judgements[mistake.image]
@@ -321,7 +323,7 @@ def _caption(measured: Measurement, mistake: Mistake) -> tuple[str, str, str]:
     return f"{name} {mistake.score:.2f}", text, sample.path.name
 
 
-def _against(against: Against) -> dict[str, Any]:
+def _against(against: Baseline) -> dict[str, Any]:
     differences = against.comparison
     rows = [
         ("AP", differences.ap, 1),

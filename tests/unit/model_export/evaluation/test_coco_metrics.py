@@ -17,8 +17,9 @@ from model_export.evaluation.bootstrap import (
     compare,
     mean_precisions,
 )
+from model_export.evaluation.coco_metrics import coco_metrics, match
+from model_export.evaluation.inference import evaluate_file
 from model_export.evaluation.plots import precision_recall, save_plots
-from model_export.evaluation.runner import coco_metrics, evaluate_file, match
 from model_export.evaluation.thresholds import best_thresholds, operating_points
 from service.errors import ArtifactError, DataError
 from tests.unit.model_export.cases import (

@@ -1,4 +1,4 @@
-"""Reading labelled folders for a command: problems are listed, the reason to stop is one line."""
+"""Load labelled folders for a command: problems on stderr, the reason to stop in one line."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from model_export.config import LossConfig, MatchingConfig
 from model_export.data.samples import CROWD
 from model_export.retinanet.matching import BACKGROUND, IGNORED, box_iou, match, share_inside
 from model_export.retinanet.model import Level
-from model_export.training.distributed import add_up, processes
+from model_export.training.distributed import all_reduce_sum, processes
 
 CROWD_SHARE: Final = 0.5
 """Of an anchor's area; with so much of it in a crowd it is no background."""
@@ -60,7 +60,7 @@ def normaliser(assigned: Sequence[Tensor]) -> Tensor:
     (Focal Loss, section 4), times the number of processes: their gradients are averaged.
     """
     counts = [(matched >= 0).sum(dtype=torch.float32) for matched in assigned]
-    return processes() / add_up(torch.stack(counts).sum()).clamp(min=1.0)
+    return processes() / all_reduce_sum(torch.stack(counts).sum()).clamp(min=1.0)
 
 
 def detection_loss(

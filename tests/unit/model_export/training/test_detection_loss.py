@@ -16,7 +16,7 @@ from torch import Tensor
 from model_export.config import LossConfig, MatchingConfig
 from model_export.retinanet.losses import Focal, SmoothL1, focal_loss
 from model_export.retinanet.model import Level
-from model_export.training.objective import Losses, detection_loss
+from model_export.training.detection_loss import Losses, detection_loss
 
 NAN, INF = math.nan, math.inf
 

@@ -12,10 +12,10 @@ import yaml
 from click.testing import CliRunner, Result
 
 from model_export.checkpoints import load_checkpoint
-from model_export.commands.data import options
+from model_export.commands.labelled_data import options
 from model_export.config import DataConfig, TrainConfig
 from model_export.data.datasets import load
-from model_export.training.advice import advise
+from model_export.training.recommendation import recommend
 from service.cli import retinaserve
 from service.errors import DataError
 from tests.unit.model_export import copies, rectangles
@@ -55,7 +55,7 @@ def test_check_counts_and_recommends(rectangles_data: Path, tmp_path: Path) -> N
     printed = yaml.safe_load(text[text.index("\ncanvas:") : text.index("wrote ")])
     assert printed == recommended["settings"]
     config = TrainConfig.model_validate(printed)
-    assert config.canvas == advise(load(rectangles_data, "train"), TrainConfig()).after.canvas
+    assert config.canvas == recommend(load(rectangles_data, "train"), TrainConfig()).after.canvas
     assert recommended["after"]["reached"] >= recommended["before"]["reached"]
 
 

@@ -18,12 +18,12 @@ from torch.optim.swa_utils import AveragedModel
 
 from model_export.checkpoints import DESCRIPTION_KEY, Description
 from model_export.config import OptimiserConfig, TrainConfig
-from model_export.data.transforms import Batch
+from model_export.data.batches import Batch
 from model_export.retinanet.anchors import canvas_anchors
 from model_export.retinanet.matching import IGNORED
 from model_export.retinanet.model import RetinaNet, freeze_norms
-from model_export.training.distributed import add_up, processes
-from model_export.training.objective import assign, assigned_loss, normaliser
+from model_export.training.detection_loss import assign, assigned_loss, normaliser
+from model_export.training.distributed import all_reduce_sum, processes
 from service.errors import DataError, RetinaserveError
 
 PATIENCE: Final = 20
@@ -40,7 +40,7 @@ class TrainingError(RetinaserveError):
     title = "Training failed"
 
 
-class Trainee(lightning.LightningModule):
+class RetinaNetModule(lightning.LightningModule):
     """The network, its running average, the optimiser and the schedule."""
 
     def __init__(
@@ -200,7 +200,7 @@ class Trainee(lightning.LightningModule):
             return figures.tolist()
         clock = self.minutes() if dist.get_rank() == 0 else 0.0
         shared = torch.cat([figures.double(), figures.new_tensor([clock], dtype=torch.float64)])
-        *losses, self._first_minutes = add_up(shared).tolist()
+        *losses, self._first_minutes = all_reduce_sum(shared).tolist()
         return [each / processes() for each in losses]
 
     def _anchors_of(self, batch: Batch) -> Tensor:

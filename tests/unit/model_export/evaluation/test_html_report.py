@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from model_export.evaluation import error_images as mistake_images
-from model_export.evaluation import report
+from model_export.evaluation import html_report as report
 from model_export.evaluation.bootstrap import compare
-from model_export.evaluation.measurement import Against
-from model_export.evaluation.runner import Timing
-from model_export.evaluation.summary import answer
+from model_export.evaluation.coco_metrics import Timing
+from model_export.evaluation.json_report import answer
+from model_export.evaluation.results import Baseline
 from service.errors import DataError
 from tests.unit.model_export.cases import (
     EMPTY,
@@ -106,7 +106,7 @@ def test_page_is_whole_and_needs_no_other_file(image):
 
 def test_names_from_outside_are_text(image):
     measured = shown(image, EVIL_CLASSES, provenance={EVIL: [EVIL], "config": {EVIL: EVIL}})
-    against = Against(
+    against = Baseline(
         model_file(EVIL_CLASSES, name="other"),
         measured.evaluation,
         compare(
@@ -173,7 +173,7 @@ def test_comparison_is_told_in_words(image):
         measured.dataset.samples, measured.found, worse, measured.classes, resamples=50
     )
     assert outcome.ap.low > 0
-    page = Page(report.render(measured, Against(other.model, other.evaluation, outcome)))
+    page = Page(report.render(measured, Baseline(other.model, other.evaluation, outcome)))
     assert f"AP{outcome.ap.value:+.4f}" in page.text
     assert "better" in page.text
 
@@ -252,7 +252,7 @@ def test_answer_has_the_keys_that_are_promised():
     comparison = compare(
         measured.dataset.samples, measured.found, measured.found, measured.classes, resamples=3
     )
-    written = answer(measured, Against(measured.model, measured.evaluation, comparison))
+    written = answer(measured, Baseline(measured.model, measured.evaluation, comparison))
     again = json.loads(json.dumps(written, allow_nan=False))
     promised = re.findall(r"^- `(\w+)`", answer.__globals__["__doc__"], re.MULTILINE)
     assert ["schema", *promised] == list(again)

@@ -27,15 +27,15 @@ from collections import Counter
 from dataclasses import asdict
 from typing import Any, Final
 
-from model_export.evaluation.calibration_error import MIN_SCORE
 from model_export.evaluation.error_analysis import MISTAKES
-from model_export.evaluation.measurement import Against, Measurement, ModelFile
+from model_export.evaluation.reliability import MIN_SCORE
+from model_export.evaluation.results import Baseline, EvaluationResults, ModelFile
 from model_export.evaluation.thresholds import RECALLS, OperatingPoints
 
 SCHEMA: Final = 1
 
 
-def answer(measured: Measurement, against: Against | None = None) -> dict[str, Any]:
+def answer(measured: EvaluationResults, against: Baseline | None = None) -> dict[str, Any]:
     """Plain values, as the module says."""
     dataset, evaluation = measured.dataset, measured.evaluation
     kinds = Counter(each.outcome for each in measured.mistakes)
@@ -90,7 +90,7 @@ def _model(model: ModelFile) -> dict[str, Any]:
     }
 
 
-def _operating_points(measured: Measurement) -> dict[str, Any]:
+def _operating_points(measured: EvaluationResults) -> dict[str, Any]:
     own = measured.selection.scores
     return {
         name: {

@@ -20,9 +20,9 @@ class LabelledObject:
     """Its class."""
     box: Edges
     """In the units of its image's `LabelledImage.relative`."""
-    line: int
-    """Line of the class."""
-    box_line: int
+    line: int | None = None
+    """Line of the class; None where entries have ids, as in JSON."""
+    box_line: int | None = None
     crowd: bool = False
     """Not one object, but a region of many that are not told apart."""
     tag: str = ""
@@ -39,7 +39,7 @@ class LabelledImage:
     objects: tuple[LabelledObject, ...]
     size: tuple[float, float] | None = None
     """(height, width) as written; None where nothing usable is."""
-    size_line: int = 1
+    size_line: int | None = None
     size_fields: str = ""
     """What the format calls the size."""
     relative: bool = False
@@ -47,7 +47,7 @@ class LabelledImage:
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class SplitAnnotations:
     """One split of a folder, as its format's reader found it."""
 
     images: tuple[LabelledImage, ...]

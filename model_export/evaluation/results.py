@@ -12,10 +12,17 @@ import numpy as np
 
 from model_export.data.datasets import Dataset
 from model_export.evaluation.bootstrap import Comparison
-from model_export.evaluation.calibration_error import Reliability, reliability
-from model_export.evaluation.confusion import Confusion, confusion
-from model_export.evaluation.error_analysis import Judgement, Mistake, find_mistakes, judge
-from model_export.evaluation.runner import Evaluation, Matches, evaluate_file, match
+from model_export.evaluation.coco_metrics import Evaluation, Matches, match
+from model_export.evaluation.error_analysis import (
+    Confusion,
+    Judgement,
+    Mistake,
+    confusion,
+    find_mistakes,
+    judge,
+)
+from model_export.evaluation.inference import evaluate_file
+from model_export.evaluation.reliability import Reliability, reliability
 from model_export.evaluation.thresholds import OperatingPoints, operating_points
 from service.engine import postprocessing as results
 from service.runtime.artifact import Metadata, read_artifact
@@ -34,7 +41,7 @@ class ModelFile:
 
 
 @dataclass(frozen=True)
-class Measurement:
+class EvaluationResults:
     """A model file on a data set. What is derived from the detections is derived when asked for."""
 
     model: ModelFile
@@ -112,7 +119,7 @@ class Measurement:
 
 
 @dataclass(frozen=True, slots=True)
-class Against:
+class Baseline:
     """Another file on the same images."""
 
     model: ModelFile
@@ -121,10 +128,12 @@ class Against:
     """The measured file minus this one."""
 
 
-def measure(model: Path, dataset: Dataset, *, device: str, batch_size: int | None) -> Measurement:
+def measure(
+    model: Path, dataset: Dataset, *, device: str, batch_size: int | None
+) -> EvaluationResults:
     """Evaluate a model file. Raises ArtifactError, DeviceError or DataError."""
     evaluation, found = evaluate_file(model, dataset, device=device, batch_size=batch_size)
-    return Measurement(describe_file(model), dataset, evaluation, found)
+    return EvaluationResults(describe_file(model), dataset, evaluation, found)
 
 
 def describe_file(model: Path) -> ModelFile:

@@ -10,7 +10,7 @@ import click
 import numpy as np
 from tqdm import tqdm
 
-from model_export.data.formats.voc import EDGES
+from model_export.data.voc import EDGES
 from service.errors import DataError
 from service.imaging.samples import Box, draw_smear
 

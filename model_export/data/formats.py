@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, Literal, Protocol, get_args
 
-from model_export.data.formats import coco_folder, voc_folder, yolo_folder
-from model_export.data.labels import Reading
+from model_export.data import coco, voc, yolo
+from model_export.data.annotations import SplitAnnotations
 from service.errors import DataError
 
 FormatName = Literal["auto", "voc", "coco", "yolo"]
@@ -29,11 +29,11 @@ class Format(Protocol):
     def split_names(self, root: Path) -> tuple[str, ...]:
         """The splits that there are. Raises DataError."""
 
-    def read(self, root: Path, split: str, *, naming: bool) -> Reading:
+    def read(self, root: Path, split: str, *, naming: bool) -> SplitAnnotations:
         """Read one split; `naming`: also count the classes. Raises DataError."""
 
 
-_FORMATS: Final[dict[str, Format]] = {"voc": voc_folder, "coco": coco_folder, "yolo": yolo_folder}
+_FORMATS: Final[dict[str, Format]] = {"voc": voc, "coco": coco, "yolo": yolo}
 
 
 def choose_format(root: Path, name: str) -> Format:

@@ -12,22 +12,22 @@ from torch import nn
 from model_export.checkpoints import Description
 from model_export.config import TrainConfig
 from model_export.retinanet.model import ModelConfig, RetinaNet
-from model_export.training.module import Trainee
+from model_export.training.lightning_module import RetinaNetModule
 from service.imaging.canvas import Buckets, Size
 
 MODEL = ModelConfig(backbone="mobilenet_v2", fpn_channels=8, head_width=8, head_depth=1)
 CANVAS = Buckets(sizes=(Size(64, 64),))
 
 
-def trainee(*, freeze_norms: bool = True, pretrained: bool = True) -> Trainee:
+def module(*, freeze_norms: bool = True, pretrained: bool = True) -> RetinaNetModule:
     config = TrainConfig(model=MODEL, canvas=CANVAS, freeze_norms=freeze_norms)
     description = Description(classes=("a",), model=MODEL, canvas=CANVAS)
-    made = Trainee(RetinaNet(MODEL, classes=1), config, description, pretrained=pretrained)
+    made = RetinaNetModule(RetinaNet(MODEL, classes=1), config, description, pretrained=pretrained)
     made.train()
     return made
 
 
-def norms_learn_statistics(made: Trainee) -> bool:
+def norms_learn_statistics(made: RetinaNetModule) -> bool:
     made.on_train_epoch_start()
     states = {m.training for m in made.network.modules() if isinstance(m, nn.BatchNorm2d)}
     assert len(states) == 1
@@ -37,27 +37,27 @@ def norms_learn_statistics(made: Trainee) -> bool:
 
 @pytest.mark.parametrize("freeze", [True, False])
 def test_norms_are_frozen_where_weights_brought_statistics(freeze: bool) -> None:
-    assert norms_learn_statistics(trainee(freeze_norms=freeze)) is not freeze
+    assert norms_learn_statistics(module(freeze_norms=freeze)) is not freeze
 
 
 def test_a_fresh_network_has_no_statistics_worth_keeping() -> None:
     """Frozen at mean 0 and variance 1, a random ResNet-101 explodes in its first step and a random
     MobileNetV2 gives next to nothing."""
-    assert norms_learn_statistics(trainee(pretrained=False))
+    assert norms_learn_statistics(module(pretrained=False))
 
 
 @pytest.mark.parametrize("pretrained", [True, False])
 def test_a_resumed_run_goes_on_as_it_began(pretrained: bool) -> None:
     checkpoint: dict[str, Any] = {}
-    trainee(pretrained=pretrained).on_save_checkpoint(checkpoint)
+    module(pretrained=pretrained).on_save_checkpoint(checkpoint)
     # Resuming gives no weights: they are in the checkpoint.
-    resumed = trainee(pretrained=False)
+    resumed = module(pretrained=False)
     resumed.on_load_checkpoint(checkpoint)
     assert norms_learn_statistics(resumed) is not pretrained
 
 
 def test_large_gradients_are_clipped() -> None:
-    made = trainee()
+    made = module()
     optimiser = made.configure_optimizers()
     for parameter in made.network.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -71,7 +71,7 @@ def test_large_gradients_are_clipped() -> None:
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
 def test_a_gradient_that_is_not_finite_moves_nothing(bad: float) -> None:
     """Clipping alone would turn one infinite gradient into NaN in every weight and the average."""
-    made = trainee()
+    made = module()
     optimiser = made.configure_optimizers()
     before = {k: v.clone() for k, v in made.network.state_dict().items()}
     for parameter in made.network.parameters():

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model_export.evaluation.calibration_error import BINS, MIN_SCORE, reliability
+from model_export.evaluation.reliability import BINS, MIN_SCORE, reliability
 
 some_scores = st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=60)
 

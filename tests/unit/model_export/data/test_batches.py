@@ -14,8 +14,7 @@ from PIL import Image
 from pydantic import ValidationError
 from torch.utils.data import DataLoader
 
-from model_export.data.datasets import Sample, load_voc
-from model_export.data.transforms import (
+from model_export.data.batches import (
     Augmentation,
     Batch,
     CanvasBatchSampler,
@@ -27,6 +26,7 @@ from model_export.data.transforms import (
     collate,
     transpose,
 )
+from model_export.data.datasets import Sample, load_voc
 from service.errors import DataError
 from service.imaging import decode as imaging
 from service.imaging.canvas import Buckets, Size

@@ -48,7 +48,7 @@ class Setup:
 
 
 @dataclass(frozen=True, slots=True)
-class Advice:
+class Recommendation:
     """What a data set asks for, beside what was set."""
 
     before: Setup
@@ -113,7 +113,7 @@ class Advice:
         yield yaml.safe_dump(self.settings(), sort_keys=False, default_flow_style=None).rstrip()
 
 
-def advise(training: Dataset, config: TrainConfig) -> Advice:
+def recommend(training: Dataset, config: TrainConfig) -> Recommendation:
     """Canvas and anchors for a train split; a canvas that the config names is kept.
 
     The canvas is the smallest that shows CLEAR_SHARE of the objects at CLEAR_SIDE, and no larger
@@ -130,7 +130,7 @@ def advise(training: Dataset, config: TrainConfig) -> Advice:
     if config.augmentation.transpose > 0:
         searched += [_transposed(group) for group in searched]
     anchors = search(searched, config.model.anchors)
-    return Advice(
+    return Recommendation(
         before=_measure(samples, config.canvas, config.model.anchors),
         after=_measure(samples, canvas, anchors),
         canvas_kept=kept,

@@ -9,14 +9,14 @@ from typing import Any, Final
 
 import click
 
-from model_export.commands.data import used
 from model_export.commands.export import parse_canvas
+from model_export.commands.labelled_data import used
 from model_export.config import DataConfig, TrainConfig, load_config
 from model_export.data import datasets
 from model_export.data.datasets import Dataset
 from model_export.data.problems import BadData, Problem, describe_all
 from model_export.data.report import DataReport, summarise
-from model_export.training.advice import Advice, advise
+from model_export.training.recommendation import Recommendation, recommend
 from service.errors import DataError
 from service.filenames import refuse_to_replace
 
@@ -78,7 +78,7 @@ def _read_all(root: Path, splits: Sequence[str], choice: DataConfig) -> _Found:
                 remap=choice.remap,
             )
         except BadData as error:
-            # Reading another split again finds what is wrong with train.
+            # SplitAnnotations another split again finds what is wrong with train.
             found.fatal = list(dict.fromkeys([*found.fatal, *error.problems]))
         except DataError as error:
             found.errors.append(str(error))
@@ -106,12 +106,12 @@ def _splits_of(root: Path, choice: DataConfig) -> list[str]:
     return [split for split in _USUAL if split in there] or list(there)
 
 
-def _advice(found: Sequence[Dataset], config: TrainConfig) -> Advice | None:
+def _advice(found: Sequence[Dataset], config: TrainConfig) -> Recommendation | None:
     """From the train split, which `train --anchors auto` looks at."""
     training = next((each for each in found if each.split == "train"), None)
     if training is None or not any(len(sample.boxes) for sample in training.samples):
         return None
-    return advise(training, config)
+    return recommend(training, config)
 
 
 def _unreached(report: DataReport) -> Iterator[str]:
@@ -134,7 +134,10 @@ def _write(path: Path, answer: Mapping[str, Any]) -> None:
 
 
 def _answer(
-    root: Path, reports: Sequence[DataReport], fatal: Sequence[Problem], advice: Advice | None
+    root: Path,
+    reports: Sequence[DataReport],
+    fatal: Sequence[Problem],
+    advice: Recommendation | None,
 ) -> dict[str, Any]:
     return {
         "data": root.resolve().name,

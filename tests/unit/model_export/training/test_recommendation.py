@@ -15,7 +15,7 @@ from model_export.data.anchor_fit import Boxes, best_ious, cluster, fit_of, sear
 from model_export.data.datasets import Dataset, Sample, load
 from model_export.retinanet.anchors import AnchorConfig, canvas_anchors
 from model_export.retinanet.matching import box_iou
-from model_export.training.advice import advise, choose_canvas
+from model_export.training.recommendation import choose_canvas, recommend
 from service.errors import DataError
 from service.imaging.canvas import Buckets, ShortSide, Size
 
@@ -138,7 +138,7 @@ def test_classes_count_the_same_however_rare() -> None:
     common, rare = sample(Size(512, 512), grid_of(100, 100)), boxes(square(14, 37, 37))
     data = dataset(common, *[sample(Size(512, 512), rare, 1)] * 4)
     config = TrainConfig.model_validate({"canvas": {"rule": "buckets", "sizes": [[512, 512]]}})
-    advice = advise(data, config)
+    advice = recommend(data, config)
     assert advice.before.balanced.reached == pytest.approx(0.5)
     assert advice.before.overall.reached > 0.9
     assert advice.after.balanced.reached == 1.0
@@ -173,7 +173,7 @@ def test_images_of_each_shape_get_a_canvas() -> None:
 def test_the_settings_are_a_config(canvas: dict[str, object] | None, tmp_path: Path) -> None:
     data = dataset(sample(Size(512, 512), grid_of(40, 40)), sample(Size(512, 512), boxes()))
     config = TrainConfig.model_validate({} if canvas is None else {"canvas": canvas})
-    advice = advise(data, config)
+    advice = recommend(data, config)
     applied = advice.apply(config)
     # Pasted as it is printed, it gives what --anchors auto takes.
     text = str(advice)
@@ -186,23 +186,23 @@ def test_the_settings_are_a_config(canvas: dict[str, object] | None, tmp_path: P
     assert advice.canvas_kept == (canvas is not None)
     assert ("is the one asked for" in text) == (canvas is not None)
     # And the same each time.
-    assert advise(data, config) == advice
+    assert recommend(data, config) == advice
 
 
 def test_without_objects_there_is_nothing_to_recommend() -> None:
     with pytest.raises(DataError, match="no object to choose anchors for"):
-        advise(dataset(sample(Size(10, 10), boxes())), TrainConfig())
+        recommend(dataset(sample(Size(10, 10), boxes())), TrainConfig())
 
 
 def test_objects_that_no_canvas_shows_are_told() -> None:
-    text = str(advise(dataset(sample(Size(300, 300), boxes(square(9)))), TrainConfig()))
+    text = str(recommend(dataset(sample(Size(300, 300), boxes(square(9)))), TrainConfig()))
     assert "100% of the objects stay below 32 px" in text
 
 
 def test_runway_objects_are_reached_more_often(fod_a_mini: Path) -> None:
     canvas = Buckets(sizes=(Size(320, 320),))
     data = load(fod_a_mini, "val")
-    advice = advise(data, TrainConfig(canvas=canvas))
+    advice = recommend(data, TrainConfig(canvas=canvas))
     assert advice.after.overall.reached > advice.before.overall.reached + 0.02
     assert advice.after.balanced.reached > advice.before.balanced.reached + 0.02
     assert choose_canvas(data.samples) == canvas

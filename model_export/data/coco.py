@@ -1,0 +1,477 @@
+"""COCO: JSON annotation files, in any of the usual folder layouts."""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Final
+
+from model_export.data.annotations import Edges, LabelledImage, LabelledObject, SplitAnnotations
+from model_export.data.problems import Kind, Problem
+from model_export.data.splits import files, leaks, split_by_hash, split_called
+from service.errors import DataError
+
+TABLES: Final = ("images", "annotations", "categories")
+
+_REMEDY: Final = "; write the annotations anew, or fetch the file again"
+
+
+@dataclass(slots=True)
+class CocoImage:
+    """One entry of `images`, with its objects."""
+
+    file_name: str
+    tag: str
+    """What finds the entry in the file, such as "image 17 (id 5): "."""
+    size: tuple[float, float] | None
+    """(height, width); None where it is missing or 0."""
+    objects: list[LabelledObject]
+
+    @property
+    def relative(self) -> PurePosixPath:
+        """The file name as a path, also where Windows wrote it."""
+        return PurePosixPath(self.file_name.replace("\\", "/"))
+
+
+@dataclass(frozen=True, slots=True)
+class CocoFile:
+    """What one file says; fatal problems leave out what they are about."""
+
+    path: Path
+    images: tuple[CocoImage, ...]
+    names: Counter[str]
+    """Objects of each category, crowds not counted."""
+    unused: tuple[str, ...]
+    """Categories without an object."""
+    problems: tuple[Problem, ...]
+
+
+def read_coco(path: Path) -> CocoFile:
+    """Read a file. Everything wrong with it is returned as problems."""
+    try:
+        tables = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        return _unusable(path, None, f"cannot be read ({error.strerror})")
+    except UnicodeDecodeError:
+        return _unusable(path, None, f"not COCO's JSON: not UTF-8 text{_REMEDY}")
+    except json.JSONDecodeError as error:
+        what = f"not COCO's JSON: {error.msg}, column {error.colno}{_REMEDY}"
+        return _unusable(path, error.lineno, what)
+    except (RecursionError, ValueError) as error:
+        # Nested too deeply, or an integer of thousands of digits.
+        return _unusable(path, None, f"not COCO's JSON: {_short(str(error))}{_REMEDY}")
+    if not isinstance(tables, dict):
+        return _unusable(path, 1, f"not COCO's JSON: {_short(tables)} is not an object{_REMEDY}")
+    for name in TABLES:
+        if name not in tables:
+            there = ", ".join(list(tables)[:8]) or "nothing"
+            what = f"no {name!r} (there is {there}); COCO's files have {', '.join(TABLES)}"
+            return _unusable(path, None, what)
+        if not isinstance(tables[name], list):
+            return _unusable(path, None, f"{name!r} is not an array; make it one")
+    return _Reader(path).read(tables)
+
+
+def _unusable(path: Path, line: int | None, what: str) -> CocoFile:
+    return CocoFile(path, (), Counter(), (), (Problem(path, line, what, fatal=True),))
+
+
+class _Wrong(ValueError):
+    """An entry cannot be used; the message names the remedy."""
+
+
+class _Reader:
+    """Reads the tables: categories and images first, then the annotations that refer to them."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._categories: dict[int | str, str] = {}
+        self._images: dict[int | str, CocoImage] = {}
+        self._by_file_name: dict[str, CocoImage] = {}
+        self._crowds: list[str] = []
+        self._problems: list[Problem] = []
+        self._names: Counter[str] = Counter()
+
+    def read(self, tables: Mapping[str, list[Any]]) -> CocoFile:
+        self._each("category", tables["categories"], self._category)
+        self._each("image", tables["images"], self._image)
+        self._each("annotation", tables["annotations"], self._annotation)
+        if self._crowds:
+            what = (
+                f"{len(self._crowds)} annotations with iscrowd 1, the first of them "
+                f"{self._crowds[0].removesuffix(': ')}, are regions of many objects: left out of "
+                "training; detections inside count neither way"
+            )
+            self._problems.append(Problem(self._path, None, what, fatal=False, kind=Kind.CROWD))
+        unused = dict.fromkeys(self._categories.values()).keys() - self._names.keys()
+        return CocoFile(
+            path=self._path,
+            images=tuple(self._images.values()),
+            names=self._names,
+            unused=tuple(sorted(unused)),
+            problems=tuple(self._problems),
+        )
+
+    def _each(self, word: str, entries: Sequence[Any], add: Callable[[Any, str], None]) -> None:
+        for number, entry in enumerate(entries):
+            tag = _tag(word, number, entry)
+            try:
+                add(entry, tag)
+            except _Wrong as error:
+                self._problems.append(Problem(self._path, None, f"{tag}{error}", fatal=True))
+
+    def _category(self, entry: Any, _tag: str) -> None:
+        key = _id(entry, "id")
+        name = _name(entry, "name", "write the class there")
+        if key in self._categories:
+            raise _Wrong(f"the id {key!r} is that of {self._categories[key]!r} too; number it anew")
+        self._categories[key] = name.strip()
+
+    def _image(self, entry: Any, tag: str) -> None:
+        key = _id(entry, "id")
+        name = _name(entry, "file_name", "write the image's there")
+        if key in self._images:
+            raise _Wrong(
+                f"the id {key!r} is that of {self._images[key].file_name!r} too; number the images "
+                "anew, and their annotations with them"
+            )
+        if name in self._by_file_name:
+            other = self._by_file_name[name].tag.removesuffix(": ")
+            raise _Wrong(
+                f"{name!r} is that of {other} too; make them one image, with the annotations of "
+                "both"
+            )
+        self._images[key] = self._by_file_name[name] = CocoImage(name, tag, _size(entry), [])
+
+    def _annotation(self, entry: Any, tag: str) -> None:
+        image = _id(entry, "image_id")
+        category = _id(entry, "category_id")
+        if image not in self._images:
+            raise _Wrong(f"its image_id {image!r} is not in 'images'; add it there, or take it out")
+        if category not in self._categories:
+            known = ", ".join(f"{key!r} {name}" for key, name in [*self._categories.items()][:12])
+            raise _Wrong(
+                f"its category_id {category!r} is not in 'categories' ({known or 'none'}); add it "
+                "there, or correct it"
+            )
+        crowd = entry.get("iscrowd", 0)
+        if crowd not in (0, 1):
+            raise _Wrong(f"its 'iscrowd' is {_short(crowd)}; it must be 0 or 1")
+        box = _box(entry)
+        name = self._categories[category]
+        if crowd:
+            self._crowds.append(tag)
+        else:
+            self._names[name] += 1
+        self._images[image].objects.append(LabelledObject(name, box, crowd=bool(crowd), tag=tag))
+
+
+def _tag(word: str, number: int, value: Any) -> str:
+    """Return the position and id of an entry, which find it in a file of one long line."""
+    key = value.get("id") if isinstance(value, dict) else None
+    return f"{word} {number}: " if key is None else f"{word} {number} (id {_short(key)}): "
+
+
+def _id(value: Any, field: str) -> int | str:
+    found = _field(value, field, (int, str), "a whole number or text")
+    assert isinstance(found, int | str), "checked just now"
+    return found
+
+
+def _name(value: Any, field: str, remedy: str) -> str:
+    name: str = _field(value, field, str, "text")
+    if not name.strip():
+        raise _Wrong(f"its {field!r} is empty; {remedy}")
+    return name
+
+
+def _field(value: Any, field: str, kinds: Any, words: str) -> Any:
+    if not isinstance(value, dict):
+        raise _Wrong(f"it is {_short(value)}; it must be an object in braces")
+    if field not in value:
+        raise _Wrong(f"it has no {field!r}; add it")
+    found = value[field]
+    if not isinstance(found, kinds) or isinstance(found, bool):
+        raise _Wrong(f"its {field!r} is {_short(found)}; it must be {words}")
+    return found
+
+
+def _box(value: Mapping[str, Any]) -> Edges:
+    """COCO's [x, y, width, height] as edges."""
+    if "bbox" not in value:
+        raise _Wrong("it has no 'bbox'; boxes are needed, not outlines alone")
+    numbers = value["bbox"]
+    if (
+        not isinstance(numbers, list)
+        or len(numbers) != 4
+        or not all(_is_finite(number) for number in numbers)
+    ):
+        raise _Wrong(
+            f"its 'bbox' is {_short(numbers)}; it must be four numbers of pixels: "
+            "[x, y, width, height]"
+        )
+    x, y, width, height = map(float, numbers)
+    return x, y, x + width, y + height
+
+
+def _size(value: Mapping[str, Any]) -> tuple[float, float] | None:
+    height, width = value.get("height", 0), value.get("width", 0)
+    if not _is_finite(height) or not _is_finite(width) or min(height, width) <= 0:
+        # Missing, or what tools write that did not open the image: the image itself tells.
+        return None
+    return float(height), float(width)
+
+
+def _is_finite(number: Any) -> bool:
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        return False
+    try:
+        return math.isfinite(float(number))
+    except OverflowError:
+        return False
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+LOOKED_FOR: Final = (
+    "COCO: annotations/instances_train.json, train/_annotations.coco.json, "
+    "or a .json with images, annotations and categories beside the images"
+)
+
+_UNSPLIT: Final = "a .json for each split"
+_OTHER_TASKS: Final = ("captions_", "person_keypoints_", "stuff_", "panoptic_", "image_info_")
+"""What COCO itself lays beside its instances."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """The annotation files of a folder."""
+
+    root: Path
+    by_split: Mapping[str, Path]
+    whole: Path | None
+    """One file for all, which nobody split; then `by_split` is empty."""
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(self.by_split) or ("train", "val")
+
+
+def evidence(root: Path) -> str | None:
+    """What in a folder speaks for this format; None if nothing does."""
+    found = [path.relative_to(root).as_posix() for path in _candidates(root)]
+    if not found:
+        return None
+    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+
+
+def split_names(root: Path) -> tuple[str, ...]:
+    """The splits that there are. Raises DataError."""
+    return _lay_out(root).splits
+
+
+def read(root: Path, split: str, *, naming: bool) -> SplitAnnotations:
+    """Read one split; `naming`: also count the classes. Raises DataError.
+
+    Where one file holds everything, the images are split by a hash of their file names' stems.
+    """
+    layout = _lay_out(root)
+    if layout.whole is not None:
+        content = counted = read_coco(layout.whole)
+        images, problems = _hashed(root, content, split)
+    else:
+        content = read_coco(_file_of(layout, split))
+        train = _train(layout, content)
+        images, problems = _listed(root, content, train)
+        if naming and train is None:
+            raise DataError(f"{root}: no annotations of the train split, which name the classes")
+        counted = train or content
+    problems = [*content.problems, *problems]
+    if not naming:
+        return SplitAnnotations(tuple(images), problems=tuple(problems))
+    if counted is not content:
+        problems += [each for each in counted.problems if each.fatal]
+    return SplitAnnotations(tuple(images), counted.names, (*problems, *_unused(counted)))
+
+
+def _hashed(root: Path, content: CocoFile, split: str) -> tuple[list[LabelledImage], list[Problem]]:
+    """The images of a split that nobody chose."""
+    if not content.images:
+        return [], _no_images(content)
+    stems = (each.relative.stem for each in content.images)
+    return _find_images(root, content, split_by_hash(root, stems, split, unsplit=_UNSPLIT))
+
+
+def _listed(
+    root: Path, content: CocoFile, train: CocoFile | None
+) -> tuple[list[LabelledImage], list[Problem]]:
+    """All images of a file; those that train has too are among the problems."""
+    images, problems = _find_images(root, content, None)
+    problems += _no_images(content)
+    if train is not None and train is not content:
+        others, _ = _find_images(root, train, None)
+        places = {each.image: (each.annotation, None) for each in images}
+        problems += leaks(places, [each.image for each in others])
+    return images, problems
+
+
+def _train(layout: _Layout, content: CocoFile) -> CocoFile | None:
+    path = layout.by_split.get("train")
+    if path is None:
+        return None
+    return content if path == content.path else read_coco(path)
+
+
+def _no_images(content: CocoFile) -> list[Problem]:
+    if content.images or any(problem.fatal for problem in content.problems):
+        return []
+    what = "no image in 'images'; list the images there"
+    return [Problem(content.path, None, what, fatal=True)]
+
+
+def _unused(content: CocoFile) -> Iterator[Problem]:
+    if content.unused:
+        what = f"categories without an object are not used: {', '.join(content.unused[:20])}"
+        yield Problem(content.path, None, what, fatal=False, kind=Kind.UNUSED_CLASS)
+
+
+def _file_of(layout: _Layout, split: str) -> Path:
+    path = layout.by_split.get(split_called(split) or split)
+    if path is None:
+        raise DataError(
+            f"{layout.root}: no annotations of the split {split!r}; there are "
+            f"{', '.join(layout.by_split)}; add them, or put everything into one file, of which a "
+            "fifth is then held out"
+        )
+    return path
+
+
+# --- layouts -------------------------------------------------------------------------------------
+
+
+def _lay_out(root: Path) -> _Layout:
+    candidates = _candidates(root)
+    if not candidates:
+        raise DataError(f"{root}: no annotations here; expected {LOOKED_FOR}")
+    by_split: dict[str, Path] = {}
+    rest: list[Path] = []
+    for path in candidates:
+        folder = "" if path.parent in (root, root / "annotations") else path.parent.name
+        split = split_called(path.stem) or split_called(folder)
+        if split is None:
+            rest.append(path)
+        elif split in by_split:
+            raise DataError(
+                f"{root}: two files for the split {split!r}, {by_split[split]} and {path}; take "
+                "one away"
+            )
+        else:
+            by_split[split] = path
+    if by_split:
+        return _Layout(root, dict(sorted(by_split.items())), None)
+    if len(rest) > 1:
+        listed = ", ".join(str(path.relative_to(root)) for path in rest[:8])
+        raise DataError(
+            f"{root}: several annotation files, none named after a split: {listed}; name them "
+            "train.json and val.json, or leave one"
+        )
+    return _Layout(root, {}, rest[0])
+
+
+def _candidates(root: Path) -> list[Path]:
+    """The .json files that hold annotations: in annotations/, in a split's folder, at the top."""
+    folder = root / "annotations"
+    if folder.is_dir():
+        inside = [path for path in files(folder, {".json"}) if path.is_file()]
+        instances = [path for path in inside if path.name.startswith("instances")]
+        kept = instances or [p for p in inside if not p.name.startswith(_OTHER_TASKS)]
+        if kept:
+            return kept
+    in_splits = [
+        path
+        for each in sorted(root.iterdir())
+        if each.is_dir() and split_called(each.name)
+        for path in files(each, {".json"})
+        if _is_coco(path)
+    ]
+    return in_splits or [path for path in files(root, {".json"}) if _is_coco(path)]
+
+
+def _is_coco(path: Path) -> bool:
+    """By name, or by two of the words that such a file has: it need not be whole."""
+    if path.name.lower().endswith(".coco.json") or split_called(path.stem):
+        return True
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+            return sum(text.find(f'"{name}"'.encode()) >= 0 for name in TABLES) >= 2
+    except (OSError, ValueError):
+        # Unreadable or empty.
+        return False
+
+
+# --- images ------------------------------------------------------------------------------------
+
+
+def _find_images(
+    root: Path, content: CocoFile, members: frozenset[str] | None
+) -> tuple[list[LabelledImage], list[Problem]]:
+    """The images that are there, of the stems in `members` or all, and the missing ones."""
+    bases = [base for base in _bases(root, content.path) if base.is_dir()]
+    images: list[LabelledImage] = []
+    problems: list[Problem] = []
+    for image in content.images:
+        name = image.relative
+        if members is not None and name.stem not in members:
+            continue
+        path = _find_image(name, bases)
+        if path is None:
+            looked = ", ".join(f"{base.relative_to(root)}/" for base in bases)
+            what = f"{image.tag}no image {image.file_name[:80]!r}, looked in {looked}; add it"
+            problems.append(Problem(content.path, None, what, fatal=True))
+            continue
+        images.append(
+            LabelledImage(
+                image=path,
+                annotation=content.path,
+                objects=tuple(image.objects),
+                size=image.size,
+                size_fields="width and height",
+            )
+        )
+    return images, problems
+
+
+def _bases(root: Path, annotations: Path) -> list[Path]:
+    """Where images may lie, the likeliest first."""
+    stem = annotations.stem.removeprefix("instances_")
+    split = split_called(stem)
+    names = [stem, *([split] if split else []), *(["valid"] if split == "val" else [])]
+    bases = [] if annotations.parent.name == "annotations" else [annotations.parent]
+    for name in dict.fromkeys(names):
+        bases += [root / name, root / "images" / name, root / name / "images"]
+    bases += [root / "images", root / "data", root, annotations.parent / "images"]
+    return list(dict.fromkeys(bases))
+
+
+def _find_image(name: PurePosixPath, bases: list[Path]) -> Path | None:
+    # A path of the machine that labelled says nothing here but its last part.
+    inside = not name.is_absolute() and ".." not in name.parts
+    last = PurePosixPath(name.name)
+    for each in dict.fromkeys([name, last] if inside else [last]):
+        for base in bases:
+            path = base / each
+            try:
+                if path.is_file():
+                    return path
+            except (OSError, ValueError):
+                # Too long, or with a null byte.
+                return None
+    return None

@@ -1,1 +1,0 @@
-"""Pascal VOC, COCO and YOLO, read and written."""
