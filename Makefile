@@ -21,12 +21,13 @@ SCALE_TESTS := tests/reliability/test_ray.py tests/reliability/test_bulk_ray.py
 COVERED_90 = $(TEST_VENV)/bin/python -m coverage report --fail-under=90 --include=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-scale lint format proto lock notices clean
+.PHONY: help serve test test-scale gpu-check lint format proto lock notices clean
 
 help:
 	@echo 'make serve   install the service and run the bundled model on http://localhost:$(PORT) (PORT=)'
 	@echo 'make test    install what the tests need and run them with coverage'
 	@echo 'make test-scale   install Ray and run the tests that need it, on a cluster of their own'
+	@echo 'make gpu-check   on a GPU: the tests that need one, and both engines measured (10 minutes)'
 	@echo 'make lint    ruff, mypy and the direction of imports'
 	@echo 'make format  let ruff rewrite the sources'
 	@echo 'make proto   compile the messages of the gRPC dialect'
@@ -46,6 +47,15 @@ test: $(TEST_VENV)/installed
 # No torch: what serves and what scales needs none.
 test-scale: $(SCALE_VENV)/installed
 	$(SCALE_VENV)/bin/python -m pytest -m ray $(SCALE_TESTS)
+
+# On a machine with an NVIDIA GPU. The extra `gpu` brings CUDA and cuDNN.
+gpu-check:
+	@nvidia-smi --list-gpus >/dev/null 2>&1 || { \
+		echo 'make gpu-check needs an NVIDIA GPU: nvidia-smi does not list one' >&2; exit 1; }
+	$(MAKE) $(TEST_VENV)/installed
+	$(TEST_VENV)/bin/python -m pip install --quiet --editable '.[gpu]'
+	$(TEST_VENV)/bin/python -m pytest -m gpu tests/unit
+	$(TEST_VENV)/bin/python benchmarks/gpu_engine.py
 
 lint: $(TEST_VENV)/installed
 	$(TEST_VENV)/bin/python -m ruff check .

@@ -55,14 +55,15 @@ def _machine() -> Iterator[str]:
     yield _row("onnxruntime", f"{ort.__version__}: {', '.join(ort.get_available_providers())}")
     driver = nvidia_driver()
     yield _row("NVIDIA driver", driver or "none found")
-    yield from (_row("GPU", name) for name in _gpus())
+    yield from (_row("GPU", name) for name in gpus())
     if driver and CUDA_PROVIDER in ort.get_available_providers():
         preload_libraries()
         problem = prove(Device("cuda", 0))
         yield _row("CUDA session", "works on cuda:0" if problem is None else f"no: {problem}")
 
 
-def _gpus() -> list[str]:
+def gpus() -> list[str]:
+    """Return name, memory and driver of each GPU, as nvidia-smi writes them."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return []
