@@ -5,13 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import sys
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from time import monotonic
 from typing import Any, Final, Protocol, TextIO
 
 import orjson
@@ -23,13 +21,16 @@ from service.bulk.walk import walk_folder
 from service.commands.offline import find_model
 from service.engine import postprocessing as results
 from service.engine.drawing import Encoding, draw, encode
+from service.engine.offline import Found, OfflineRunner
 from service.engine.postprocessing import Selection
-from service.engine.tiling import Canvases, Tile, detect, lay_out, plan
-from service.errors import DataError, InferenceFailed, RetinaserveError
+from service.engine.tiling import Tile
+from service.engine.work import Servable
+from service.errors import DataError, RetinaserveError
 from service.filenames import csv_cell, identity, one_line, refuse_to_replace, written
 from service.http.problems import problem_of
-from service.imaging.canvas import Buckets, ShortSide, Size
-from service.imaging.decode import SUFFIXES, decode, media_type, open_image
+from service.imaging.decode import SUFFIXES, decode, media_type
+from service.imaging.memory_budget import DecodeMemory
+from service.runtime.artifact import Artifact
 from service.runtime.detector import Detections, Detector
 from service.runtime.devices import open_detector, resolve
 from service.settings import Settings, load_settings
@@ -57,23 +58,14 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """What an image holds, in original pixels."""
-
-    image: Size
-    canvases: int | None
-    """How many it took; None where nobody asked for tiles."""
-    detections: Detections
-    timing_ms: dict[str, float]
-
-
-@dataclass(frozen=True, slots=True)
 class LoadedModel:
     """The model in use, and how answers name it."""
 
     name: str
     version: int | None
+    artifact: Artifact
     detector: Detector
+    on_cpu: bool
     selection: Selection
 
     @property
@@ -84,6 +76,18 @@ class LoadedModel:
     def to_json(self) -> dict[str, Any]:
         """How answers name the model."""
         return {"name": self.name, "version": self.version}
+
+    def runner(self, settings: Settings, tile: Tile) -> OfflineRunner:
+        """What detects with it."""
+        return OfflineRunner(
+            Servable(self.name, self.version or 1, self.artifact, (self.detector,)),
+            self.selection,
+            decode_threads=cpu_count(),
+            decoders_infer=self.on_cpu,
+            tile=tile,
+            memory=DecodeMemory(settings.decode_memory_bytes),
+            max_pixels=settings.max_image_pixels,
+        )
 
 
 class Writer(Protocol):
@@ -122,12 +126,12 @@ def run(
     writer = _writer(output, loaded, alone=alone)
     failed = 0
     with ExitStack() as stack:
-        pool = stack.enter_context(ThreadPoolExecutor(cpu_count()))
+        runner = stack.enter_context(loaded.runner(settings, tile))
         bar = stack.enter_context(
             tqdm(total=len(sources), unit="image", file=sys.stderr, disable=len(sources) == 1)
         )
-        answers = _detect_all(sources, loaded, pool, reader, tile)
-        for index, (source, found) in enumerate(answers):
+        results_of_all = runner.detect_all(partial(reader.read, each.path) for each in sources)
+        for index, (source, found) in enumerate(zip(sources, results_of_all, strict=True)):
             problem = None
             if isinstance(found, RetinaserveError):
                 problem = f"{source.name}: {found}"
@@ -178,11 +182,6 @@ class Reader:
         """The content of a regular file. Raises Unreadable or TooLarge."""
         return read_image(str(path), self._max_bytes)
 
-    def lay_out(self, path: Path, rule: Buckets | ShortSide, tile: Tile) -> Canvases:
-        """Raises MalformedImage, UnsupportedMedia or TooLarge."""
-        opened = open_image(self.read(path), max_pixels=self._max_pixels)
-        return lay_out(opened, plan(opened.size, rule, tile), rule)
-
     def decode(self, data: bytes) -> Image.Image:
         """Every pixel. Raises MalformedImage, UnsupportedMedia or TooLarge."""
         return decode(data, max_pixels=self._max_pixels)
@@ -227,11 +226,16 @@ class Saver:
 
 def load_model(settings: Settings, model: str | None, score_threshold: float | None) -> LoadedModel:
     """A model file, or a model of the repository, on the first device that was asked for."""
-    hardware = resolve(settings.device)
+    device = resolve(settings.device).devices[0]
     found = find_model(settings, model)
-    detector = open_detector(found.artifact, hardware.devices[0])
-    selection = results.resolve(found.artifact.metadata, score_threshold=score_threshold)
-    return LoadedModel(found.name, found.version, detector, selection)
+    return LoadedModel(
+        found.name,
+        found.version,
+        found.artifact,
+        open_detector(found.artifact, device),
+        device.kind == "cpu",
+        results.resolve(found.artifact.metadata, score_threshold=score_threshold),
+    )
 
 
 def _is_image(name: str) -> bool:
@@ -244,58 +248,6 @@ def _unique(relative: Path, taken: set[Path]) -> Path:
         candidate = relative.with_stem(f"{relative.stem}-{number}")
         number += 1
     return candidate
-
-
-def _detect_all(
-    sources: Sequence[Source],
-    loaded: LoadedModel,
-    pool: ThreadPoolExecutor,
-    reader: Reader,
-    tile: Tile,
-) -> Iterator[tuple[Source, Found | RetinaserveError]]:
-    """In order; a few images are decoded ahead of the one in inference."""
-    ahead: deque[tuple[Source, Future[tuple[Canvases, float]]]] = deque()
-    # Images that are cut into tiles stay decoded in full until their turn: one is enough.
-    most = 2 * cpu_count() if tile == "off" else 1
-    for source in sources:
-        ahead.append((source, pool.submit(_prepare, source.path, loaded, reader, tile)))
-        if len(ahead) > most:
-            yield _detect_one(*ahead.popleft(), loaded, tile)
-    while ahead:
-        yield _detect_one(*ahead.popleft(), loaded, tile)
-
-
-def _prepare(path: Path, loaded: LoadedModel, reader: Reader, tile: Tile) -> tuple[Canvases, float]:
-    started = monotonic()
-    canvases = reader.lay_out(path, loaded.detector.metadata.canvas, tile)
-    return canvases, (monotonic() - started) * 1e3
-
-
-def _detect_one(
-    source: Source, decoded: Future[tuple[Canvases, float]], loaded: LoadedModel, tile: Tile
-) -> tuple[Source, Found | RetinaserveError]:
-    try:
-        canvases, decode_ms = decoded.result()
-    except RetinaserveError as error:
-        return source, error
-    except Exception as error:
-        # Whatever an image makes the code around it raise, the others are not to be lost.
-        return source, InferenceFailed(f"the image could not be processed: {error!r}")
-    started = monotonic()
-    try:
-        detections = detect(canvases, loaded.detector, loaded.selection)
-    except Exception as error:
-        # onnxruntime's errors share no base class that it documents.
-        return source, InferenceFailed(f"the model failed on this image: {error}")
-    inference_ms = (monotonic() - started) * 1e3
-    timing = {
-        "decode": round(decode_ms, 2),
-        "queue": 0.0,
-        "inference": round(inference_ms, 2),
-        "total": round(decode_ms + inference_ms, 2),
-    }
-    count = None if tile == "off" else canvases.plan.count
-    return source, Found(canvases.plan.whole.original, count, detections, timing)
 
 
 def _writer(output: str, loaded: LoadedModel, *, alone: bool) -> Writer:
@@ -319,7 +271,7 @@ class OneWriter:
             document = {
                 "model": self._loaded.to_json(),
                 **_image_json(found, self._loaded),
-                "timing_ms": found.timing_ms,
+                "timing_ms": _milliseconds(found),
             }
             self._stream.write(orjson.dumps(document, option=orjson.OPT_INDENT_2).decode() + "\n")
 
@@ -406,3 +358,8 @@ def _image_json(found: Found, loaded: LoadedModel) -> dict[str, Any]:
         "image": results.image(found.image, found.canvases),
         "detections": results.native(found.detections, loaded.classes),
     }
+
+
+def _milliseconds(found: Found) -> dict[str, float]:
+    stages = found.timing._asdict() | {"total": sum(found.timing)}
+    return {stage: round(seconds * 1e3, 2) for stage, seconds in stages.items()}

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from functools import partial
 from typing import Final, NamedTuple, TypeVar
 
@@ -103,15 +106,14 @@ class OfflineRunner:
 
         An image that fails costs its own result alone.
         """
-        ahead: deque[asyncio.Task[Found | RetinaserveError]] = deque()
-        with asyncio.Runner() as runner:
-            loop = runner.get_loop()
+        ahead: deque[Future[Found | RetinaserveError]] = deque()
+        with _loop_of_its_own() as loop:
             for load in loads:
-                ahead.append(loop.create_task(self.settled(load)))
+                ahead.append(asyncio.run_coroutine_threadsafe(self.settled(load), loop))
                 if len(ahead) > self.window:
-                    yield runner.run(_result(ahead.popleft()))
+                    yield ahead.popleft().result()
             while ahead:
-                yield runner.run(_result(ahead.popleft()))
+                yield ahead.popleft().result()
 
     async def settled(self, load: Load) -> Found | RetinaserveError:
         """Detect on one image; what is wrong with it where that fails.
@@ -188,7 +190,23 @@ class OfflineRunner:
             return lay_out(opened, plan(opened.size, rule, self._tile), rule)
 
 
-async def _result(
-    task: asyncio.Task[Found | RetinaserveError],
-) -> Found | RetinaserveError:
-    return await task
+@contextmanager
+def _loop_of_its_own() -> Iterator[asyncio.AbstractEventLoop]:
+    """An event loop in a thread: the caller may run in one already, as in a notebook."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="offline", daemon=True)
+    thread.start()
+    try:
+        yield loop
+    finally:
+        asyncio.run_coroutine_threadsafe(_cancel_all(), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+async def _cancel_all() -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
