@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -23,11 +22,14 @@ from model_export.evaluation.coco_metrics import (
     coco_metrics,
 )
 from service.engine import postprocessing as results
-from service.errors import DataError, MalformedImage
+from service.engine.batch_queue import Policy
+from service.engine.offline import OfflineRunner
+from service.engine.work import Servable
+from service.errors import DataError, RetinaserveError, Unreadable
 from service.imaging import decode as imaging
-from service.imaging.canvas import Buckets, ShortSide, Size
+from service.imaging.canvas import Buckets, ShortSide
 from service.runtime import devices
-from service.runtime.artifact import read_artifact
+from service.runtime.artifact import Artifact, read_artifact
 from service.runtime.detector import Detections, Detector
 from service.system.cpus import cpu_count
 
@@ -75,57 +77,39 @@ def detect(
 ) -> list[Detections]:
     """Detections of every image in original pixels, above a score, at most 300 each.
 
-    Images with equal canvases share a batch.
+    Images with equal canvases share a batch, as in the service. Raises DataError for an image that
+    cannot be read.
     """
     metadata = detector.metadata
-    selection = results.resolve(metadata, score_threshold=score, max_detections=KEPT_DETECTIONS)
-    found: dict[int, Detections] = {}
-    waiting: dict[Size, dict[int, imaging.Prepared]] = {}
-
-    def run(batch: dict[int, imaging.Prepared]) -> None:
-        raw = detector(
-            np.stack([each.canvas for each in batch.values()]),
-            np.array([each.letterbox.resized for each in batch.values()], dtype=np.int64),
-            score_threshold=selection.lowest_score,
-            iou_threshold=selection.iou,
-        )
-        for (index, each), detections in zip(batch.items(), raw, strict=True):
-            found[index] = results.select(detections, each.letterbox, selection)
-
+    runner = OfflineRunner(
+        # The session has the file's content.
+        Servable(metadata.name, 1, Artifact(Path(), b"", metadata, ""), (detector,)),
+        results.resolve(metadata, score_threshold=score, max_detections=KEPT_DETECTIONS),
+        decode_threads=min(_DECODE_THREADS, cpu_count()),
+        policy=Policy(batch_size),
+        decoders_infer=detector.providers[0] == "CPUExecutionProvider",
+    )
+    found = []
     # Without a terminal there is no bar.
-    with tqdm(total=len(samples), desc="evaluating", unit="image", disable=None) as bar:
-        for index, prepared in enumerate(_prepare_all(samples, metadata.canvas)):
-            batch = waiting.setdefault(prepared.letterbox.canvas, {})
-            batch[index] = prepared
-            if len(batch) == batch_size:
-                run(waiting.pop(prepared.letterbox.canvas))
+    with runner, tqdm(total=len(samples), desc="evaluating", unit="image", disable=None) as bar:
+        loads = (partial(_read, sample) for sample in samples)
+        for sample, result in zip(samples, runner.detect_all(loads), strict=True):
+            if isinstance(result, RetinaserveError):
+                raise DataError(f"{sample.path}: {result}; replace the image") from result
+            found.append(result.detections)
             bar.update()
-        for batch in waiting.values():
-            run(batch)
-    return [found[index] for index in range(len(samples))]
+    return found
 
 
-def _prepare_all(
-    samples: Sequence[Sample], rule: Buckets | ShortSide
-) -> Iterator[imaging.Prepared]:
-    """Decode ahead of the session, but only a few images: they are large."""
-    ahead: deque[Future[imaging.Prepared]] = deque()
-    threads = min(_DECODE_THREADS, cpu_count())
-    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
-        for sample in samples:
-            ahead.append(pool.submit(_prepare, sample, rule))
-            if len(ahead) > 2 * threads:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+def _read(sample: Sample) -> bytes:
+    try:
+        return sample.path.read_bytes()
+    except OSError as error:
+        raise Unreadable(str(error)) from error
 
 
 def _prepare(sample: Sample, rule: Buckets | ShortSide) -> imaging.Prepared:
-    try:
-        return imaging.prepare(sample.path.read_bytes(), rule)
-    except (OSError, MalformedImage) as error:
-        # SplitAnnotations the data set looked at the headers only.
-        raise DataError(f"{sample.path}: {error}; replace the image") from error
+    return imaging.prepare(_read(sample), rule)
 
 
 def _time(
