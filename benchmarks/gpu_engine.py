@@ -171,8 +171,7 @@ def make_models(scratch: Path, images: list[bytes], *, small: bool) -> Iterator[
     from random_network import random_network
 
     from model_export.export.graph import export
-    from model_export.export.precision import Precision
-    from model_export.export.reduced import write_reduced
+    from model_export.export.precision import Precision, write_reduced
 
     def model(name: str, full: Path) -> Model:
         half = scratch / "fp16" / name / "1" / MODEL_FILE

@@ -18,7 +18,7 @@ TIERS = frozenset({"unit", "api", "e2e", "reliability"})
 
 _UNIT = "tests/unit/model_export"
 ONE_EXPORT = tuple(
-    f"{_UNIT}/export/test_{name}.py" for name in ("graph", "reduced", "pipeline", "verify")
+    f"{_UNIT}/export/test_{name}.py" for name in ("graph", "precision", "pipeline", "verify")
 )
 """These files share one exported network, so one worker runs them all: an export takes long."""
 

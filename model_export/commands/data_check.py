@@ -78,7 +78,7 @@ def _read_all(root: Path, splits: Sequence[str], choice: DataConfig) -> _Found:
                 remap=choice.remap,
             )
         except BadData as error:
-            # SplitAnnotations another split again finds what is wrong with train.
+            # Reading another split again finds what is wrong with train.
             found.fatal = list(dict.fromkeys([*found.fatal, *error.problems]))
         except DataError as error:
             found.errors.append(str(error))

@@ -20,10 +20,9 @@ from model_export.config import DataConfig, describe
 from model_export.data import datasets
 from model_export.data.datasets import Dataset, Sample
 from model_export.evaluation.calibration import FOLDS, Calibration
+from model_export.export.comparison import table as comparison_table
 from model_export.export.pipeline import VERIFIED_IMAGES, PrecisionOptions, release
-from model_export.export.precision import Precision
-from model_export.export.reduced import RANGE_IMAGES
-from model_export.export.reduced import table as reduction_table
+from model_export.export.precision import RANGE_IMAGES, Precision
 from service.errors import DataError
 from service.filenames import refuse_to_replace
 from service.imaging.canvas import Buckets, ShortSide, Size
@@ -91,7 +90,7 @@ def run(
             click.echo(line)
     if done.reduced is not None:
         click.echo(f"{precision}: {done.reduced}")
-        for line in reduction_table(done.rows):
+        for line in comparison_table(done.rows):
             click.echo(line)
     if done.evaluation is not None:
         for line in table(done.evaluation):

@@ -15,9 +15,9 @@ from model_export.evaluation.calibration import Calibration, calibrate
 from model_export.evaluation.coco_metrics import Evaluation
 from model_export.evaluation.inference import detect, evaluate_file
 from model_export.evaluation.thresholds import best_thresholds
+from model_export.export.comparison import Row, check_loss, side_by_side
 from model_export.export.graph import export, replace_weights
-from model_export.export.precision import Precision
-from model_export.export.reduced import Row, check_loss, side_by_side, write_reduced
+from model_export.export.precision import Precision, write_reduced
 from model_export.export.verify import Report, verify, verify_reduced
 from service.imaging.canvas import Buckets, ShortSide
 from service.runtime import devices

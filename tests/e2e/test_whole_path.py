@@ -26,9 +26,9 @@ from click.testing import CliRunner, Result
 
 from model_export.checkpoints import load_checkpoint
 from model_export.commands.train import bundled_checkpoint
-from model_export.data.datasets import Sample, load_voc
 from model_export.data.batches import CanvasCache
-from model_export.evaluation import runner as evaluation
+from model_export.data.datasets import Sample, load_voc
+from model_export.evaluation.inference import detect
 from model_export.export.verify import (
     BOX_TOLERANCE,
     NO_DIFFERENCE,
@@ -214,7 +214,7 @@ def by_torch(network: RetinaNet, model: Model, samples: Sequence[Sample]) -> lis
 
 def by_file(model: Model, samples: Sequence[Sample]) -> list[Detections]:
     detector = devices.open_detector(read_artifact(model.path), devices.Device("cpu"))
-    return [served(each) for each in evaluation.detect(detector, samples, batch_size=4)]
+    return [served(each) for each in detect(detector, samples, batch_size=4)]
 
 
 def by_command(model: Model, samples: Sequence[Sample]) -> list[Detections]:

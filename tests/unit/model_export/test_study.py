@@ -21,7 +21,7 @@ from model_export.commands.labelled_data import load
 from model_export.commands.study_cli import study as command
 from model_export.retinanet.losses import FocalStar, Hinge, Ohem
 from model_export.retinanet.model import ModelConfig, RetinaNet
-from model_export.study import ablation, ablation_table, loss_curves, loss_distribution
+from model_export.study import ablation, ablation_report, loss_curves, loss_distribution
 from model_export.training.callbacks import METRICS
 from model_export.training.trainer import LAST, train
 from service.errors import DataError
@@ -429,7 +429,7 @@ def test_the_table_has_mean_and_spread_over_seeds() -> None:
         ablation.Result("a", 3, 0.0, 0.0, 0.1, "not finite"),
         ablation.Result("b", 0, 0.0, 0.0, 0.5, "not finite"),
     ]
-    lines = list(ablation_table.table(ablation_table.summarise(rows, results)))
+    lines = list(ablation_report.table(ablation_report.summarise(rows, results)))
     assert lines[2:] == [
         "| a | 4, 1 diverged | 20.0 | 10.0 | 10.0 to 30.0 | 40.0 | 1.5 | 34.0 |",
         "| b | 1, 1 diverged | - | - | - to - | - | 0.5 | - |",

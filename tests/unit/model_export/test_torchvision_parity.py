@@ -1,4 +1,4 @@
-"""Baseline numbers that torchvision itself gave: the same weights, images, boxes and scores."""
+"""Numbers that torchvision itself gave: the same weights, images, boxes and scores."""
 
 from __future__ import annotations
 

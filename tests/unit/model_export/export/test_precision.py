@@ -14,18 +14,20 @@ import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto
+from onnxruntime.quantization import CalibrationDataReader
 
-from model_export.export.fp16 import check_fits, to_half
-from model_export.export.int8 import STEM, quantised_nodes
+from model_export.export.comparison import Row, check_loss, side_by_side, table
 from model_export.export.precision import (
-    Batch,
+    STEM,
     Precision,
     activation_ranges,
+    check_fits,
     element_types,
+    find_network,
     float_tensors,
-    network,
+    to_fp16,
+    write_reduced,
 )
-from model_export.export.reduced import Row, check_loss, side_by_side, table, write_reduced
 from model_export.export.verify import VerificationError, verify_reduced
 from service.errors import DataError
 from service.imaging.decode import prepare
@@ -62,22 +64,32 @@ def small() -> onnx.ModelProto:
     return model
 
 
-def batch(*pixels: tuple[int, int, int]) -> Batch:
-    return Batch(np.array(pixels, np.uint8).reshape(1, 1, -1, 3), np.zeros((1, 2), np.int64))
+class Pixels(CalibrationDataReader):  # type: ignore[misc]
+    """Feeds images of one row of pixels each."""
+
+    def __init__(self, *rows: tuple[tuple[int, int, int], ...]) -> None:
+        self._rows = iter(rows)
+
+    def get_next(self) -> dict[str, Any] | None:
+        row = next(self._rows, None)
+        if row is None:
+            return None
+        images = np.array(row, np.uint8).reshape(1, 1, -1, 3)
+        return {"images": images, "image_sizes": np.zeros((1, 2), np.int64)}
 
 
 # --- the graph -----------------------------------------------------------------------------------
 
 
 def test_the_network_is_what_convolutions_enclose(small: onnx.ModelProto) -> None:
-    part = network(small)
+    part = find_network(small)
     assert [node.op_type for node in part.nodes] == ["Conv", "Clip", "Resize", "Conv"]
     assert part.last == {"node_5"}
     assert float_tensors(small, part.nodes) == ["planes", "a", "b", "twice", "c"]
 
 
 def test_the_network_of_a_model_file(exported: RandomModel) -> None:
-    part = network(onnx.load(exported.path))
+    part = find_network(onnx.load(exported.path))
     kinds = Counter(node.op_type for node in part.nodes)
     # Five levels, two heads.
     assert len(part.last) == 10
@@ -87,23 +99,23 @@ def test_the_network_of_a_model_file(exported: RandomModel) -> None:
 
 
 def test_ranges_by_hand(small: onnx.ModelProto) -> None:
-    found = activation_ranges(
-        small, ["a", "b", "c"], [batch((3, 9, 0), (0, 2, 0)), batch((7, 4, 255))]
-    )
-    assert found == {"a": (-1.0, 9.0), "b": (0.0, 9.0), "c": (-18.0, 12.0)}
+    reader = Pixels(((3, 9, 0), (0, 2, 0)), ((7, 4, 255),))
+    found = activation_ranges(small, find_network(small), reader)
+    wanted = {"a": (-1.0, 9.0), "b": (0.0, 9.0), "c": (-18.0, 12.0)}
+    assert {name: found[name] for name in wanted} == wanted
 
 
 def test_half_by_hand(small: onnx.ModelProto) -> None:
-    model = to_half(small, network(small))
+    model = to_fp16(small, find_network(small))
     types = element_types(model)
     assert {types[name] for name in ("a", "b", "twice", "c")} == {TensorProto.FLOAT16}
-    assert types["planes"] == types["out"] == types["double"] == TensorProto.FLOAT
-    casts = [(n.input[0], n.output[0]) for n in model.graph.node if n.op_type == "Cast"]
-    assert casts == [("images", "pixels"), ("planes", "planes_half"), ("c", "c_float")]
-    # The float32 copies of what is only used in float16 are gone.
-    assert {each.name for each in model.graph.initializer} == {
-        "first_half", "first_bias_half", "second_half", "low_half", "double",
-    }  # fmt: skip
+    assert types["out"] == types["double"] == TensorProto.FLOAT
+    casts = [n.attribute[0].i for n in model.graph.node if n.op_type == "Cast"]
+    # Of the image, into the network and out of it.
+    assert casts == [TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.FLOAT]
+    stored = {each.name: each.data_type for each in model.graph.initializer}
+    assert stored.pop("double") == TensorProto.FLOAT
+    assert set(stored.values()) == {TensorProto.FLOAT16}
 
 
 def test_numbers_beyond_float16_are_refused(small: onnx.ModelProto) -> None:
@@ -114,7 +126,7 @@ def test_numbers_beyond_float16_are_refused(small: onnx.ModelProto) -> None:
     weight = next(each for each in small.graph.initializer if each.name == "second")
     weight.CopyFrom(onnx.numpy_helper.from_array(np.full((2, 2, 1, 1), 7e4, np.float32), "second"))
     with pytest.raises(DataError, match="second holds a number"):
-        to_half(small, network(small))
+        to_fp16(small, find_network(small))
 
 
 # --- the files -----------------------------------------------------------------------------------
@@ -217,8 +229,8 @@ def test_int8_leaves_the_first_and_the_last_convolutions(files: dict[Precision, 
     # The first one of each convolution's output channels: a scale for each of these.
     assert axes
     assert set(axes) == {0}
-    names = {node.name for node in quantised_nodes(network(onnx.load(files[Precision.FP32])))}
-    assert not names & network(onnx.load(files[Precision.FP32])).last
+    names = {node.name for node in find_network(onnx.load(files[Precision.FP32])).in_int8}
+    assert not names & find_network(onnx.load(files[Precision.FP32])).last
 
 
 def candidate_scores(path: Path, image: bytes) -> NDArray[np.float32]:

@@ -1,39 +1,29 @@
-"""A finished float32 model file in a smaller precision, and the two side by side."""
+"""Size, latency and AP of model files of one network in several precisions, side by side."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import numpy as np
-import onnx
 
 from model_export.data.datasets import Dataset
 from model_export.evaluation.coco_metrics import Evaluation
 from model_export.evaluation.inference import evaluate_file
-from model_export.export import fp16 as half
-from model_export.export import int8 as quantisation
-from model_export.export.precision import (
-    ACCEPTED_LOSS,
-    Batch,
-    Precision,
-    activation_ranges,
-    float_tensors,
-    network,
-)
+from model_export.export.precision import Precision
 from model_export.export.verify import VerificationError
 from service.engine import postprocessing as results
 from service.imaging.decode import Prepared, prepare
 from service.runtime import devices
-from service.runtime.artifact import read_artifact, set_metadata
+from service.runtime.artifact import read_artifact
 from service.runtime.detector import Detections, Detector
 
-RANGE_IMAGES: Final = 32
-"""Images that show int8 what activations there are."""
+ACCEPTED_LOSS: Final[Mapping[Precision, float]] = {Precision.FP16: 0.5, Precision.INT8: 1.5}
+"""AP in points of 100 that a file may lose against float32."""
 
 _ROUNDS: Final = 4
 
@@ -51,30 +41,6 @@ class Row:
     ap: float | None = None
     """In [0, 1]; None where nothing was measured."""
     ap50: float | None = None
-
-
-def write_reduced(
-    source: Path, target: Path, precision: Precision, images: Sequence[bytes]
-) -> None:
-    """Write a float32 model file in another precision; compressed images show the ranges.
-
-    Raises DataError if the network does not fit into float16.
-    """
-    model = onnx.load(source)
-    metadata = read_artifact(source).metadata
-    part = network(model)
-    batches = (_batch(prepare(image, metadata.canvas)) for image in images)
-    if precision is Precision.FP16:
-        half.check_fits(activation_ranges(model, float_tensors(model, part.nodes), batches))
-        reduced = half.to_half(model, part)
-    else:
-        tensors = float_tensors(model, quantisation.quantised_nodes(part))
-        ranges = activation_ranges(model, tensors, batches)
-        reduced = quantisation.to_int8(model, part, ranges)
-    provenance = {**metadata.provenance, "precision": precision.value}
-    set_metadata(reduced, metadata.model_copy(update={"provenance": provenance}))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    onnx.save(reduced, target)
 
 
 def side_by_side(
@@ -139,15 +105,15 @@ def _race(detectors: Sequence[Detector], images: Sequence[Prepared]) -> list[tup
     They take turns, so that what else runs on the machine slows all of them.
     """
     spent: list[list[tuple[float, float]]] = [[] for _ in detectors]
-    batches = [_batch(each) for each in images]
     for turn in range(-1, _ROUNDS):
-        for batch in batches:
+        for image in images:
+            sizes = np.array([image.letterbox.resized], dtype=np.int64)
             for detector, own in zip(detectors, spent, strict=True):
                 defaults = results.resolve(detector.metadata)
                 clock, core = time.perf_counter(), time.process_time()
                 detector(
-                    batch.images,
-                    batch.image_sizes,
+                    image.canvas[np.newaxis],
+                    sizes,
                     score_threshold=defaults.lowest_score,
                     iou_threshold=defaults.iou,
                 )
@@ -161,10 +127,3 @@ def _race(detectors: Sequence[Detector], images: Sequence[Prepared]) -> list[tup
         )
         for own in spent
     ]
-
-
-def _batch(prepared: Prepared) -> Batch:
-    return Batch(
-        prepared.canvas[np.newaxis],
-        np.array([prepared.letterbox.resized], dtype=np.int64),
-    )
