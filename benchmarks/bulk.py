@@ -164,7 +164,7 @@ def measure(
         ("lost", len(wanted - rows.keys())),
         ("doubled", rows.total() - len(rows)),
     ):
-        report.figure(f"{name}: images {title}", [figure], better="lower", bound=0, ratio=False)
+        report.figure(f"{name}: images {title}", [figure], better="lower", bound=0)
     report.figure(
         f"{name}: resident memory, the most in the last fifth over the most in the second",
         [max(steady[-fifth:]) / max(steady[fifth : 2 * fifth])],
@@ -173,8 +173,8 @@ def measure(
     )
     rate, cpu_ms = second.each(size)
     rates = [each["per_second"] for each in loops]
-    report.figure(f"{name}: images/s", [rate], better="higher", ratio=False)
-    report.figure(f"{name}: two bare loops, /s", rates, better="higher", ratio=False)
+    report.figure(f"{name}: images/s", [rate], better="higher")
+    report.figure(f"{name}: two bare loops, /s", rates, better="higher")
     report.figure(
         f"{name}: rate over two bare loops side by side",
         [rate / statistics.fmean(rates)],

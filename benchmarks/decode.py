@@ -7,7 +7,7 @@ From 300 pixels to 24 megapixels, in each accepted format. A drawn image is made
 `smooth`, which compresses to next to nothing, and `camera`, the same with a sensor's noise, which
 gives a JPEG the bytes that a camera's has. Sizes, formats and kinds take turns; core-milliseconds
 are the median over the rounds. Memory is what one image adds at its peak to a process that holds
-nothing yet. `decoders.py` compares other decoders.
+nothing yet.
 """
 
 from __future__ import annotations
@@ -139,7 +139,6 @@ def criteria(report: Report, measured: list[tuple[Case, float]]) -> None:
                 better="lower",
                 bound=bound if bounded else None,
                 unit="core-ms",
-                ratio=False,
             )
 
 
@@ -157,7 +156,7 @@ def main() -> None:
     keep_freed_memory()
     times = core_ms(cases, rule, 3 if arguments.quick else 11)
     table = report.table(
-        {"picture": "", "file": "", "MB": ".2f", "core-ms": ".2f", "core-ms per MB": ".1f"}
+        {"image": "", "file": "", "MB": ".2f", "core-ms": ".2f", "core-ms per MB": ".1f"}
         | {"core-ms per megapixel": ".2f", "peak MB": ".1f"}
     )
     for case, took, held in zip(cases, times, memory, strict=True):

@@ -1,13 +1,12 @@
-"""The service's detector beside a bare session, and both beside what the network must cost.
+"""The service's detector beside a bare session of onnxruntime.
 
     python benchmarks/engine.py                       # bundled model, and a ResNet-50
     python benchmarks/engine.py --models DIR --no-resnet50
     python benchmarks/engine.py --quick               # without the ResNet-50, too
 
 For each canvas of the model and batches of 1, 2, 4 and 8, in turn within one run: a loop over the
-service's detector, and one over `InferenceSession.run` on the file as it is, with the same options.
-`floor.py` says what the arithmetic and the memory traffic of the file would take at the machine's
-own peak: the detector may be faster, as it multiplies less (`service/runtime/winograd.py`).
+service's detector, and one over `InferenceSession.run` on the file, with the same options. The
+detector multiplies less (`service/runtime/winograd.py`).
 
 The ResNet-50 is a RetinaNet of 91 classes as torchvision builds it, exported with random weights,
 which needs the training side.
@@ -24,7 +23,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import floor
 import numpy as np
 import onnxruntime as ort
 from report import Report, Table, add_options
@@ -34,7 +32,7 @@ from service.imaging.decode import cut
 from service.imaging.samples import draw_smear
 from service.runtime.artifact import MODEL_FILE, Artifact, read_artifact, scan_repository
 from service.runtime.detector import OUTPUTS
-from service.runtime.devices import Device, fitted, open_detector, providers, session_options
+from service.runtime.devices import Device, open_detector, providers, session_options
 from service.settings import bundled_models
 
 BATCHES = (1, 2, 4, 8)
@@ -95,12 +93,10 @@ class Figures(NamedTuple):
 
     ratios: list[float]
     costs: list[float]
-    shares: list[float]
 
 
 def measure(
     table: Table,
-    peak: floor.Peak,
     artifact: Artifact,
     batches: Sequence[int],
     *,
@@ -109,16 +105,12 @@ def measure(
 ) -> Figures:
     """Rows for each canvas and batch."""
     rule = artifact.metadata.canvas
-    made = fitted(artifact, DEVICE)
-    detector = open_detector(made, DEVICE)
+    detector = open_detector(artifact, DEVICE)
     session = ort.InferenceSession(
         artifact.content, session_options(DEVICE), providers=providers(DEVICE)
     )
-    figures = Figures([], [], [])
+    figures = Figures([], [])
     for canvas in rule.all_canvases() or (rule.largest(),):
-        one = inputs(artifact, canvas, 1)
-        demand = floor.count(artifact.content, one)
-        done = floor.count(made.content, one | dict(made.weights or {}))
         for batch in batches:
             given = inputs(artifact, canvas, batch)
 
@@ -135,24 +127,16 @@ def measure(
                 )
 
             alone, ours = alternate((bare, served), rounds=rounds, seconds=seconds)
-            arithmetic, memory = peak.seconds(demand, batch)
-            median = statistics.median(alone.seconds)
             figures.ratios.append(_ratio(alone.seconds, ours.seconds))
             figures.costs.append(_ratio(ours.core_seconds, alone.core_seconds))
-            figures.shares.append(arithmetic / median)
             table.row(
                 artifact.metadata.name,
                 f"{canvas.height} x {canvas.width}",
                 batch,
-                1e3 * median / batch,
+                1e3 * statistics.median(alone.seconds) / batch,
                 1e3 * statistics.median(ours.seconds) / batch,
                 figures.ratios[-1],
                 figures.costs[-1],
-                demand.operations / 1e9,
-                done.operations / 1e9,
-                1e3 * arithmetic / batch,
-                1e3 * memory / batch,
-                figures.shares[-1],
             )
     return figures
 
@@ -170,7 +154,6 @@ def main() -> None:
     batches = (BATCHES[0], BATCHES[-1]) if arguments.quick else BATCHES
 
     report = Report("engine", "Detector beside a bare session", arguments)
-    peak = floor.measure()
     table = report.table(
         {
             "model": "",
@@ -180,28 +163,21 @@ def main() -> None:
             "detector, ms": ".1f",
             "ratio": ".3f",
             "core-ms, ratio": ".3f",
-            "GFLOP in the file": ".2f",
-            "GFLOP done": ".2f",
-            "arithmetic floor of the file, ms": ".1f",
-            "memory floor, ms": ".1f",
-            "bare, of peak arithmetic": ".0%",
         },
-        f"Peak of the same cores: {peak.operations / 1e9:.0f} GFLOP/s (matrix product), "
-        f"{peak.bytes / 1e9:.1f} GB/s (copying). Times are for each image",
+        "Times are for each image",
     )
     artifact = read_artifact(scan_repository(arguments.models)[-1].path)
-    own = measure(table, peak, artifact, batches, rounds=rounds, seconds=seconds)
+    own = measure(table, artifact, batches, rounds=rounds, seconds=seconds)
     name = artifact.metadata.name
     if with_resnet50:
         with tempfile.TemporaryDirectory() as folder:
             large = read_artifact(write_resnet50(Path(folder)))
-        theirs = measure(table, peak, large, BATCHES[:1], rounds=rounds, seconds=seconds)
+        theirs = measure(table, large, BATCHES[:1], rounds=rounds, seconds=seconds)
         report.figure(f"detector over bare session, {RESNET50}", theirs.ratios, better="higher")
     report.figure(f"detector over bare session, {name}", own.ratios, better="higher")
     report.figure(
         f"core-ms of the detector over a bare session's, {name}", own.costs, better="lower"
     )
-    report.figure(f"share of the cores' peak arithmetic, bare, {name}", own.shares, better="higher")
     report.close()
 
 

@@ -69,7 +69,7 @@ def row(
     before, loop_before = server.cpu_seconds(), server.loop_seconds()
     with PeakMemory(server) as memory:
         seen = run_script(
-            *("poisson.py", server.url, images, "--rate", factor * capacity),
+            *("load.py", server.url, images, "--rate", factor * capacity),
             *("--seconds", seconds, "--deadline", deadline),
         )
     cpu = server.cpu_seconds() - before
@@ -78,7 +78,7 @@ def row(
         "factor": factor,
         "peak_mb": memory.peak,
         "cores": cpu / seconds,
-        "loop_ms": 1e3 * loop / seen["sent"],
+        "loop_ms": 1e3 * loop / seen["requests"],
     }
 
 
@@ -89,7 +89,7 @@ def faults(rows: list[dict[str, Any]], deadline: int) -> list[str]:
         name = f"{each['factor']:g}x"
         if each["p99_ms"] is None or each["p99_ms"] > deadline:
             found.append(f"{name}: p99 of accepted requests is {each['p99_ms']} ms")
-        late = each["statuses"].get("504", 0) / each["sent"]
+        late = each["statuses"].get("504", 0) / each["requests"]
         if late > LATE_SHARE:
             found.append(f"{name}: {late:.2%} are late")
         if each["without_retry_after"]:
@@ -109,13 +109,13 @@ def refusal_ms(rows: list[dict[str, Any]]) -> float:
     def refused(each: dict[str, Any]) -> int:
         return int(each["statuses"].get("503", 0))
 
-    spent = many["loop_ms"] * many["sent"] - few["loop_ms"] * few["sent"]
+    spent = many["loop_ms"] * many["requests"] - few["loop_ms"] * few["requests"]
     return float(spent / (refused(many) - refused(few)))
 
 
 def show(each: dict[str, Any]) -> str:
     """A row of the table."""
-    statuses, sent = each["statuses"], each["sent"]
+    statuses, sent = each["statuses"], each["requests"]
 
     def share(status: str) -> str:
         return f"{statuses.get(status, 0) / sent:.2%}"

@@ -103,7 +103,7 @@ def recovery(report: Report, cluster: Cluster, images: list[bytes], rounds: int)
         cluster.add_node(NODE_CPUS)
         node += 1
     for name, seconds in found.items():
-        report.figure(f"a {name} is replaced", seconds, better="lower", unit="s", ratio=False)
+        report.figure(f"a {name} is replaced", seconds, better="lower", unit="s")
 
 
 def spread(cluster: Cluster, node: int) -> list[Replica]:

@@ -8,7 +8,7 @@
 
 Rows are printed as they come. `figure` takes one value for each round, and speaks of their median
 and of the lowest and the highest; with a bound it is a criterion, and `close` ends the process with
-status 1 where one does not hold. `benchmarks/check.py` compares figures between two runs.
+status 1 where one does not hold. `benchmarks/docs.py` puts results into `docs/benchmarks.md`.
 """
 
 from __future__ import annotations
@@ -120,14 +120,12 @@ class Report:
         better: Better,
         bound: float | None = None,
         unit: str = "",
-        ratio: bool = True,
     ) -> None:
         """A figure, one value for each round.
 
-        `bound` is what its median must reach; `ratio` says that it hardly depends on the machine,
-        so that it can be compared with another run's.
+        `bound` is what its median must reach.
         """
-        self._figures.append(summary(name, values, better, bound) | {"unit": unit, "ratio": ratio})
+        self._figures.append(summary(name, values, better, bound) | {"unit": unit})
         if len(self._figures) == 1:
             print()
         print(f"- {figure_line(self._figures[-1])}", flush=True)
@@ -161,14 +159,10 @@ class Report:
         path.write_text(json.dumps(self.content(), indent=1) + "\n")
         return path
 
-    def failed(self) -> list[str]:
-        """The criteria that do not hold, in words."""
-        return [figure_line(each) for each in self._figures if each["holds"] is False]
-
     def close(self) -> None:
         """Save, and end the process with status 1 where a criterion does not hold."""
         self.save()
-        raise SystemExit(bool(self.failed()))
+        raise SystemExit(any(each["holds"] is False for each in self._figures))
 
 
 def trimmed(values: Sequence[float]) -> list[float]:

@@ -161,7 +161,6 @@ def main() -> None:
             better="lower",
             bound=bound,
             unit="core-ms",
-            ratio=False,
         )
     report.close()
 

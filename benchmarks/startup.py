@@ -67,7 +67,7 @@ def main() -> None:
     report.figure(
         "process start to ready", ready, better="lower", bound=READY_SECONDS, unit="s", ratio=False
     )
-    report.figure("CPU time until then", cost, better="lower", unit="core-s", ratio=False)
+    report.figure("CPU time until then", cost, better="lower", unit="core-s")
     report.figure(
         f"resident memory after {requests} requests over that after {WARM_REQUESTS}",
         [held[1] / held[0]],
