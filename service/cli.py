@@ -216,7 +216,7 @@ def detect(
 ) -> None:
     """Detect objects in files and folders, without a server.
 
-    A file that is no good image is reported, the others go on, and the exit code is 2. Links to
+    A file that does not decode is reported, the others go on, and the exit code is 2. Links to
     folders are not followed. A name that is not UTF-8 is written as a file: URL; in CSV, text that
     a spreadsheet would take for a formula has a quote in front.
     """

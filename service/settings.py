@@ -124,7 +124,7 @@ class Settings(BaseSettings):
     """Address of the admin listener, where models are loaded, unloaded and chosen."""
 
     admin_port: int | None = Field(default=None, ge=0, le=65535)
-    """Port of the admin listener; it needs API_KEYS_FILE. Default: there is no such listener."""
+    """Port of the admin listener; it needs API_KEYS_FILE. Default: none."""
 
     grpc_port: int | None = Field(default=None, ge=0, le=65535)
     """Port of the gRPC server on HOST; it needs the extra `grpc`. Default: there is none."""
@@ -139,7 +139,7 @@ class Settings(BaseSettings):
     @classmethod
     def _drop_kubernetes_links(cls, values: dict[str, Any]) -> dict[str, Any]:
         # A Kubernetes service called "retinaserve" puts RETINASERVE_PORT=tcp://10.0.0.1:8000
-        # into every pod of its namespace; nobody wrote that as a setting.
+        # into every pod of its namespace; it is not meant as a setting.
         if str(values.get("port", "")).startswith(("tcp://", "udp://")):
             return {name: value for name, value in values.items() if name != "port"}
         return values
@@ -156,7 +156,7 @@ class Settings(BaseSettings):
     def _origins_are_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for origin in value:
             if _ORIGIN.fullmatch(origin) is None:
-                raise ValueError(f"{origin!r} is no origin; write https://host[:port]")
+                raise ValueError(f"{origin!r} is not an origin; write https://host[:port]")
         return value
 
     @field_validator("log_level", mode="before")

@@ -2,7 +2,7 @@
 
 Images can share an inference only when model, canvas and IoU threshold are equal, so the queue
 keeps a lane for each such key and urgency. A free device takes the urgent lane whose head waited
-longest, so that no kind of image starves another; bulk gets every so many turns of its own.
+longest, so that no kind of image starves another; bulk gets a turn after a number of others.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Waiting(Protocol):
 
     @property
     def abandoned(self) -> bool:
-        """Whether nobody waits for the item any more."""
+        """Whether the item's client has left."""
 
     @property
     def seconds(self) -> float:
@@ -56,7 +56,7 @@ Item = TypeVar("Item", bound=Waiting)
 
 
 Sizing = Callable[[Hashable, int, float], int]
-"""How many to take at once: of a key, of so many that wait, the oldest of which has so many seconds
+"""Return how many items to take at once, by key, number that wait, and seconds that the oldest has
 left."""
 
 
@@ -104,14 +104,14 @@ class BatchQueue(Generic[Item]):
     ) -> None:
         """Batches are as large as the policy allows, or as `sizing` says.
 
-        With `places` so many batches are out at a time: whoever has one says when it is `done`.
+        With `places` at most that many batches are out at a time; each ends with `done`.
         `takes_long` tells the keys that only some takers take.
         """
         self._takes_long = takes_long
         self._policy = policy
         self._sizing = sizing
         self._places = places
-        """How many more batches may go out. None: whoever takes, gets."""
+        """How many more batches may go out. None: any number."""
         self._condition = threading.Condition()
         # Ordered by arrival; an OrderedDict gives both ends and any middle in constant time.
         self._lanes: dict[_Kind, OrderedDict[int, _Ticket[Item]]] = {}
@@ -139,7 +139,7 @@ class BatchQueue(Generic[Item]):
             ]
 
     def push(self, item: Item) -> None:
-        """Append an item. After `close` it is dropped: nobody will come for it."""
+        """Append an item. After `close` it is dropped."""
         with self._condition:
             if self._closed:
                 return
@@ -210,7 +210,7 @@ class BatchQueue(Generic[Item]):
             return batch
 
     def add_places(self, count: int) -> None:
-        """Let so many more batches be out at a time. Any thread."""
+        """Let `count` more batches be out at a time. Any thread."""
         with self._condition:
             assert self._places is not None, "its takers are not counted"
             self._places += count

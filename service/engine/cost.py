@@ -23,7 +23,7 @@ pause of the machine says little about the next batch."""
 _WORTH_SHARING: Final = 0.1
 """Images share a batch only where this share of a lone image's time is saved."""
 _TRIAL: Final = 64
-"""Every so many lone images that might have shared a batch do."""
+"""One in this many lone images that might have shared a batch does."""
 
 _MOST_CANVASES: Final = 256
 """Costs are kept of this many canvases; clients may choose among thousands."""
@@ -59,7 +59,7 @@ class BatchCost:
         """A bound from below for a lone image; 0 before anything was seen."""
 
     def observe(self, images: int, seconds: float) -> None:
-        """A batch of so many images took so long."""
+        """Learn that a batch of `images` images took `seconds`."""
         share = seconds / images
         self.fastest = share if not self._mean else min(self.fastest, share)
         before = self._mean.get(images)
@@ -71,7 +71,7 @@ class BatchCost:
         self.per_picture, self.per_batch = _line(self._mean)
 
     def seconds(self, images: int) -> float:
-        """What a batch of so many images will take; 0 before anything was seen."""
+        """Return the seconds that a batch of `images` images takes; 0 before any was seen."""
         seen = self._mean.get(images)
         return self.per_picture * images + self.per_batch if seen is None else seen
 

@@ -40,7 +40,7 @@ class Answer(NamedTuple):
     """What the request asked for, in pixels of the image."""
     timing: Timing
     canvases: int | None
-    """How many the image took; None where nobody asked for tiles."""
+    """How many the image took; None where tiles were not asked for."""
     passage: Passage | None = None
     """None where several canvases went together."""
     written: bytes | None = None
@@ -113,7 +113,7 @@ async def _tiled(service: Service, request: DetectRequest) -> Answer:
     arrived, pipeline = time.monotonic(), service.pipeline
     rule, most = request.model.metadata.canvas, service.settings.max_image_pixels
     header = await look_at(request.image, most)
-    # What decoding will refuse is no matter of tiles.
+    # Decoding refuses the rest, with the reason.
     readable = header is not None and header.size.area <= most
     # As stored: upright it may take a few canvases more or less.
     expected = _plan(service, request, header.size) if header and readable else None

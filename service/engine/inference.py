@@ -1,4 +1,4 @@
-"""One batch of decoded images on a detector, and its answers to whoever waits for them."""
+"""Run one batch of decoded images on a detector, and deliver the results."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def run_batch(detector: Detector, batch: Sequence[Work], busy: Callable[[], int]
 
 
 def brief(error: Exception) -> str:
-    """What is wrong with a device, for everybody to read.
+    """Return what is wrong with a device, in words that any client may read.
 
     onnxruntime's own text also tells paths and the name of the host.
 
@@ -76,7 +76,7 @@ def deliver(answers: Sequence[tuple[Work, Any]]) -> None:
     try:
         loop.call_soon_threadsafe(_settle, answers)
     except RuntimeError:
-        # The loop is closed: the server stopped and nobody waits any more.
+        # The loop is closed: the server has stopped.
         _log.debug("%d answers came after the server had stopped", len(answers))
 
 

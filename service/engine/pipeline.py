@@ -68,7 +68,7 @@ class Pipeline:
         self.fatal: str | None = None
         """Why the device will not answer again, once that is known."""
         self._over: tuple[str, str] | None = None
-        """What everybody is told since `abort`: the word and the reason."""
+        """Why work is refused since `abort`: the word for metrics, and the reason."""
         self._on_batch = on_batch
         self._policy = policy
         self._pending: set[Work] = set()
@@ -120,7 +120,7 @@ class Pipeline:
         self._watchdog.start()
 
     def widen(self, callers: int) -> None:
-        """Let so many threads use the only device, side by side, or as many as did. Any thread.
+        """Let `callers` threads use the only device, side by side, or as many as did. Any thread.
 
         Before a model serves that has its detector as often.
         """
@@ -323,7 +323,7 @@ class Pipeline:
         )
 
     def _lose(self, reason: str) -> None:
-        """The device is lost for good: nobody waits any longer. Any thread."""
+        """Take the device for lost: every request that waits fails. Any thread."""
         self.fatal = reason
         _log.critical("%s; no more work is taken on", reason)
         assert self._loop is not None, "work has been here"
@@ -363,7 +363,7 @@ class Pipeline:
             return False
         except Exception:
             _log.exception(
-                "decoding failed in a way that nobody foresaw",
+                "unhandled exception in a decode thread",
                 extra={"request_id": work.request_id},
             )
             deliver([(work, InferenceFailed("the image could not be processed"))])

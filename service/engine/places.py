@@ -9,7 +9,7 @@ from service.engine.batch_queue import Urgency
 from service.errors import Unavailable
 
 _SPARED: Final = 4
-"""One in so many places is never taken by bulk."""
+"""One place in this many is never taken by bulk."""
 
 
 class Places:
@@ -58,7 +58,7 @@ class Places:
             )
 
     def slot(self, size: int = 0, urgency: Urgency = Urgency.INTERACTIVE) -> Place:
-        """To hold the place of an image of so many bytes. Raises Unavailable without room."""
+        """Hold the place of an image of `size` bytes. Raises Unavailable without room."""
         self.check(1, size, urgency)
         return Place(self, 1, size, bulk=int(urgency is Urgency.BULK))
 

@@ -239,6 +239,6 @@ def _rest(worker: Worker[Work], now: float, sharing: int) -> float:
 def _rest_of(expected: float, spent: float) -> float:
     """How many seconds work still needs that has had `spent` of those that were expected."""
     rest = expected - spent
-    # What lasts longer than it should, nobody knows how long: for as long again, say. With 0 the
-    # service would look idle while a batch hangs, and let in all who would wait for it in vain.
+    # Work that is overdue is taken to need as long again. With 0 the service would look idle while
+    # a batch hangs, and let in requests that would wait for it in vain.
     return rest if rest > 0 else min(-rest, _LONGEST_DOUBT)

@@ -1,4 +1,4 @@
-"""What a process that serves sets up for all of itself, whoever started it."""
+"""Set up a process that serves: memory, log, warnings."""
 
 from __future__ import annotations
 
@@ -21,5 +21,5 @@ def prepare_process(settings: Settings) -> None:
     # the log, and remember it for ever.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     for name in unknown_variables(os.environ):
-        # Whoever sets, say, a rate limit must not believe that there is one.
-        _log.warning("%s is no setting of this version and does nothing", name)
+        # A misspelt rate limit must not pass for one that is set.
+        _log.warning("%s is not a setting of this version and is ignored", name)

@@ -41,7 +41,7 @@ class Service:
         """Most canvases in one inference."""
         self.metrics = Metrics()
         self.tracing: Tracing | None = None
-        """None: nobody asked for traces."""
+        """None: tracing is off."""
         # Two at least, so that one is there for small images while the other has a large one.
         threads = max(2, models.cpus)
         first = self.hardware.devices[0]
@@ -68,7 +68,7 @@ class Service:
             self.places.bulk_limit, 2 * batch * len(self.hardware.devices) + threads
         )
         """Images of one batch request in the pipeline at a time: enough to keep every thread
-        busy, and not so many that other clients wait for all of them."""
+        busy, and few enough that other clients wait for a part of them only."""
         self.decoded_images = Semaphore(1 + len(self.hardware.devices))
         """Bounds how many large images lie decoded in memory while their tiles are detected:
         one for each device, and the next one, so that no device waits for it."""

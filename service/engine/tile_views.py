@@ -30,8 +30,7 @@ async def detect_views(
 
     A `booking` gets smaller as views are done.
 
-    Whoever calls this has called `Pipeline.admit`, where somebody waits. Raises what
-    `Pipeline.detect_canvas` raises.
+    A request must have been let in before. Raises what `Pipeline.detect_canvas` raises.
     """
     room = asyncio.Semaphore(window)
     views = canvases.plan.views

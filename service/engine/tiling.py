@@ -47,7 +47,7 @@ _WORTH: Final = 2.0
 """auto tiles images that would shrink to less than one half: a detector that learned from
 images of varied scale loses little up to there, and tiles cost at least five times as much."""
 _MARGIN: Final = 8.0
-"""A box that ends within so many canvas pixels of an inner border is taken to be cut by it: one
+"""A box that ends within this many canvas pixels of an inner border is taken to be cut by it: one
 step of the finest pyramid level, about as exact as boxes are."""
 _UNSEEN: Final = 5
 """More sides than a box can be cut on."""

@@ -1,4 +1,4 @@
-"""What the threads of the pipeline hand on: a model that serves, an image's work, its outcome."""
+"""What pipeline threads pass on: a served model, the work on one image, its outcome."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class Work:
     urgency: Urgency
     future: asyncio.Future[Any]
     finish: Callable[[Outcome], Any]
-    """What whoever waits wants of its outcome."""
+    """Makes the result of the outcome."""
     estimate: Estimate = NOTHING_KNOWN
     infers: bool = True
     arrived: float = field(default_factory=time.monotonic)

@@ -1,4 +1,4 @@
-"""Threads that are watched: one that dies is started again, one that hangs is noticed."""
+"""Watched threads: one that dies is started again, one that hangs is reported."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ class Worker(Generic[Held]):
         """`body` runs until there is nothing more to do; it keeps `hold` up to date."""
         self.name = name
         self.limit = math.inf
-        """How many seconds it may be at what it has in hand."""
+        """Seconds that the work in hand may take."""
         self.held: Sequence[Held] = ()
         """What it has in hand."""
         self.since = 0.0
-        """Since when, on the clock of `time.monotonic`."""
+        """When it began, on the clock of `time.monotonic`."""
         self.finished = False
-        """The body came to its end, which is what it does when the service closes."""
+        """Whether the body has returned, as it does when the service closes."""
         self._body = body
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def hold(self, held: Sequence[Held], *, limit: float = math.inf) -> None:
-        """From now on it works at this, for so many seconds at most; at nothing, when empty."""
+        """Note what the worker works at from now on (nothing when empty), and for how long it may."""
         # First: the watchdog takes none of the rest for what was before.
         self.since = time.monotonic()
         self.limit = limit
         self.held = held
 
     def renew(self) -> None:
-        """It is still at the same thing, and gets on: a step of several is done."""
+        """Restart the clock of the work in hand: one of its steps is done."""
         self.since = time.monotonic()
 
     def start(self) -> None:
@@ -51,7 +51,7 @@ class Worker(Generic[Held]):
         self.thread.start()
 
     def restart(self) -> None:
-        """Go on in a new thread after the old one died."""
+        """Start a new thread after the old one died."""
         self.held = ()
         self.thread = threading.Thread(target=self._run, name=self.name, daemon=True)
         self.thread.start()

@@ -30,7 +30,7 @@ from service.runtime.shared_detector import SharedDetector
 
 _log = logging.getLogger("retinaserve.loading")
 _SETTLED: Final = 1.25
-"""A first run that takes at most so many times as long as expected set nothing up."""
+"""A first run that takes at most this many times as long as expected set nothing up."""
 _OPENED_TOGETHER: Final = 64 << 20
 """Bytes of a file. To open a session takes several times that, and two at once might take more than
 a container has."""
@@ -73,7 +73,7 @@ class Loader:
             try:
                 job()
             except Exception:
-                _log.exception("a job of the model loader failed in a way that nobody foresaw")
+                _log.exception("unhandled exception in a job of the model loader")
             # Otherwise it would hold what it held until the next one comes.
             del job
 

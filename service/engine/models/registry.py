@@ -76,7 +76,7 @@ class Registry:
         self._loads: dict[Key, Future[Loaded]] = {}
         """What is being loaded, or waits for that."""
         self._lock = threading.Lock()
-        """Held by whoever changes the snapshot or the loads, and never for long."""
+        """Held while the snapshot or the loads change, and never for long."""
         self._started = False
         self._closed = False
         self._loader = Loader()
@@ -87,7 +87,7 @@ class Registry:
     def start(self) -> None:
         """Begin to load: the default model first, of each model the newest version first.
 
-        Once: whoever comes second finds it begun.
+        Only the first call has an effect.
         """
         with self._lock:
             if self._started:
@@ -100,7 +100,7 @@ class Registry:
                 self._enqueue(key)
 
     def stop_loading(self) -> None:
-        """Load nothing more; whoever waits for a load is told so."""
+        """Load nothing more; loads that wait fail with Unavailable."""
         with self._lock:
             self._closed = True
             futures = list(self._loads.values())
@@ -149,7 +149,7 @@ class Registry:
     def load(self, name: str, version: int | None = None) -> Future[Loaded]:
         """Look at the folder, then load a version, by default the newest that is there.
 
-        Whoever asks while it is being loaded gets the same future, which raises LoadFailed, or
+        A second call while it is being loaded returns the same future, which raises LoadFailed, or
         Unavailable when the service stops first. To look blocks: not for the event loop.
 
         Raises UnknownModel, or Unavailable once the service stops.

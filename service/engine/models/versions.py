@@ -55,7 +55,7 @@ def empty_slot(entry: Entry) -> Slot:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Every version. It never changes: whoever has one sees one moment, without a lock."""
+    """Every version, at one moment. Immutable, so it is read without a lock."""
 
     slots: Mapping[Key, Slot]
     """By name, then by version."""
