@@ -36,7 +36,7 @@ class Worker(Generic[Held]):
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def hold(self, held: Sequence[Held], *, limit: float = math.inf) -> None:
-        """Note what the worker works at from now on (nothing when empty), and for how long it may."""
+        """Note what it works at from now on (nothing when empty), and for how long it may."""
         # First: the watchdog takes none of the rest for what was before.
         self.since = time.monotonic()
         self.limit = limit
