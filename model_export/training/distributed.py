@@ -16,9 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from service.errors import RetinaserveError
 
@@ -97,72 +96,6 @@ def broadcast(value: Any) -> Any:
     values = [value]
     dist.broadcast_object_list(values)
     return values[0]
-
-
-# --- batch norms ---------------------------------------------------------------------------------
-
-
-class SharedBatchNorm(nn.BatchNorm2d):
-    """Batch norm with statistics of the whole batch over all processes, on any device.
-
-    torch's own `SyncBatchNorm` is faster, and refuses CPUs.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to the same."""
-        if not self.training or processes() == 1:
-            return super().forward(x)
-        with torch.autocast(x.device.type, enabled=False):
-            wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            return self._normalise(wide).to(x.dtype)
-
-    def _normalise(self, x: Tensor) -> Tensor:
-        own = x.new_tensor([x.numel() / x.shape[1]])
-        sums = _shared_sum(torch.cat([x.sum(dim=(0, 2, 3)), own]))
-        count = sums[-1].detach()
-        mean = sums[:-1] / count
-        centred = x - mean[:, None, None]
-        variance = _shared_sum(centred.square().sum(dim=(0, 2, 3))) / count
-        with torch.no_grad():
-            assert self.running_mean is not None
-            assert self.running_var is not None
-            assert self.num_batches_tracked is not None
-            assert self.momentum is not None
-            self.num_batches_tracked.add_(1)
-            self.running_mean.lerp_(mean, self.momentum)
-            # The running variance is the unbiased one.
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-        scale = torch.rsqrt(variance + self.eps) * self.weight
-        normalised: Tensor = centred * scale[:, None, None] + self.bias[:, None, None]
-        return normalised
-
-
-class _SharedSum(torch.autograd.Function):
-    """Sum over all processes, whose gradient is the sum of all processes' gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor) -> Tensor:
-        return all_reduce_sum(value.clone())
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return all_reduce_sum(gradients[0].clone())
-
-
-def _shared_sum(value: Tensor) -> Tensor:
-    shared: Tensor = _SharedSum.apply(value)  # type: ignore[no-untyped-call]
-    return shared
-
-
-def sync_batch_norms(network: nn.Module, *, cuda: bool) -> None:
-    """Let batch norms that learn statistics learn those of the whole batch, in place."""
-    if cuda:
-        nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
-        return
-    for module in network.modules():
-        if type(module) is nn.BatchNorm2d:
-            # Nothing but the forward differs, so state and place in the network stay.
-            module.__class__ = SharedBatchNorm
 
 
 # --- start and end -------------------------------------------------------------------------------

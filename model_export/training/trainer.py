@@ -36,7 +36,6 @@ from model_export.training.distributed import (
     World,
     lost_processes_named,
     share,
-    sync_batch_norms,
     world,
 )
 from model_export.training.hardware import (
@@ -99,8 +98,9 @@ def train(
     lightning.seed_everything(config.seed, verbose=False)
     output.mkdir(parents=True, exist_ok=True)
     network = _network(config, training.classes, weights=weights, init=init)
-    if place.size > 1:
-        sync_batch_norms(network, cuda=accelerator == "cuda")
+    if place.size > 1 and accelerator == "cuda":
+        # torch's synchronised norms do not run on CPUs, where each process learns its own.
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
     description = Description(
         classes=training.classes,
         model=config.model,

@@ -23,7 +23,7 @@ from model_export.data.batches import Augmentation, Batch, Key, TrainingBatches
 from model_export.data.datasets import Dataset, load_voc
 from model_export.retinanet.anchors import AnchorConfig
 from model_export.retinanet.model import ModelConfig, RetinaNet
-from model_export.training.distributed import SharedBatchNorm, world
+from model_export.training.distributed import world
 from model_export.training.trainer import train
 from service.imaging.canvas import Buckets, Size
 
@@ -96,33 +96,6 @@ def die_in_epoch(epoch: int) -> None:
     TrainingBatches.__getitem__ = deadly  # type: ignore[method-assign]
 
 
-def norm_inputs() -> tuple[torch.Tensor, torch.Tensor]:
-    """(3, 2, 4, 5) values and what their outputs' gradient is, in double precision."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (2, 3, 2, 4, 5)
-    first, second = torch.randn(shape, generator=generator, dtype=torch.float64) * 3 + 1
-    return first, second
-
-
-def normalise(norm: torch.nn.BatchNorm2d, part: slice) -> dict[str, torch.Tensor]:
-    """What a batch norm makes of a part of `norm_inputs`, forth and back."""
-    torch.nn.init.constant_(norm.weight, 1.5)
-    values, gradients = (each[part].clone() for each in norm_inputs())
-    values.requires_grad_()
-    output = norm(values)
-    output.backward(gradients)
-    assert values.grad is not None
-    assert norm.weight.grad is not None
-    assert norm.bias.grad is not None
-    return {
-        "output": output.detach(),
-        "input_gradient": values.grad,
-        "weight_gradient": norm.weight.grad,
-        "bias_gradient": norm.bias.grad,
-        **norm.state_dict(),
-    }
-
-
 def main() -> None:
     """One of the runs."""
     name, data, output = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
@@ -136,12 +109,8 @@ def main() -> None:
         run(data, output / name, accumulate=2)
     if name == "two":
         run(data, output / name, accumulate=2)
-        # Training has left the processes connected. Shares are uneven: two images and one.
-        rank = dist.get_rank()
-        part = [slice(0, 2), slice(2, 3)][rank]
-        made = normalise(SharedBatchNorm(2, dtype=torch.float64), part)
-        torch.save(made, output / f"norm-{rank}.pt")
-        if rank == 1:
+        # Training has left the processes connected.
+        if dist.get_rank() == 1:
             die_in_epoch(1)
         run(data, output / "two-killed")
 

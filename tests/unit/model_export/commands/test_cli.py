@@ -313,12 +313,12 @@ def test_train_names_what_is_wrong(option, value, words, data, tmp_path):
 
 def test_bad_data_stops_before_training(tmp_path):
     root = rectangles.draw_data(tmp_path / "data")
-    (root / "JPEGImages" / "picture-13.png").unlink()
-    (root / "JPEGImages" / "picture-15.png").write_bytes(b"")
+    (root / "JPEGImages" / "image-13.png").unlink()
+    (root / "JPEGImages" / "image-15.png").write_bytes(b"")
     result = call("train", "--data", root, "--output", tmp_path / "run")
     check_refused(result, "2 problems stop training")
-    assert "picture-13.xml" in result.stderr
-    assert "picture-15.png" in result.stderr
+    assert "image-13.xml" in result.stderr
+    assert "image-15.png" in result.stderr
     assert not (tmp_path / "run").exists()
 
 

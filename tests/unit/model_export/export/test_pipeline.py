@@ -15,9 +15,9 @@ from model_export.data.datasets import Dataset, Sample
 from model_export.evaluation.calibration import logits
 from model_export.evaluation.inference import detect
 from model_export.export import pipeline as release_module
+from model_export.export.comparison import Row
 from model_export.export.pipeline import PrecisionOptions, release
 from model_export.export.precision import Precision
-from model_export.export.comparison import Row
 from model_export.export.verify import VerificationError
 from service.imaging.canvas import Size
 from service.imaging.samples import draw_smear

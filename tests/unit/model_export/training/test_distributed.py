@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from torch import nn
 
 from model_export.training.distributed import ProcessLost, World, launch, world
 from model_export.training.hardware import accelerator_for
@@ -103,24 +102,13 @@ def test_two_processes_equal_one_and_a_killed_one_ends_both(
     names = {path.name for path in (tmp_path / "two").iterdir()}
     assert names == {"metrics.csv", "curves.png", "last.ckpt", "best.ckpt"}
 
-    shares = [torch.load(tmp_path / f"norm-{rank}.pt", weights_only=True) for rank in range(2)]
-    whole = runs.normalise(nn.BatchNorm2d(2, dtype=torch.float64), slice(None))
-    for name, tensor in whole.items():
-        one_share, other_share = (share[name] for share in shares)
-        if name in ("output", "input_gradient"):
-            torch.testing.assert_close(torch.cat([one_share, other_share]), tensor)
-        elif name.endswith("_gradient"):
-            torch.testing.assert_close(one_share + other_share, tensor)
-        else:
-            torch.testing.assert_close(one_share, tensor)
-            torch.testing.assert_close(other_share, tensor)
-
     # The second epoch was begun; one process ends what two have begun.
     assert [row["epoch"] for row in curve(tmp_path / "two-killed")] == ["1"]
     runs.run(data, tmp_path / "two-killed", resume=True)
     check_same_run(tmp_path / "two-killed", one)
 
 
+@pytest.mark.slow
 def test_two_machines_equal_one(one: Path, data: Path, tmp_path: Path) -> None:
     # As docs say to start it: an agent on each machine, which find each other at one address.
     with socket.socket() as free:
@@ -146,6 +134,7 @@ def test_two_machines_equal_one(one: Path, data: Path, tmp_path: Path) -> None:
     check_same_run(tmp_path / "machines", one)
 
 
+@pytest.mark.slow
 def test_a_run_after_kill_9_has_the_same_loss_curve(one: Path, data: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [*SCRIPT, "killed", str(data), str(tmp_path)], cwd=ROOT, capture_output=True, check=False

@@ -20,7 +20,7 @@ from model_export.data.batches import Augmentation, Batch, Key, TrainingBatches
 from model_export.data.datasets import Dataset, load_voc
 from model_export.retinanet.anchors import AnchorConfig
 from model_export.retinanet.model import ModelConfig, RetinaNet
-from model_export.training import module as module
+from model_export.training import lightning_module
 from model_export.training.callbacks import write_row
 from model_export.training.detection_loss import Losses, assigned_loss
 from model_export.training.lightning_module import (
@@ -208,7 +208,7 @@ def test_the_schedule_ends_with_the_time(
 ) -> None:
     seconds = iter(range(0, 10_000, 4))
     clock = types.SimpleNamespace(monotonic=lambda: next(seconds))
-    monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(lightning_module, "time", clock)
     config = changed(epochs=1000, max_minutes=1.0, validate_every=1000)
     train(config, few, few, tmp_path, device="cpu")
     history = rows(tmp_path)
@@ -256,7 +256,7 @@ def break_losses(
         made.append(losses)
         return faults[len(made) % len(faults)](losses)
 
-    monkeypatch.setattr(module, "assigned_loss", broken)
+    monkeypatch.setattr(lightning_module, "assigned_loss", broken)
     return made
 
 
