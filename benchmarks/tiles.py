@@ -37,6 +37,20 @@ from service.settings import bundled_models
 BUNDLED = bundled_models() / "blood-cells" / "1" / "model.onnx"
 
 
+def detect(canvases: tiling.Canvases, detector: Detector, selection: Selection) -> Detections:
+    """Run the detector on one view after the other: what the service does in its pipeline."""
+    found: list[Detections] = []
+    for make in canvases.makers:
+        prepared = make()
+        found += detector(
+            prepared.canvas[np.newaxis],
+            np.array([prepared.letterbox.resized], dtype=np.int64),
+            score_threshold=selection.lowest_score,
+            iou_threshold=selection.iou,
+        )
+    return tiling.merge(canvases.plan, found, selection)
+
+
 def paste(samples: Sequence[Sample], across: int) -> tuple[bytes, Sample]:
     """A JPEG of the samples' images, row by row, and its truth."""
     width = max(sample.size.width for sample in samples)
@@ -81,7 +95,7 @@ def look(
     opened = open_image(data)
     canvases = tiling.lay_out(opened, tiling.plan(opened.size, rule, tile), rule)
     started = time.perf_counter()
-    found = tiling.detect(canvases, detector, chosen)
+    found = detect(canvases, detector, chosen)
     return found, canvases.plan.count, time.perf_counter() - started
 
 

@@ -14,6 +14,6 @@ The walk of one JPEG, POST /v1/detect:
 8. `postprocessing.select`: score filter, classes, cut, boxes in pixels of the original image.
 9. `inference.deliver` wakes the event loop, and the route answers.
 
-Tiles (`tiling`, `tile_views`) and drawing (`drawing`) are more work of the same request, in the
+Tiles (`tiling`) and drawing (`drawing`) are more work of the same request, in the
 same threads: `Pipeline.run`.
 """

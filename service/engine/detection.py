@@ -15,8 +15,7 @@ from service.engine.postprocessing import select
 from service.engine.prediction import Booking, Price
 from service.engine.request import DetectRequest
 from service.engine.service import Service
-from service.engine.tile_views import detect_views
-from service.engine.tiling import MAX_VIEWS, Canvases, Plan, lay_out, merge, plan
+from service.engine.tiling import MAX_VIEWS, Canvases, Plan, detect_views, lay_out, merge, plan
 from service.engine.work import NOTHING_KNOWN, Estimate, Outcome
 from service.errors import DeadlineExceeded
 from service.imaging.canvas import Size

@@ -15,8 +15,7 @@ from typing import Final, NamedTuple, TypeVar
 from service.engine.batch_queue import Policy, Urgency
 from service.engine.pipeline import Pipeline
 from service.engine.postprocessing import Selection, select
-from service.engine.tile_views import detect_views
-from service.engine.tiling import Canvases, Tile, lay_out, merge, plan
+from service.engine.tiling import Canvases, Tile, detect_views, lay_out, merge, plan
 from service.engine.work import NOTHING_KNOWN, Outcome, Servable
 from service.errors import InferenceFailed, RetinaserveError, Unavailable
 from service.imaging.canvas import Size

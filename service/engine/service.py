@@ -9,12 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import ParamSpec, TypeVar
 
-from service.engine.admission import Admission
+from service.engine.admission import Admission, Places
 from service.engine.batch_queue import Policy
 from service.engine.models.collector import RegistryCollector, loaded
 from service.engine.models.startup import Models, open_models
 from service.engine.pipeline import Pipeline
-from service.engine.places import Places
 from service.imaging.memory_budget import DecodeMemory
 from service.observability.metrics import Metrics
 from service.observability.tracing import Tracing

@@ -14,8 +14,9 @@ What is left goes through class-wise NMS. Coordinates are pixels of the original
 
 from __future__ import annotations
 
+import asyncio
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter
@@ -24,12 +25,16 @@ from typing import Final, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from service.engine.batch_queue import Urgency
+from service.engine.pipeline import Pipeline
 from service.engine.postprocessing import Selection, select
+from service.engine.prediction import Booking
+from service.engine.work import Outcome, Servable, as_it_is
 from service.errors import InvalidParameter, TooLarge, shown
 from service.imaging.canvas import Buckets, Letterbox, ShortSide, Size
 from service.imaging.decode import Opened, Prepared, cut
 from service.runtime.artifact import MAX_DETECTIONS_CAP
-from service.runtime.detector import Detections, Detector
+from service.runtime.detector import Detections
 
 Tile = Literal["off", "auto"] | int
 """off: one canvas; auto: tiles of the canvas's own size, where they gain something; a number: the
@@ -230,20 +235,6 @@ def lay_out(opened: Opened, chosen: Plan, rule: Buckets | ShortSide) -> Canvases
     )
 
 
-def detect(canvases: Canvases, detector: Detector, selection: Selection) -> Detections:
-    """Run the detector on one view after the other: what the service does in its pipeline."""
-    found: list[Detections] = []
-    for make in canvases.makers:
-        prepared = make()
-        found += detector(
-            prepared.canvas[np.newaxis],
-            np.array([prepared.letterbox.resized], dtype=np.int64),
-            score_threshold=selection.lowest_score,
-            iou_threshold=selection.iou,
-        )
-    return merge(canvases.plan, found, selection)
-
-
 def merge(chosen: Plan, found: Sequence[Detections], selection: Selection) -> Detections:
     """One answer out of what the detector found on each view, in canvas pixels.
 
@@ -364,3 +355,55 @@ def _shared(one: _Boxes, other: _Boxes) -> NDArray[np.float64]:
     far = np.minimum(one[:, None, 2:], other[None, :, 2:])
     shared: NDArray[np.float64] = np.clip(far - near, 0, None).prod(axis=2)
     return shared
+
+
+async def detect_views(
+    pipeline: Pipeline,
+    canvases: Canvases,
+    model: Servable,
+    selection: Selection,
+    *,
+    deadline: float,
+    urgency: Urgency,
+    window: int,
+    booking: Booking | None = None,
+) -> list[Outcome]:
+    """What each view gives, in their order; at most `window` are in the pipeline at a time.
+
+    A `booking` gets smaller as views are done.
+
+    A request must have been let in before. Raises what `Pipeline.detect_canvas` raises.
+    """
+    room = asyncio.Semaphore(window)
+    views = canvases.plan.views
+    share = 0.0 if booking is None else booking.device / len(views)
+
+    async def one(make: Callable[[], Prepared], placed: Letterbox) -> Outcome:
+        async with room:
+            outcome = await pipeline.detect_canvas(
+                make,
+                model,
+                score=selection.lowest_score,
+                iou=selection.iou,
+                deadline=deadline,
+                finish=as_it_is,
+                urgency=urgency,
+                estimate=pipeline.estimate("tile", placed.original.area, placed.canvas),
+            )
+        if booking is not None:
+            booking.device -= share
+        return outcome
+
+    return await _all(
+        [one(make, view.letterbox) for make, view in zip(canvases.makers, views, strict=True)]
+    )
+
+
+async def _all(jobs: Sequence[Coroutine[None, None, Outcome]]) -> list[Outcome]:
+    """Every outcome in order; the first failure ends the other jobs and is raised."""
+    tasks = [asyncio.create_task(job) for job in jobs]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()

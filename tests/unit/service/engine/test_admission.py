@@ -7,9 +7,8 @@ from contextlib import ExitStack
 
 import pytest
 
-from service.engine.admission import Caution, refuse_late
+from service.engine.admission import Caution, Places, refuse_late
 from service.engine.batch_queue import Urgency
-from service.engine.places import Places
 from service.errors import Unavailable
 
 

@@ -12,9 +12,8 @@ import pytest
 
 from service.engine import admission
 from service.engine import prediction as module
-from service.engine.admission import WAY_BACK, Admission
+from service.engine.admission import WAY_BACK, Admission, Places
 from service.engine.batch_queue import BatchQueue, Policy, Urgency
-from service.engine.places import Places
 from service.engine.prediction import Prediction, Price
 from service.engine.work import NOTHING_KNOWN, BatchKey, DecodeKey, Estimate, Servable, Work
 from service.engine.workers import Worker
