@@ -1,65 +1,83 @@
-"""Put the tables of `benchmarks/results` into `docs/benchmarks.md`, between their marks.
+"""Put what is in `benchmarks/results` into `docs/benchmarks.md`, between its marks.
 
-    python benchmarks/docs.py            # after a run; prints what changed
-    python benchmarks/docs.py --check    # status 1 where the page is not what the results say
+    python benchmarks/docs.py
 
-A table stands between `<!-- results/NAME.json -->` and `<!-- end -->`; what people write about it
-stands outside.
+A mark names a result and the parts of it to show; everything up to `<!-- end -->` is replaced:
+
+    <!-- results/decode.json: command; figures; table 1 | file = JPEG, camera | image | core-ms -->
+
+A table is its number in the result, then conditions on rows (= or !=), and columns; without columns
+all. Figures may be chosen by a part of their names: `figures | lost | doubled`.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 PAGE = HERE.parent / "docs" / "benchmarks.md"
-MARKED = re.compile(r"<!-- results/([\w-]+)\.json -->\n.*?<!-- end -->", re.DOTALL)
+MARKED = re.compile(r"(<!-- results/([\w-]+)\.json: (.*?) -->)\n.*?<!-- end -->", re.DOTALL)
 
 
-def shown(page: str) -> list[str]:
+def shown(page: str) -> set[str]:
     """Names of the results that a page has marks for."""
-    return MARKED.findall(page)
+    return {name for _, name, _ in MARKED.findall(page)}
 
 
 def filled(page: str, results: Path = RESULTS) -> str:
-    """A page with the tables of the results that it has marks for. Raises OSError."""
+    """The page with its marks filled. Raises OSError, and ValueError for an unknown column."""
 
-    def table(mark: re.Match[str]) -> str:
-        name = mark[1]
-        markdown: str = json.loads((results / f"{name}.json").read_text())["markdown"]
-        # The page has a heading of its own.
-        body = markdown.split("\n", 1)[1].strip()
-        return f"<!-- results/{name}.json -->\n{body}\n<!-- end -->"
+    def replaced(mark: re.Match[str]) -> str:
+        opening, name, what = mark.groups()
+        result = json.loads((results / f"{name}.json").read_text())
+        parts = "\n\n".join(part(result, each) for each in what.split("; "))
+        return f"{opening}\n{parts}\n<!-- end -->"
 
-    return MARKED.sub(table, page)
-
-
-def unshown(page: str, results: Path = RESULTS) -> list[str]:
-    """Names of results that a page has no marks for."""
-    return sorted({path.stem for path in results.glob("*.json")} - set(shown(page)))
+    return MARKED.sub(replaced, page)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing")
-    arguments = parser.parse_args()
-    before = PAGE.read_text()
-    after = filled(before)
-    missing = unshown(before)
-    for name in missing:
-        print(f"{PAGE.name} has no marks for results/{name}.json")
-    if before != after:
-        print(
-            f"{PAGE.name} differs from the results" if arguments.check else f"{PAGE.name} written"
+def part(result: dict[str, Any], what: str) -> str:
+    """One part of a result as Markdown."""
+    lines: list[str] = result["markdown"].splitlines()
+    if what == "command":
+        return f"`{result['command']}`, commit {result['versions']['commit']}:"
+    head, *chosen = what.split(" | ")
+    if head == "figures":
+        found = [line for line in lines if line.startswith("- ") and "**" in line]
+        return "\n".join(
+            line for line in found if not chosen or any(each in line for each in chosen)
         )
-    if not arguments.check:
-        PAGE.write_text(after)
-    raise SystemExit(bool(missing) or (arguments.check and before != after))
+    columns, _, *rows = tables(lines)[int(head.removeprefix("table ")) - 1]
+    wanted = []
+    for each in chosen:
+        column, sign, value = each.partition(" != " if " != " in each else " = ")
+        if sign:
+            index, equal = columns.index(column), sign == " = "
+            rows = [row for row in rows if (row[index] == value) == equal]
+        else:
+            wanted.append(column)
+    wanted = wanted or columns
+    indices = [columns.index(each) for each in wanted]
+    cells = [wanted, ["---"] * len(wanted), *([row[index] for index in indices] for row in rows)]
+    return "\n".join(f"| {' | '.join(each)} |" for each in cells)
+
+
+def tables(lines: list[str]) -> list[list[list[str]]]:
+    """The cells of each table in the lines of a page."""
+    found: list[list[list[str]]] = []
+    before = ""
+    for line in lines:
+        if line.startswith("|"):
+            if not before.startswith("|"):
+                found.append([])
+            found[-1].append([cell.strip() for cell in line.strip("|").split("|")])
+        before = line
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    PAGE.write_text(filled(PAGE.read_text()))

@@ -8,7 +8,7 @@ import os
 import time
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,12 +23,16 @@ STOP_SECONDS = 20
 LOOK_SECONDS = 0.2
 
 
+class NotStarted(Exception):
+    """A server does not become ready."""
+
+
 @dataclass(frozen=True)
 class Setup:
     """One way to run one peer. What the numbers mean says `peers/recipe.py`."""
 
     app: str
-    """File in `benchmarks/peers`; none: the service itself, as it comes."""
+    """File in `benchmarks/peers`; none: the service itself."""
     workers: int = 1
     threads: int = 1
     session_threads: int = 1
@@ -38,14 +42,13 @@ class Setup:
 
     def __str__(self) -> str:
         if not self.app:
-            return "as it comes"
+            return "defaults"
         parts = [
             f"{self.workers} processes x {self.threads} threads",
             f"sessions of {self.session_threads}",
         ]
         parts += [f"batches up to {self.batch}"] if self.batch > 1 else []
         parts += [self.style] if self.style else []
-        parts += ["memory kept"] if "PEER_KEEP_MEMORY" in self.environment else []
         switches = {"THROUGHPUT_OPTIMIZED": "optimized", "ENABLE_HA_PROXY": "HAProxy"}
         parts += [
             word for name, word in switches.items() if f"RAY_SERVE_{name}" in self.environment
@@ -63,7 +66,7 @@ class Setup:
         }
 
 
-AS_IT_COMES = Setup("")
+DEFAULTS = Setup("")
 _RAY_BASE = {"RAY_worker_niceness": "0", "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
 """Its workers would run at niceness 15, behind everybody else, the load's generator too."""
 _RAY_OPTIMIZED = _RAY_BASE | {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
@@ -102,11 +105,6 @@ PEERS: dict[str, tuple[Setup, ...]] = {
 }
 """Made for two cores; first what was best when it was last tried. A session of more threads than
 one gains nothing where several run side by side, so it is tried where one alone might do."""
-
-
-def keeping_memory(setup: Setup) -> Setup:
-    """The same peer, its allocator told to keep what images leave behind, as ours does."""
-    return replace(setup, environment=setup.environment | {"PEER_KEEP_MEMORY": "1"})
 
 
 class Tree(NamedTuple):
@@ -198,7 +196,7 @@ def _wait_for(tree: Tree, process: psutil.Popen, image: bytes, log: Path) -> Non
             return
         if time.monotonic() > limit or process.poll() is not None:
             told = log.read_text(errors="replace")[-2000:]
-            raise SystemExit(f"{tree.url} did not become ready:\n{told}")
+            raise NotStarted(f"{tree.url} did not become ready:\n{told}")
         time.sleep(LOOK_SECONDS)
 
 

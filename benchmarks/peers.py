@@ -3,12 +3,13 @@
     python -m venv .venv-peers
     .venv-peers/bin/pip install -r benchmarks/peers/requirements.txt
     python benchmarks/peers.py --python .venv-peers/bin/python
-    python benchmarks/peers.py --python ... --setups all --rounds 3 --only litserve
+    python benchmarks/peers.py --python ... --model near-free --only litserve --quick
 
 All servers, ours too, run with the same interpreter and the same libraries, and the peers share one
 recipe (`peers/recipe.py`): our decoding, our session options, our JSON. Each peer runs in the one
-of its set-ups (`peer_servers.py`) that proves fastest at 16 connections just before; ours runs as
-it comes. Before anything is measured, every server has to find in an image what ours finds.
+of its set-ups (`peer_servers.py`) that is fastest at 16 connections just before, tried one after
+the other; ours runs with its defaults. Before anything is measured, every server has to find in an
+image what ours finds.
 
 In each round every server is started, warmed up and frozen (SIGSTOP, its whole process tree). Then
 for each number of connections they are loaded one after the other, each thawed for its turn: nobody
@@ -32,7 +33,7 @@ from pathlib import Path
 
 from near_free_model import write_near_free_model
 from peer_rounds import Detections, Load, Measured, allowed, must_agree, ratios, together
-from peer_servers import AS_IT_COMES, OURS, PEERS, Setup, Tree, keeping_memory, running
+from peer_servers import DEFAULTS, OURS, PEERS, NotStarted, Setup, Tree, running
 from report import Report, add_options
 from serving import draw_images, run_script
 
@@ -101,7 +102,7 @@ def measure(plan: Plan, task: Task, servers: Mapping[str, Setup]) -> dict[str, M
     """Every server in turn, `plan.rounds` times."""
     names = list(servers)
     found = {name: Measured(name, {each: [] for each in plan.connections}) for name in names}
-    with started(plan, task, AS_IT_COMES) as ours:
+    with started(plan, task, DEFAULTS) as ours:
         expected = detections(ours, task)
     for number in range(plan.rounds):
         with contextlib.ExitStack() as stack:
@@ -164,17 +165,28 @@ def detections(server: Tree, task: Task) -> Detections:
 
 
 def fastest(report: Report, plan: Plan, task: Task, peers: Sequence[str]) -> dict[str, Setup]:
-    """Try every set-up of each peer; the one with the highest rate."""
+    """Try every set-up of each peer, one after the other; the one with the highest rate.
+
+    Not side by side: set-ups of one peer may want the same ports, as those of HAProxy do. A set-up
+    that does not start here is left out.
+    """
     table = report.table(SETUP_COLUMNS, f"{task.name} model, every set-up of the peers")
     chosen = {}
     for peer in peers:
-        setups = {str(setup): setup for setup in PEERS[peer]}
-        found = measure(plan, task, setups)
-        for name, each in found.items():
+        best = 0.0
+        for setup in PEERS[peer]:
+            name = str(setup)
+            try:
+                found = measure(plan, task, {name: setup})[name]
+            except NotStarted as error:
+                print(f"{peer}, {name}: {error}", flush=True)
+                continue
             whats = ("per_second", "p50_ms", "p99_ms", "cpu_ms", "busy")
-            table.row(peer, name, *(each.median(DECIDING, what) for what in whats))
-        best = max(found.values(), key=lambda each: each.median(DECIDING, "per_second"))
-        chosen[peer] = setups[best.name]
+            table.row(peer, name, *(found.median(DECIDING, what) for what in whats))
+            if found.median(DECIDING, "per_second") > best:
+                best, chosen[peer] = found.median(DECIDING, "per_second"), setup
+        if peer not in chosen:
+            raise SystemExit(f"{peer}: none of its set-ups starts")
     return chosen
 
 
@@ -250,7 +262,7 @@ def environment(report: Report, python: Path) -> None:
 
 def compare(report: Report, plan: Plan, task: Task, peers: Mapping[str, Setup]) -> None:
     """Ours beside each peer in one set-up."""
-    found = measure(plan, task, {OURS: AS_IT_COMES} | peers)
+    found = measure(plan, task, {OURS: DEFAULTS} | peers)
     turns = f"{plan.turns} turns of {plan.seconds:g} s"
     titles = [f"{task.name} model, {plan.rounds} rounds, in each {turns}"]
     titles += [f"- {name}: {setup}" for name, setup in peers.items()]
@@ -268,7 +280,7 @@ def main() -> None:
     connections = tuple(arguments.connections)
     plan = Plan(arguments.python.absolute(), rounds, turns, seconds, connections)
     environment(report, plan.python)
-    trial = replace(plan, connections=(DECIDING,))
+    trial = replace(plan, rounds=1, connections=(DECIDING,))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         images = draw_images(folder / "images")
@@ -276,17 +288,12 @@ def main() -> None:
         repositories = {"real": bundled_models(), "near-free": folder / "near-free"}
         for name in arguments.model:
             task = Task(name, repositories[name], images)
-            if arguments.setups == "all":
-                fastest(report, trial, task, arguments.only)
-                continue
-            peers = {peer: PEERS[peer][0] for peer in arguments.only}
-            if arguments.setups == "fastest" and not report.quick:
-                peers = fastest(report, replace(trial, rounds=1), task, arguments.only)
-            if arguments.keep_memory:
-                peers = {peer: keeping_memory(setup) for peer, setup in peers.items()}
+            if arguments.setups == "fastest":
+                peers = fastest(report, trial, task, arguments.only)
+            else:
+                peers = {peer: PEERS[peer][0] for peer in arguments.only}
             compare(report, plan, task, peers)
-    if arguments.setups != "all":
-        report.close()
+    report.close()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -302,15 +309,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", type=_names(PEERS), default=list(PEERS), metavar="PEER,...")
     parser.add_argument(
         "--setups",
-        choices=("fastest", "first", "all"),
+        choices=("fastest", "first"),
         default="fastest",
-        help="each peer in its fastest set-up, in the first of the list without a trial, or all of "
-        "them alone, over all rounds, without ours (nothing is saved)",
-    )
-    parser.add_argument(
-        "--keep-memory",
-        action="store_true",
-        help="tell the peers' allocator, as ours does its own, to keep what images leave behind",
+        help="each peer in the set-up that a trial finds fastest, or in the first of the list",
     )
     add_options(parser)
     return parser

@@ -22,7 +22,6 @@ from service.imaging.decode import Prepared, prepare
 from service.runtime import devices
 from service.runtime.artifact import MAX_DETECTIONS_CAP, read_artifact
 from service.runtime.detector import INPUTS, OUTPUTS, Detections
-from service.system import memory
 
 ROUTE = "/v1/detect"
 
@@ -62,8 +61,6 @@ class Recipe:
     """A loaded model. Any number of threads may call it."""
 
     def __init__(self, choice: Choice) -> None:
-        if os.environ.get("PEER_KEEP_MEMORY") == "1":
-            memory.keep_freed_memory()
         artifact = read_artifact(choice.model)
         device = devices.Device("cpu")
         options = devices.session_options(device)
