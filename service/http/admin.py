@@ -17,14 +17,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from service.engine.service import Service
 from service.errors import Forbidden, InvalidParameter, shown
-from service.http.app import add_error_handlers
 from service.http.auth.gate import Gate
 from service.http.auth.keys import Key, KeyStore
 from service.http.bodies import parse_json, read_body
 from service.http.listening import url
-from service.http.middleware.envelope import Envelope
-from service.http.middleware.guard import Guard
-from service.http.middleware.security_headers import SecurityHeaders
+from service.http.middleware import RequestContext, RequestGuard
+from service.http.problems import add_error_handlers
 from service.http.routes import health, models
 from service.http.server import HttpServer, configuration
 from service.runtime.artifact import VERSION_RULE, Version, VersionText
@@ -197,10 +195,9 @@ def create_admin_app(service: Service, keys: KeyStore) -> FastAPI:
         openapi_url=None,
         redirect_slashes=False,
     )
-    app.add_middleware(Guard, gate=AdminGate(keys), metrics=service.metrics, open_metrics=False)
-    app.add_middleware(Envelope, metrics=service.metrics, tracing=service.tracing)
-    app.add_middleware(SecurityHeaders)
-    add_error_handlers(app, service)
+    app.add_middleware(RequestGuard, service=service, gate=AdminGate(keys), open_metrics=False)
+    app.add_middleware(RequestContext, service=service)
+    add_error_handlers(app, service.metrics)
     routes = AdminRoutes(service)
     for action, endpoint in (
         ("load", routes.load),

@@ -8,12 +8,15 @@ from __future__ import annotations
 import asyncio
 import binascii
 import re
+import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from typing import Any, Final, NamedTuple
+from typing import Any, Concatenate, Final, NamedTuple, ParamSpec, TypeVar
 
 import orjson
+from fastapi import Request
 from python_multipart.multipart import parse_options_header
 
+from service.engine.service import Service
 from service.errors import (
     BodyTimeout,
     InvalidParameter,
@@ -23,10 +26,17 @@ from service.errors import (
     UnsupportedMedia,
     shown,
 )
+from service.http.connections.client import ClientDisconnected, client_of
+from service.http.parameters import deadline_seconds
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Body = bytes | bytearray
 
+_THREAD_BYTES: Final = 256 * 1024
+"""Bodies from this size on are parsed in a thread: base64 takes time, and so does a form that is
+full of near-boundaries."""
 _MAX_JSON_VALUES: Final = 20_000
 """Values, lists and objects: far above what images need, and parsed in about a millisecond. No
 other thread runs meanwhile, and a body of 32 MB could hold sixteen million."""
@@ -44,10 +54,6 @@ _BASE64_STEP: Final = 1 << 20
 _WHITE_SPACE: Final = b" \t\n\r\f\v"
 
 
-class ClientGone(Exception):
-    """The client closed the connection; there is nobody to answer."""
-
-
 class Part(NamedTuple):
     """One part of a multipart body."""
 
@@ -56,11 +62,21 @@ class Part(NamedTuple):
     data: memoryview
 
 
-class Uploads:
-    """Bounds the bytes of all bodies that are arriving. One event loop's.
+class Times(NamedTuple):
+    """The times of a request, on the clock of `time.monotonic`."""
 
-    Bytes and not bodies: hundreds of clients that send a byte a second hold next to nothing, and
-    must not take the places of those who send images.
+    arrived: float
+    read: float
+    """When the body was complete."""
+    deadline: float
+    """When a response is too late."""
+
+
+class Uploads:
+    """Bounds the bytes of all bodies that are arriving. Not thread-safe.
+
+    Bytes and not bodies: hundreds of clients that send a byte a second hold little memory, and must
+    not keep out those that send images.
     """
 
     def __init__(self, limit: int) -> None:
@@ -79,8 +95,45 @@ class Uploads:
         self.held += size
 
     def give_back(self, size: int) -> None:
-        """A body has arrived, or never will."""
+        """Free `size` bytes, of a body that is complete or was given up."""
         self.held -= size
+
+
+async def receive_body(
+    service: Service, request: Request, headers: Mapping[str, str]
+) -> tuple[Body, Times]:
+    """Read a request's body within the service's limits.
+
+    `X-Deadline-Ms` counts from the arrival of the request, the service's own limit from the end of
+    the body. Raises what `read_body` raises; InvalidParameter before anything is read.
+    """
+    arrived = time.monotonic()
+    settings, client = service.settings, client_of(request.scope)
+    asked = deadline_seconds(headers, settings.request_timeout_ms)
+    body = await read_body(
+        headers,
+        request.receive,
+        limit=settings.max_body_bytes,
+        timeout=settings.body_timeout_ms / 1e3,
+        uploads=request.app.state.uploads,
+        complete=client is not None and client.body_complete,
+    )
+    read = time.monotonic()
+    deadline = min(read + settings.request_timeout_ms / 1e3, arrived + asked)
+    return body, Times(arrived, read, deadline)
+
+
+async def parse_body(
+    service: Service,
+    function: Callable[Concatenate[Body, P], T],
+    body: Body,
+    *args: P.args,
+    **kwargs: P.kwargs,
+) -> T:
+    """Return `function` of a body, called in a thread where the body is large."""
+    if len(body) < _THREAD_BYTES:
+        return function(body, *args, **kwargs)
+    return await service.off_loop(function, body, *args, **kwargs)
 
 
 async def read_body(
@@ -90,14 +143,14 @@ async def read_body(
     limit: int,
     timeout: float,
     uploads: Uploads | None = None,
-    whole: bool = False,
+    complete: bool = False,
 ) -> Body:
     """Read a body of at most `limit` bytes within `timeout` seconds.
 
-    `whole` says that the server has all of it, so that there is nothing to wait for.
+    `complete` says that the server has received all of it, so that no timeout is needed.
 
     Raises UnsupportedMedia for an encoded body, TooLarge (at once when the length is declared),
-    BodyTimeout, ClientGone, or Unavailable where `uploads` has no room for it.
+    BodyTimeout, ClientDisconnected, or Unavailable where `uploads` has no room for it.
     """
     encoding = headers.get("content-encoding", "identity")
     if encoding.lower() != "identity":
@@ -109,7 +162,7 @@ async def read_body(
     digits = declared.lstrip("0") if declared.isdecimal() else ""
     if len(digits) > len(str(limit)) or (digits and int(digits) > limit):
         raise _too_large(limit, f"{digits[:20]} bytes are declared")
-    if whole:
+    if complete:
         return await _collect(receive, limit, uploads or Uploads(limit))
     try:
         async with asyncio.timeout(timeout):
@@ -127,7 +180,7 @@ async def _collect(receive: Receive, limit: int, uploads: Uploads) -> Body:
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
-                raise ClientGone
+                raise ClientDisconnected
             chunk: bytes = message.get("body", b"")
             if held + len(chunk) > limit:
                 raise _too_large(limit, "more has arrived")

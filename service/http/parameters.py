@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Annotated, Any, Final, Literal, TypeVar
@@ -159,41 +160,18 @@ def describe_errors(error: ValidationError, kind: type[BaseModel]) -> str:
     return "; ".join(lines)
 
 
-def describe_query(kind: type[BatchQuery]) -> list[dict[str, Any]]:
-    """The parameters of `kind` as OpenAPI describes them."""
-    properties = kind.model_json_schema()["properties"]
-    return [
-        {
-            "name": name,
-            "in": "query",
-            "required": False,
-            "description": schema.pop("description"),
-            "schema": schema,
-        }
-        for name, schema in properties.items()
-    ]
-
-
-def deadline(headers: Mapping[str, str], *, arrived: float, read: float, limit_ms: int) -> float:
-    """When an answer is too late, on the clock of `time.monotonic`.
-
-    `arrived` is when the request came, which `X-Deadline-Ms` counts from; `read` is when its body
-    was complete, which the service's own limit counts from. Raises InvalidParameter.
-    """
-    own = read + limit_ms / 1e3
+def deadline_seconds(headers: Mapping[str, str], limit_ms: int) -> float:
+    """Return the value of `X-Deadline-Ms` in seconds; inf without it. Raises InvalidParameter."""
     asked = headers.get("x-deadline-ms")
-    return own if asked is None else min(own, arrived + deadline_ms(asked, limit_ms) / 1e3)
-
-
-def deadline_ms(asked: str, limit_ms: int) -> int:
-    """The value of `X-Deadline-Ms`. Raises InvalidParameter."""
-    # int() itself refuses thousands of digits, with an error of its own.
+    if asked is None:
+        return math.inf
+    # int() refuses thousands of digits with an error of its own.
     plausible = asked.isascii() and asked.isdecimal() and len(asked) <= len(str(limit_ms)) + 8
     if not (plausible and 1 <= int(asked) <= limit_ms):
         raise InvalidParameter(
             f"X-Deadline-Ms: {shown(asked)} is not a whole number in 1..{limit_ms}"
         )
-    return int(asked)
+    return int(asked) / 1e3
 
 
 def wanted_image(accept: str | None) -> ImageType | None:

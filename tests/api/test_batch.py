@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from service.engine.batch_queue import Urgency
-from service.http.routes.openapi import BatchAnswer
+from service.http.schemas import BatchAnswer
 from tests.api.conftest import Start
 from tests.images import BLUE, GREEN, RED, encoded, one_red, squares
 

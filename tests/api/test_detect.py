@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from pydantic import TypeAdapter
 
-from service.http.routes.openapi import (
+from service.http.schemas import (
     AnyAnswer,
     CocoDetection,
     DetectAnswer,

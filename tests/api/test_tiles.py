@@ -18,7 +18,7 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from service import cli
-from service.http.routes.openapi import BatchAnswer, DetectAnswer
+from service.http.schemas import BatchAnswer, DetectAnswer
 from service.imaging.canvas import Size
 from service.imaging.samples import Box, draw_smear
 from service.runtime.artifact import read_artifact, scan_repository

@@ -14,7 +14,7 @@ from typing import Any, Final, Protocol
 import orjson
 from uvicorn.protocols.utils import is_ssl
 
-from service.http.connections.client import Presence, announce
+from service.http.connections.client import Client, set_client
 from service.http.connections.descriptors import Crowd
 from service.http.problems import MEDIA_TYPE, http_problem
 
@@ -91,7 +91,7 @@ class Bounded(asyncio.Protocol):
         super().__init__(*args, **kwargs)
         self._crowd = crowd
         self._idle_since = time.monotonic()
-        self._present: list[tuple[Cycle, Presence]] = []
+        self._present: list[tuple[Cycle, Client]] = []
         """Requests in hand. They may be several: one can be sent before the last is answered."""
         self._one_request = False
         self._head_timer: asyncio.TimerHandle | None = None
@@ -130,10 +130,10 @@ class Bounded(asyncio.Protocol):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(exc)
-        for cycle, presence in self._unanswered():
+        for cycle, client in self._unanswered():
             # uvicorn tells only the newest of several; the others would answer into the void.
             cycle.disconnected = True
-            presence.leave()
+            client.disconnect()
 
     def data_received(self, data: bytes) -> None:
         """Bytes of a request, or of a body that nobody wants any more."""
@@ -167,9 +167,9 @@ class Bounded(asyncio.Protocol):
 
     def adopt(self, cycle: Cycle) -> None:
         """See to it that an answer ends the connection well where nothing may follow it."""
-        presence = Presence(cycle)
-        announce(cycle.scope, presence)
-        self._present.append((cycle, presence))
+        client = Client(cycle)
+        set_client(cycle.scope, client)
+        self._present.append((cycle, client))
         send: Callable[[MutableMapping[str, Any]], Awaitable[None]] = cycle.send
         # Where two ends may disagree on the end of a body, nothing behind it is a request
         # (RFC 9112, 6.1); nor is what a client sends ahead through a tunnel that it does not get.
@@ -254,7 +254,7 @@ class Bounded(asyncio.Protocol):
             self._stall_timer.cancel()
             self._stall_timer = None
 
-    def _unanswered(self) -> list[tuple[Cycle, Presence]]:
+    def _unanswered(self) -> list[tuple[Cycle, Client]]:
         return [each for each in self._present if not each[0].response_complete]
 
     def _probe(self, waited: float) -> None:

@@ -1,55 +1,104 @@
-"""What the server knows of a request's client without being asked for the next message.
+"""The client of a request, as far as the server knows it without being asked for a message.
 
-ASGI tells that a client has gone only to whoever waits for a message, which takes a task of its own
-for each request, and a timer for a body that has long been there. Our own server says it in the
-scope; under any other nobody finds this there, and asks as ASGI says.
+ASGI tells of a disconnect only to those that wait for a message, which takes a task for each
+request, and a timer for a body that has arrived. Our own server puts a `Client` into the scope;
+under other servers there is none, and ASGI's messages tell.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, MutableMapping
 from typing import Any, Final, Protocol
 
-_EXTENSION: Final = "retinaserve.presence"
+from starlette.requests import Request
+
+_EXTENSION: Final = "retinaserve.client"
 
 
-class Arrival(Protocol):
+class ClientDisconnected(Exception):
+    """The client closed the connection; there is nothing to respond to."""
+
+
+class Cycle(Protocol):
     """The part of uvicorn's RequestResponseCycle that is used here."""
 
     more_body: bool
 
 
-class Presence:
-    """The client of one request. One event loop's."""
+class Client:
+    """The client of one request. Not thread-safe."""
 
-    def __init__(self, arrival: Arrival) -> None:
-        self._arrival = arrival
-        self._on_gone: Callable[[], None] | None = None
-        self.gone = False
-        """Whether the connection was lost before the answer was complete."""
+    def __init__(self, cycle: Cycle) -> None:
+        self._cycle = cycle
+        self._on_disconnect: Callable[[], None] | None = None
+        self.disconnected = False
+        """Whether the connection was lost before the response was complete."""
 
     @property
-    def whole(self) -> bool:
-        """Whether the request has arrived with all of its body."""
-        return not self._arrival.more_body
+    def body_complete(self) -> bool:
+        """Whether the server has received the whole body."""
+        return not self._cycle.more_body
 
-    def watch(self, on_gone: Callable[[], None] | None) -> None:
-        """Call this once the client goes; None: nothing any more."""
-        self._on_gone = on_gone
+    def on_disconnect(self, callback: Callable[[], None] | None) -> None:
+        """Set the callback for a lost connection; None removes it."""
+        self._on_disconnect = callback
 
-    def leave(self) -> None:
-        """The connection was lost."""
-        self.gone = True
-        if self._on_gone is not None:
-            self._on_gone()
-
-
-def announce(scope: MutableMapping[str, Any], presence: Presence) -> None:
-    """Put it where `presence_of` looks."""
-    scope.setdefault("extensions", {})[_EXTENSION] = presence
+    def disconnect(self) -> None:
+        """Record that the connection was lost."""
+        self.disconnected = True
+        if self._on_disconnect is not None:
+            self._on_disconnect()
 
 
-def presence_of(scope: MutableMapping[str, Any]) -> Presence | None:
-    """What the server says of a request's client; None where it says nothing."""
-    found: Presence | None = scope.get("extensions", {}).get(_EXTENSION)
-    return found
+def set_client(scope: MutableMapping[str, Any], client: Client) -> None:
+    """Put a client into a request's scope."""
+    scope.setdefault("extensions", {})[_EXTENSION] = client
+
+
+def client_of(scope: MutableMapping[str, Any]) -> Client | None:
+    """Return the client of a request; None under a server other than our own."""
+    client: Client | None = scope.get("extensions", {}).get(_EXTENSION)
+    return client
+
+
+class CancelOnDisconnect:
+    """Context manager that cancels the work inside once the client disconnects.
+
+    Raises ClientDisconnected then.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self._receive = request.receive
+        self._client = client_of(request.scope)
+        self._watcher: asyncio.Task[None] | None = None
+        self._disconnected = False
+
+    def __enter__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None, "runs inside a request"
+        self._task = task
+        if self._client is None:
+            self._watcher = asyncio.create_task(self._watch())
+        elif self._client.disconnected:
+            raise ClientDisconnected
+        else:
+            self._client.on_disconnect(self._cancel)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._watcher is not None:
+            self._watcher.cancel()
+        if self._client is not None:
+            self._client.on_disconnect(None)
+        if self._disconnected and kind is asyncio.CancelledError:
+            self._task.uncancel()
+            raise ClientDisconnected from None
+
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._cancel()
+
+    def _cancel(self) -> None:
+        self._disconnected = True
+        self._task.cancel()

@@ -14,11 +14,11 @@ import time
 from collections.abc import Iterable
 from typing import Final, Protocol, TypeVar
 
-from starlette._utils import get_route_path
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.errors import Unavailable
-from service.http.refusal import refusal
+from service.http.paths import PROBES, route_path
+from service.http.problems import error_response
 from service.observability.metrics import Metrics
 
 _log = logging.getLogger("retinaserve.server")
@@ -31,7 +31,6 @@ _GIVE_WAY: Final = 4
 _SHARE_GIVES_WAY: Final = 64
 """So many connections that are idle, or one in so many, make way for one that comes."""
 _QUIET_SECONDS: Final = 60.0
-_PROBES: Final = ("/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready")
 
 
 class Connection(Protocol):
@@ -78,12 +77,12 @@ class Crowd:
         """An application that lets nobody in but those who ask how the service is."""
 
         async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-            if get_route_path(scope) not in _PROBES:
+            if route_path(scope) not in PROBES:
                 error = Unavailable(
                     "the service has too many connections; try again in a second",
                     reason="connections",
                 )
-                await refusal(error, self._metrics, scope["path"])(scope, receive, send)
+                await error_response(error, self._metrics, scope["path"])(scope, receive, send)
             else:
                 await app(scope, receive, send)
 

@@ -8,7 +8,7 @@ from starlette.responses import Response
 
 from service.http.oip.json_codec import HEADER_LENGTH
 from service.http.oip.tensors import INPUTS, OUTPUTS
-from service.http.routes.openapi import DEADLINE, REQUEST_ID
+from service.http.schemas import DEADLINE, REQUEST_ID
 
 _ERRORS: Final = {
     400: "The request is malformed, or a tensor or parameter is not what the model takes.",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
 from typing import Any, Final
@@ -14,12 +13,11 @@ from fastapi import FastAPI, Request, Response
 from service.engine.service import Service
 from service.engine.work import Servable
 from service.errors import MalformedRequest
-from service.http.bodies import read_body
+from service.http.bodies import parse_body, read_body, receive_body
+from service.http.connections.client import CancelOnDisconnect
 from service.http.oip import descriptions, metadata
 from service.http.oip.data_plane import earlier, find_model, infer, limits_of
 from service.http.oip.json_codec import HEADER_LENGTH, Parsed, parse, write
-from service.http.parameters import deadline
-from service.http.routes.detect import WhileConnected, receive_body, take_apart
 
 _SMALL_BODY: Final = 64 * 1024
 _BIG_BODY: Final = 1 << 20
@@ -100,25 +98,19 @@ class RestRoutes:
         return await self._infer(request, find_model(self._service, name, version))
 
     async def _infer(self, request: Request, model: Servable) -> Response:
-        service, arrived = self._service, time.monotonic()
-        body = await receive_body(service, request, request.headers)
-        limit = deadline(
-            request.headers,
-            arrived=arrived,
-            read=time.monotonic(),
-            limit_ms=service.settings.request_timeout_ms,
-        )
-        with service.places.slot(len(body)), WhileConnected(request):
+        service = self._service
+        body, times = await receive_body(service, request, request.headers)
+        with service.places.slot(len(body)), CancelOnDisconnect(request):
             async with self._big_bodies if len(body) >= _BIG_BODY else nullcontext():
-                parsed = await take_apart(
+                parsed = await parse_body(
                     service,
                     parse,
                     body,
                     request.headers.get(HEADER_LENGTH),
                     limits_of(service, model),
                 )
-            limit = earlier(limit, parsed.request.parameters, arrived=arrived)
-            outputs = await infer(service, model, parsed.request, limit)
+            deadline = earlier(times.deadline, parsed.request.parameters, arrived=times.arrived)
+            outputs = await infer(service, model, parsed.request, deadline)
             if len(outputs["scores"]) < _MANY_DETECTIONS:
                 return _answer(parsed, outputs, model)
             return await service.off_loop(_answer, parsed, outputs, model)

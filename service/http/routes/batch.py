@@ -1,15 +1,14 @@
-"""POST /v1/detect/batch: many images in one request, none of which can fail another."""
+"""POST /v1/detect/batch: many images in one request, each with a result of its own."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncIterator, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Annotated, Any, Final, NamedTuple
 
 import orjson
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Query, Request, Response
 from starlette.responses import StreamingResponse
 
 from service.engine import postprocessing as results
@@ -28,23 +27,27 @@ from service.errors import (
     shown,
     shown_list,
 )
-from service.http.bodies import Body, decode_base64, parse_json, parse_multipart
-from service.http.parameters import BatchQuery, deadline, parse_query
-from service.http.problems import problem_of
-from service.http.routes import openapi
-from service.http.routes.detect import (
-    WhileConnected,
-    model_json,
+from service.http import schemas
+from service.http.bodies import (
+    Body,
+    decode_base64,
+    parse_body,
+    parse_json,
+    parse_multipart,
     receive_body,
-    take_apart,
 )
+from service.http.connections.client import CancelOnDisconnect
+from service.http.parameters import BatchQuery
+from service.http.problems import problem_of
+from service.http.routes.detect import model_json
+from service.http.routing import DirectRoute
 from service.observability.request_id import request_id
 
 _log = logging.getLogger("retinaserve.batch")
 
 NDJSON: Final = "application/x-ndjson"
 _SPARE_PARTS: Final = 16
-"""Parts of other names that a form may carry along."""
+"""Parts of other names that a form may have."""
 
 
 class Image(NamedTuple):
@@ -52,42 +55,35 @@ class Image(NamedTuple):
 
     id: str
     content: object
-    """A memoryview of the bytes; or what JSON gave, base64 if all is well."""
+    """A memoryview of a part; or a value of the JSON body, which should be a base64 string."""
 
 
 class BatchRoute:
-    """Translates a request of many images to the pipeline and back."""
+    """Translates a request of many images to DetectRequests, and their detections to a response."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
 
-    async def answer(self, request: Request) -> Response:
-        """One request."""
-        service, arrived = self._service, time.monotonic()
-        query = parse_query(request, BatchQuery)
+    async def respond(self, request: Request, query: Annotated[BatchQuery, Query()]) -> Response:
+        """Detect the objects in every image."""
+        service = self._service
         model = service.registry.get(query.model, query.version)
         selection = query.selection(model.metadata)
-        body = await receive_body(service, request, request.headers)
+        body, times = await receive_body(service, request, request.headers)
         size = len(body)
-        # All of the images are in memory from now on, not only those that have a place.
+        # All of the images are in memory from now on, not only those that hold a place.
         service.places.check(0, size)
         images = await self._images(request.headers.get("content-type", ""), body)
         # Base64 has been copied out of it.
         del body
-        limit = deadline(
-            request.headers,
-            arrived=arrived,
-            read=time.monotonic(),
-            limit_ms=service.settings.request_timeout_ms,
-        )
-        run = _Run(service, model, selection, limit, query.tile, request.scope["path"])
+        run = _Run(service, model, selection, times.deadline, query.tile, request.scope["path"])
         if NDJSON in request.headers.get("accept", "").lower():
             return StreamingResponse(run.lines(images, size), media_type=NDJSON)
-        with service.places.body(size), WhileConnected(request):
-            answers = [answer async for answer in run.answers(images)]
-            answers.sort(key=lambda answer: int(answer["index"]))
+        with service.places.body(size), CancelOnDisconnect(request):
+            entries = [entry async for entry in run.results(images)]
+            entries.sort(key=lambda entry: int(entry["index"]))
             content = await service.off_loop(
-                orjson.dumps, {"results": answers, "model": model_json(model)}
+                orjson.dumps, {"results": entries, "model": model_json(model)}
             )
         return Response(content, media_type="application/json")
 
@@ -95,9 +91,9 @@ class BatchRoute:
         kind = content_type.partition(";")[0].strip().lower()
         most = self._service.settings.max_batch_images
         if kind == "multipart/form-data":
-            images = await take_apart(self._service, _form_images, body, content_type, most)
+            images = await parse_body(self._service, _form_images, body, content_type, most)
         elif kind == "application/json":
-            images = await take_apart(self._service, _json_images, body)
+            images = await parse_body(self._service, _json_images, body)
         else:
             raise UnsupportedMedia(
                 f"Content-Type {shown(content_type)} is not accepted here; send "
@@ -110,40 +106,46 @@ class BatchRoute:
 
 def add_routes(app: FastAPI, service: Service) -> None:
     """Add the route to an application."""
-    app.add_api_route(
+    app.router.add_api_route(
         "/v1/detect/batch",
-        BatchRoute(service).answer,
+        BatchRoute(service).respond,
         methods=["POST"],
-        **openapi.batch(),
+        summary="Objects in many images",
+        operation_id="detect_batch",
+        tags=["detection"],
+        response_class=Response,
+        responses=schemas.BATCH_ANSWER | schemas.problems(),
+        openapi_extra=schemas.request_body(schemas.BATCH_BODY),
+        route_class_override=DirectRoute,
     )
 
 
 class _Run:
-    """One request's images on their way, a window of them at a time."""
+    """Detection on the images of one request, a window of them at a time."""
 
     def __init__(
         self,
         service: Service,
         model: Servable,
         selection: Selection,
-        limit: float,
+        deadline: float,
         tile: Tile,
         path: str,
     ) -> None:
         self._service = service
         self._model = model
         self._selection = selection
-        self._limit = limit
+        self._deadline = deadline
         self._tile = tile
         self._path = path
         # A tiled image fills the window alone, and images of one request must not take the
-        # places that another one's tiles need.
+        # places that the tiles of another need.
         self._window = asyncio.Semaphore(service.batch_window if tile == "off" else 1)
 
-    async def answers(self, images: Sequence[Image]) -> AsyncIterator[dict[str, Any]]:
-        """One answer for each image, as each finishes."""
+    async def results(self, images: Sequence[Image]) -> AsyncIterator[dict[str, Any]]:
+        """Yield the result of each image as it finishes."""
         tasks = [
-            asyncio.create_task(self._answer(index, image)) for index, image in enumerate(images)
+            asyncio.create_task(self._result(index, image)) for index, image in enumerate(images)
         ]
         try:
             for finished in asyncio.as_completed(tasks):
@@ -153,25 +155,25 @@ class _Run:
                 task.cancel()
 
     async def lines(self, images: Sequence[Image], size: int) -> AsyncIterator[bytes]:
-        """The answers as newline-delimited JSON. All the images have `size` bytes."""
-        # Here and not around the response: a generator that nobody begins has nothing to end.
+        """Yield the results as newline-delimited JSON. All the images have `size` bytes."""
+        # Here and not around the response: a generator that is never started is never closed.
         with self._service.places.hold(0, size):
-            async for answer in self.answers(images):
-                yield orjson.dumps(answer) + b"\n"
+            async for entry in self.results(images):
+                yield orjson.dumps(entry) + b"\n"
 
-    async def _answer(self, index: int, image: Image) -> dict[str, Any]:
-        answer: dict[str, Any] = {"index": index, "id": image.id}
+    async def _result(self, index: int, image: Image) -> dict[str, Any]:
+        entry: dict[str, Any] = {"index": index, "id": image.id}
         try:
             async with self._window:
-                return answer | {"status": 200} | await self._detect(image)
+                return entry | {"status": 200} | await self._detect(image)
         except RetinaserveError as error:
             failure = error
         except Exception:
-            _log.exception("image %d of a batch failed in a way that nobody foresaw", index)
+            _log.exception("unhandled exception on image %d of a batch", index)
             failure = RetinaserveError("the server failed on this image; its log says why")
         self._service.metrics.count_refusal(failure)
         document = problem_of(failure, instance=self._path, request_id=request_id.get())
-        return answer | {"status": failure.status, "error": document}
+        return entry | {"status": failure.status, "error": document}
 
     async def _detect(self, image: Image) -> dict[str, Any]:
         service, model = self._service, self._model
@@ -180,12 +182,12 @@ class _Run:
             if not isinstance(content, memoryview):
                 content = memoryview(await service.off_loop(decode_base64, content))
             request = DetectRequest(
-                content, model, self._selection, self._limit, self._tile, Urgency.BULK
+                content, model, self._selection, self._deadline, self._tile, Urgency.BULK
             )
-            answer = await detect(service, request)
+            detected = await detect(service, request)
             return {
-                "image": results.image(answer.image, answer.canvases),
-                "detections": results.native(answer.found, model.metadata.classes),
+                "image": results.image(detected.image, detected.canvases),
+                "detections": results.native(detected.found, model.metadata.classes),
             }
 
 
@@ -211,5 +213,5 @@ def _json_image(index: int, entry: object) -> Image:
     name = entry.get("id")
     if not isinstance(name, str | int | None):
         raise MalformedRequest(f"images[{index}].id must be a string")
-    # What is no base64 is this image's own error, not the request's.
+    # Invalid base64 is an error of this image, not of the request.
     return Image(str(index if name is None else name), entry.get("image"))

@@ -9,7 +9,7 @@ from fastapi import FastAPI, Response
 
 from service.engine.models.versions import Slot, Snapshot
 from service.engine.service import Service
-from service.http.routes.openapi import problems
+from service.http.schemas import problems
 
 
 class ModelRoutes:

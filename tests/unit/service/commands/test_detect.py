@@ -17,7 +17,7 @@ from PIL import Image
 
 from service import cli
 from service.commands.detect import BatchWriter, Reader
-from service.http.routes.openapi import BatchAnswer, DetectAnswer
+from service.http.schemas import BatchAnswer, DetectAnswer
 from service.runtime.artifact import read_artifact, write_checksum, write_metadata
 from tests import tiny_model
 from tests.images import GREEN, RED, encoded, one_red, rotated, squares

@@ -6,13 +6,15 @@ import asyncio
 import base64
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from starlette.datastructures import Headers
+from starlette.requests import Request
 
 from service.errors import (
     BodyTimeout,
@@ -23,13 +25,15 @@ from service.errors import (
     UnsupportedMedia,
 )
 from service.http.bodies import (
-    ClientGone,
     Uploads,
     decode_base64,
     parse_json,
     parse_multipart,
     read_body,
+    receive_body,
 )
+from service.http.connections.client import ClientDisconnected
+from service.settings import Settings
 
 
 def chunks(*bodies: bytes, gone: bool = False) -> Callable[[], Awaitable[dict[str, Any]]]:
@@ -51,6 +55,27 @@ async def read(
 ) -> bytes:
     receive = chunks(*bodies, gone=gone)
     return bytes(await read_body(Headers(headers or {}), receive, limit=limit, timeout=5.0))
+
+
+@pytest.mark.parametrize(
+    ("asked", "counts_from", "seconds"),
+    [(None, "read", 10.0), ("250", "arrived", 0.25), ("9999", "arrived", 9.999)],
+)
+async def test_receive_body_returns_the_earlier_deadline(
+    asked: str | None, counts_from: str, seconds: float
+) -> None:
+    async def receive() -> dict[str, Any]:
+        await asyncio.sleep(0.01)
+        return {"type": "http.request", "body": b"image"}
+
+    state = SimpleNamespace(uploads=Uploads(10))
+    request = Request({"type": "http", "app": SimpleNamespace(state=state)}, receive)
+    service = cast(Any, SimpleNamespace(settings=Settings(request_timeout_ms=10_000)))
+    headers = {} if asked is None else {"x-deadline-ms": asked}
+    body, times = await receive_body(service, request, headers)
+    assert body == b"image"
+    assert times.read - times.arrived >= 0.01
+    assert times.deadline == getattr(times, counts_from) + seconds
 
 
 async def test_reading() -> None:
@@ -80,7 +105,7 @@ async def test_bodies_that_arrive_share_a_bound() -> None:
     with pytest.raises(Unavailable) as raised:
         await collect(b"0123", b"456")
     assert raised.value.reason == "uploads-full"
-    with pytest.raises(ClientGone):
+    with pytest.raises(ClientDisconnected):
         await collect(b"0123", gone=True)
     assert uploads.held == 4, "whatever happened, it was given back"
 
@@ -97,7 +122,7 @@ async def test_limits() -> None:
     assert await read(b"0", headers={"Content-Length": "0001"}) == b"0"
     with pytest.raises(UnsupportedMedia, match="'br'"):
         await read(b"0", headers={"Content-Encoding": "br"})
-    with pytest.raises(ClientGone):
+    with pytest.raises(ClientDisconnected):
         await read(b"0", b"1", gone=True)
 
 

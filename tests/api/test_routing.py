@@ -1,4 +1,4 @@
-"""Single images pass FastAPI's routing by; nobody may be able to tell, but by the clock."""
+"""The route of single images, which FastAPI documents and does not run."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from tests.images import encoded, one_red
 
 
 class Watching:
-    """A layer that somebody else puts around the finished application."""
+    """Middleware that is added to the finished application."""
 
     def __init__(self, app: ASGIApp, seen: list[str]) -> None:
         self._app = app
         self._seen = seen
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
+        """Handle one request."""
         if scope["type"] == "http":
             self._seen.append(scope["path"])
         await self._app(scope, receive, send)
 
 
-async def test_layers_added_from_outside_see_single_images_too(repository: Path) -> None:
+async def test_middleware_added_from_outside_sees_single_images(repository: Path) -> None:
     seen: list[str] = []
     app = create_app(Settings(models_dir=repository, device="cpu"))
     app.add_middleware(Watching, seen=seen)
@@ -38,13 +38,13 @@ async def test_layers_added_from_outside_see_single_images_too(repository: Path)
     assert seen == ["/v1/detect"]
 
 
-async def test_other_methods_are_answered_by_the_router(client: httpx.AsyncClient) -> None:
+async def test_detect_rejects_other_methods(client: httpx.AsyncClient) -> None:
     answer = await client.get("/v1/detect")
     assert answer.status_code == 405
     assert answer.headers["allow"] == "POST"
 
 
-async def test_it_is_counted_under_its_route(new_client: httpx.AsyncClient) -> None:
+async def test_detect_is_counted_under_its_route(new_client: httpx.AsyncClient) -> None:
     await new_client.post("/v1/detect", content=encoded(one_red()))
     await new_client.post("/v1/detect", content=b"no image")
     text = (await new_client.get("/metrics")).text
@@ -53,7 +53,7 @@ async def test_it_is_counted_under_its_route(new_client: httpx.AsyncClient) -> N
         assert any(line in each and each.endswith(" 1.0") for each in text.splitlines()), text
 
 
-async def test_it_is_found_below_a_folder_of_another_application(repository: Path) -> None:
+async def test_detect_works_in_a_mounted_application(repository: Path) -> None:
     inner = create_app(Settings(models_dir=repository, device="cpu"))
     outer = FastAPI(lifespan=lambda _: inner.router.lifespan_context(inner))
     outer.state.service = inner.state.service
