@@ -26,6 +26,7 @@ COVERED_90 = $(TEST_VENV)/bin/python -m coverage report --fail-under=90 --includ
 help:
 	@echo 'make serve   install the service and run the bundled model on http://localhost:$(PORT) (PORT=)'
 	@echo 'make test    install what the tests need and run them with coverage'
+	@echo 'make test-slow    run the slow tests that make test leaves out'
 	@echo 'make test-scale   install Ray and run the tests that need it, on a cluster of their own'
 	@echo 'make gpu-check   on a GPU: the tests that need one, and both engines measured (10 minutes)'
 	@echo 'make lint    ruff, mypy and the direction of imports'
@@ -38,11 +39,18 @@ help:
 serve: $(VENV)/installed
 	$(VENV)/bin/retinaserve serve --port $(PORT)
 
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(TEST_VENV)/bin/python -m pytest
+
+test: started := $(shell date +%s)
 test: $(TEST_VENV)/installed
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(TEST_VENV)/bin/python -m pytest --cov --cov-report=term $(PARALLEL)
+	$(PYTEST) --cov --cov-report=term $(PARALLEL)
 	$(COVERED_90)$(DETECTION)
 	$(COVERED_90)$(IMAGING)
 	$(COVERED_90)$(BATCHING)
+	@echo "make test took $$(($$(date +%s) - $(started))) s"
+
+test-slow: $(TEST_VENV)/installed
+	$(PYTEST) -m slow $(PARALLEL)
 
 # No torch: what serves and what scales needs none.
 test-scale: $(SCALE_VENV)/installed

@@ -10,6 +10,7 @@ from typing import Any
 
 import hypothesis
 import pytest
+from coverage import Coverage
 from xdist.remote import Producer
 from xdist.scheduler.loadfile import LoadFileScheduling
 
@@ -82,15 +83,21 @@ def _cuda_device_present() -> bool:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Servers of their own run untraced, as users run them: a trace takes a fifth of their time.
+    """Run end-to-end and reliability tests, and their servers, without coverage.
 
-    What they run is covered by the unit and the API tests, which run it in this process.
+    Tracing takes a fifth of their time; the unit and API tests cover what they run.
     """
-    with pytest.MonkeyPatch.context() as patch:
-        if item.get_closest_marker("e2e") or item.get_closest_marker("reliability"):
-            for name in [name for name in os.environ if name.startswith("COVERAGE_PROCESS")]:
-                patch.delenv(name)
+    measured = Coverage.current()
+    if measured is None or not ({"e2e", "reliability"} & {mark.name for mark in item.own_markers}):
         return (yield)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("COVERAGE_PROCESS")]:
+            patch.delenv(name)
+        measured.stop()
+        try:
+            return (yield)
+        finally:
+            measured.start()
 
 
 @pytest.fixture(scope="session")
