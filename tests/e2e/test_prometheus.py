@@ -21,6 +21,8 @@ from service.engine.models.versions import State
 from tests.e2e.browser import ROOT, answers, free_port, server, until
 from tests.images import encoded, one_red
 
+pytestmark = pytest.mark.slow
+
 DEPLOY = ROOT / "deploy"
 IMAGES = 5
 VARIABLES = {"$__rate_interval": "1m", "$model": ".*"}

@@ -55,6 +55,7 @@ def test_every_tutorial_has_something_to_run() -> None:
     assert [page.name for page in TUTORIALS if not runs(page)] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", HERE, ids=lambda page: page.stem)
 def test_the_commands_of_a_page_do_what_it_says(page: Path, tmp_path: Path) -> None:
     PREPARATIONS.get(page.name, lambda _: None)(tmp_path)

@@ -29,7 +29,9 @@ PROTOCOLS = (HttpTools, H11)
 @pytest.fixture(scope="module", params=PROTOCOLS, ids=lambda each: each.__name__)
 def port(request: pytest.FixtureRequest, quick_models: Path) -> Iterator[int]:
     """A server in a thread of this process, with short times."""
-    settings = Settings(models_dir=quick_models, device="cpu", max_body_bytes=4_000_000)
+    settings = Settings(
+        models_dir=quick_models, device="cpu", cpu_inferences=1, max_body_bytes=4_000_000
+    )
     app = create_app(settings)
     server = uvicorn.Server(
         uvicorn.Config(app, port=0, http=request.param, ws="none", log_config=None)

@@ -121,7 +121,8 @@ def test_the_wheel_holds_nothing_but_the_packages(wheel: zipfile.ZipFile) -> Non
     assert {top for top in tops if not top.endswith(".dist-info")} == set(PACKAGES)
 
 
-def test_what_is_installed_runs_anywhere(installed: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_installed_wheel_runs_outside_the_checkout(installed: Path, tmp_path: Path) -> None:
     """Version, inspect, doctor, detect and one request to the server, in an empty folder."""
     outside = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHONPATH", "COV"))}
 
