@@ -6,6 +6,7 @@ escaped by the template, and the page's own policy lets nothing run.
 
 from __future__ import annotations
 
+import base64
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,10 +17,9 @@ from typing import Any, Final
 import jinja2
 import numpy as np
 import onnxruntime
-from markupsafe import Markup
+from matplotlib.figure import Figure
 
-from model_export.evaluation import charts
-from model_export.evaluation import error_images as mistake_images
+from model_export.evaluation import error_images, plots
 from model_export.evaluation.bootstrap import Difference
 from model_export.evaluation.coco_metrics import KEPT_DETECTIONS, MAX_DETECTIONS, SCORE
 from model_export.evaluation.error_analysis import HIT_IOU, MISTAKES, NEAR_IOU, Mistake, Outcome
@@ -32,8 +32,8 @@ SHOWN: Final = 12
 BUDGET: Final = 3_500_000
 """Characters of all images together; the worst of each kind come first."""
 
-_SMALL_MULTIPLES: Final = 48
-"""Charts of single classes, where there are more classes than colours."""
+_DIAGRAMS: Final = 48
+"""Classes with a reliability diagram of their own, those with the most detections first."""
 _CONFUSED: Final = 8
 
 
@@ -101,11 +101,7 @@ def _context(measured: EvaluationResults) -> dict[str, Any]:
         **_shares(measured),
         "coco": _coco(measured),
         "classes": list(_classes(measured)),
-        "curves": _curves(measured),
-        "reliability": charts.reliability(
-            measured.overall_calibration, label="Precision over score, all classes"
-        ),
-        "class_reliability": _class_reliability(measured),
+        "figures": _figures(measured),
         "confusion": _confusion(measured),
         "confused": list(_most_confused(measured)),
         "galleries": _galleries(measured),
@@ -118,7 +114,7 @@ def _context(measured: EvaluationResults) -> dict[str, Any]:
             "max_detections": MAX_DETECTIONS,
             "min_score": MIN_SCORE,
         },
-        "colours": {"labelled": mistake_images.LABELLED, "detected": mistake_images.DETECTED},
+        "colours": {"labelled": error_images.LABELLED, "detected": error_images.DETECTED},
     }
 
 
@@ -165,7 +161,6 @@ def _classes(measured: EvaluationResults) -> Iterator[dict[str, Any]]:
         usable = points is not None and points.f1.size > 0
         yield {
             "name": name,
-            "colour": label % charts.SERIES if len(measured.classes) <= charts.SERIES else 0,
             "result": measured.evaluation.per_class[name],
             "best_f1": float(points.f1.max()) if points is not None and usable else None,
             "best_threshold": None if points is None else points.best_threshold(),
@@ -176,71 +171,23 @@ def _classes(measured: EvaluationResults) -> Iterator[dict[str, Any]]:
         }
 
 
-def _curves(measured: EvaluationResults) -> list[dict[str, Any]]:
-    """Precision-recall and F1 charts: of all classes in one, or of each where they are many."""
-    names = [name for name in measured.classes if _drawable(measured, name)]
-    if not names:
-        return []
-    if len(names) <= charts.SERIES:
-        return [_pair_of_charts(measured, names, title="")]
-    by_ap = sorted(names, key=lambda name: measured.evaluation.per_class[name].ap or 0.0)
-    return [_pair_of_charts(measured, [name], title=name) for name in by_ap[:_SMALL_MULTIPLES]]
+def _figures(measured: EvaluationResults) -> dict[str, str]:
+    """Return figures by name, each as a data URI; those without anything to draw are left out."""
+    drawn: dict[str, Figure] = {}
+    if any(points is not None and points.scores.size for points in measured.points.values()):
+        drawn["precision_recall"] = plots.precision_recall(measured)
+        drawn["f1"] = plots.f1_over_threshold(measured)
+    if measured.overall_calibration.total:
+        drawn["reliability"] = plots.reliability_diagram(measured.overall_calibration)
+        if len(measured.classes) > 1:
+            most = sorted(measured.calibration.items(), key=lambda item: -item[1].total)
+            drawn["class_reliability"] = plots.reliability_by_class(dict(most[:_DIAGRAMS]))
+    return {name: _svg_uri(figure) for name, figure in drawn.items()}
 
 
-def _pair_of_charts(
-    measured: EvaluationResults, names: Sequence[str], *, title: str
-) -> dict[str, Any]:
-    of = f" of {title}" if title else ""
-    return {
-        "title": title,
-        "precision_recall": charts.lines(
-            [_precision_recall(measured, name) for name in names],
-            across="recall",
-            up="precision",
-            label=f"Precision over recall{of}",
-        ),
-        "f1": charts.lines(
-            [_f1(measured, name) for name in names],
-            across="score threshold",
-            up="F1",
-            label=f"F1 over score threshold{of}",
-        ),
-    }
-
-
-def _drawable(measured: EvaluationResults, name: str) -> bool:
-    points = measured.points[name]
-    return points is not None and points.scores.size > 0
-
-
-def _precision_recall(measured: EvaluationResults, name: str) -> charts.Line:
-    points = measured.points[name]
-    assert points is not None
-    threshold = float(measured.selection.scores[measured.classes.index(name)])
-    precision, recall, _ = points.at(threshold)
-    mark = None if precision is None else (recall, precision)
-    return charts.Line(
-        name, points.recall, points.precision, mark, f"{name} at the file's {threshold:.2f}"
-    )
-
-
-def _f1(measured: EvaluationResults, name: str) -> charts.Line:
-    points = measured.points[name]
-    assert points is not None
-    best = points.best_threshold()
-    mark = None if best is None else (best, float(points.f1.max()))
-    note = "" if best is None else f"{name}: best F1 {points.f1.max():.3f} at {best:.2f}"
-    return charts.Line(name, points.scores, points.f1, mark, note)
-
-
-def _class_reliability(measured: EvaluationResults) -> list[tuple[str, float | None, Markup]]:
-    if len(measured.classes) < 2:
-        return []
-    most = sorted(measured.classes, key=lambda name: -measured.calibration[name].total)
-    return [
-        (name, each.error, charts.reliability(each, label=f"Precision over score of {name}"))
-        for name, each in ((name, measured.calibration[name]) for name in most[:_SMALL_MULTIPLES])
-    ]
+def _svg_uri(figure: Figure) -> str:
+    # As an image, not inline: names in it stay text, and its ids and styles stay its own.
+    return "data:image/svg+xml;base64," + base64.b64encode(plots.svg(figure)).decode("ascii")
 
 
 def _confusion(measured: EvaluationResults) -> list[tuple[str | None, list[tuple[int, float]]]]:
@@ -269,7 +216,7 @@ def _galleries(measured: EvaluationResults) -> list[Gallery]:
         kind: [each for each in measured.mistakes if each.outcome is kind][:SHOWN]
         for kind in MISTAKES
     }
-    drawn = mistake_images.draw_all(
+    drawn = error_images.draw_all(
         [each for group in chosen.values() for each in group],
         measured.dataset.samples,
         measured.judgements,
@@ -330,14 +277,11 @@ def _against(against: Baseline) -> dict[str, Any]:
         ("AP50", differences.ap50, 1),
         ("D-ECE", differences.d_ece, -1),
     ]
-    given = [(name, each, sign) for name, each, sign in rows if each is not None]
-    reach = max(max(abs(each.low), abs(each.high), abs(each.value)) for _, each, _ in given) or 1.0
     return {
         "model": against.model,
         "evaluation": against.evaluation,
         "rows": [
-            (name, each, _verdict(each, sign), charts.interval(each, reach=reach))
-            for name, each, sign in given
+            (name, each, _verdict(each, sign)) for name, each, sign in rows if each is not None
         ],
     }
 

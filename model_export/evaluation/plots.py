@@ -1,10 +1,12 @@
-"""Figures of an evaluation as PNG: curves, scores, calibration and confusions."""
+"""Figures of an evaluation: curves, scores, calibration and confusions, as PNG files or as SVG."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -14,50 +16,60 @@ from model_export.evaluation.coco_metrics import SCORE, Matches
 from model_export.evaluation.error_analysis import Confusion
 from model_export.evaluation.reliability import Reliability
 from model_export.evaluation.results import EvaluationResults
-from model_export.evaluation.thresholds import operating_points
 
 _LEGEND = 12
-"""So many classes fit into a legend."""
+"""Number of classes that fit into a legend."""
 _BINS = 40
+_COLUMNS = 3
 _DARK = 0.5
-"""Shares above are drawn so dark that text on them is white."""
+"""Share of a row from which on a cell is dark enough for white text."""
 
 
-def save_plots(measured: EvaluationResults, folder: Path) -> list[Path]:
-    """Draw all figures into `folder`, which is made if need be; their paths."""
+def save_plots(results: EvaluationResults, folder: Path) -> list[Path]:
+    """Write all figures as PNG into `folder`, which is created if needed; return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    matches, classes = measured.matches, tuple(map(_plain, measured.classes))
+    classes = tuple(map(_plain, results.classes))
     return [
-        _save(precision_recall(matches, classes), folder / "precision-recall.png"),
-        _save(score_histogram(matches, classes), folder / "scores.png"),
-        _save(f1_over_threshold(matches, classes), folder / "f1-threshold.png"),
-        _save(reliability_diagram(measured.overall_calibration), folder / "reliability.png"),
-        _save(confusion_matrix(measured.confusion, classes), folder / "confusion.png"),
+        _save(precision_recall(results), folder / "precision-recall.png"),
+        _save(score_histogram(results.matches, classes), folder / "scores.png"),
+        _save(f1_over_threshold(results), folder / "f1-threshold.png"),
+        _save(reliability_diagram(results.overall_calibration), folder / "reliability.png"),
+        _save(confusion_matrix(results.confusion, classes), folder / "confusion.png"),
     ]
 
 
-def precision_recall(matches: Sequence[Matches], classes: Sequence[str]) -> Figure:
-    """Precision over recall of each class at IoU 0.50."""
+def svg(figure: Figure) -> bytes:
+    """Return a figure as SVG, its text as text."""
+    target = io.BytesIO()
+    with mpl.rc_context({"svg.fonttype": "none"}):
+        figure.savefig(target, format="svg", transparent=True)
+    return target.getvalue()
+
+
+def precision_recall(results: EvaluationResults) -> Figure:
+    """Precision over recall of each class at IoU 0.50, a dot at the file's own threshold."""
     figure, axes = _figure("Precision over recall at IoU 0.50", across="recall", up="precision")
-    for each, name in zip(matches, classes, strict=True):
-        points = operating_points(each)
-        if points is not None and points.scores.size:
-            axes.plot(points.recall, points.precision, label=name)
+    for label, (name, points) in enumerate(results.points.items()):
+        if points is None or not points.scores.size:
+            continue
+        (line,) = axes.plot(points.recall, points.precision, label=_plain(name))
+        precision, recall, _ = points.at(float(results.selection.scores[label]))
+        if precision is not None:
+            axes.plot([recall], [precision], marker="o", color=line.get_color())
     axes.set(xlim=(0, 1.02), ylim=(0, 1.02))
     _legend(axes)
     return figure
 
 
-def f1_over_threshold(matches: Sequence[Matches], classes: Sequence[str]) -> Figure:
-    """F1 of each class at IoU 0.50 over the score threshold, the best threshold named."""
+def f1_over_threshold(results: EvaluationResults) -> Figure:
+    """F1 of each class at IoU 0.50 over the score threshold, a dot at the best threshold."""
     title = "F1 over the score threshold at IoU 0.50"
     figure, axes = _figure(title, across="score threshold", up="F1")
-    for each, name in zip(matches, classes, strict=True):
-        points = operating_points(each)
+    for name, points in results.points.items():
         if points is None or not points.scores.size:
             continue
         best = points.best_threshold()
-        label = name if best is None else f"{name}: {best:.2f}"
+        label = _plain(name) if best is None else f"{_plain(name)}: {best:.2f}"
         (line,) = axes.plot(points.scores, points.f1, drawstyle="steps-post", label=label)
         if best is not None:
             axes.plot([best], [points.f1.max()], marker="o", color=line.get_color())
@@ -67,19 +79,14 @@ def f1_over_threshold(matches: Sequence[Matches], classes: Sequence[str]) -> Fig
 
 
 def score_histogram(matches: Sequence[Matches], classes: Sequence[str]) -> Figure:
-    """How the scores of hits and of false positives at IoU 0.50 spread, class by class."""
-    columns = min(3, len(classes))
-    rows = -(-len(classes) // columns)
-    figure = Figure(figsize=(4 * columns, 2.6 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle("Scores of detections at IoU 0.50")
-    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    """Scores of hits and of false positives at IoU 0.50, class by class."""
+    figure, grid = _panels(len(classes), "Scores of detections at IoU 0.50")
     edges = np.linspace(SCORE, 1.0, _BINS + 1)
-    for axes, each, name in zip(grid, matches, classes, strict=False):
-        judged = each.at_50()
+    for axes, each, name in zip(grid, matches, classes, strict=True):
+        at_50 = each.at_50()
         axes.hist(
-            [judged.scores[judged.hits], judged.scores[~judged.hits]],
-            bins=edges,
+            [at_50.scores[at_50.hits], at_50.scores[~at_50.hits]],
+            bins=edges.tolist(),
             stacked=True,
             label=["hit", "false positive"],
         )
@@ -89,37 +96,29 @@ def score_histogram(matches: Sequence[Matches], classes: Sequence[str]) -> Figur
         axes.set(xlabel="score", ylabel="detections")
         # A fixed place: looking for the best one takes matplotlib seconds, and it warns of it.
         axes.legend(fontsize=8, loc="upper right")
-    for axes in grid[len(classes) :]:
-        axes.set_visible(False)
     return figure
 
 
 def reliability_diagram(calibration: Reliability) -> Figure:
-    """Precision of the detections of each score bin; on the diagonal scores mean what they say."""
-    error = "-" if calibration.error is None else f"{calibration.error:.3f}"
-    title = f"Precision over score at IoU 0.50, D-ECE {error}"
+    """Precision of the detections of each score bin; calibrated scores lie on the diagonal."""
+    title = f"Precision over score at IoU 0.50, D-ECE {_error(calibration)}"
     figure, axes = _figure(title, across="score", up="precision")
-    filled = calibration.counts > 0
-    axes.bar(
-        calibration.edges[:-1][filled],
-        calibration.precision[filled],
-        width=np.diff(calibration.edges)[filled],
-        align="edge",
-        edgecolor="white",
-        label="precision",
-    )
-    scores, counts = calibration.confidence[filled], calibration.counts[filled]
-    axes.plot(scores, calibration.precision[filled], "k.", label="at the mean score")
-    for score, share, count in zip(scores, calibration.precision[filled], counts, strict=True):
-        axes.annotate(str(count), (score, share), (0, 6), textcoords="offset points", ha="center")
-    axes.plot([0, 1], [0, 1], "k--", linewidth=1, label="what the scores say")
-    axes.set(xlim=(0, 1), ylim=(0, 1.1))
+    _draw_bins(axes, calibration)
     axes.legend(loc="upper left")
     return figure
 
 
+def reliability_by_class(calibrations: dict[str, Reliability]) -> Figure:
+    """A reliability diagram for each class."""
+    figure, grid = _panels(len(calibrations), "Precision over score at IoU 0.50, class by class")
+    for axes, (name, calibration) in zip(grid, calibrations.items(), strict=True):
+        _draw_bins(axes, calibration)
+        axes.set_title(f"{_plain(name)}, D-ECE {_error(calibration)}", fontsize=10)
+    return figure
+
+
 def confusion_matrix(confusion: Confusion, classes: Sequence[str]) -> Figure:
-    """Objects by what they are and what they were detected as, coloured by share of the row."""
+    """Objects by labelled and by detected class, coloured by share of the row."""
     side = max(4.0, 0.45 * (len(classes) + 1) + 2)
     figure, axes = _figure(
         "Confusions at IoU 0.50",
@@ -140,8 +139,30 @@ def confusion_matrix(confusion: Confusion, classes: Sequence[str]) -> Figure:
     return figure
 
 
+def _draw_bins(axes: Axes, calibration: Reliability) -> None:
+    filled = calibration.counts > 0
+    axes.bar(
+        calibration.edges[:-1][filled],
+        calibration.precision[filled],
+        width=np.diff(calibration.edges)[filled],
+        align="edge",
+        edgecolor="white",
+        label="precision",
+    )
+    scores, counts = calibration.confidence[filled], calibration.counts[filled]
+    axes.plot(scores, calibration.precision[filled], "k.", label="at the mean score")
+    for score, share, count in zip(scores, calibration.precision[filled], counts, strict=True):
+        axes.annotate(str(count), (score, share), (0, 6), textcoords="offset points", ha="center")
+    axes.plot([0, 1], [0, 1], "k--", linewidth=1, label="perfect calibration")
+    axes.set(xlim=(0, 1), ylim=(0, 1.1))
+
+
+def _error(calibration: Reliability) -> str:
+    return "-" if calibration.error is None else f"{calibration.error:.3f}"
+
+
 def _plain(name: str) -> str:
-    """A name that matplotlib shows as it is: no formula, and not left out of legends."""
+    """Return a name that matplotlib neither reads as a formula nor leaves out of legends."""
     shown = name.replace("$", r"\$")
     return f" {shown}" if shown.startswith("_") else shown
 
@@ -156,6 +177,19 @@ def _figure(
     axes.set(title=title, xlabel=across, ylabel=up)
     axes.grid(alpha=0.3)
     return figure, axes
+
+
+def _panels(count: int, title: str) -> tuple[Figure, list[Axes]]:
+    """Return a figure of `count` axes in a grid."""
+    columns = min(_COLUMNS, count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(4 * columns, 2.6 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    grid = list(figure.subplots(rows, columns, squeeze=False).ravel())
+    for axes in grid[count:]:
+        axes.set_visible(False)
+    return figure, grid[:count]
 
 
 def _legend(axes: Axes) -> None:

@@ -500,8 +500,7 @@ def test_plots_are_written_whatever_classes_are_called(tmp_path):
 
 def test_curves_of_many_classes():
     many = tuple(f"class {i}" for i in range(14))
-    matches = match(*random_case(8), many)
-    precision_recall(matches, many).savefig(io.BytesIO())
+    precision_recall(measurement(*random_case(8), many)).savefig(io.BytesIO())
 
 
 def test_plots_of_nothing(tmp_path):
