@@ -1,8 +1,8 @@
-"""What a user named, file by file: an image, a folder with all below it, a glob.
+"""The files that an INPUT means: an image, a folder with all below it, or a glob.
 
-Always in the same order, with no more in memory than the names of one folder and of those above.
-A folder below the one that is named, which cannot be listed, comes in place of its files: reading
-it fails, and says why.
+Always in the same order, with no more in memory than the names of one folder and of those above. A
+folder below the named one that cannot be listed stands for its files: reading it fails with the
+reason.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _MAGIC: Final = re.compile(r"[*?\[]")
 
 
 def walk(given: str, wanted: Callable[[str], bool]) -> Iterator[str]:
-    """Full names of the files that `given` means; in a folder, of those that are `wanted`.
+    """Yield full names of the files that `given` means; of a folder, those that are `wanted`.
 
     Raises DataError, also where a folder behind a URL cannot be listed: that may pass.
     """
@@ -38,15 +38,14 @@ def walk(given: str, wanted: Callable[[str], bool]) -> Iterator[str]:
 
 
 def root_of(name: str) -> str:
-    """The folder that a full name begins with: of a glob, all before its first wildcard."""
+    """Return the folder of a full name: of a glob, all before its first wildcard."""
     parts = name.split("/")
     first = next((i for i, part in enumerate(parts) if _MAGIC.search(part)), len(parts))
-    # "" and "s3:" are no folders that could be looked into.
     return "/".join(parts[:first]) or "/"
 
 
 def walk_folder(folder: str, wanted: Callable[[str], bool]) -> Iterator[str]:
-    """Names of the files below a folder that are `wanted`, as paths that begin with `folder`.
+    """Yield the files below a folder that are `wanted`, as paths that begin with `folder`.
 
     Raises DataError if the folder cannot be listed.
     """
@@ -56,7 +55,7 @@ def walk_folder(folder: str, wanted: Callable[[str], bool]) -> Iterator[str]:
 
 
 def _below(files: Files, folder: str) -> Iterator[Entry]:
-    """Files below a folder, and as folders those below it that cannot be listed."""
+    """Yield the files below a folder, and as folders those that cannot be listed."""
     # Not recursive: folders may be nested deeper than Python's stack.
     left = _children(files, folder)
     while left:
@@ -72,7 +71,7 @@ def _below(files: Files, folder: str) -> Iterator[Entry]:
 
 
 def _children(files: Files, folder: str) -> list[Entry]:
-    """What lies in a folder, the last first, with paths for names. Raises DataError."""
+    """Return the entries of a folder with their paths, the last one first. Raises DataError."""
     return [
         Entry(_join(folder, name), is_folder) for name, is_folder in reversed(files.scan(folder))
     ]
@@ -83,7 +82,7 @@ def _join(folder: str, name: str) -> str:
 
 
 def _matching(files: Files, pattern: str) -> Iterator[str]:
-    """Every file that a pattern means; `**` is any number of folders."""
+    """Yield the files that match a pattern; `**` is any number of folders."""
     root = root_of(pattern)
     if files.kind(root) == "folder":
         yield from _match(files, root, pattern.removeprefix(root).lstrip("/").split("/"))
@@ -92,7 +91,7 @@ def _matching(files: Files, pattern: str) -> Iterator[str]:
 def _match(files: Files, folder: str, parts: list[str]) -> Iterator[str]:
     here, *rest = parts
     if here != "**":
-        fits = _compiled(_segment(here), here)
+        fits = _compiled([here])
         for entry in files.scan(folder):
             if fits(entry.name) and entry.folder == bool(rest) and not _hidden(entry.name, here):
                 name = _join(folder, entry.name)
@@ -103,8 +102,8 @@ def _match(files: Files, folder: str, parts: list[str]) -> Iterator[str]:
                         raise
                     yield name
         return
-    # One expression for all that follows: a file that fits in two ways comes once.
-    fits = _compiled(_translate(rest or ["*"]), "/".join(parts))
+    # One expression for all that follows: a file that matches in two ways comes once.
+    fits = _compiled(parts)
     prefix = folder.rstrip("/") + "/"
     for name, unlisted in _below(files, folder):
         below = name.removeprefix(prefix)
@@ -113,47 +112,15 @@ def _match(files: Files, folder: str, parts: list[str]) -> Iterator[str]:
             yield name
 
 
-def _compiled(expression: str, glob: str) -> Callable[[str], object]:
-    try:
-        # A name may hold a newline.
-        return re.compile(expression, re.DOTALL).fullmatch
-    except re.error as error:
-        raise DataError(f"{glob}: not a glob: {error}") from error
+def _compiled(parts: list[str]) -> Callable[[str], object]:
+    """Return what matches paths below a folder with the segments of a glob."""
+    from fsspec.utils import glob_translate
+
+    # fsspec refuses `**` within a segment, where a shell takes it for `*`.
+    segments = (part if part == "**" else re.sub(r"\*+", "*", part) for part in parts)
+    return re.compile(glob_translate("/".join(segments))).fullmatch
 
 
 def _hidden(name: str, pattern: str) -> bool:
-    """As in a shell, a name that begins with a dot must be asked for."""
+    """Return whether a name begins with a dot that its pattern, as in a shell, must begin with."""
     return name.startswith(".") and not pattern.startswith(".")
-
-
-def _translate(parts: list[str]) -> str:
-    """An expression for paths below the first `**`.
-
-    >>> bool(re.fullmatch(_translate(["a", "**", "*.jpg"]), "x/a/y/z.jpg"))
-    True
-    >>> bool(re.fullmatch(_translate(["a", "**", "*.jpg"]), "b/z.jpg"))
-    False
-    """
-    written = "(?:[^/]+/)*"
-    for i, part in enumerate(parts):
-        if part == "**":
-            written += "(?:[^/]+/)*" if i < len(parts) - 1 else ".+"
-            continue
-        written += _segment(part)
-        written += "/" if i < len(parts) - 1 else ""
-    return written
-
-
-def _segment(part: str) -> str:
-    """As fnmatch has it, but no character may be a folder's border."""
-    written = ""
-    for token in re.findall(r"\[!?\]?[^\]]*\]|.", part, re.DOTALL):
-        if token == "*":
-            written += "[^/]*"
-        elif token == "?":
-            written += "[^/]"
-        elif token.startswith("[") and len(token) > 1:
-            written += re.sub(r"^\[!", "[^", token).replace("\\", "\\\\")
-        else:
-            written += re.escape(token)
-    return written

@@ -85,6 +85,7 @@ def test_links_to_folders_are_not_followed(folder: Path) -> None:
         ("*/*.jp*g", ["b/2.jpg"]),
         ("?/[!0-9]*", ["c/x.txt"]),
         ("**/*.jpg", ["b/2.jpg"]),
+        ("**.png", ["a.png"]),
         ("**", ["a.png", "b/10.JPEG", "b/2.jpg", "c/d/e.webp", "c/x.txt"]),
         ("c/**/e.*", ["c/d/e.webp"]),
         ("**/c/**/*.webp", ["c/d/e.webp"]),
