@@ -59,7 +59,7 @@ def command(*arguments: object) -> list[str]:
 
 
 def environment(**settings: object) -> dict[str, str]:
-    # To measure how many inferences share the CPU takes time; None: do.
+    # One inference at a time, so that queues fill alike on every machine. None takes the default.
     chosen = {"cpu_inferences": 1, **settings}
     mine = {
         f"RETINASERVE_{name.upper()}": str(value)
