@@ -17,7 +17,7 @@ from service.engine.models.startup import Models, open_models
 from service.engine.process import prepare_process
 from service.errors import DataError
 from service.http.auth.keys import read_keys
-from service.http.listening import Doors, listen, url
+from service.http.listening import Listeners, listen, url
 from service.observability.logs import LineWriter
 from service.settings import Settings, load_settings
 from service.system.leaving import leave
@@ -45,7 +45,9 @@ def run(
     with contextlib.ExitStack() as ports:
         # Every port before anything is loaded.
         listener = ports.enter_context(listen(settings.host, settings.port))
-        doors = Doors(_listen_for_admins(settings, ports), _listen_for_grpc(settings, ports))
+        listeners = Listeners(
+            _listen_for_admins(settings, ports), _listen_for_grpc(settings, ports)
+        )
         if settings.api_keys_file is None:
             _warn_of_strangers(listener)
         else:
@@ -59,7 +61,7 @@ def run(
 
             ask_for_descriptors()
             server, service = open_server(
-                settings, models, doors, root_path=root_path, certificate=certificate, key=key
+                settings, models, listeners, root_path=root_path, certificate=certificate, key=key
             )
             _announce(models, url(listener, tls=certificate is not None))
             # What is there now stays: the collector need not walk through it again and again.

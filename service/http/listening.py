@@ -1,4 +1,4 @@
-"""Addresses that the service listens on, bound before anything is loaded."""
+"""Listening sockets, bound before models load."""
 
 from __future__ import annotations
 
@@ -11,23 +11,20 @@ _BACKLOG: Final = 2048
 
 
 class AddressError(DeviceError):
-    """The address cannot be listened on."""
+    """A socket cannot listen on this address."""
 
     title = "Unusable address"
 
 
-class Doors(NamedTuple):
-    """Where companions of the HTTP server listen; None: there is none."""
+class Listeners(NamedTuple):
+    """The sockets of the HTTP server's companions; None without that companion."""
 
     admin: socket.socket | None
     grpc: socket.socket | None
 
 
 def listen(host: str, port: int, *, remedy: str = "choose another with --port") -> socket.socket:
-    """Bind an address, so that a busy port is known before anything is loaded.
-
-    Raises AddressError, which ends in the `remedy`.
-    """
+    """Return a socket that listens on an address. Raises AddressError, which ends in `remedy`."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -49,7 +46,7 @@ def listen(host: str, port: int, *, remedy: str = "choose another with --port") 
 
 
 def url(listener: socket.socket, *, tls: bool) -> str:
-    """Where a browser finds the service."""
+    """Return the URL of a listening socket."""
     host, port = listener.getsockname()[:2]
     shown = "localhost" if host in ("0.0.0.0", "::", "127.0.0.1", "::1") else host
     if ":" in shown:

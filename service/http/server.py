@@ -1,4 +1,4 @@
-"""uvicorn, driven so that it binds before it loads, drains when told to stop, and exits with 0."""
+"""uvicorn with sockets that are bound before models load, a drain, and exit code 0."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from fastapi import FastAPI
 
 from service.engine.service import Service
 from service.http.connections.bounds import HEAD_SECONDS, Bounded
-from service.http.connections.descriptors import Crowd
+from service.http.connections.descriptors import DescriptorLimit
 from service.observability.metrics import Metrics
 from service.system.leaving import stop_signals
 
 _log = logging.getLogger("retinaserve.server")
 _TLS_CLOSE_SECONDS: Final = 2.0
-"""How long a client that is told of the end of a TLS connection may take to say that it heard."""
+"""Longest time for a client to confirm the end of a TLS connection."""
 
 
 class Companion(Protocol):
-    """A second way into the same service, which opens and closes with the first."""
+    """Another server of the same service, which starts and stops with the HTTP server."""
 
     async def start(self) -> None:
-        """Take requests from now on; returns once it does."""
+        """Return once the server accepts requests."""
 
     async def stop(self, seconds: float) -> None:
-        """Take no new requests, and finish those in flight within so many seconds."""
+        """Accept no new requests, and finish those in flight within `seconds`."""
 
 
 def configuration(
@@ -50,41 +50,42 @@ def configuration(
     certificate: Path | None = None,
     key: Path | None = None,
 ) -> uvicorn.Config:
-    """How every one of the service's HTTP listeners behaves. The application is not started."""
+    """Return the configuration of an HTTP listener. The application is not started."""
+    limit = DescriptorLimit(metrics)
     return uvicorn.Config(
         app,
         root_path=root_path,
         ssl_certfile=certificate,
         ssl_keyfile=key,
         loop=_available("uvloop"),
-        # It says class, and calls it.
-        http=cast("type[asyncio.Protocol]", partial(_http_protocol(), crowd=Crowd(metrics))),
+        # Annotated as a class, but called.
+        http=cast("type[asyncio.Protocol]", partial(_http_protocol(), limit=limit)),
         ws="none",
-        # `Server.serve` does it, around the companions too.
+        # `Server.serve` runs it, around the companions too.
         lifespan="off",
         log_config=None,
         access_log=False,
         server_header=False,
-        # Longer than the usual 60 s of load balancers, which then close first: the other
-        # way round a request can meet a connection that is just being closed.
+        # Longer than the usual 60 s of load balancers, so that they close first: otherwise a
+        # request can arrive on a connection that is being closed.
         timeout_keep_alive=75,
-        # What did not even arrive by the end of the drain is cut off.
+        # A request that has not arrived by the end of the drain is cancelled.
         timeout_graceful_shutdown=math.ceil(drain_seconds) + 1,
     )
 
 
 class HttpServer(uvicorn.Server):
-    """Takes connections as uvicorn does, with bounds on what happens before HTTP begins."""
+    """Accepts connections as uvicorn does, with time limits on TLS handshakes."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Take connections on sockets that are bound already."""
+        """Accept connections on bound sockets."""
         config, loop = self.config, asyncio.get_running_loop()
 
         def protocol() -> asyncio.Protocol:
             make = cast("Callable[..., asyncio.Protocol]", config.http_protocol_class)
             return make(config=config, server_state=self.server_state, app_state={})
 
-        # uvicorn does not hand such times on, and the event loop's own are 60 s and 30 s.
+        # uvicorn does not pass these on, and the event loop's defaults are 60 s and 30 s.
         bounds: dict[str, Any] = {
             "ssl_handshake_timeout": HEAD_SECONDS,
             "ssl_shutdown_timeout": _TLS_CLOSE_SECONDS,
@@ -98,7 +99,7 @@ class HttpServer(uvicorn.Server):
 
 
 class Server(HttpServer):
-    """Serves one application on one listener until a signal comes, then drains."""
+    """Serves one application on one listener until a signal, then drains."""
 
     def __init__(
         self,
@@ -128,7 +129,7 @@ class Server(HttpServer):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
-        """As uvicorn's, but a signal is not raised again after the drain: the exit code is 0."""
+        """As uvicorn's, but signals are not raised again after the drain: the exit code is 0."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -140,7 +141,7 @@ class Server(HttpServer):
                 signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """First signal: drain. Second: stop waiting."""
+        """Drain at the first signal, stop at the second."""
         if self._closes_at is not None:
             self.should_exit = True
             self.force_exit = True
@@ -151,7 +152,7 @@ class Server(HttpServer):
         self.should_exit = delay == 0.0
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start the application, serve until the end of the drain, stop the application."""
+        """Run the application's lifespan around the server."""
         with self.capture_signals():
             async with self._app.router.lifespan_context(self._app):
                 await super().serve(sockets)
@@ -163,16 +164,16 @@ class Server(HttpServer):
             await companion.start()
 
     async def on_tick(self, counter: int) -> bool:
-        """uvicorn asks ten times a second whether to stop."""
+        """Return whether to stop; uvicorn calls it ten times a second."""
         if self._service.pipeline.fatal is not None:
-            # Everybody who waited has an answer; whoever restarts the process gives it a new start.
+            # All requests have failed by now; a supervisor restarts the process.
             self.should_exit = True
         if self._closes_at is not None and time.monotonic() >= self._closes_at:
             self.should_exit = True
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Close the listener and the companions, finish what is in flight."""
+        """Close the listener and the companions, and finish the requests in flight."""
         seconds = self._service.settings.drain_seconds
         _log.info("draining for at most %g s", seconds)
         late = asyncio.get_running_loop().call_later(
@@ -183,19 +184,19 @@ class Server(HttpServer):
         )
         await _all_of(super().shutdown(sockets), *(each.stop(seconds) for each in self._companions))
         late.cancel()
-        # Tasks that were cancelled at the end of the drain get to answer their cancellation.
+        # Lets tasks that were cancelled at the end of the drain handle the cancellation.
         await asyncio.sleep(0)
 
 
 async def _all_of(*ends: Coroutine[Any, Any, None]) -> None:
-    """Bring all to their end; one that fails keeps no other from it."""
+    """Run all to their end, and log those that fail."""
     for result in await asyncio.gather(*ends, return_exceptions=True):
         if isinstance(result, Exception):
-            _log.error("closing failed", exc_info=result)
+            _log.error("a server failed to stop", exc_info=result)
 
 
 def _http_protocol() -> type[Bounded]:
-    """The protocol with the fastest parser that is installed; the other one is not imported."""
+    """Return the protocol of the fastest installed parser."""
     if importlib.util.find_spec("httptools") is None:
         from service.http.connections.h11_protocol import H11
 

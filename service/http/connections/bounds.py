@@ -1,7 +1,7 @@
-"""What every HTTP connection is held to, whichever of uvicorn's parsers reads it.
+"""Bounds on an HTTP connection, for both of uvicorn's parsers.
 
-uvicorn waits for a request's headers for ever, takes any number and size of them, and reads what
-is left of a body after the answer without end. Here each of these has a bound.
+uvicorn waits for a request's headers without a timeout, accepts any number and size of them, and
+keeps reading the rest of a body after the response. Here each of these has a bound.
 """
 
 from __future__ import annotations
@@ -15,44 +15,44 @@ import orjson
 from uvicorn.protocols.utils import is_ssl
 
 from service.http.connections.client import Client, set_client
-from service.http.connections.descriptors import Crowd
+from service.http.connections.descriptors import DescriptorLimit
 from service.http.problems import MEDIA_TYPE, http_problem
 
 HEAD_SECONDS: Final = 10.0
-"""Longest time from a request's first byte (of a new connection: from its beginning) until its
-headers are complete."""
+"""Longest time from the first byte of a request (for the first one: from the connection) to the end
+of its headers."""
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 HEAD_BYTES: Final = 65_536
 HEAD_FIELDS: Final = 100
 
 _DRAIN_BYTES: Final = 65_536
-"""What is still read of a body after an answer that did not wait for it."""
+"""Bytes of a body that are read after a response that did not wait for them."""
 _LINGER_SECONDS: Final = 2.0
-"""How long such a connection stays: closed with bytes unread, it would be reset, and a reset can
-overtake the answer."""
+"""How long such a connection stays open: closed with unread bytes it would be reset, which can
+overtake the response."""
 _LAST_SECONDS: Final = 0.5
-"""How long it stays once nothing more is read of it."""
+"""How long it stays open once it is no longer read."""
 
 _FRAMING_BYTES: Final = 131_072
 _FRAMING_SHARE: Final = 0.25
-"""Bytes of a body's framing (chunk sizes and extensions, trailers) that are taken: so many, and so
-many for each byte of the body. A body in chunks of single bytes costs the time of a large one."""
+"""Bytes of a body's framing (chunk sizes and extensions, trailers) that are accepted: these, and
+a share of the body. A body in chunks of one byte takes the time of a large one."""
 
 _PROBE_SECONDS: Final = 0.5
-"""When a client that ended its side is first looked for; then after twice the time, and so on."""
+"""When a half-closed connection is first probed; then after twice the time, and so on."""
 
 _STALL_SECONDS: Final = 20.0
 _STALL_BYTES: Final = 16_384
-"""A client must take this many bytes of a waiting answer in that time."""
+"""A client must read this many bytes of a waiting response in that time."""
 
 
 def is_old(version: str) -> bool:
-    """Return whether an HTTP version has neither chunks nor 1xx answers."""
+    """Return whether an HTTP version has neither chunks nor 1xx responses."""
     return version in ("0.9", "1.0")
 
 
 def refusal(status: int, detail: str) -> bytes:
-    """The answer to what is no request."""
+    """Return the response to bytes that are not a request."""
     document = http_problem(status, detail, instance="", request_id="-")
     content = orjson.dumps(document)
     head = (
@@ -78,7 +78,7 @@ class Cycle(Protocol):
 
 
 class Bounded(asyncio.Protocol):
-    """Mixed in before one of uvicorn's protocols, which tells it of each request by `adopt`."""
+    """A mixin for uvicorn's protocols, which pass each request's cycle to `track`."""
 
     transport: asyncio.Transport
     loop: asyncio.AbstractEventLoop
@@ -87,12 +87,12 @@ class Bounded(asyncio.Protocol):
     flow: Any
     server_state: Any
 
-    def __init__(self, *args: Any, crowd: Crowd | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, limit: DescriptorLimit | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._crowd = crowd
+        self._limit = limit
         self._idle_since = time.monotonic()
-        self._present: list[tuple[Cycle, Client]] = []
-        """Requests in hand. They may be several: one can be sent before the last is answered."""
+        self._requests: list[tuple[Cycle, Client]] = []
+        """Requests without a complete response; several where a client pipelines them."""
         self._one_request = False
         self._head_timer: asyncio.TimerHandle | None = None
         self._linger_timer: asyncio.TimerHandle | None = None
@@ -105,22 +105,22 @@ class Bounded(asyncio.Protocol):
         self._body = 0
 
     def head_is_open(self, received: int) -> bool:
-        """Whether the bytes that were just `received` began headers and did not complete them."""
+        """Return whether the last `received` bytes began headers and did not complete them."""
         raise NotImplementedError
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """The client may take its time for everything but saying what it wants."""
+        """Start the timer of the headers."""
         super().connection_made(transport)
-        if self._crowd is not None:
+        if self._limit is not None:
             descriptor = transport.get_extra_info("socket").fileno()
             others = (each for each in self.server_state.connections if each is not self)
-            if not self._crowd.has_room(descriptor, others):
-                self.app = self._crowd.probes_only(self.app)
+            if not self._limit.has_room(descriptor, others):
+                self.app = self._limit.probes_only(self.app)
                 self._one_request = True
         self._head_timer = self.loop.call_later(HEAD_SECONDS, self._head_is_late)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Nothing is timed any more."""
+        """Cancel the timers, and tell the requests without a response."""
         for timer in (
             self._head_timer,
             self._linger_timer,
@@ -131,12 +131,12 @@ class Bounded(asyncio.Protocol):
                 timer.cancel()
         super().connection_lost(exc)
         for cycle, client in self._unanswered():
-            # uvicorn tells only the newest of several; the others would answer into the void.
+            # uvicorn marks only the newest of several.
             cycle.disconnected = True
             client.disconnect()
 
     def data_received(self, data: bytes) -> None:
-        """Bytes of a request, or of a body that nobody wants any more."""
+        """Parse a request, or discard the rest of a body."""
         if self._lingering:
             self._drain(len(data))
             return
@@ -154,9 +154,9 @@ class Bounded(asyncio.Protocol):
             self._head_timer = self.loop.call_later(HEAD_SECONDS, self._head_is_late)
 
     def eof_received(self) -> Any:
-        """Return whether to keep the connection open, for answers to requests that are whole.
+        """Return whether to keep the connection open, for responses to complete requests.
 
-        A client may end its own side after its last request. TLS connections end as a whole.
+        A client may close its side after its last request. TLS connections close as a whole.
         """
         unanswered = self._unanswered()
         if not unanswered or self._lingering or self.cycle.more_body or is_ssl(self.transport):
@@ -165,14 +165,14 @@ class Bounded(asyncio.Protocol):
         self._probe_timer = self.loop.call_later(_PROBE_SECONDS, self._probe, _PROBE_SECONDS)
         return True
 
-    def adopt(self, cycle: Cycle) -> None:
-        """See to it that an answer ends the connection well where nothing may follow it."""
+    def track(self, cycle: Cycle) -> None:
+        """Add a Client to the scope, and close the connection after a last response."""
         client = Client(cycle)
         set_client(cycle.scope, client)
-        self._present.append((cycle, client))
+        self._requests.append((cycle, client))
         send: Callable[[MutableMapping[str, Any]], Awaitable[None]] = cycle.send
-        # Where two ends may disagree on the end of a body, nothing behind it is a request
-        # (RFC 9112, 6.1); nor is what a client sends ahead through a tunnel that it does not get.
+        # Where client and server may disagree on the end of a body, the bytes after it are not a
+        # request (RFC 9112, 6.1); nor are those sent ahead through a refused tunnel.
         names = {name for name, _ in cycle.scope["headers"]}
         last = (
             self._one_request
@@ -181,14 +181,14 @@ class Bounded(asyncio.Protocol):
         )
         has_body = cycle.scope["method"] != "HEAD"
         old = is_old(cycle.scope["http_version"])
-        outlet = _Outlet(self, cycle)
+        view = _Transport(self, cycle)
 
         async def send_and_close(message: MutableMapping[str, Any]) -> None:
             nonlocal old
             if not cycle.response_started:
                 headers = message.get("headers", ())
                 has_length = any(name == b"content-length" for name, _ in headers)
-                outlet.hold = has_body and has_length
+                view.hold = has_body and has_length
                 old = old and not has_length
                 if old:
                     # HTTP/1.0 has no chunks: the body ends with the connection.
@@ -203,10 +203,10 @@ class Bounded(asyncio.Protocol):
             await send(message)
 
         cycle.send = send_and_close
-        cycle.transport = outlet
+        cycle.transport = view
 
     def refuse(self, status: int, detail: str) -> None:
-        """Answer what is no request, unless that would come in the middle of another answer."""
+        """Respond to bytes that are not a request, unless another response has started."""
         if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
             self.transport.write(refusal(status, detail))
             self.linger()
@@ -214,7 +214,7 @@ class Bounded(asyncio.Protocol):
             self.transport.close()
 
     def linger(self) -> None:
-        """Say that no more will be sent, and give the client the time to read what was."""
+        """Close the sending side, and give the client time to read the response."""
         self._lingering = True
         if self.transport.can_write_eof():
             self.transport.write_eof()
@@ -223,18 +223,18 @@ class Bounded(asyncio.Protocol):
 
     @property
     def idle_since(self) -> float | None:
-        """Since when it waits for a whole head, on `time.monotonic`; None: there is a request."""
+        """When the wait for headers began, on `time.monotonic`; None during a request."""
         idle = self.cycle is None or self.cycle.response_complete
         return self._idle_since if idle else None
 
-    def make_way(self) -> None:
-        """End at once."""
+    def abort(self) -> None:
+        """Close the connection at once."""
         self.transport.abort()
 
     def on_response_complete(self) -> None:
-        """After an answer: there is no next request on a connection that only lingers."""
+        """Read the next request, unless the connection lingers."""
         self._idle_since = time.monotonic()
-        self._present = self._unanswered()
+        self._requests = self._unanswered()
         if self._lingering:
             self.server_state.total_requests += 1
             return
@@ -243,28 +243,28 @@ class Bounded(asyncio.Protocol):
             self.transport.close()
 
     def pause_writing(self) -> None:
-        """The client reads slower than the answer is written."""
+        """Start the stall timer: the client reads slower than the response is written."""
         super().pause_writing()
         self._watch_stall()
 
     def resume_writing(self) -> None:
-        """The client has caught up."""
+        """Cancel the stall timer."""
         super().resume_writing()
         if self._stall_timer is not None:
             self._stall_timer.cancel()
             self._stall_timer = None
 
     def _unanswered(self) -> list[tuple[Cycle, Client]]:
-        return [each for each in self._present if not each[0].response_complete]
+        return [each for each in self._requests if not each[0].response_complete]
 
     def _probe(self, waited: float) -> None:
-        """Write to a client that ended its side `waited` seconds ago.
+        """Write to a client that closed its side `waited` seconds ago.
 
-        It may have closed the whole connection: only the reset that then answers a write tells.
+        A client that closed the whole connection responds to the write with a reset.
         """
         for cycle, _ in self._unanswered()[:1]:
             if not cycle.response_started and not is_old(cycle.scope["http_version"]):
-                # Any number of these may come before an answer (RFC 9110, 15.2).
+                # Any number of these may precede a response (RFC 9110, 15.2).
                 self.transport.write(_CONTINUE)
         self._probe_timer = self.loop.call_later(waited, self._probe, 2 * waited)
 
@@ -273,7 +273,7 @@ class Bounded(asyncio.Protocol):
         if self.cycle is None or self.cycle.response_complete:
             self.transport.close()
         else:
-            # The beginning of a next request, behind one that is being answered.
+            # The next request, pipelined behind one without a response.
             self._head_timer = self.loop.call_later(HEAD_SECONDS, self._head_is_late)
 
     def _drain(self, size: int) -> None:
@@ -295,19 +295,20 @@ class Bounded(asyncio.Protocol):
 
     def _watch_stall(self) -> None:
         size = self.transport.get_write_buffer_size()
-        self._stall_timer = self.loop.call_later(_STALL_SECONDS, self._look_at_stall, size)
+        self._stall_timer = self.loop.call_later(_STALL_SECONDS, self._check_stall, size)
 
-    def _look_at_stall(self, before: int) -> None:
+    def _check_stall(self, before: int) -> None:
         if self.transport.get_write_buffer_size() > before - _STALL_BYTES:
             self.transport.abort()
         else:
             self._watch_stall()
 
 
-class _Outlet:
-    """A request's view of the transport: the head of an answer leaves with the first of its body.
+class _Transport:
+    """A request's view of the transport.
 
-    And closing early becomes lingering.
+    The head of a response is written together with the first piece of its body, and closing before
+    the request's body has arrived becomes lingering.
     """
 
     def __init__(self, connection: Bounded, cycle: Cycle) -> None:
@@ -315,11 +316,11 @@ class _Outlet:
         self._cycle = cycle
         self._held = b""
         self.hold = False
-        """Whether what is written next waits for what follows at once."""
+        """Whether the next write waits for the one after it."""
 
     def write(self, data: bytes) -> None:
         if self.hold:
-            # Twice through the kernel, and twice waking the client, costs more than a copy.
+            # Two system calls, and waking the client twice, cost more than a copy.
             self._held, self.hold = data, False
             return
         held, self._held = self._held, b""

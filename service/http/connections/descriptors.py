@@ -1,7 +1,7 @@
-"""What becomes of connections when the process runs out of file descriptors, one for each of them.
+"""The limit on connections that the process's file descriptors set.
 
-Left alone, the system would turn away whoever comes next: the probes too, so that a service that
-is only crowded would be restarted.
+Without it the system would refuse the next connections, probes among them, so that a service with
+too many connections would be restarted.
 """
 
 from __future__ import annotations
@@ -23,60 +23,60 @@ from service.observability.metrics import Metrics
 
 _log = logging.getLogger("retinaserve.server")
 _WANTED: Final = 8192
-"""File descriptors that the process asks the system for; 1024 is what it often has."""
+"""File descriptors that the process asks the system for; the default is often 1024."""
 _SPARE: Final = 64
-"""File descriptors, or a quarter of them where there are few, that ordinary connections leave: half
-to those who find an idle connection to replace, the rest to probes and files."""
-_GIVE_WAY: Final = 4
-_SHARE_GIVES_WAY: Final = 64
-"""So many connections that are idle, or one in so many, make way for one that comes."""
-_QUIET_SECONDS: Final = 60.0
+"""File descriptors (at most a quarter of all) that ordinary connections leave free: half for those
+that replace an idle connection, the rest for probes and files."""
+_MIN_CLOSED: Final = 4
+_SHARE_CLOSED: Final = 64
+"""A new connection closes 4 idle ones, or one in 64 where that is more."""
+_WARNING_SECONDS: Final = 60.0
+"""Least time between two warnings."""
 
 
 class Connection(Protocol):
-    """What can make way."""
+    """A connection that can be closed while it is idle."""
 
     @property
     def idle_since(self) -> float | None:
-        """Since when it waits for a whole head, on `time.monotonic`; None: there is a request."""
+        """When the wait for headers began, on `time.monotonic`; None during a request."""
 
-    def make_way(self) -> None:
-        """End at once."""
+    def abort(self) -> None:
+        """Close the connection at once."""
 
 
 Idle = TypeVar("Idle", bound=Connection)
 
 
-class Crowd:
-    """Looks at each new connection of one listener. One event loop's."""
+class DescriptorLimit:
+    """Limits the connections of one listener. Not thread-safe."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
-        self._told = -math.inf
+        self._warned = -math.inf
 
     def has_room(self, descriptor: int, others: Iterable[Connection]) -> bool:
-        """Whether a new connection with this file descriptor is one for any request.
+        """Return whether a new connection with this file descriptor may make any request.
 
-        When there are few descriptors left, the `others` that have been idle for longest end.
+        Where few descriptors are left, those of `others` that were idle longest are closed.
         """
-        # The system gives out the lowest number that is free: it tells how many are taken, by
-        # whatever and whomever.
+        # The system assigns the lowest free number, which tells how many are in use.
         limit = descriptors()
         spare = min(_SPARE, limit // 4)
         left = limit - descriptor
         if left > spare:
             return True
         idle = [each for each in others if each.idle_since is not None]
-        count = max(_GIVE_WAY, len(idle) // _SHARE_GIVES_WAY)
+        count = max(_MIN_CLOSED, len(idle) // _SHARE_CLOSED)
         for each in heapq.nsmallest(count, idle, key=lambda each: each.idle_since or 0.0):
-            each.make_way()
-        self._tell(limit)
+            each.abort()
+        self._warn(limit)
         return bool(idle) and left > spare / 2
 
     def probes_only(self, app: ASGIApp) -> ASGIApp:
-        """An application that lets nobody in but those who ask how the service is."""
+        """Return an application that responds to probes, and to other requests with 503."""
 
-        async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        async def respond(scope: Scope, receive: Receive, send: Send) -> None:
             if route_path(scope) not in PROBES:
                 error = Unavailable(
                     "the service has too many connections; try again in a second",
@@ -86,21 +86,21 @@ class Crowd:
             else:
                 await app(scope, receive, send)
 
-        return answer
+        return respond
 
-    def _tell(self, limit: float) -> None:
+    def _warn(self, limit: float) -> None:
         now = time.monotonic()
-        if now - self._told > _QUIET_SECONDS:
-            self._told = now
+        if now - self._warned > _WARNING_SECONDS:
+            self._warned = now
             _log.warning(
-                "nearly all of the %d file descriptors are taken: idle connections are closed and "
-                "new ones get 503; more of them: `ulimit -n`",
+                "nearly all of the %d file descriptors are in use: idle connections are closed and "
+                "new ones get 503; raise the limit with `ulimit -n`",
                 limit,
             )
 
 
 def descriptors() -> float:
-    """How many file descriptors this process may have."""
+    """Return the number of file descriptors this process may open."""
     if sys.platform == "win32":
         return math.inf
     import resource
@@ -110,7 +110,7 @@ def descriptors() -> float:
 
 
 def ask_for_descriptors() -> None:
-    """Raise the process's own limit as far as it may, and as is of use."""
+    """Raise this process's limit of file descriptors to 8192, or as far as it may."""
     if sys.platform == "win32":
         return
     import resource

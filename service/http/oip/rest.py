@@ -15,9 +15,10 @@ from service.engine.work import Servable
 from service.errors import MalformedRequest
 from service.http.bodies import parse_body, read_body, receive_body
 from service.http.connections.client import CancelOnDisconnect
-from service.http.oip import descriptions, metadata
+from service.http.oip import metadata, schemas
 from service.http.oip.data_plane import earlier, find_model, infer, limits_of
 from service.http.oip.json_codec import HEADER_LENGTH, Parsed, parse, write
+from service.http.oip.schemas import describe
 
 _SMALL_BODY: Final = 64 * 1024
 _BIG_BODY: Final = 1 << 20
@@ -124,19 +125,27 @@ def add_routes(app: FastAPI, service: Service) -> None:
     """Add the routes to an application."""
     routes = RestRoutes(service)
     model, versioned = "/v2/models/{name}", "/v2/models/{name}/versions/{version}"
+    about_server = describe("Name, version and extensions", schemas.ServerMetadata, 401, 429)
+    about_live = describe("Whether the server is alive", schemas.ServerLive, 503)
+    about_ready = describe("Whether the default model serves", schemas.ServerReady, 503)
+    errors = 401, 404, 429, 503
+    about_model = describe("Inputs and outputs of a model", schemas.ModelMetadata, *errors)
+    about_model_ready = describe("Whether a model serves", schemas.ModelReady, *errors)
+    about_config = describe("A model in Triton's words", dict[str, Any], *errors)
+    about_infer = schemas.describe_infer()
     operations: tuple[tuple[str, str, Callable[..., Awaitable[Response]], dict[str, Any]], ...] = (
-        ("GET", "/v2", routes.server, descriptions.server()),
-        ("GET", "/v2/health/live", routes.live, descriptions.live()),
-        ("GET", "/v2/health/ready", routes.ready, descriptions.ready()),
-        ("GET", model, routes.model, descriptions.model()),
-        ("GET", versioned, routes.model_version, descriptions.model()),
-        ("GET", f"{model}/ready", routes.model_ready, descriptions.model_ready()),
-        ("GET", f"{versioned}/ready", routes.model_version_ready, descriptions.model_ready()),
-        ("GET", f"{model}/config", routes.config, descriptions.config()),
-        ("GET", f"{versioned}/config", routes.config_version, descriptions.config()),
-        ("POST", f"{model}/infer", routes.infer, descriptions.infer()),
-        ("POST", f"{versioned}/infer", routes.infer_version, descriptions.infer()),
-        ("POST", "/v2/repository/index", routes.index, descriptions.index()),
+        ("GET", "/v2", routes.server, about_server),
+        ("GET", "/v2/health/live", routes.live, about_live),
+        ("GET", "/v2/health/ready", routes.ready, about_ready),
+        ("GET", model, routes.model, about_model),
+        ("GET", versioned, routes.model_version, about_model),
+        ("GET", f"{model}/ready", routes.model_ready, about_model_ready),
+        ("GET", f"{versioned}/ready", routes.model_version_ready, about_model_ready),
+        ("GET", f"{model}/config", routes.config, about_config),
+        ("GET", f"{versioned}/config", routes.config_version, about_config),
+        ("POST", f"{model}/infer", routes.infer, about_infer),
+        ("POST", f"{versioned}/infer", routes.infer_version, about_infer),
+        ("POST", "/v2/repository/index", routes.index, schemas.describe_index()),
     )
     for method, path, endpoint, about in operations:
         app.add_api_route(path, endpoint, methods=[method], **about)

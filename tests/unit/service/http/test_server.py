@@ -72,7 +72,7 @@ async def test_the_service_outlives_its_companions(
     assert witness.seen == [("start", True), ("stop", True), ("stopped", True)]
     assert witness.seconds == 3
     assert not any(worker.thread.is_alive() for worker in service.pipeline._devices)
-    assert "closing failed" in caplog.text, "said, and kept nothing else from closing"
+    assert "a server failed to stop" in caplog.text, "said, and kept nothing else from closing"
 
 
 async def test_a_companion_that_cannot_start_ends_the_server(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Who makes way when file descriptors run short, and who comes in."""
+"""Connections when file descriptors run short."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 
 from service.http.connections import descriptors as module
-from service.http.connections.descriptors import Crowd, ask_for_descriptors
+from service.http.connections.descriptors import DescriptorLimit, ask_for_descriptors
 
 
 @dataclass
@@ -20,49 +20,51 @@ class Connection:
     idle_since: float | None
     there: bool = True
 
-    def make_way(self) -> None:
+    def abort(self) -> None:
         self.there = False
 
 
 @pytest.fixture
-def crowd(monkeypatch: pytest.MonkeyPatch) -> Crowd:
+def limit(monkeypatch: pytest.MonkeyPatch) -> DescriptorLimit:
     """Of a process that may have 1024 file descriptors."""
     monkeypatch.setattr(module, "descriptors", lambda: 1024)
-    return Crowd(cast(Any, None))
+    return DescriptorLimit(cast(Any, None))
 
 
-def test_there_is_room(crowd: Crowd) -> None:
+def test_there_is_room(limit: DescriptorLimit) -> None:
     others = [Connection(1.0)]
-    assert crowd.has_room(1024 - 65, others)
+    assert limit.has_room(1024 - 65, others)
     assert others[0].there
 
 
-def test_the_longest_idle_make_way(crowd: Crowd, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_longest_idle_connections_are_closed(
+    limit: DescriptorLimit, caplog: pytest.LogCaptureFixture
+) -> None:
     others = [Connection(None), *(Connection(float(since)) for since in range(10, 0, -1))]
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            assert crowd.has_room(1024 - 64, [each for each in others if each.there])
+            assert limit.has_room(1024 - 64, [each for each in others if each.there])
     assert [each.idle_since for each in others if each.there] == [None, 10.0, 9.0]
     assert caplog.text.count("file descriptors") == 1, "and it is said once"
 
 
-def test_many_make_way_where_there_are_many(crowd: Crowd) -> None:
+def test_more_are_closed_where_many_are_idle(limit: DescriptorLimit) -> None:
     others = [Connection(float(since)) for since in range(6400)]
-    assert crowd.has_room(1024 - 64, others)
+    assert limit.has_room(1024 - 64, others)
     assert sum(not each.there for each in others) == 100
 
 
-def test_the_last_descriptors_are_for_probes(crowd: Crowd) -> None:
+def test_the_last_descriptors_are_for_probes(limit: DescriptorLimit) -> None:
     others = [Connection(None), Connection(1.0)]
-    assert not crowd.has_room(1024 - 32, others)
+    assert not limit.has_room(1024 - 32, others)
     assert not others[1].there
-    assert not crowd.has_room(1024 - 64, [Connection(None)]), "nobody could make way"
+    assert not limit.has_room(1024 - 64, [Connection(None)]), "no connection is idle"
 
 
-def test_a_process_with_few(crowd: Crowd, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_with_few(limit: DescriptorLimit, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "descriptors", lambda: 64)
-    assert crowd.has_room(64 - 17, [])
-    assert not crowd.has_room(64 - 16, [])
+    assert limit.has_room(64 - 17, [])
+    assert not limit.has_room(64 - 16, [])
 
 
 @pytest.mark.parametrize(
