@@ -17,7 +17,7 @@ README: Final = ROOT / "README.md"
 SETTINGS: Final = ROOT / "docs" / "settings.md"
 PAGES: Final = [
     README,
-    *sorted(path for path in (ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
     *sorted((ROOT / "service" / "models").rglob("*.md")),
 ]
 GROUPS: Final = ("data", "keys", "study")
