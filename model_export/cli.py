@@ -1,7 +1,7 @@
 """The commands of the `train` extra; `service.cli` finds them by their entry points.
 
-torch and its companions are imported inside the functions: `--help` is quick, and what is missing
-without the extra is found when a command runs, where `service.cli` names the remedy.
+torch and its companions are imported inside the functions: `--help` is quick, and `service.cli`
+names the remedy where the extra is missing.
 """
 
 from __future__ import annotations
@@ -18,6 +18,15 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
 _DATA = click.Path(exists=True, file_okay=False, path_type=Path)
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _NEW_FILE = click.Path(dir_okay=False, path_type=Path)
+_STUDIES = Path(__file__).parent / "study" / "configs"
+
+_data_option = click.option(
+    "--data", type=_DATA, required=True, metavar="DIR", help="Labelled images."
+)
+_split_option = click.option("--split", default="val", show_default=True, help="Split of the data.")
+_device_option = click.option(
+    "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
+)
 
 
 # "\b" keeps click from joining the lines.
@@ -26,19 +35,10 @@ Example:
   retinaserve train --data cells --config light --weights imagenet \\
       --max-minutes 60 --output runs/cells
 """
-_EVALUATE_EXAMPLE = """\b
-Example:
-  retinaserve evaluate cells.onnx --data cells --against older.onnx --report cells.html
-"""
-_EXPORT_EXAMPLE = """\b
-Example:
-  retinaserve export runs/cells/best.ckpt --data cells \\
-      --output models/cells/1/model.onnx
-"""
 
 
 @click.command(context_settings=_CONTEXT, epilog=_TRAIN_EXAMPLE)
-@click.option("--data", type=_DATA, required=True, metavar="DIR", help="Labelled images.")
+@_data_option
 @label_options
 @click.option(
     "--output",
@@ -58,7 +58,7 @@ Example:
 @click.option(
     "--max-minutes",
     type=click.FloatRange(min=0, min_open=True),
-    help="Time that there is; the schedule is shaped to it.",
+    help="Time limit; the schedule is fitted to it.",
 )
 @click.option(
     "--config",
@@ -72,18 +72,18 @@ Example:
     "settings",
     multiple=True,
     metavar="KEY=VALUE",
-    help="One setting, such as optimiser.lr=0.005; repeatable, above --config.",
+    help="One setting, such as optimiser.lr=0.005; repeatable, overrides --config.",
 )
 @click.option(
     "--anchors",
     type=click.Choice(["auto"]),
-    help="Take the anchors that `data check` recommends, and its canvas where none is named.",
+    help="Take the anchors that `data check` recommends, and its canvas where none is given.",
 )
 @click.option(
-    "--batch-size", type=click.IntRange(min=1), help="Images per step, of all processes together."
+    "--batch-size", type=click.IntRange(min=1), help="Images per step, over all processes."
 )
 @click.option("--seed", type=int, help="The same seed gives the same run.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@_device_option
 @click.option(
     "--devices",
     type=click.IntRange(min=1),
@@ -91,87 +91,39 @@ Example:
     help="Processes on this machine that share each batch, one GPU each; default 1. "
     "Several machines: start the command by torchrun.",
 )
-@click.option("--resume", is_flag=True, help="Go on where the run in --output stopped.")
+@click.option("--resume", is_flag=True, help="Continue the run in --output.")
 @licence_option
-def train(
-    data: Path,
-    labels: dict[str, Any],
-    output: Path,
-    backbone: str | None,
-    weights: str | None,
-    init: str | None,
-    epochs: int | None,
-    max_minutes: float | None,
-    config_file: Path | None,
-    settings: tuple[str, ...],
-    anchors: str | None,
-    batch_size: int | None,
-    seed: int | None,
-    device: str,
-    devices: int | None,
-    resume: bool,
-    licences: tuple[str, ...],
-) -> None:
+def train(**options: Any) -> None:
     """Train a detector on labelled images.
 
-    Before it starts it prints what is in the data and what no anchor reaches.
+    Before it starts it prints a summary of the data and the objects that no anchor reaches.
     """
     from model_export.commands import train as command
 
-    if weights is not None and init is not None:
-        raise click.UsageError("--weights and --init exclude each other: --init brings a backbone")
-    given: dict[str, Any] = {
-        "model.backbone": backbone,
-        "epochs": epochs,
-        "max_minutes": max_minutes,
-        "batch_size": batch_size,
-        "seed": seed,
-    }
-    command.run(
-        data=data,
-        output=output,
-        config_file=config_file,
-        overrides=dict(map(command.parse_setting, settings))
-        | {key: value for key, value in given.items() if value is not None}
-        | {f"data.{key}": value for key, value in labels.items()},
-        fit_anchors=anchors == "auto",
-        weights=weights,
-        init=init,
-        resume=resume,
-        device=device,
-        devices=devices,
-        licences=licences,
-    )
+    command.run(**options)
+
+
+_EVALUATE_EXAMPLE = """\b
+Example:
+  retinaserve evaluate cells.onnx --data cells --against older.onnx --report cells.html
+"""
 
 
 @click.command(context_settings=_CONTEXT, epilog=_EVALUATE_EXAMPLE)
 @click.argument("model", type=_FILE, metavar="MODEL.onnx")
-@click.option("--data", type=_DATA, required=True, metavar="DIR", help="Labelled images.")
-@click.option("--split", default="val", show_default=True, help="Which part of the data.")
+@_data_option
+@_split_option
 @label_options
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1.")
+@_device_option
 @click.option(
     "--batch-size", type=click.IntRange(min=1), help="Images per call; default: the device's."
 )
 @click.option("--against", type=_FILE, metavar="OTHER.onnx", help="Compare with another file.")
 @click.option("--json", "json_file", type=_NEW_FILE, metavar="FILE", help="Write all figures.")
 @click.option("--plots", type=_FOLDER, metavar="DIR", help="Write figures as PNG.")
-@click.option(
-    "--report", type=_NEW_FILE, metavar="FILE.html", help="Write all of it as one page to look at."
-)
-def evaluate(
-    model: Path,
-    data: Path,
-    split: str,
-    labels: dict[str, Any],
-    device: str,
-    batch_size: int | None,
-    against: Path | None,
-    json_file: Path | None,
-    plots: Path | None,
-    report: Path | None,
-) -> None:
-    """COCO metrics of a model file on labelled images, and whether its scores can be trusted.
+@click.option("--report", type=_NEW_FILE, metavar="FILE.html", help="Write a self-contained page.")
+def evaluate(**options: Any) -> None:
+    """COCO metrics and score calibration of a model file on labelled images.
 
     Measures the file through the service's own pipeline, at score 0.01 and 300 detections.
     --against gives the difference of two files with a 95 % interval. --report shows figures,
@@ -179,28 +131,24 @@ def evaluate(
     """
     from model_export.commands import evaluate as command
 
-    command.run(
-        model,
-        data=data,
-        split=split,
-        labels=labels,
-        device=device,
-        batch_size=batch_size,
-        against=against,
-        json_file=json_file,
-        plots=plots,
-        report=report,
-    )
+    command.run(**options)
+
+
+_EXPORT_EXAMPLE = """\b
+Example:
+  retinaserve export runs/cells/best.ckpt --data cells \\
+      --output models/cells/1/model.onnx
+"""
 
 
 @click.command(context_settings=_CONTEXT, epilog=_EXPORT_EXAMPLE)
-@click.argument("checkpoint", type=_FILE, metavar="CHECKPOINT")
+@click.argument("checkpoint_file", type=_FILE, metavar="CHECKPOINT")
 @click.option("--output", type=_NEW_FILE, required=True, metavar="MODEL.onnx", help="The file.")
 @click.option("--name", help="Name of the model; default: by its place in a repository, or file.")
 @click.option(
     "--canvas",
     metavar="HxW[,HxW…]|short-side:S,L",
-    help="Another canvas than it was trained on: smaller is faster, larger sees smaller objects.",
+    help="Another canvas than in training: smaller is faster, larger detects smaller objects.",
 )
 @click.option(
     "--score-threshold",
@@ -211,18 +159,16 @@ def evaluate(
 @click.option(
     "--data", type=_DATA, metavar="DIR", help="Measure the file here and choose thresholds."
 )
-@click.option("--split", default="val", show_default=True, help="Which part of --data.")
+@click.option("--split", default="val", show_default=True, help="Split of --data.")
 @label_options
 @click.option(
     "--calibrate",
     "calibrate_on",
     type=_DATA,
     metavar="DIR",
-    help="Make scores mean what they say: fit them on labelled images that were not trained on.",
+    help="Calibrate the scores on labelled images that were not trained on.",
 )
-@click.option(
-    "--calibrate-split", default="val", show_default=True, help="Which part of --calibrate."
-)
+@click.option("--calibrate-split", default="val", show_default=True, help="Split of --calibrate.")
 @click.option(
     "--precision",
     type=click.Choice(["fp32", "fp16", "int8"]),
@@ -238,49 +184,269 @@ def evaluate(
 )
 @click.option(
     "--save-weights",
+    "weights_file",
     type=_NEW_FILE,
     metavar="FILE.safetensors",
     help="Also write a small checkpoint (weights only, float16) for train --init.",
 )
 @licence_option
-def export(
-    checkpoint: Path,
-    output: Path,
-    name: str | None,
-    canvas: str | None,
-    score: float | None,
-    data: Path | None,
-    split: str,
-    labels: dict[str, Any],
-    calibrate_on: Path | None,
-    calibrate_split: str,
-    precision: str,
-    max_loss: float | None,
-    save_weights: Path | None,
-    licences: tuple[str, ...],
-) -> None:
+def export(**options: Any) -> None:
     """Write a checkpoint as a model file.
 
     The file is verified against torch, alone and in batches, and the difference printed. A
-    smaller precision is measured beside fp32, and refused where it costs too much AP. Calibrate on
-    images that the network has not learnt by heart: of its own training images it is too sure.
+    smaller precision is compared with fp32, and refused where it costs too much AP. Calibrate on
+    images that the network was not trained on: on its training images it is overconfident.
     """
     from model_export.commands import export as command
-    from model_export.export.precision import Precision
 
-    command.run(
-        checkpoint,
-        output,
-        name=name,
-        canvas=canvas,
-        score=score,
-        data=data,
-        split=split,
-        labels=labels,
-        weights_file=save_weights,
-        licences=licences,
-        calibrate_on=calibrate_on,
-        calibrate_split=calibrate_split,
-        precision=Precision(precision),
-        max_loss=max_loss,
-    )
+    command.run(**options)
+
+
+_IMPORT_EXAMPLE = """\b
+Example:
+  retinaserve import-torchvision retinanet_resnet50_fpn_coco.pth \\
+      --arch retinanet_resnet50_fpn --output coco.safetensors
+  retinaserve export coco.safetensors --score-threshold 0.05 \\
+      --output models/coco/1/model.onnx
+"""
+
+
+@click.command("import-torchvision", context_settings=_CONTEXT, epilog=_IMPORT_EXAMPLE)
+@click.argument("source", type=_FILE, metavar="STATE_DICT.pth")
+@click.option(
+    "--arch",
+    "architecture",
+    metavar="NAME",
+    help="retinanet_resnet50_fpn or retinanet_resnet50_fpn_v2; default: detected from the file.",
+)
+@click.option(
+    "--labels",
+    "labels_file",
+    type=_FILE,
+    metavar="FILE",
+    help="Class names, one a line, from class 0 on; default: COCO's if there are 91.",
+)
+@click.option(
+    "--norm-eps",
+    type=float,
+    metavar="E",
+    help="Eps of the backbone's batch norms; default: 0 if they are frozen, else 1e-5.",
+)
+@click.option(
+    "--min-size",
+    type=click.IntRange(min=1),
+    default=800,
+    show_default=True,
+    help="Images are scaled to this shorter side ...",
+)
+@click.option(
+    "--max-size",
+    type=click.IntRange(min=1),
+    default=1333,
+    show_default=True,
+    help="... unless the longer one would pass this.",
+)
+@click.option(
+    "--output",
+    type=_NEW_FILE,
+    required=True,
+    metavar="CHECKPOINT",
+    help="The checkpoint, for export and for train --init: a safetensors file.",
+)
+@licence_option
+def import_torchvision(**options: Any) -> None:
+    """Convert a RetinaNet of torchvision's to a checkpoint.
+
+    Any number of classes, keys of old and new releases. All classes keep their numbers: class 0
+    of torchvision's own models is the background, which they never output.
+    """
+    from model_export.commands import import_torchvision as command
+
+    command.run(**options)
+
+
+# --- data ----------------------------------------------------------------------------------------
+
+
+@click.group(context_settings=_CONTEXT)
+def data() -> None:
+    """Check labelled images, or draw a sample data set."""
+
+
+_CHECK_EXAMPLE = """\b
+Example:
+  retinaserve data check cells
+  retinaserve data check cells --canvas 384x512 --json cells.json
+"""
+
+
+@data.command(context_settings=_CONTEXT, epilog=_CHECK_EXAMPLE)
+@click.argument("root", type=_DATA, metavar="DIR")
+@label_options
+@click.option(
+    "--split",
+    "splits",
+    multiple=True,
+    metavar="NAME",
+    help="Split to check; repeatable; default: those of train, val and test that exist.",
+)
+@click.option(
+    "--canvas",
+    metavar="HxW[,HxW…]|short-side:S,L",
+    help="Canvas on which the anchors are judged; default: the config's, and one is recommended.",
+)
+@click.option(
+    "--config",
+    "config_file",
+    type=Recipe(),
+    metavar="RECIPE|FILE.yaml",
+    help="Settings of `train`, whose canvas and anchors are judged.",
+)
+@click.option(
+    "--json",
+    "json_file",
+    type=_NEW_FILE,
+    metavar="FILE",
+    help="Write all of it, with every problem and every box that no anchor reaches.",
+)
+def check(**options: Any) -> None:
+    """Count and judge labelled images, and recommend canvas and anchors.
+
+    Every problem is named by file and line or entry; those that would stop training end with
+    exit 2.
+    """
+    from model_export.commands import data_check as command
+
+    command.run(**options)
+
+
+_SAMPLE_EXAMPLE = """\b
+Example:
+  retinaserve data sample cells --images 60
+"""
+
+
+def _width_and_height(_context: Any, _parameter: Any, value: str) -> tuple[int, int]:
+    width, separator, height = value.partition("x")
+    if not (separator and width.isdecimal() and height.isdecimal()):
+        raise click.BadParameter(f"{value!r}: expected WIDTHxHEIGHT in pixels, such as 640x480")
+    if not all(64 <= int(side) <= 4096 for side in (width, height)):
+        raise click.BadParameter(f"{value!r}: both sides must be within 64 and 4096 pixels")
+    return int(width), int(height)
+
+
+@data.command(context_settings=_CONTEXT, epilog=_SAMPLE_EXAMPLE)
+@click.argument("folder", type=_FOLDER, metavar="DIR")
+@click.option(
+    "--images",
+    "--pictures",
+    "images",
+    type=click.IntRange(1, 1_000_000),
+    default=40,
+    show_default=True,
+    metavar="N",
+)
+@click.option(
+    "--size",
+    default="640x480",
+    show_default=True,
+    callback=_width_and_height,
+    metavar="WIDTHxHEIGHT",
+    help="In pixels; larger images show the same number of cells, larger.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Another seed draws other images.",
+)
+def sample(**options: Any) -> None:
+    """Draw labelled images, to try all commands without data of your own.
+
+    They look like the stained blood smears of the bundled model, with Pascal VOC labels of RBC,
+    WBC and Platelets beside them. They are drawings: metrics on them say nothing about
+    photographs.
+    """
+    from model_export.commands import data_sample as command
+
+    command.run(**options)
+
+
+# --- study ---------------------------------------------------------------------------------------
+
+_exhibit_option = click.option(
+    "--output",
+    type=_FOLDER,
+    required=True,
+    metavar="DIR",
+    help="Folder for the figures and tables; created if needed.",
+)
+
+
+@click.group(context_settings=_CONTEXT)
+def study() -> None:
+    """The exhibits of Focal Loss, arXiv 1708.02002, from this code and your data."""
+
+
+@study.command()
+@_exhibit_option
+def curves(output: Path) -> None:
+    """Loss and gradient against p_t for several gamma (figure 1), and FL*."""
+    from model_export.commands import study as command
+
+    command.curves(output)
+
+
+@study.command()
+@click.argument("checkpoint_file", type=_FILE, metavar="CHECKPOINT")
+@_data_option
+@_split_option
+@_exhibit_option
+@click.option(
+    "--merge-classes",
+    "merge",
+    is_flag=True,
+    help="Count all objects as of the checkpoint's only class.",
+)
+@_device_option
+def cdf(**options: Any) -> None:
+    """Which examples carry the loss of a trained model (figure 4), over a whole data set."""
+    from model_export.commands import study as command
+
+    command.cdf(**options)
+
+
+@study.command()
+@click.option(
+    "--config",
+    "config_file",
+    type=Recipe(_STUDIES),
+    required=True,
+    metavar="STUDY|FILE.yaml",
+    help="losses, detector, detector-blood-cells (all small), grid, anchors, blood-cells, or a "
+    "file of your own.",
+)
+@_data_option
+@_exhibit_option
+@click.option(
+    "--weights", type=_FILE, metavar="FILE", help="Start backbones from ImageNet weights."
+)
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="One setting for all runs, such as epochs=3; repeatable.",
+)
+@click.option("--row", "only", multiple=True, metavar="NAME", help="Run this row only; repeatable.")
+@_device_option
+def ablate(**options: Any) -> None:
+    """A grid of training runs, one row each, over several seeds.
+
+    Started again with the same --output, it continues where it stopped. With several processes
+    give each its own rows; the last one to end writes the whole table.
+    """
+    from model_export.commands import study as command
+
+    command.ablate(**options)

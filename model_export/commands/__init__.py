@@ -1,1 +1,1 @@
-"""What the commands of `model_export.cli` do, one module each."""
+"""The commands of `model_export.cli`, one module each."""

@@ -15,8 +15,9 @@ from service.errors import DataError
 from service.imaging.samples import Box, draw_smear
 
 
-def run(folder: Path, *, images: int, width: int, height: int, seed: int) -> None:
-    """Write `images` of `width` x `height` pixels, and labels beside them. Raises DataError."""
+def run(folder: Path, *, images: int, size: tuple[int, int], seed: int) -> None:
+    """Write images of `size` (width, height), and labels beside them. Raises DataError."""
+    width, height = size
     if folder.is_dir() and any(folder.iterdir()):
         raise DataError(f"{folder} is not empty; name a new folder")
     folder.mkdir(parents=True, exist_ok=True)

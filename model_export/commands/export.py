@@ -48,11 +48,12 @@ def run(
     licences: Sequence[str],
     calibrate_on: Path | None = None,
     calibrate_split: str = "val",
-    precision: Precision = Precision.FP32,
+    precision: str = Precision.FP32,
     max_loss: float | None = None,
 ) -> None:
     """Write, verify and, given data, measure a model file. Raises RetinaserveError."""
-    if precision is Precision.INT8 and data is None:
+    target = Precision(precision)
+    if target is Precision.INT8 and data is None:
         raise DataError(
             "--precision int8 needs --data DIR: images show which activations there are, and "
             "labels what it costs"
@@ -81,7 +82,7 @@ def run(
         held_out=held_out,
         images=images,
         calibrate_on=calibration_data,
-        reduction=_reduction(precision, held_out, used(labels), images, max_loss),
+        reduction=_reduction(target, held_out, used(labels), images, max_loss),
     )
     click.echo(f"wrote {output}, {output.stat().st_size / 1e6:.1f} MB")
     click.echo(str(done.report))

@@ -39,23 +39,36 @@ _CACHE: Final = Path("~/.cache/retinaserve")
 def run(
     *,
     data: Path,
+    labels: Mapping[str, Any],
     output: Path,
     config_file: Path | None,
-    overrides: Mapping[str, Any],
-    fit_anchors: bool,
+    settings: Sequence[str],
+    anchors: str | None,
     weights: str | None,
     init: str | None,
     resume: bool,
     device: str,
     devices: int | None,
     licences: Sequence[str],
+    backbone: str | None,
+    **given: Any,
 ) -> None:
-    """Check everything, print what is in the data, then train. Raises RetinaserveError."""
+    """Check everything, print a summary of the data, then train. Raises RetinaserveError.
+
+    `given` are settings of the same names.
+    """
+    if weights is not None and init is not None:
+        raise click.UsageError("--weights and --init exclude each other: --init brings a backbone")
+    given = {"model.backbone": backbone, **given}
+    overrides = dict(map(parse_setting, settings))
+    overrides |= {key: value for key, value in given.items() if value is not None}
+    overrides |= {f"data.{key}": value for key, value in labels.items()}
+    fit_anchors = anchors == "auto"
     _check_folder(output, resume=resume, config_file=config_file, weights=weights, init=init)
-    # Others of the run may look when the first one has begun to write.
+    # The other processes of the run may look after the first one has begun to write.
     if not resume and world().is_first:
-        given = [Path(each) for each in (data, config_file, init, weights) if each is not None]
-        refuse_to_replace((output / name for name in (BEST, CONFIG, METRICS)), given)
+        sources = [Path(each) for each in (data, config_file, init, weights) if each is not None]
+        refuse_to_replace((output / name for name in (BEST, CONFIG, METRICS)), sources)
     if fit_anchors and (resume or init is not None):
         raise DataError("--anchors goes with a new network only: the checkpoint has its anchors")
     if devices is not None and devices != world().local_size:
@@ -71,10 +84,10 @@ def run(
     if fit_anchors:
         config = _with_advised_anchors(config, training)
     _report(config, training, validation)
-    backbone = _backbone_weights(weights, config)
-    run_inputs = _provenance(config, training, backbone, started_from, licences)
+    imagenet = _backbone_weights(weights, config)
+    origin = _provenance(config, training, imagenet, started_from, licences)
     if resume and known is not None:
-        run_inputs = resumed(known.description.provenance, config.model_dump(mode="json"))
+        origin = resumed(known.description.provenance, config.model_dump(mode="json"))
     output.mkdir(parents=True, exist_ok=True)
     if world().is_first:
         dump_config(config, output / CONFIG)
@@ -84,11 +97,11 @@ def run(
             training,
             validation,
             output,
-            weights=backbone,
+            weights=imagenet,
             init=started_from,
             resume=resume,
             device=device,
-            provenance=run_inputs,
+            provenance=origin,
         )
     _say(
         f"best AP {best:.4f}; next:\n  retinaserve export {output / BEST} --data {data} "

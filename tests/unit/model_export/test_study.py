@@ -17,8 +17,8 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from model_export.checkpoints import Checkpoint, Description, save_weights
+from model_export.cli import study as command
 from model_export.commands.labelled_data import load
-from model_export.commands.study_cli import study as command
 from model_export.retinanet.losses import FocalStar, Hinge, Ohem
 from model_export.retinanet.model import ModelConfig, RetinaNet
 from model_export.study import ablation, ablation_report, loss_curves, loss_distribution

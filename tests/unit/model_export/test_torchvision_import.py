@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from torch import Tensor
 
 from model_export.checkpoints import load_backbone, load_checkpoint, read_state_dict
-from model_export.commands.import_cli import import_torchvision
+from model_export.cli import import_torchvision
 from model_export.config import TrainConfig
 from model_export.retinanet.backbones import BACKBONES
 from model_export.retinanet.model import ModelConfig, RetinaNet
