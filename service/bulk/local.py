@@ -10,7 +10,7 @@ from service.bulk.progress import Progress
 from service.bulk.run import Run, Todo
 from service.bulk.stopping import until_signalled
 from service.runtime.artifact import Artifact
-from service.runtime.devices import resolve
+from service.runtime.devices import resolve_for
 from service.settings import Settings
 from service.system.cpus import cpu_count
 from service.system.memory import keep_freed_memory
@@ -23,13 +23,7 @@ class LocalDetection:
         """Raises DeviceError."""
         self._artifact = artifact
         self._settings = settings
-        self._hardware = resolve(
-            settings.device,
-            memory_limit=settings.gpu_memory_bytes,
-            tf32=settings.gpu_tf32,
-            graphs=settings.gpu_engine == "graphs",
-            winograd=settings.cpu_winograd,
-        )
+        self._hardware = resolve_for(settings)
 
     @property
     def where(self) -> str:

@@ -29,7 +29,7 @@ from service.bulk.run import Run, Todo, open_run
 from service.bulk.stopping import stop_on_signals
 from service.errors import BulkFailed, DeviceError, RetinaserveError
 from service.runtime.artifact import Artifact
-from service.runtime.devices import resolve
+from service.runtime.devices import resolve_for
 from service.settings import Settings
 from service.system.memory import keep_freed_memory
 
@@ -170,13 +170,7 @@ class Detection:
         self._engine: Engine | None = None
         self._failure = ""
         try:
-            hardware = resolve(
-                kind,
-                memory_limit=chosen.gpu_memory_bytes,
-                tf32=chosen.gpu_tf32,
-                graphs=chosen.gpu_engine == "graphs",
-                winograd=chosen.cpu_winograd,
-            )
+            hardware = resolve_for(chosen)
             run = open_run(output)
             self._engine = open_engine(run, ray.get(model), hardware, chosen, cores=cores)
         except RetinaserveError as error:

@@ -32,7 +32,7 @@ from service.imaging.decode import SUFFIXES, decode, media_type
 from service.imaging.memory_budget import DecodeMemory
 from service.runtime.artifact import Artifact
 from service.runtime.detector import Detections, Detector
-from service.runtime.devices import open_detector, resolve
+from service.runtime.devices import open_detector, resolve_for
 from service.settings import Settings, load_settings
 from service.system.cpus import cpu_count
 
@@ -226,7 +226,7 @@ class Saver:
 
 def load_model(settings: Settings, model: str | None, score_threshold: float | None) -> LoadedModel:
     """A model file, or a model of the repository, on the first device that was asked for."""
-    device = resolve(settings.device).devices[0]
+    device = resolve_for(settings).devices[0]
     found = find_model(settings, model)
     return LoadedModel(
         found.name,

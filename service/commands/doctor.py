@@ -22,7 +22,7 @@ from service.runtime.devices import (
     open_detector,
     preload_libraries,
     prove,
-    resolve,
+    resolve_for,
 )
 from service.settings import Settings, load_settings
 from service.system.cpus import cpu_count
@@ -36,7 +36,7 @@ def run(device: str | None) -> None:
     failure: DeviceError | None = None
     hardware = Hardware((Device("cpu"),))
     try:
-        hardware = resolve(settings.device)
+        hardware = resolve_for(settings)
     except DeviceError as error:
         failure = error
         click.echo(_row("device", f"{settings.device}: NOT usable"))

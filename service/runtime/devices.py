@@ -35,6 +35,7 @@ from service.runtime.gpu.graph_split import Parts, split
 from service.runtime.gpu.split_detector import open_split
 from service.runtime.gpu.whole_detector import WholeDetector
 from service.runtime.winograd import rewrite
+from service.settings import Settings
 from service.system.cpus import cpu_count, has_wide_vectors
 
 _log = logging.getLogger("retinaserve.devices")
@@ -136,10 +137,22 @@ def resolve(
     return Hardware(devices)
 
 
-def fitted(artifact: Artifact, device: Device) -> Artifact:
-    """What sessions on a device are opened from: on a CPU, with fewer multiplications.
+def resolve_for(settings: Settings, *, threads: int | None = None) -> Hardware:
+    """Choose and prove the devices of the settings. Raises DeviceError as `resolve` does."""
+    return resolve(
+        settings.device,
+        memory_limit=settings.gpu_memory_bytes,
+        tf32=settings.gpu_tf32,
+        graphs=settings.gpu_engine == "graphs",
+        winograd=settings.cpu_winograd,
+        threads=threads,
+    )
 
-    `open_detector` does this itself; who opens several does it once before.
+
+def fitted(artifact: Artifact, device: Device) -> Artifact:
+    """Return what sessions on a device are opened from: on a CPU, with fewer multiplications.
+
+    `open_detector` does this itself; to open several sessions, do it once before.
     """
     if device.kind != "cpu" or not device.winograd or artifact.weights is not None:
         return artifact

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from service.engine.models.registry import Registry, open_registry
 from service.runtime.cpu_concurrency import CpuConcurrency, cpu_concurrency
-from service.runtime.devices import Hardware, resolve
+from service.runtime.devices import Hardware, resolve_for
 from service.settings import Settings
 from service.system.cpus import cpu_count
 
@@ -34,14 +34,7 @@ def open_models(settings: Settings, hardware: Hardware | None = None) -> Models:
     """
     cpus = settings.cpus or cpu_count()
     if hardware is None:
-        hardware = resolve(
-            settings.device,
-            memory_limit=settings.gpu_memory_bytes,
-            tf32=settings.gpu_tf32,
-            graphs=settings.gpu_engine == "graphs",
-            winograd=settings.cpu_winograd,
-            threads=cpus,
-        )
+        hardware = resolve_for(settings, threads=cpus)
     batch = settings.max_batch_size or max(device.default_batch_size for device in hardware.devices)
     concurrency = cpu_concurrency(settings.cpu_inferences, cpus)
     registry = open_registry(
