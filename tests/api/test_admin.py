@@ -74,7 +74,7 @@ async def detected(main: httpx.AsyncClient, query: str = "") -> dict[str, object
     return found
 
 
-async def test_a_version_is_loaded_chosen_and_unloaded(doors: Doors, tmp_path: Path) -> None:
+async def test_admin_loads_selects_and_unloads_a_version(doors: Doors, tmp_path: Path) -> None:
     tiny_model.save(tmp_path, version=2)
     answer = await doors.admin.post("/v1/models/tiny/load")
     assert answer.status_code == 200
@@ -109,7 +109,7 @@ async def test_a_version_is_loaded_chosen_and_unloaded(doors: Doors, tmp_path: P
     assert "version 2 is not loaded; loaded: version 1" in answer.json()["detail"]
 
 
-async def test_the_metric_follows(doors: Doors, tmp_path: Path) -> None:
+async def test_model_ready_metric_follows_load_and_unload(doors: Doors, tmp_path: Path) -> None:
     tiny_model.save(tmp_path, name="second").write_bytes(b"no model")
     assert (await doors.admin.post("/v1/models/second/load")).status_code == 409
     tiny_model.save(tmp_path, version=2)
@@ -130,7 +130,9 @@ async def test_the_metric_follows(doors: Doors, tmp_path: Path) -> None:
     assert (await doors.main.get("/readyz")).status_code == 200
 
 
-async def test_a_file_that_cannot_serve_says_why(doors: Doors, tmp_path: Path) -> None:
+async def test_load_of_a_broken_file_is_refused_with_the_reason(
+    doors: Doors, tmp_path: Path
+) -> None:
     path = tiny_model.save(tmp_path, version=2)
     (path.parent / "model.sha256").write_text(f"{'0' * 64}  model.onnx\n")
     answer = await doors.admin.post("/v1/models/tiny/load")
@@ -147,7 +149,7 @@ async def test_a_file_that_cannot_serve_says_why(doors: Doors, tmp_path: Path) -
     assert "model.sha256" in model["versions"][1]["reason"]
 
 
-async def test_a_file_with_fewer_names_than_classes_is_refused(
+async def test_load_rejects_file_with_fewer_names_than_classes(
     doors: Doors, tmp_path: Path
 ) -> None:
     path = tiny_model.save(tmp_path, version=2)
@@ -188,7 +190,7 @@ WRONG: list[tuple[str, bytes, int, str]] = [
 ]
 
 
-async def test_what_is_wrong_is_named(doors: Doors) -> None:
+async def test_admin_request_errors_name_the_fault(doors: Doors) -> None:
     for path, content, status, says in WRONG:
         answer = await doors.admin.post(f"/v1/models/{path}", content=content)
         assert answer.status_code == status, (path, answer.text)
@@ -199,7 +201,7 @@ async def test_what_is_wrong_is_named(doors: Doors) -> None:
     assert await detected(doors.main) == {"name": "tiny", "version": 1}
 
 
-async def test_only_an_admin_comes_in(doors: Doors) -> None:
+async def test_admin_routes_require_an_admin_key(doors: Doors) -> None:
     path = "/v1/models/tiny/load"
     base = doors.admin.base_url
     async with httpx.AsyncClient(base_url=base) as stranger:
@@ -218,7 +220,7 @@ async def test_only_an_admin_comes_in(doors: Doors) -> None:
     assert (await doors.admin.post(path)).status_code == 200
 
 
-async def test_the_main_listener_changes_no_model(doors: Doors) -> None:
+async def test_main_listener_has_no_admin_routes(doors: Doors) -> None:
     headers = dict(doors.admin.headers)
     for action in ("load", "unload", "default"):
         answer = await doors.main.post(f"/v1/models/tiny/{action}", headers=headers)
@@ -244,7 +246,7 @@ class WarmUp:
         asyncio.run_coroutine_threadsafe(self._go.wait(), self._loop).result(60)
 
 
-async def test_the_service_answers_while_a_model_loads(
+async def test_detect_is_served_while_a_model_loads(
     doors: Doors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny_model.save(tmp_path, version=2)
@@ -265,7 +267,7 @@ async def test_the_service_answers_while_a_model_loads(
     assert await detected(doors.main) == {"name": "tiny", "version": 2}
 
 
-async def test_stopping_answers_who_waits_for_a_model(
+async def test_shutdown_answers_pending_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny_model.save(tmp_path)
@@ -281,7 +283,7 @@ async def test_stopping_answers_who_waits_for_a_model(
     assert "stops" in answer.json()["detail"]
 
 
-async def test_no_request_leaves_the_old_version_behind(
+async def test_version_swap_loses_no_request(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     # The capturing handlers would keep the error of the request that fails, with its frames.

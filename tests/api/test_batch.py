@@ -26,7 +26,7 @@ async def post_forms(client: httpx.AsyncClient, *contents: bytes, **more: object
     return await client.post("/v1/detect/batch", files=files, **more)  # type: ignore[arg-type]
 
 
-async def test_the_answer_has_the_documented_shape_and_order(client: httpx.AsyncClient) -> None:
+async def test_batch_response_has_documented_schema_and_order(client: httpx.AsyncClient) -> None:
     answer = await post_forms(client, GOOD, b"rubbish", encoded(squares((0, 0, GREEN))), b"")
     assert answer.status_code == 200
     parsed = BatchAnswer.model_validate_json(answer.content, strict=True)
@@ -39,7 +39,7 @@ async def test_the_answer_has_the_documented_shape_and_order(client: httpx.Async
     assert bad.request_id == answer.headers["x-request-id"]
 
 
-async def test_each_image_gets_what_it_gets_alone(client: httpx.AsyncClient) -> None:
+async def test_batch_results_equal_single_results(client: httpx.AsyncClient) -> None:
     contents = [
         encoded(squares((16 * i, 0, colour), size=size))
         for i in range(3)
@@ -53,7 +53,7 @@ async def test_each_image_gets_what_it_gets_alone(client: httpx.AsyncClient) -> 
         assert result["image"] == alone["image"]
 
 
-async def test_json_with_ids_and_bad_base64(client: httpx.AsyncClient) -> None:
+async def test_json_batch_keeps_ids_and_reports_bad_base64(client: httpx.AsyncClient) -> None:
     images = [
         {"id": "a", "image": base64_of(GOOD)},
         {"id": "b", "image": "%%%"},
@@ -66,7 +66,7 @@ async def test_json_with_ids_and_bad_base64(client: httpx.AsyncClient) -> None:
     assert [each["status"] for each in results] == [200, 400, 200, 200]
 
 
-async def test_what_is_no_image_in_json_fails_alone(client: httpx.AsyncClient) -> None:
+async def test_json_batch_item_that_is_no_image_fails_alone(client: httpx.AsyncClient) -> None:
     images = [{"image": 7}, {"id": None}, {"id": "c", "image": base64_of(GOOD)}]
     answer = await client.post("/v1/detect/batch", json={"images": images})
     assert answer.status_code == 200
@@ -77,7 +77,7 @@ async def test_what_is_no_image_in_json_fails_alone(client: httpx.AsyncClient) -
 
 
 @pytest.mark.parametrize("path", ["/v1/detect", "/v1/detect/batch"])
-async def test_form_of_almost_boundaries_is_refused_at_the_first(
+async def test_form_of_near_boundaries_is_refused_early(
     client: httpx.AsyncClient, path: str
 ) -> None:
     name = "files" if path.endswith("batch") else "file"
@@ -92,7 +92,7 @@ async def test_form_of_almost_boundaries_is_refused_at_the_first(
     assert "malformed" in answer.json()["detail"]
 
 
-async def test_ndjson_has_a_line_for_each(client: httpx.AsyncClient) -> None:
+async def test_ndjson_has_one_line_per_image(client: httpx.AsyncClient) -> None:
     answer = await post_forms(
         client, *[GOOD, b"rubbish"] * 8, headers={"Accept": "application/x-ndjson"}
     )
@@ -102,18 +102,18 @@ async def test_ndjson_has_a_line_for_each(client: httpx.AsyncClient) -> None:
     assert {line["index"] for line in lines if line["status"] == 200} == set(range(0, 16, 2))
 
 
-async def test_one_client_may_fill_a_whole_batch(client: httpx.AsyncClient) -> None:
+async def test_batch_accepts_the_most_images_allowed(client: httpx.AsyncClient) -> None:
     answer = await post_forms(client, *[GOOD] * 64)
     assert {each["status"] for each in answer.json()["results"]} == {200}
 
 
-async def test_a_small_queue_is_no_obstacle_to_a_large_batch(start: Start) -> None:
+async def test_batch_larger_than_the_queue_is_served(start: Start) -> None:
     async with start(max_queue_size=2) as client:
         answer = await post_forms(client, *[GOOD] * 64)
         assert {each["status"] for each in answer.json()["results"]} == {200}
 
 
-async def test_a_image_that_finds_the_queue_full_is_refused_alone(start: Start) -> None:
+async def test_batch_image_refused_by_full_queue_fails_alone(start: Start) -> None:
     async with start(max_queue_size=3) as client:
         service = client._transport.app.state.service  # type: ignore[attr-defined]
         # Two other clients' images, which leaves room for one.
@@ -132,7 +132,9 @@ async def test_a_image_that_finds_the_queue_full_is_refused_alone(start: Start) 
 
 
 @pytest.mark.parametrize(("count", "status"), [(64, 200), (65, 422), (90, 422)])
-async def test_too_many_images(client: httpx.AsyncClient, count: int, status: int) -> None:
+async def test_batch_rejects_too_many_images(
+    client: httpx.AsyncClient, count: int, status: int
+) -> None:
     tiny = encoded(squares(size=(8, 8)))
     assert (await post_forms(client, *[tiny] * count)).status_code == status
     images = [{"image": base64_of(tiny)}] * count
@@ -150,7 +152,7 @@ async def test_too_many_images(client: httpx.AsyncClient, count: int, status: in
         ({"images": [{"image": "aGk=", "id": []}]}, 400),
     ],
 )
-async def test_requests_that_do_not_parse(
+async def test_batch_rejects_unparsable_requests(
     client: httpx.AsyncClient, document: object, status: int
 ) -> None:
     answer = await client.post("/v1/detect/batch", json=document)
@@ -158,19 +160,19 @@ async def test_requests_that_do_not_parse(
     assert answer.headers["content-type"] == "application/problem+json"
 
 
-async def test_a_raw_body_is_not_a_batch(client: httpx.AsyncClient) -> None:
+async def test_batch_rejects_raw_body(client: httpx.AsyncClient) -> None:
     answer = await client.post("/v1/detect/batch", content=GOOD)
     assert answer.status_code == 415
     assert "multipart/form-data" in answer.json()["detail"]
 
 
-async def test_a_form_without_files(client: httpx.AsyncClient) -> None:
+async def test_batch_rejects_form_without_files(client: httpx.AsyncClient) -> None:
     answer = await client.post("/v1/detect/batch", files={"file": GOOD})
     assert answer.status_code == 400
     assert "'files'" in answer.json()["detail"]
 
 
-async def test_parameters_hold_for_every_image(client: httpx.AsyncClient) -> None:
+async def test_batch_parameters_apply_to_every_image(client: httpx.AsyncClient) -> None:
     content = encoded(squares((0, 0, RED), (64, 0, GREEN)))
     answer = await post_forms(client, content, content, params={"classes": "green"})
     for result in answer.json()["results"]:
@@ -179,7 +181,7 @@ async def test_parameters_hold_for_every_image(client: httpx.AsyncClient) -> Non
     assert answer.status_code == 422, "a batch has one shape"
 
 
-async def test_late_images_say_so_one_by_one(client: httpx.AsyncClient) -> None:
+async def test_batch_reports_deadline_per_image(client: httpx.AsyncClient) -> None:
     slow = encoded(squares(size=(3000, 3000)), "JPEG")
     answer = await post_forms(client, *[slow] * 16, headers={"X-Deadline-Ms": "20"})
     assert answer.status_code == 200
@@ -188,7 +190,7 @@ async def test_late_images_say_so_one_by_one(client: httpx.AsyncClient) -> None:
 
 
 @pytest.mark.parametrize("accept", ["application/json", "application/x-ndjson"])
-async def test_the_bytes_of_images_that_have_yet_to_come_in_count(
+async def test_queue_bytes_count_images_still_waiting(
     start: Start, monkeypatch: pytest.MonkeyPatch, accept: str
 ) -> None:
     async with start() as client:
@@ -212,7 +214,7 @@ async def test_the_bytes_of_images_that_have_yet_to_come_in_count(
         assert "retry-after" in answer.headers
 
 
-async def test_batches_cannot_take_every_place(start: Start) -> None:
+async def test_batches_leave_queue_places_for_single_images(start: Start) -> None:
     async with start(max_queue_size=4) as client:
         service = client._transport.app.state.service  # type: ignore[attr-defined]
         with ExitStack() as held:

@@ -78,7 +78,7 @@ def same(row: dict[str, Any], answer: httpx.Response) -> int:
 
 
 @pytest.mark.parametrize("query", QUERIES)
-def test_as_the_service_answers(
+def test_bulk_rows_equal_detect_responses(
     start: Start, tmp_path: Path, repository: Path, query: dict[str, str]
 ) -> None:
     (tmp_path / "in").mkdir()
@@ -87,7 +87,9 @@ def test_as_the_service_answers(
     assert compare(start, tmp_path, repository, query) >= 5
 
 
-def test_as_the_service_answers_with_the_bundled_model(start: Start, tmp_path: Path) -> None:
+def test_bulk_rows_equal_detect_responses_of_the_bundled_model(
+    start: Start, tmp_path: Path
+) -> None:
     (tmp_path / "in").mkdir()
     for seed in range(2):
         draw_smear(seed)[0].save(tmp_path / "in" / f"{seed}.jpg", quality=90)

@@ -61,12 +61,12 @@ def expected(server: Served) -> list[str]:
     return [f"{each['label']} {each['score']:.2f}" for each in answer["detections"]]
 
 
-def test_the_page_has_its_examples() -> None:
+def test_clients_page_has_an_example_per_language() -> None:
     assert (len(CURL), len(blocks("python")), len(blocks("javascript"))) == (7, 3, 1)
 
 
 @pytest.mark.parametrize("line", CURL)
-def test_curl(run: Run, line: str) -> None:
+def test_curl_examples_print_detections(run: Run, line: str) -> None:
     if shutil.which("curl") is None:
         pytest.skip("curl is not there")
     command = line.removeprefix("$ ").replace("curl ", "curl --silent --show-error --fail ")
@@ -75,12 +75,12 @@ def test_curl(run: Run, line: str) -> None:
 
 
 @pytest.mark.parametrize("program", blocks("python"))
-def test_python(run: Run, expected: list[str], program: str) -> None:
+def test_python_examples_run(run: Run, expected: list[str], program: str) -> None:
     assert run(sys.executable, "-c", program).splitlines() == expected
 
 
 @pytest.mark.parametrize("program", blocks("javascript"))
-def test_javascript(run: Run, expected: list[str], program: str) -> None:
+def test_javascript_examples_run(run: Run, expected: list[str], program: str) -> None:
     if shutil.which("node") is None:
         pytest.skip("node is not there")
     assert run("node", "--input-type=module", "--eval", program).splitlines() == expected

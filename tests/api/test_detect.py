@@ -33,7 +33,7 @@ def only_box(answer: httpx.Response) -> dict[str, float]:
     return detection["box"]
 
 
-async def test_the_answer_has_the_documented_shape(client: httpx.AsyncClient) -> None:
+async def test_detect_response_has_documented_schema(client: httpx.AsyncClient) -> None:
     answer = await client.post("/v1/detect", content=encoded(one_red()))
     assert answer.headers["content-type"] == "application/json"
     parsed = DetectAnswer.model_validate_json(answer.content, strict=True)
@@ -47,7 +47,7 @@ async def test_the_answer_has_the_documented_shape(client: httpx.AsyncClient) ->
 @pytest.mark.parametrize(
     "content_type", ["image/jpeg", "application/octet-stream", "application/x-www-form-urlencoded"]
 )
-async def test_a_raw_body_is_judged_by_content(
+async def test_detect_raw_body_ignores_content_type(
     client: httpx.AsyncClient, content_type: str
 ) -> None:
     answer = await client.post(
@@ -56,14 +56,14 @@ async def test_a_raw_body_is_judged_by_content(
     assert only_box(answer) == RED_BOX
 
 
-async def test_multipart_with_other_fields_around(client: httpx.AsyncClient) -> None:
+async def test_detect_multipart_ignores_other_fields(client: httpx.AsyncClient) -> None:
     answer = await client.post(
         "/v1/detect", files={"file": ("a.png", encoded(one_red()))}, data={"note": "hello"}
     )
     assert only_box(answer) == RED_BOX
 
 
-async def test_json_with_and_without_line_breaks(client: httpx.AsyncClient) -> None:
+async def test_detect_json_accepts_base64_line_breaks(client: httpx.AsyncClient) -> None:
     content = encoded(one_red())
     for text in (base64.b64encode(content), base64.encodebytes(content)):
         answer = await client.post("/v1/detect", json={"image": text.decode()})
@@ -71,14 +71,14 @@ async def test_json_with_and_without_line_breaks(client: httpx.AsyncClient) -> N
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-async def test_every_accepted_type(client: httpx.AsyncClient, kind: str) -> None:
+async def test_detect_accepts_jpeg_png_webp(client: httpx.AsyncClient, kind: str) -> None:
     # Half-covered cells score about 0.5; lossy colours fall on either side of that.
     content = encoded(one_red(), kind, quality=95)
     answer = await client.post("/v1/detect", content=content, params={"score_threshold": 0.8})
     assert only_box(answer) == RED_BOX
 
 
-async def test_the_models_own_thresholds_rule_unless_asked(client: httpx.AsyncClient) -> None:
+async def test_score_threshold_defaults_to_the_model_file(client: httpx.AsyncClient) -> None:
     # The tiny model's file says: score 0.5, but 0.8 for blue.
     content = encoded(squares((0, 0, (0, 0, 180)), (64, 0, (180, 0, 0))))
     answer = await client.post("/v1/detect", content=content, params={"iou_threshold": 0.1})
@@ -89,14 +89,14 @@ async def test_the_models_own_thresholds_rule_unless_asked(client: httpx.AsyncCl
     assert {detection["label"] for detection in answer.json()["detections"]} == {"red", "blue"}
 
 
-async def test_classes_repeated_or_by_commas(client: httpx.AsyncClient) -> None:
+async def test_classes_accepts_repeats_and_comma_lists(client: httpx.AsyncClient) -> None:
     content = encoded(squares((0, 0, RED), (48, 0, GREEN), (96, 0, BLUE)))
     for query in ("classes=red,blue", "classes=red&classes=blue", "classes=red,%20blue"):
         answer = await client.post(f"/v1/detect?{query}", content=content)
         assert {each["label"] for each in answer.json()["detections"]} == {"red", "blue"}
 
 
-async def test_max_detections_keeps_the_best(client: httpx.AsyncClient) -> None:
+async def test_max_detections_keeps_highest_scores(client: httpx.AsyncClient) -> None:
     content = encoded(squares((0, 0, (200, 0, 0)), (48, 0, RED), (96, 0, (0, 220, 0))))
     answer = await client.post("/v1/detect?max_detections=1", content=content)
     assert [each["score"] for each in answer.json()["detections"]] == [1.0]
@@ -109,13 +109,13 @@ async def test_score_threshold_is_strict(client: httpx.AsyncClient) -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-async def test_boxes_are_upright(client: httpx.AsyncClient, orientation: int) -> None:
+async def test_boxes_follow_exif_orientation(client: httpx.AsyncClient, orientation: int) -> None:
     answer = await client.post("/v1/detect", content=rotated(one_red(), orientation))
     assert answer.json()["image"] == {"width": 128, "height": 96}
     assert only_box(answer) == RED_BOX
 
 
-async def test_boxes_are_original_pixels(client: httpx.AsyncClient) -> None:
+async def test_boxes_are_in_original_pixels(client: httpx.AsyncClient) -> None:
     large = one_red().resize((512, 384), Image.Resampling.NEAREST)
     answer = await client.post("/v1/detect", content=encoded(large))
     assert only_box(answer) == {"x1": 128.0, "y1": 64.0, "x2": 256.0, "y2": 192.0}
@@ -130,7 +130,7 @@ async def test_boxes_are_original_pixels(client: httpx.AsyncClient) -> None:
         ("hf", list[HuggingFaceDetection]),
     ],
 )
-async def test_every_format_is_documented(
+async def test_formats_match_their_openapi_schemas(
     shape: str, documented: Any, client: httpx.AsyncClient
 ) -> None:
     for content in (encoded(one_red()), encoded(Image.new("RGB", (64, 64)))):
@@ -140,7 +140,7 @@ async def test_every_format_is_documented(
         TypeAdapter(AnyAnswer).validate_json(answer.content, strict=True)
 
 
-async def test_the_other_formats_say_the_same(client: httpx.AsyncClient) -> None:
+async def test_formats_describe_the_same_detections(client: httpx.AsyncClient) -> None:
     content = encoded(one_red())
 
     async def ask(shape: str) -> object:
@@ -173,7 +173,7 @@ async def test_the_other_formats_say_the_same(client: httpx.AsyncClient) -> None
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "png"])
-async def test_a_drawn_image_by_accept(client: httpx.AsyncClient, kind: str) -> None:
+async def test_accept_image_returns_drawn_boxes(client: httpx.AsyncClient, kind: str) -> None:
     answer = await client.post(
         "/v1/detect",
         content=rotated(one_red(), 6),
@@ -187,7 +187,7 @@ async def test_a_drawn_image_by_accept(client: httpx.AsyncClient, kind: str) -> 
     assert changed[80:, 80:].max() < 30, "far from the box nothing is"
 
 
-async def test_json_wins_where_accept_does_not_choose(client: httpx.AsyncClient) -> None:
+async def test_accept_without_preference_returns_json(client: httpx.AsyncClient) -> None:
     for accept in ("*/*", "image/webp", "application/json, image/png;q=0.9", "image/*;q=0.1,*/*"):
         answer = await client.post(
             "/v1/detect", content=encoded(one_red()), headers={"Accept": accept}
@@ -195,7 +195,7 @@ async def test_json_wins_where_accept_does_not_choose(client: httpx.AsyncClient)
         assert answer.headers["content-type"] == "application/json", accept
 
 
-async def test_more_detections_than_fit_one_thread_of_thought(client: httpx.AsyncClient) -> None:
+async def test_detect_returns_a_hundred_detections(client: httpx.AsyncClient) -> None:
     answer = await client.post(
         "/v1/detect",
         content=encoded(Image.new("RGB", (128, 96), "white")),
@@ -222,7 +222,9 @@ async def test_more_detections_than_fit_one_thread_of_thought(client: httpx.Asyn
         ("score_treshold=0.5", "score_treshold"),
     ],
 )
-async def test_a_parameter_out_of_range(client: httpx.AsyncClient, query: str, named: str) -> None:
+async def test_detect_rejects_parameter_out_of_range(
+    client: httpx.AsyncClient, query: str, named: str
+) -> None:
     answer = await client.post(f"/v1/detect?{query}", content=encoded(one_red()))
     assert answer.status_code == 422
     assert answer.headers["content-type"] == "application/problem+json"
@@ -230,18 +232,18 @@ async def test_a_parameter_out_of_range(client: httpx.AsyncClient, query: str, n
 
 
 @pytest.mark.parametrize("query", ["model=none", "version=7", "model=tiny&version=2"])
-async def test_an_unknown_model(client: httpx.AsyncClient, query: str) -> None:
+async def test_detect_rejects_unknown_model(client: httpx.AsyncClient, query: str) -> None:
     answer = await client.post(f"/v1/detect?{query}", content=encoded(one_red()))
     assert answer.status_code == 404
     assert answer.json()["type"] == "urn:retinaserve:problem:unknown-model"
 
 
-async def test_a_named_model_and_version(client: httpx.AsyncClient) -> None:
+async def test_detect_selects_model_and_version(client: httpx.AsyncClient) -> None:
     answer = await client.post("/v1/detect?model=tiny&version=1", content=encoded(one_red()))
     assert answer.json()["model"] == {"name": "tiny", "version": 1}
 
 
-async def test_request_ids_come_back_or_are_made(client: httpx.AsyncClient) -> None:
+async def test_request_id_is_echoed_or_generated(client: httpx.AsyncClient) -> None:
     async def ask(request_id: str | None) -> httpx.Response:
         headers = {} if request_id is None else {"X-Request-Id": request_id}
         return await client.post("/v1/detect", content=b"", headers=headers)
@@ -254,7 +256,7 @@ async def test_request_ids_come_back_or_are_made(client: httpx.AsyncClient) -> N
 
 
 @pytest.mark.parametrize("asked", ["0", "-1", "1.5", "10001", "soon", ""])
-async def test_a_deadline_out_of_range(client: httpx.AsyncClient, asked: str) -> None:
+async def test_detect_rejects_deadline_out_of_range(client: httpx.AsyncClient, asked: str) -> None:
     answer = await client.post(
         "/v1/detect", content=encoded(one_red()), headers={"X-Deadline-Ms": asked}
     )
@@ -262,7 +264,7 @@ async def test_a_deadline_out_of_range(client: httpx.AsyncClient, asked: str) ->
     assert "X-Deadline-Ms" in answer.json()["detail"]
 
 
-async def test_a_deadline_that_passes(start: Start, tmp_path: object) -> None:
+async def test_detect_past_deadline_is_503_or_504(start: Start, tmp_path: object) -> None:
     async with start() as client:
         slow = encoded(Image.new("RGB", (6000, 6000)), "PNG")
         given = {"content": slow, "headers": {"X-Deadline-Ms": "25"}}

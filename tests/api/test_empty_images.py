@@ -37,7 +37,7 @@ EMPTY = {
 @pytest.mark.parametrize("data", EMPTY.values(), ids=EMPTY)
 @pytest.mark.parametrize("query", ["", "?tile=auto", "?tile=64"])
 @pytest.mark.parametrize("accept", ["application/json", "image/png"])
-async def test_an_image_without_pixels_is_malformed(
+async def test_detect_rejects_image_without_pixels(
     client: httpx.AsyncClient, data: bytes, query: str, accept: str
 ) -> None:
     answer = await client.post(f"/v1/detect{query}", content=data, headers={"Accept": accept})
@@ -45,7 +45,7 @@ async def test_an_image_without_pixels_is_malformed(
 
 
 @pytest.mark.parametrize("data", EMPTY.values(), ids=EMPTY)
-async def test_an_image_without_pixels_is_malformed_in_a_batch_and_over_v2(
+async def test_batch_and_v2_reject_image_without_pixels(
     client: httpx.AsyncClient, data: bytes
 ) -> None:
     files = [("files", ("a", data))]
@@ -58,5 +58,5 @@ async def test_an_image_without_pixels_is_malformed_in_a_batch_and_over_v2(
 
 
 @pytest.mark.parametrize("data", EMPTY.values(), ids=EMPTY)
-def test_no_header_is_read_of_an_image_without_pixels(data: bytes) -> None:
+def test_image_without_pixels_is_rejected_before_its_header(data: bytes) -> None:
     assert read_header(data) is None

@@ -41,7 +41,7 @@ def every_path(client: httpx.AsyncClient) -> Iterable[str]:
         yield route.path.replace("{", "").replace("}", "")
 
 
-async def test_every_route_is_closed_but_those_that_the_contract_opens(
+async def test_routes_require_a_key_except_public_ones(
     closed: httpx.AsyncClient,
 ) -> None:
     seen = set()
@@ -71,23 +71,25 @@ async def test_every_route_is_closed_but_those_that_the_contract_opens(
         "/v2/repository",
     ],
 )
-async def test_what_is_no_open_path_is_closed(closed: httpx.AsyncClient, url: str) -> None:
+async def test_unknown_paths_require_a_key(closed: httpx.AsyncClient, url: str) -> None:
     assert (await closed.get(url)).status_code == 401
 
 
-async def test_a_file_outside_the_page_s_folder_stays_outside(closed: httpx.AsyncClient) -> None:
+async def test_static_files_reject_path_traversal(closed: httpx.AsyncClient) -> None:
     for path in ("/static/..%2fcli.py", "/static/%2e%2e/cli.py", "/static//etc/passwd"):
         assert (await closed.get(path)).status_code in (401, 404)
 
 
 @pytest.mark.parametrize("form", ["Bearer {}", "bearer {}", "BEARER   {} ", "x"])
-async def test_both_ways_to_bring_a_key(closed: httpx.AsyncClient, key: str, form: str) -> None:
+async def test_key_is_accepted_as_bearer_or_x_api_key(
+    closed: httpx.AsyncClient, key: str, form: str
+) -> None:
     headers = {"X-API-Key": key} if form == "x" else {"Authorization": form.format(key)}
     answer = await closed.post("/v1/detect", content=GOOD, headers=headers)
     assert answer.status_code == 200
 
 
-async def test_a_proxy_s_own_authorization_does_not_hide_the_key(
+async def test_key_is_found_beside_a_proxy_authorization(
     closed: httpx.AsyncClient, key: str
 ) -> None:
     for other in ("Basic dXNlcjpwYXNz", "Bearer of-the-proxy"):
@@ -109,7 +111,9 @@ async def test_a_proxy_s_own_authorization_does_not_hide_the_key(
         {"Cookie": "key=KEY"},
     ],
 )
-async def test_a_closed_door(closed: httpx.AsyncClient, key: str, headers: dict[str, str]) -> None:
+async def test_missing_or_wrong_key_is_401(
+    closed: httpx.AsyncClient, key: str, headers: dict[str, str]
+) -> None:
     given = {name: value.replace("KEY", key) for name, value in headers.items()}
     answer = await closed.post("/v1/detect", content=GOOD, headers=given)
     assert answer.status_code == 401
@@ -121,11 +125,11 @@ async def test_a_closed_door(closed: httpx.AsyncClient, key: str, headers: dict[
     assert key not in answer.text
 
 
-async def test_a_key_in_the_address_is_none(closed: httpx.AsyncClient, key: str) -> None:
+async def test_key_in_query_is_ignored(closed: httpx.AsyncClient, key: str) -> None:
     assert (await closed.get("/v1/models", params={"api_key": key})).status_code == 401
 
 
-async def test_the_inference_protocol_has_errors_of_its_own(closed: httpx.AsyncClient) -> None:
+async def test_missing_key_on_v2_is_a_protocol_error(closed: httpx.AsyncClient) -> None:
     for path in ("/v2", "/v2/models/tiny/infer"):
         answer = await closed.post(path, content=b"{}")
         assert answer.status_code == 401
@@ -133,7 +137,7 @@ async def test_the_inference_protocol_has_errors_of_its_own(closed: httpx.AsyncC
         assert "X-API-Key" in answer.json()["error"]
 
 
-async def test_the_body_of_a_stranger_is_not_read(closed: httpx.AsyncClient) -> None:
+async def test_missing_key_is_refused_before_the_body(closed: httpx.AsyncClient) -> None:
     read = 0
 
     async def body() -> AsyncIterator[bytes]:
@@ -146,7 +150,7 @@ async def test_the_body_of_a_stranger_is_not_read(closed: httpx.AsyncClient) -> 
     assert read == 0
 
 
-async def test_a_revoked_key_and_its_name_in_the_state(
+async def test_revoked_key_is_refused(
     start: Start, path: Path, key: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("service.http.auth.keys._LOOK_EVERY", 0.0)
@@ -157,7 +161,7 @@ async def test_a_revoked_key_and_its_name_in_the_state(
         assert (await client.get("/v1/models", headers=headers)).status_code == 401
 
 
-async def test_the_documentation_asks_for_a_key(
+async def test_openapi_declares_the_key(
     closed: httpx.AsyncClient, client: httpx.AsyncClient
 ) -> None:
     document = (await closed.get("/openapi.json")).json()
@@ -167,13 +171,13 @@ async def test_the_documentation_asks_for_a_key(
     assert "security" not in (await client.get("/openapi.json")).json(), "there are no keys"
 
 
-async def test_metrics_can_be_closed(start: Start, path: Path, key: str) -> None:
+async def test_metrics_require_a_key_when_not_public(start: Start, path: Path, key: str) -> None:
     async with start(api_keys_file=path, metrics_public=False) as client:
         assert (await client.get("/metrics")).status_code == 401
         assert (await client.get("/metrics", headers={"X-API-Key": key})).status_code == 200
 
 
-async def test_metrics_count_refusals_by_kind_and_never_by_what_was_sent(
+async def test_metrics_count_refused_keys_without_their_values(
     closed: httpx.AsyncClient,
 ) -> None:
     for number in range(20):
@@ -185,7 +189,7 @@ async def test_metrics_count_refusals_by_kind_and_never_by_what_was_sent(
     assert "made-up-" not in text
 
 
-async def test_a_rate_limit_counts_each_key_for_itself(start: Start, path: Path, key: str) -> None:
+async def test_rate_limit_is_per_key(start: Start, path: Path, key: str) -> None:
     other = new_key(path, "other", admin=False)
     async with start(api_keys_file=path, rate_limit="3/h") as client:
 
@@ -203,7 +207,7 @@ async def test_a_rate_limit_counts_each_key_for_itself(start: Start, path: Path,
         assert (await client.get("/healthz")).status_code == 200
 
 
-async def test_without_keys_the_address_is_limited(start: Start) -> None:
+async def test_rate_limit_without_keys_is_per_address(start: Start) -> None:
     async with start(rate_limit="2/h") as client:
         statuses = [(await client.get("/v1/models")).status_code for _ in range(3)]
         assert statuses == [200, 200, 429]
@@ -217,7 +221,7 @@ PREFLIGHT = {
 }
 
 
-async def test_pages_elsewhere_are_not_let_in(closed: httpx.AsyncClient, key: str) -> None:
+async def test_cors_is_refused_by_default(closed: httpx.AsyncClient, key: str) -> None:
     answer = await closed.options("/v1/detect", headers=PREFLIGHT)
     assert answer.status_code == 401
     headers = {"X-API-Key": key, "Origin": "https://lab.example"}
@@ -225,7 +229,7 @@ async def test_pages_elsewhere_are_not_let_in(closed: httpx.AsyncClient, key: st
     assert not [name for name in answer.headers if name.startswith("access-control-")]
 
 
-async def test_pages_that_are_let_in_ask_without_the_key(
+async def test_cors_preflight_of_listed_origin_needs_no_key(
     start: Start, path: Path, key: str
 ) -> None:
     async with start(api_keys_file=path, cors_origins="https://lab.example") as client:
@@ -246,7 +250,7 @@ async def test_pages_that_are_let_in_ask_without_the_key(
             assert "access-control-allow-credentials" not in answer.headers
 
 
-async def test_headers_for_browsers(closed: httpx.AsyncClient) -> None:
+async def test_browser_security_headers_are_sent(closed: httpx.AsyncClient) -> None:
     for path in ("/", "/docs", "/docs.js", "/static/app.js", "/docs-assets/swagger-ui.css"):
         answer = await closed.get(path)
         assert answer.status_code == 200, path

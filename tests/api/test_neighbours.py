@@ -43,9 +43,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "I;16"])
-async def test_images_that_decode_for_long_leave_a_thread_to_small_ones(
-    start: Start, mode: str
-) -> None:
+async def test_slow_decodes_leave_a_thread_for_small_images(start: Start, mode: str) -> None:
     large = encoded(Image.new(mode, (7000, 7000)), compress_level=1)
     async with start(cpus=2) as client:
         pipeline = service_of(client).pipeline
@@ -61,7 +59,7 @@ async def test_images_that_decode_for_long_leave_a_thread_to_small_ones(
         assert {each.status_code for each in await asyncio.gather(*slow)} <= {200, 503}
 
 
-async def test_an_image_is_priced_by_its_own_canvas(start: Start, tmp_path: Path) -> None:
+async def test_cost_is_estimated_per_canvas(start: Start, tmp_path: Path) -> None:
     tiny_model.save(tmp_path, sizes=(Size(480, 640), Size(96, 128)))
     async with start(models_dir=tmp_path) as client:
         service = service_of(client)
@@ -86,9 +84,7 @@ async def test_an_image_is_priced_by_its_own_canvas(start: Start, tmp_path: Path
             assert answer.status_code == 200, answer.text
 
 
-async def test_what_waits_for_a_decode_thread_is_priced_by_its_own_canvas(
-    start: Start, tmp_path: Path
-) -> None:
+async def test_decode_queue_cost_is_estimated_per_canvas(start: Start, tmp_path: Path) -> None:
     tiny_model.save(tmp_path, sizes=(Size(480, 640), Size(96, 128)))
     async with start(models_dir=tmp_path) as client:
         service = service_of(client)
@@ -115,7 +111,7 @@ async def test_what_waits_for_a_decode_thread_is_priced_by_its_own_canvas(
         assert (await waiting).status_code == 200
 
 
-async def test_drawing_that_takes_too_long_is_refused_before_it_begins(start: Start) -> None:
+async def test_drawing_past_its_deadline_is_refused_early(start: Start) -> None:
     content = encoded(noise((200, 200)), "JPEG")
     async with start() as client:
         costs = service_of(client).pipeline.prediction.thread_costs
@@ -129,9 +125,7 @@ async def test_drawing_that_takes_too_long_is_refused_before_it_begins(start: St
         assert (await client.post("/v1/detect", content=content)).status_code == 200
 
 
-async def test_nothing_waits_behind_drawing_but_drawing(
-    start: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_drawing_delays_only_drawing(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     drawing, go_on = threading.Semaphore(0), threading.Event()
     encode = detection.encode
 
@@ -163,7 +157,7 @@ async def test_nothing_waits_behind_drawing_but_drawing(
     assert any(each.headers["content-type"] == "image/png" for each in answers)
 
 
-async def test_a_drawing_that_is_late_is_told_at_its_deadline(
+async def test_late_drawing_is_504_at_its_deadline(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go_on = threading.Event()
@@ -177,7 +171,7 @@ async def test_a_drawing_that_is_late_is_told_at_its_deadline(
 
 
 @pytest.mark.parametrize("size", [(50_000_000, 1), (1, 50_000_000)])
-async def test_tiles_are_counted_before_anything_is_made(
+async def test_too_many_tiles_are_refused_before_cutting(
     client: httpx.AsyncClient, size: tuple[int, int]
 ) -> None:
     answer = await client.post("/v1/detect?tile=auto", content=png_header(*size))
@@ -185,9 +179,7 @@ async def test_tiles_are_counted_before_anything_is_made(
     assert "at most 128 are accepted" in answer.json()["detail"]
 
 
-async def test_an_image_of_many_tiles_leaves_places_and_finds_some(
-    start: Start, tmp_path: Path
-) -> None:
+async def test_tiled_image_shares_queue_places(start: Start, tmp_path: Path) -> None:
     tiny_model.save(tmp_path, sizes=(Size(256, 256),), work=4)
     content = encoded(squares(size=(1900, 1900)))
     async with start(models_dir=tmp_path, request_timeout_ms=120_000) as client:

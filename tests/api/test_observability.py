@@ -52,7 +52,7 @@ def access_lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, object]]:
 
 
 @pytest.mark.parametrize("accept", ["application/json", "image/jpeg"])
-async def test_server_timing_of_one_image(client: httpx.AsyncClient, accept: str) -> None:
+async def test_server_timing_has_every_stage(client: httpx.AsyncClient, accept: str) -> None:
     answer = await client.post("/v1/detect", content=GOOD, headers={"Accept": accept})
     assert answer.headers["content-type"] == accept
     found = timing(answer)
@@ -62,7 +62,7 @@ async def test_server_timing_of_one_image(client: httpx.AsyncClient, accept: str
     assert found["inference"] > 0
 
 
-async def test_server_timing_of_several_images(client: httpx.AsyncClient) -> None:
+async def test_server_timing_of_a_batch_sums_its_images(client: httpx.AsyncClient) -> None:
     files = [("files", GOOD)] * 3
     answer = await client.post("/v1/detect/batch", files=files)
     assert 'desc="sum of 3 images"' in answer.headers["server-timing"]
@@ -78,7 +78,7 @@ async def test_errors_have_no_server_timing(client: httpx.AsyncClient) -> None:
         assert "server-timing" not in (await client.post(path, content=content)).headers
 
 
-async def test_the_line_of_a_request(
+async def test_access_log_line_has_documented_fields(
     client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, logger="retinaserve"):
@@ -98,7 +98,7 @@ async def test_the_line_of_a_request(
     assert (batch["status"], batch["pictures"], batch["reason"]) == (200, 1, "malformed-image")
 
 
-async def test_nobody_forges_a_line_or_a_label(
+async def test_request_cannot_forge_log_lines_or_labels(
     client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     forged = "%0A2026-01-01T00:00:00.000Z%20INFO%20%1b[31mforged"
@@ -116,7 +116,7 @@ async def test_nobody_forges_a_line_or_a_label(
     assert "forged" not in text.lower()
 
 
-async def test_no_key_is_ever_logged(
+async def test_log_never_holds_a_key(
     start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "keys.json"
@@ -140,7 +140,7 @@ async def test_no_key_is_ever_logged(
 
 @settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(plan=st.lists(st.sampled_from(sorted(BODIES)), min_size=1, max_size=25))
-def test_the_outcomes_add_up_to_the_requests(start: Start, plan: list[int]) -> None:
+def test_metrics_outcomes_add_up_to_requests(start: Start, plan: list[int]) -> None:
     async def counted() -> tuple[list[int], dict[str, Counter[str]]]:
         async with start() as client:
             answers = await asyncio.gather(
@@ -169,7 +169,7 @@ def test_the_outcomes_add_up_to_the_requests(start: Start, plan: list[int]) -> N
     assert counts["retinaserve_request_seconds_count"]["route=/v1/detect"] == len(plan)
 
 
-async def test_every_image_of_a_batch_has_one_outcome(new_client: httpx.AsyncClient) -> None:
+async def test_metrics_count_one_outcome_per_batch_image(new_client: httpx.AsyncClient) -> None:
     files = [("files", content) for content in (GOOD, b"", GOOD, b"GIF89a...", GOOD)]
     await new_client.post("/v1/detect/batch", files=files)
     found = await samples(new_client)
@@ -183,7 +183,7 @@ async def test_every_image_of_a_batch_has_one_outcome(new_client: httpx.AsyncCli
     assert found["retinaserve_requests_in_progress", ()] == 1, "the scrape itself"
 
 
-async def test_routes_are_templates(new_client: httpx.AsyncClient) -> None:
+async def test_metrics_label_routes_by_template(new_client: httpx.AsyncClient) -> None:
     paths = ("/static/sample.jpg", "/static/none", "/v1/models/tiny", "/v1/models/none", "/none")
     for path in paths:
         await new_client.get(path)
@@ -195,7 +195,7 @@ async def test_routes_are_templates(new_client: httpx.AsyncClient) -> None:
     assert routes == {"/static": 2, "/v1/models/{name}": 2, "unmatched": 1}
 
 
-async def test_detections_and_scores_show_what_answers_hold(new_client: httpx.AsyncClient) -> None:
+async def test_metrics_count_detections_and_scores(new_client: httpx.AsyncClient) -> None:
     for _ in range(2):
         await new_client.post("/v1/detect", content=GOOD)
     found = await samples(new_client)
@@ -209,7 +209,7 @@ async def test_detections_and_scores_show_what_answers_hold(new_client: httpx.As
     assert seconds > 0
 
 
-async def test_an_unloaded_version_leaves_no_series(start: Start, tmp_path: Path) -> None:
+async def test_unload_removes_metric_series(start: Start, tmp_path: Path) -> None:
     tiny_model.save(tmp_path, version=1)
     tiny_model.save(tmp_path, version=2)
     async with start(models_dir=tmp_path) as client:
@@ -229,7 +229,7 @@ async def test_an_unloaded_version_leaves_no_series(start: Start, tmp_path: Path
     assert names(after, "1") <= {"retinaserve_model_ready", "retinaserve_model_load_seconds"}
 
 
-def test_a_call_over_grpc_leaves_the_same(
+def test_grpc_call_leaves_log_line_metrics_and_span(
     repository: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

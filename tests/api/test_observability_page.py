@@ -32,7 +32,7 @@ def named(cell: str) -> set[str]:
     return set(re.findall(r"`([^`]+)`", cell))
 
 
-async def test_metrics(start: Start, tmp_path: Path) -> None:
+async def test_observability_page_lists_every_metric(start: Start, tmp_path: Path) -> None:
     async with start() as client:
         await client.post("/v1/detect", content=encoded(one_red()))
         await client.post("/v1/detect", content=b"")
@@ -48,7 +48,7 @@ async def test_metrics(start: Start, tmp_path: Path) -> None:
     assert described == exported
 
 
-def test_every_reason_of_a_503_is_named() -> None:
+def test_observability_page_lists_every_503_reason() -> None:
     sources = (ROOT / "service").rglob("*.py")
     written = {word for path in sources for word in re.findall(r'reason="(\S+)"', path.read_text())}
     (cell,) = [row[3] for row in rows(5) if row[0] == "`retinaserve_refusals_total`"]
@@ -56,7 +56,7 @@ def test_every_reason_of_a_503_is_named() -> None:
     assert written <= named(cell)
 
 
-async def test_every_question_asks_for_metrics_that_exist() -> None:
+async def test_observability_page_queries_use_existing_metrics() -> None:
     described = {name for row in rows(5) for name in named(row[0])}
     for row in rows(5):
         used = set(re.findall(r"retinaserve_\w+", row[4]))
@@ -66,7 +66,9 @@ async def test_every_question_asks_for_metrics_that_exist() -> None:
             assert {name, plain} & described, f"{row[0]} asks for {name}"
 
 
-async def test_log_fields(start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_observability_page_lists_every_log_field(
+    start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "keys.json"
     headers = {"X-API-Key": new_key(path, "lab", admin=False)}
     with caplog.at_level(logging.INFO, logger="retinaserve.access"):

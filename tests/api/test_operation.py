@@ -34,7 +34,7 @@ async def samples(
     }
 
 
-async def test_health(client: httpx.AsyncClient) -> None:
+async def test_health_probes_report_ready(client: httpx.AsyncClient) -> None:
     answer = await client.get("/healthz")
     assert (answer.status_code, answer.json()) == (200, {"status": "ok"})
     answer = await client.get("/readyz")
@@ -43,7 +43,7 @@ async def test_health(client: httpx.AsyncClient) -> None:
     assert (await client.head("/healthz")).status_code == 200
 
 
-async def test_not_ready_until_the_default_model_is_warm(repository: Path) -> None:
+async def test_readyz_is_503_until_the_default_model_is_warm(repository: Path) -> None:
     app = create_app(Settings(models_dir=repository, device="cpu"))
     transport = httpx.ASGITransport(app=app)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
@@ -58,7 +58,7 @@ async def test_not_ready_until_the_default_model_is_warm(repository: Path) -> No
         assert (await client.get("/healthz")).status_code == 200
 
 
-async def test_not_ready_while_draining(start: Start) -> None:
+async def test_readyz_is_503_while_draining(start: Start) -> None:
     async with start() as client:
         app = client._transport.app  # type: ignore[attr-defined]
         app.state.service.draining = True
@@ -69,7 +69,7 @@ async def test_not_ready_while_draining(start: Start) -> None:
         assert answer.status_code == 200, "a drain still serves"
 
 
-async def test_the_fallback_to_the_cpu_is_named(
+async def test_cpu_fallback_is_reported(
     start: Start, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("service.runtime.devices.nvidia_driver", lambda: None)
@@ -83,7 +83,7 @@ async def test_the_fallback_to_the_cpu_is_named(
     assert "no NVIDIA driver" in warnings[0].getMessage()
 
 
-async def test_metrics(new_client: httpx.AsyncClient) -> None:
+async def test_metrics_count_requests_and_stages(new_client: httpx.AsyncClient) -> None:
     content = encoded(squares((0, 0, RED), (64, 0, RED)))
     for _ in range(3):
         await new_client.post("/v1/detect", content=content, params={"score_threshold": 0.9})
@@ -115,7 +115,7 @@ async def test_metrics(new_client: httpx.AsyncClient) -> None:
     assert ready[1] == 1
 
 
-async def test_two_applications_share_nothing(start: Start) -> None:
+async def test_applications_share_no_metrics(start: Start) -> None:
     async with start() as one, start() as two:
         await one.post("/v1/detect", content=encoded(one_red()))
         labels = (("label", "red"), ("model", "tiny"), ("version", "1"))
@@ -123,7 +123,7 @@ async def test_two_applications_share_nothing(start: Start) -> None:
         assert (await samples(two))["retinaserve_detections_total", labels] == 0
 
 
-async def test_models(client: httpx.AsyncClient) -> None:
+async def test_models_lists_metadata(client: httpx.AsyncClient) -> None:
     (model,) = (await client.get("/v1/models")).json()["models"]
     assert (model["name"], model["default"], model["serving"]) == ("tiny", True, 1)
     (version,) = model["versions"]
@@ -140,7 +140,7 @@ async def test_models(client: httpx.AsyncClient) -> None:
     assert "tiny" in answer.json()["detail"]
 
 
-async def test_broken_versions_are_listed_and_do_no_harm(start: Start, tmp_path: Path) -> None:
+async def test_broken_versions_are_listed_as_failed(start: Start, tmp_path: Path) -> None:
     tiny_model.save(tmp_path, version=1)
     tiny_model.save(tmp_path, version=2)
     broken = tiny_model.save(tmp_path, version=10)
@@ -162,7 +162,7 @@ async def test_broken_versions_are_listed_and_do_no_harm(start: Start, tmp_path:
             assert "failed to load" in answer.json()["detail"]
 
 
-def test_what_can_never_serve_is_refused_at_once(repository: Path, tmp_path: Path) -> None:
+def test_start_rejects_unusable_repository(repository: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="no model"):
         create_app(Settings(models_dir=tmp_path, device="cpu"))
     with pytest.raises(DataError, match=r"'cells'.*tiny"):
@@ -173,15 +173,13 @@ def test_what_can_never_serve_is_refused_at_once(repository: Path, tmp_path: Pat
         create_app(Settings(models_dir=tmp_path, device="cpu"))
 
 
-def test_a_device_that_is_asked_for_must_be_there(
-    repository: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_start_rejects_missing_device(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("service.runtime.devices.nvidia_driver", lambda: None)
     with pytest.raises(DeviceError, match="cuda:0 cannot be used: no NVIDIA driver"):
         create_app(Settings(models_dir=repository, device="cuda"))
 
 
-async def test_openapi_has_examples_that_hold(client: httpx.AsyncClient) -> None:
+async def test_openapi_example_has_the_response_shape(client: httpx.AsyncClient) -> None:
     document = (await client.get("/openapi.json")).json()
     operation = document["paths"]["/v1/detect"]["post"]
     names = {parameter["name"] for parameter in operation["parameters"]}
@@ -203,13 +201,13 @@ def shape(value: object) -> object:
     return type(value)
 
 
-async def test_a_wrong_method_is_told_the_right_one(client: httpx.AsyncClient) -> None:
+async def test_wrong_method_is_405_with_the_right_one(client: httpx.AsyncClient) -> None:
     answer = await client.get("/v1/detect")
     assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
     assert answer.json()["detail"].endswith("use POST")
 
 
-async def test_page(client: httpx.AsyncClient) -> None:
+async def test_page_and_static_files_are_served(client: httpx.AsyncClient) -> None:
     page = await client.get("/")
     assert page.status_code == 200
     assert page.headers["content-type"].startswith("text/html")
@@ -217,7 +215,7 @@ async def test_page(client: httpx.AsyncClient) -> None:
     assert (await client.get("/static/../api.py")).status_code == 404
 
 
-async def test_documentation_comes_from_this_server_alone(client: httpx.AsyncClient) -> None:
+async def test_docs_load_nothing_from_other_hosts(client: httpx.AsyncClient) -> None:
     docs = await client.get("/docs")
     assert docs.status_code == 200
     assert "//" not in docs.text
@@ -229,7 +227,7 @@ async def test_documentation_comes_from_this_server_alone(client: httpx.AsyncCli
     assert "openapi.json" in (await client.get("/docs.js")).text
 
 
-async def test_the_log_has_the_request_id_and_never_a_forged_line(
+async def test_log_has_request_id_and_no_forged_line(
     client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, logger="retinaserve"):
@@ -247,7 +245,7 @@ async def test_the_log_has_the_request_id_and_never_a_forged_line(
     assert line["level"] == "info"
 
 
-async def test_what_nobody_foresaw_is_opaque(
+async def test_unhandled_exception_is_an_opaque_500(
     repository: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     app = create_app(Settings(models_dir=repository, device="cpu"))
@@ -292,12 +290,12 @@ async def assert_no_answer_names_the_host(app: FastAPI, headers: dict[str, str])
                 assert "location" not in answer.headers
 
 
-async def test_no_answer_redirects_or_believes_a_host(repository: Path) -> None:
+async def test_responses_ignore_host_and_never_redirect(repository: Path) -> None:
     app = create_app(Settings(models_dir=repository, device="cpu"))
     await assert_no_answer_names_the_host(app, {})
 
 
-async def test_no_answer_of_the_admin_listener_redirects_or_believes_a_host(
+async def test_admin_responses_ignore_host_and_never_redirect(
     repository: Path, tmp_path: Path
 ) -> None:
     keys = tmp_path / "keys.json"
@@ -320,7 +318,7 @@ async def test_no_answer_of_the_admin_listener_redirects_or_believes_a_host(
         ("/docs/", "/docs"),
     ],
 )
-async def test_path_with_slashes_too_many_is_told_the_right_one(
+async def test_extra_slashes_are_404_with_the_right_path(
     client: httpx.AsyncClient, asked: str, meant: str
 ) -> None:
     url = httpx.URL("http://test").copy_with(raw_path=asked.encode())

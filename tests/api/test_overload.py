@@ -39,7 +39,7 @@ class Body:
 
 
 @pytest.mark.parametrize("path", PATHS)
-async def test_a_queue_that_is_too_long_refuses_before_the_body(
+async def test_long_queue_is_503_before_the_body(
     start: Start, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     monkeypatch.setattr(Prediction, "wait", lambda self, *_, **__: 3.0)
@@ -54,7 +54,7 @@ async def test_a_queue_that_is_too_long_refuses_before_the_body(
         assert 'reason="deadline"' in (await client.get("/metrics")).text
 
 
-async def test_the_default_deadline_counts_where_none_is_given(
+async def test_default_deadline_applies_to_admission(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Prediction, "wait", lambda self, *_, **__: 3.0)
@@ -65,14 +65,14 @@ async def test_the_default_deadline_counts_where_none_is_given(
 
 
 @pytest.mark.parametrize("wrong", ["0", "-5", "1e3", "x", "9" * 40, ""])
-async def test_a_wrong_deadline_is_for_the_route_to_refuse(start: Start, wrong: str) -> None:
+async def test_invalid_deadline_is_422(start: Start, wrong: str) -> None:
     async with start() as client:
         headers = {"X-Deadline-Ms": wrong}
         assert (await client.post("/v1/detect", content=GOOD, headers=headers)).status_code == 422
 
 
 @pytest.mark.parametrize("wrong", ["0", "99999999"])
-async def test_a_wrong_deadline_is_wrong_on_a_busy_service_too(
+async def test_invalid_deadline_is_422_under_overload(
     start: Start, monkeypatch: pytest.MonkeyPatch, wrong: str
 ) -> None:
     monkeypatch.setattr(Prediction, "wait", lambda self, *_, **__: 3.0)
@@ -81,7 +81,7 @@ async def test_a_wrong_deadline_is_wrong_on_a_busy_service_too(
         assert (await client.post("/v1/detect", content=GOOD, headers=headers)).status_code == 422
 
 
-async def test_a_full_queue_refuses_before_the_body(start: Start) -> None:
+async def test_full_queue_is_503_before_the_body(start: Start) -> None:
     async with start(max_queue_size=1) as client:
         with service_of(client).places.slot():
             body = Body()
@@ -91,7 +91,7 @@ async def test_a_full_queue_refuses_before_the_body(start: Start) -> None:
         assert not body.read
 
 
-async def test_bytes_are_bounded_too(start: Start) -> None:
+async def test_queue_bytes_are_bounded(start: Start) -> None:
     async with start(max_queue_bytes=1_000_000) as client:
         with service_of(client).places.slot(1_000_000):
             answer = await client.post("/v1/detect", content=GOOD)
@@ -100,7 +100,7 @@ async def test_bytes_are_bounded_too(start: Start) -> None:
         assert (await client.post("/v1/detect", content=GOOD)).status_code == 200
 
 
-async def test_a_deadline_that_no_image_can_meet_is_told_so(start: Start) -> None:
+async def test_impossible_deadline_is_refused_with_the_needed_time(start: Start) -> None:
     async with start() as client:
         costs = service_of(client).registry.get().costs
         costs.__init__()  # type: ignore[misc]
@@ -112,7 +112,7 @@ async def test_a_deadline_that_no_image_can_meet_is_told_so(start: Start) -> Non
         assert (await client.post("/v1/detect", content=GOOD)).status_code == 200
 
 
-async def test_the_first_image_finds_its_cost_known(start: Start) -> None:
+async def test_warm_up_teaches_the_cost_model(start: Start) -> None:
     async with start() as client:
         costs = service_of(client).registry.get().costs
         for canvas in (Size(96, 128), Size(128, 96), Size(96, 96)):
@@ -120,7 +120,7 @@ async def test_the_first_image_finds_its_cost_known(start: Start) -> None:
             assert 0 < costs.fastest <= costs.of(canvas).seconds(1)
 
 
-async def test_a_lost_device_fails_probes_and_requests_with_its_reason(start: Start) -> None:
+async def test_lost_device_fails_probes_and_requests(start: Start) -> None:
     async with start() as client:
         service_of(client).pipeline.fatal = "the device does not answer any more: CUDA error 700"
         for path in ("/healthz", "/readyz"):
@@ -135,7 +135,9 @@ async def test_a_lost_device_fails_probes_and_requests_with_its_reason(start: St
         assert not body.read
 
 
-async def test_a_refusal_is_not_even_routed(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_overload_refusal_skips_routing(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Prediction, "wait", lambda self, *_, **__: 30.0)
     async with start() as client:
         monkeypatch.setattr(

@@ -97,7 +97,9 @@ async def assert_still_serving(client: httpx.AsyncClient) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", BAD)
-async def test_bad_images(client: httpx.AsyncClient, name: str, way: Callable[..., object]) -> None:
+async def test_detect_rejects_bad_images(
+    client: httpx.AsyncClient, name: str, way: Callable[..., object]
+) -> None:
     make, status = BAD[name]
     answer = await way(client, make())
     assert answer.status_code == status, answer.text
@@ -111,7 +113,9 @@ async def test_bad_images(client: httpx.AsyncClient, name: str, way: Callable[..
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", GOOD)
-async def test_odd_images(client: httpx.AsyncClient, name: str, way: Callable[..., object]) -> None:
+async def test_detect_accepts_unusual_images(
+    client: httpx.AsyncClient, name: str, way: Callable[..., object]
+) -> None:
     answer = await way(client, GOOD[name]())
     assert answer.status_code == 200, answer.text
     assert answer.json()["image"] == {"width": 128, "height": 96}
@@ -121,7 +125,7 @@ async def test_odd_images(client: httpx.AsyncClient, name: str, way: Callable[..
     await assert_still_serving(client)
 
 
-async def test_what_is_transparent_is_white_not_its_hidden_colour(
+async def test_transparent_pixels_are_white(
     client: httpx.AsyncClient,
 ) -> None:
     answer = await raw(client, transparent())
@@ -129,7 +133,7 @@ async def test_what_is_transparent_is_white_not_its_hidden_colour(
     assert {each["label"] for each in left_edge} == {"red", "green", "blue"}
 
 
-async def test_a_large_upload_that_says_so_is_not_read(new_client: httpx.AsyncClient) -> None:
+async def test_declared_large_body_is_413_before_reading(new_client: httpx.AsyncClient) -> None:
     read = 0
 
     async def body() -> AsyncIterator[bytes]:
@@ -147,7 +151,7 @@ async def test_a_large_upload_that_says_so_is_not_read(new_client: httpx.AsyncCl
 
 
 @pytest.mark.parametrize("content_type", ["image/jpeg", "multipart/form-data; boundary=b"])
-async def test_a_large_upload_in_chunks_is_counted(
+async def test_chunked_large_body_is_413_at_the_limit(
     new_client: httpx.AsyncClient, content_type: str
 ) -> None:
     read = 0
@@ -167,7 +171,7 @@ async def test_a_large_upload_in_chunks_is_counted(
     await assert_still_serving(new_client)
 
 
-async def test_an_encoded_body(client: httpx.AsyncClient) -> None:
+async def test_content_encoding_is_415(client: httpx.AsyncClient) -> None:
     answer = await client.post(
         "/v1/detect", content=encoded(one_red()), headers={"Content-Encoding": "gzip"}
     )
@@ -194,7 +198,9 @@ def broken_json() -> Iterator[tuple[str, bytes]]:
 
 
 @pytest.mark.parametrize(("name", "body"), list(broken_json()))
-async def test_broken_json(client: httpx.AsyncClient, name: str, body: bytes) -> None:
+async def test_detect_rejects_broken_json(
+    client: httpx.AsyncClient, name: str, body: bytes
+) -> None:
     answer = await client.post(
         "/v1/detect", content=body, headers={"Content-Type": "application/json; charset=utf-8"}
     )
@@ -220,7 +226,7 @@ def broken_forms() -> Iterator[tuple[str, str, bytes, int]]:
 
 
 @pytest.mark.parametrize(("name", "content_type", "body", "status"), list(broken_forms()))
-async def test_broken_forms(
+async def test_detect_rejects_broken_forms(
     client: httpx.AsyncClient, name: str, content_type: str, body: bytes, status: int
 ) -> None:
     answer = await client.post("/v1/detect", content=body, headers={"Content-Type": content_type})
@@ -228,7 +234,7 @@ async def test_broken_forms(
     await assert_still_serving(client)
 
 
-async def test_a_form_with_another_field_name_says_what_is_right(
+async def test_form_error_names_the_right_field(
     client: httpx.AsyncClient,
 ) -> None:
     answer = await client.post("/v1/detect", files={"image": encoded(one_red())})
@@ -237,7 +243,7 @@ async def test_a_form_with_another_field_name_says_what_is_right(
     assert "image" in answer.json()["detail"]
 
 
-async def test_paths_and_methods_that_do_not_exist(client: httpx.AsyncClient) -> None:
+async def test_unknown_paths_and_methods_are_problems(client: httpx.AsyncClient) -> None:
     answer = await client.get("/v1/nothing")
     assert (answer.status_code, answer.headers["content-type"]) == (404, "application/problem+json")
     answer = await client.get("/v1/detect")
@@ -246,7 +252,7 @@ async def test_paths_and_methods_that_do_not_exist(client: httpx.AsyncClient) ->
     assert answer.json()["status"] == 405
 
 
-async def test_a_jpeg_larger_than_the_canvas_is_found_in_original_pixels(
+async def test_large_jpeg_boxes_are_in_original_pixels(
     client: httpx.AsyncClient,
 ) -> None:
     large = squares((32, 16, RED)).resize((2048, 1536), Image.Resampling.NEAREST)
@@ -301,7 +307,7 @@ LONG = "a" * 7000
         ),
     ],
 )
-async def test_errors_repeat_little_of_their_request(
+async def test_errors_quote_little_of_the_request(
     client: httpx.AsyncClient, path: str, headers: dict[str, str], body: bytes
 ) -> None:
     answer = await client.post(path, headers=headers, content=body)
@@ -312,7 +318,7 @@ async def test_errors_repeat_little_of_their_request(
 
 
 @pytest.mark.parametrize("name", ["Accept", "Range", "Traceparent", "Content-Type"])
-async def test_headers_that_are_parsed_have_a_bound(client: httpx.AsyncClient, name: str) -> None:
+async def test_parsed_headers_are_bounded(client: httpx.AsyncClient, name: str) -> None:
     for path in ("/v1/models", "/static/sample.jpg", "/metrics"):
         answer = await client.get(path, headers={name: "," * 2049})
         assert answer.status_code == 431
@@ -322,14 +328,14 @@ async def test_headers_that_are_parsed_have_a_bound(client: httpx.AsyncClient, n
     assert (await client.get("/v1/models", headers={"Cookie": "a=b;" * 8000})).status_code == 200
 
 
-async def test_paths_and_queries_have_a_bound(client: httpx.AsyncClient) -> None:
+async def test_paths_and_queries_are_bounded(client: httpx.AsyncClient) -> None:
     answer = await client.get("/v1/models?" + "a" * 8192)
     assert answer.status_code == 414
     assert "at most 8192" in answer.json()["detail"]
     assert (await client.get("/v1/models?" + "a" * 8000)).status_code == 200
 
 
-async def test_queries_of_many_parameters_are_refused_before_they_are_parsed(
+async def test_queries_of_many_parameters_are_refused_unparsed(
     client: httpx.AsyncClient,
 ) -> None:
     answer = await client.post("/v1/detect?" + "a&" * 256)

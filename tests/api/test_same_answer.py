@@ -77,7 +77,9 @@ async def check(contents: list[bytes], start: Start, models: Path, folder: Path)
             assert_same(one, other, score_threshold=0.3)
 
 
-async def test_drawn_smears(start: Start, tmp_path: Path) -> None:
+async def test_every_route_gives_the_same_detections_on_drawn_images(
+    start: Start, tmp_path: Path
+) -> None:
     sizes = [(640, 480), (480, 640), (640, 480), (500, 500), (1280, 960)]
     contents = [
         encoded(draw_smear(seed, width=width, height=height)[0], "JPEG", quality=90)
@@ -86,6 +88,8 @@ async def test_drawn_smears(start: Start, tmp_path: Path) -> None:
     await check(contents, start, bundled_models(), tmp_path)
 
 
-async def test_real_images(start: Start, bccd: Path, tmp_path: Path) -> None:
+async def test_every_route_gives_the_same_detections_on_real_images(
+    start: Start, bccd: Path, tmp_path: Path
+) -> None:
     paths = sorted((bccd / "JPEGImages").glob("*.jpg"))[:6]
     await check([path.read_bytes() for path in paths], start, bundled_models(), tmp_path)

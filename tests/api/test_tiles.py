@@ -91,7 +91,7 @@ async def until(condition: Callable[[], bool]) -> None:
     pytest.fail("it never happened")
 
 
-async def test_small_objects_of_a_large_image(start: Start, models: Path) -> None:
+async def test_tiling_finds_small_objects(start: Start, models: Path) -> None:
     image, places = sparse()
     async with start(models_dir=models) as client:
         answer = await client.post("/v1/detect", content=encoded(image), params=LOOSE)
@@ -106,7 +106,7 @@ async def test_small_objects_of_a_large_image(start: Start, models: Path) -> Non
     assert sorted(nearest(answer.json(), places)) == sorted(places), "each once"
 
 
-async def test_images_for_one_canvas_get_what_they_get_without(client: httpx.AsyncClient) -> None:
+async def test_tiling_leaves_small_images_alone(client: httpx.AsyncClient) -> None:
     for size in ((8, 8), (128, 96), (200, 150), (256, 192)):
         content = encoded(squares((32, 16, RED), (80, 40, GREEN), size=size), "JPEG")
         plain = (await client.post("/v1/detect", content=content)).json()
@@ -116,7 +116,7 @@ async def test_images_for_one_canvas_get_what_they_get_without(client: httpx.Asy
             assert tiled["image"] == {**plain["image"], "tiles": 1}
 
 
-async def test_every_way_in_gives_the_same_answer(
+async def test_tiling_is_the_same_on_every_route(
     start: Start, models: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "images"
@@ -171,7 +171,7 @@ def of_json(answer: dict[str, Any]) -> Detections:
     )
 
 
-async def test_the_bundled_model_counts_a_slide(start: Start, tmp_path: Path) -> None:
+async def test_tiling_counts_cells_of_a_slide(start: Start, tmp_path: Path) -> None:
     image, cells = smears(3, 3)
     content = encoded(image, "JPEG", quality=90)
     path = tmp_path / "slide.jpg"
@@ -198,7 +198,7 @@ async def test_the_bundled_model_counts_a_slide(start: Start, tmp_path: Path) ->
     assert local["image"] == tiled["image"]
 
 
-async def test_a_drawn_image_of_tiles(start: Start, models: Path) -> None:
+async def test_tiling_draws_boxes_on_the_whole_image(start: Start, models: Path) -> None:
     image, _ = sparse()
     async with start(models_dir=models) as client:
         answer = await client.post(
@@ -213,19 +213,19 @@ async def test_a_drawn_image_of_tiles(start: Start, models: Path) -> None:
 
 @pytest.mark.parametrize("path", ["/v1/detect", "/v1/detect/batch"])
 @pytest.mark.parametrize("tile", ["foo", "0", "31", "65536", "-1", "1.5", "", "640x480", "nan"])
-async def test_a_tile_that_is_none(client: httpx.AsyncClient, path: str, tile: str) -> None:
+async def test_tile_rejects_invalid_value(client: httpx.AsyncClient, path: str, tile: str) -> None:
     answer = await client.post(path, content=encoded(one_red()), params={"tile": tile})
     assert answer.status_code == 422
     assert f"tile={tile!r}" in answer.json()["detail"]
     assert "32 to 65535" in answer.json()["detail"]
 
 
-async def test_a_tile_twice(client: httpx.AsyncClient) -> None:
+async def test_tile_rejects_repeats(client: httpx.AsyncClient) -> None:
     answer = await client.post("/v1/detect?tile=auto&tile=off", content=encoded(one_red()))
     assert answer.status_code == 422
 
 
-async def test_a_panorama_is_told_which_tile_fits(client: httpx.AsyncClient) -> None:
+async def test_too_many_tiles_error_names_a_fitting_size(client: httpx.AsyncClient) -> None:
     content = encoded(squares(size=(20_000, 100)))
     answer = await client.post("/v1/detect?tile=auto", content=content)
     assert answer.status_code == 413
@@ -240,7 +240,7 @@ async def test_a_panorama_is_told_which_tile_fits(client: httpx.AsyncClient) -> 
     assert (await client.post("/v1/detect?tile=off", content=content)).status_code == 200
 
 
-async def test_bad_images_are_bad_in_tiles(client: httpx.AsyncClient) -> None:
+async def test_tiling_rejects_bad_images(client: httpx.AsyncClient) -> None:
     whole = encoded(sparse()[0], "JPEG")
     for content, status in ((b"", 400), (b"GIF89a...", 415), (whole[: len(whole) // 2], 400)):
         answer = await client.post("/v1/detect?tile=auto", content=content)
@@ -248,7 +248,7 @@ async def test_bad_images_are_bad_in_tiles(client: httpx.AsyncClient) -> None:
     assert service_of(client).places.held == 0
 
 
-async def test_a_image_with_more_tiles_than_the_queue_has_places(start: Start) -> None:
+async def test_tiles_beyond_the_queue_size_are_413(start: Start) -> None:
     async with start(max_queue_size=8) as client:
         content = encoded(sparse()[0])
         answer = await client.post("/v1/detect?tile=auto", content=content)
@@ -258,7 +258,7 @@ async def test_a_image_with_more_tiles_than_the_queue_has_places(start: Start) -
         assert (await client.post(f"/v1/detect?tile={named}", content=content)).status_code == 200
 
 
-async def test_the_tiles_in_the_pipeline_find_room_or_none_does(start: Start, models: Path) -> None:
+async def test_tiles_are_admitted_together(start: Start, models: Path) -> None:
     content = encoded(sparse()[0])
     async with start(models_dir=models, max_queue_size=21) as client:
         service = service_of(client)
@@ -279,7 +279,7 @@ async def test_the_tiles_in_the_pipeline_find_room_or_none_does(start: Start, mo
         assert await samples(client, "retinaserve_stage_seconds_count") == 5
 
 
-async def test_the_images_of_a_batch_do_not_refuse_each_other(start: Start, models: Path) -> None:
+async def test_tiled_batch_images_do_not_refuse_each_other(start: Start, models: Path) -> None:
     large, small = encoded(sparse()[0]), encoded(one_red())
     too_large = encoded(squares(size=(4000, 300)))
     files = [("files", content) for content in (large, small, large, too_large, small, large)]
@@ -290,7 +290,7 @@ async def test_the_images_of_a_batch_do_not_refuse_each_other(start: Start, mode
     assert "at most 21" in results[3]["error"]["detail"]
 
 
-async def test_others_are_served_in_between(start: Start, tmp_path: Path) -> None:
+async def test_tiled_image_lets_others_be_served(start: Start, tmp_path: Path) -> None:
     tiny_model.save(tmp_path, sizes=(Size(256, 256),), work=4)
     async with start(models_dir=tmp_path, request_timeout_ms=120_000) as client:
         service = service_of(client)
@@ -307,7 +307,7 @@ async def test_others_are_served_in_between(start: Start, tmp_path: Path) -> Non
         assert service.places.held == 0
 
 
-async def test_the_deadline_is_one_for_all_tiles(start: Start, tmp_path: Path) -> None:
+async def test_tiles_share_one_deadline(start: Start, tmp_path: Path) -> None:
     tiny_model.save(tmp_path, sizes=(Size(256, 256),), work=20)
     async with start(models_dir=tmp_path) as client:
         service = service_of(client)
@@ -326,7 +326,7 @@ async def test_the_deadline_is_one_for_all_tiles(start: Start, tmp_path: Path) -
         assert inferences < 82, "what is late costs no more device time"
 
 
-async def test_large_images_lie_decoded_in_memory_one_by_one(
+async def test_tiled_images_are_decoded_one_at_a_time(
     start: Start, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lying: list[int] = []
@@ -349,7 +349,7 @@ async def test_large_images_lie_decoded_in_memory_one_by_one(
     assert max(lying) <= 3
 
 
-async def test_a_tile_that_fails_fails_its_image_alone(start: Start, tmp_path: Path) -> None:
+async def test_failing_tile_fails_its_image_alone(start: Start, tmp_path: Path) -> None:
     tiny_model.save(tmp_path, sizes=(Size(256, 256),), poison=True)
     image, _ = sparse()
     spoilt = image.copy()
@@ -369,7 +369,7 @@ async def test_a_tile_that_fails_fails_its_image_alone(start: Start, tmp_path: P
         assert not service_of(client).decoded_images.locked()
 
 
-async def test_timing_adds_up(start: Start, models: Path) -> None:
+async def test_tiling_timing_adds_up(start: Start, models: Path) -> None:
     async with start(models_dir=models) as client:
         answer = await client.post("/v1/detect?tile=auto", content=encoded(sparse()[0]))
     timing = answer.json()["timing_ms"]

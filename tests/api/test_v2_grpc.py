@@ -83,7 +83,7 @@ def refusal(call: Callable[[], object]) -> grpc.RpcError:
     return caught.value
 
 
-def test_in_the_background(client: triton.InferenceServerClient) -> None:
+def test_grpc_async_infer_returns_detections(client: triton.InferenceServerClient) -> None:
     done = threading.Event()
     found: dict[str, Any] = {}
 
@@ -97,7 +97,7 @@ def test_in_the_background(client: triton.InferenceServerClient) -> None:
     assert found["result"].as_numpy("scores").tolist() == [1.0]
 
 
-def test_typed_contents_come_back_typed(channel: grpc.Channel) -> None:
+def test_grpc_typed_contents_are_answered_typed(channel: grpc.Channel) -> None:
     answer = infer(channel, typed())
     assert list(answer.raw_output_contents) == []
     outputs = {each.name: each for each in answer.outputs}
@@ -121,7 +121,7 @@ def test_typed_contents_come_back_typed(channel: grpc.Channel) -> None:
         (lambda c: c.get_inference_statistics("tiny"), "UNIMPLEMENTED", "there are ServerLive"),
     ],
 )
-def test_errors(
+def test_grpc_errors_have_status_codes(
     client: triton.InferenceServerClient,
     call: Callable[[triton.InferenceServerClient], object],
     code: str,
@@ -185,7 +185,7 @@ def test_errors(
         ),
     ],
 )
-def test_malformed_messages(
+def test_grpc_rejects_malformed_tensors(
     channel: grpc.Channel, request_: pb.ModelInferRequest, named: str
 ) -> None:
     error = refusal(lambda: infer(channel, request_))
@@ -194,12 +194,12 @@ def test_malformed_messages(
 
 
 @pytest.mark.parametrize("method", ["ModelInfer", "ModelMetadata"])
-def test_bytes_that_are_no_message(channel: grpc.Channel, method: str) -> None:
+def test_grpc_rejects_bytes_that_do_not_parse(channel: grpc.Channel, method: str) -> None:
     error = refusal(lambda: channel.unary_unary(METHOD + method)(b"\xff\xff\xff", timeout=PATIENCE))
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
-def test_messages_of_more_fields_than_a_request_needs(channel: grpc.Channel) -> None:
+def test_grpc_rejects_messages_of_too_many_fields(channel: grpc.Channel) -> None:
     call = channel.unary_unary(METHOD + "ModelInfer")
     for content in (b"\x2a\x00" * 100_000, b"\x78\x00" * 100_000, b"\x22\x00" * 1100):
         error = refusal(partial(call, content, timeout=PATIENCE))
@@ -210,14 +210,14 @@ def test_messages_of_more_fields_than_a_request_needs(channel: grpc.Channel) -> 
 
 
 @pytest.mark.parametrize("method", ["ServerLive", "ModelMetadata", "RepositoryIndex"])
-def test_messages_of_other_methods_are_small(channel: grpc.Channel, method: str) -> None:
+def test_grpc_bounds_messages_of_other_methods(channel: grpc.Channel, method: str) -> None:
     content = pb.ModelMetadataRequest(name="x" * 70_000).SerializeToString()
     error = refusal(lambda: channel.unary_unary(METHOD + method)(content, timeout=PATIENCE))
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert "at most 65536" in error.details()
 
 
-def test_messages_of_health_checks_are_small(channel: grpc.Channel) -> None:
+def test_grpc_bounds_health_check_messages(channel: grpc.Channel) -> None:
     check, watched = grpc_messages.load()[grpc_messages.HEALTH]
     content = check.request(service="x" * 70_000).SerializeToString()
     unary = channel.unary_unary(f"/{grpc_messages.HEALTH}/{check.name}")
@@ -244,7 +244,7 @@ def test_messages_of_health_checks_are_small(channel: grpc.Channel) -> None:
         ({"parameters": {"timeout": {"string_param": "x" * 500_000}}}, "INVALID_ARGUMENT"),
     ],
 )
-def test_errors_repeat_little_of_what_was_sent(
+def test_grpc_errors_quote_little_of_the_request(
     channel: grpc.Channel, changed: dict[str, Any], code: str
 ) -> None:
     fields: dict[str, Any] = {"model_name": "tiny", "inputs": typed().inputs} | changed
@@ -253,7 +253,7 @@ def test_errors_repeat_little_of_what_was_sent(
     assert len(error.details()) < 300
 
 
-def test_compressed_messages_are_no_larger_than_others(channel: grpc.Channel) -> None:
+def test_grpc_bounds_compressed_messages(channel: grpc.Channel) -> None:
     call = channel.unary_unary(METHOD + "ModelInfer")
     compression = grpc.Compression.Gzip
     error = refusal(
@@ -264,7 +264,7 @@ def test_compressed_messages_are_no_larger_than_others(channel: grpc.Channel) ->
     assert call(content, compression=compression, timeout=PATIENCE)
 
 
-def test_big_messages_are_taken_apart_one_after_another(
+def test_grpc_large_messages_are_parsed_one_at_a_time(
     server: Served, channel: grpc.Channel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at_once, most = 0, 0
@@ -303,7 +303,7 @@ def stuck(server: Served, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
         yield patch.undo
 
 
-def test_a_clients_deadline_ends_the_work(
+def test_grpc_deadline_cancels_the_request(
     server: Served, channel: grpc.Channel, stuck: Callable[[], None]
 ) -> None:
     call = channel.unary_unary(METHOD + "ModelInfer")
@@ -312,7 +312,7 @@ def test_a_clients_deadline_ends_the_work(
     until(lambda: server.service.places.held == 0)
 
 
-def test_a_client_that_leaves_frees_its_place(
+def test_grpc_cancel_frees_queue_place(
     server: Served, channel: grpc.Channel, stuck: Callable[[], None]
 ) -> None:
     call = channel.unary_unary(METHOD + "ModelInfer")
@@ -325,7 +325,7 @@ def test_a_client_that_leaves_frees_its_place(
     assert infer(channel, typed()).model_name == "tiny"
 
 
-def test_a_message_that_does_not_come(repository: Path) -> None:
+def test_grpc_message_timeout_ends_the_call(repository: Path) -> None:
     never = threading.Event()
 
     def messages() -> Iterator[bytes]:
@@ -346,7 +346,7 @@ def test_a_message_that_does_not_come(repository: Path) -> None:
         never.set()
 
 
-def test_who_cannot_be_served_need_not_send(
+def test_grpc_full_queue_refuses_before_the_message(
     server: Served, channel: grpc.Channel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     never = threading.Event()
@@ -364,7 +364,7 @@ def test_who_cannot_be_served_need_not_send(
     assert "queue is full" in error.details()
 
 
-def test_a_full_queue_says_when_to_come_back(repository: Path) -> None:
+def test_grpc_full_queue_has_retry_after(repository: Path) -> None:
     with (
         served(repository, max_queue_size=2) as server,
         grpc.insecure_channel(server.grpc) as channel,
@@ -379,7 +379,7 @@ def test_a_full_queue_says_when_to_come_back(repository: Path) -> None:
         assert trailing["x-request-id"]
 
 
-def test_keys_and_tls(repository: Path, tmp_path: Path) -> None:
+def test_grpc_serves_keys_over_tls(repository: Path, tmp_path: Path) -> None:
     keys = tmp_path / "keys.json"
     name = new_key(keys, "tester", admin=False)
     certificate, key = make_certificate(tmp_path)
@@ -400,7 +400,7 @@ def test_keys_and_tls(repository: Path, tmp_path: Path) -> None:
             assert client.get_model_metadata("tiny", headers=headers).name == "tiny"
 
 
-def test_grpcs_own_health_check(server: Served, channel: grpc.Channel) -> None:
+def test_grpc_health_check_reports_serving(server: Served, channel: grpc.Channel) -> None:
     check, _ = grpc_messages.load()[grpc_messages.HEALTH]
     call = channel.unary_unary(
         f"/{grpc_messages.HEALTH}/Check",
@@ -430,7 +430,7 @@ def watch(channel: grpc.Channel, name: str = "") -> Any:
     return call(method.request(service=name), timeout=PATIENCE)
 
 
-def test_watching_the_health(server: Served, channel: grpc.Channel) -> None:
+def test_grpc_health_watch_reports_changes(server: Served, channel: grpc.Channel) -> None:
     states = watch(channel, grpc_messages.INFERENCE)
     assert next(states).status == SERVING
     server.service.draining = True
@@ -445,7 +445,7 @@ def test_watching_the_health(server: Served, channel: grpc.Channel) -> None:
     unknown.cancel()
 
 
-def test_who_watches_is_told_of_the_end_and_does_not_delay_it(
+def test_grpc_health_watches_are_bounded_and_see_the_shutdown(
     repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(grpc_streams, "_MOST_WATCHES", 2)
@@ -459,7 +459,7 @@ def test_who_watches_is_told_of_the_end_and_does_not_delay_it(
         assert [next(states).status for states in watches] == [NOT_SERVING, NOT_SERVING]
 
 
-def test_slow_messages_are_few_and_keep_no_other_out(repository: Path) -> None:
+def test_grpc_slow_messages_do_not_block_others(repository: Path) -> None:
     never = threading.Event()
 
     def messages() -> Iterator[bytes]:
@@ -482,7 +482,9 @@ def test_slow_messages_are_few_and_keep_no_other_out(repository: Path) -> None:
         until(lambda: all(each.done() for each in slow))
 
 
-def test_who_connects_and_says_nothing(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grpc_silent_connections_are_bounded_and_closed(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(grpc_server, "HEAD_SECONDS", 0.5)
     monkeypatch.setattr(grpc_server, "descriptors", lambda: 6)
     with served(repository) as server, ExitStack() as stack:
@@ -498,7 +500,7 @@ def test_who_connects_and_says_nothing(repository: Path, monkeypatch: pytest.Mon
                 pass
 
 
-def test_the_compiled_messages_are_those_of_the_sources(tmp_path: Path) -> None:
+def test_grpc_descriptors_match_the_proto_files(tmp_path: Path) -> None:
     from grpc_tools import protoc
 
     folder = Path(str(files("service.http.oip")))
@@ -508,7 +510,7 @@ def test_the_compiled_messages_are_those_of_the_sources(tmp_path: Path) -> None:
     assert target.read_bytes() == (folder / grpc_messages.DESCRIPTORS).read_bytes()
 
 
-def test_the_messages_are_those_of_other_servers() -> None:
+def test_grpc_messages_match_triton() -> None:
     published = pb.DESCRIPTOR.message_types_by_name
     for method in grpc_messages.load()[grpc_messages.INFERENCE]:
         for kind in (method.request, method.response):

@@ -70,7 +70,7 @@ def refusal(answer: httpx.Response) -> str:
         (b'{"inputs": [' + b"[" * 1_000_000, "more than 1000000 lists"),
     ],
 )
-def test_bodies_that_are_no_request(client: httpx.Client, body: bytes, named: str) -> None:
+def test_v2_rejects_malformed_json(client: httpx.Client, body: bytes, named: str) -> None:
     assert named in refusal(client.post(INFER, content=body))
 
 
@@ -125,7 +125,7 @@ def test_bodies_that_are_no_request(client: httpx.Client, body: bytes, named: st
         (changed(data=None, parameters={"shared_memory_region": "a"}), "shared memory"),
     ],
 )
-def test_tensors_that_the_model_does_not_take(
+def test_v2_rejects_unsupported_tensors(
     client: httpx.Client, given: dict[str, Any], named: str
 ) -> None:
     assert named in refusal(client.post(INFER, json={"inputs": [given]}))
@@ -161,7 +161,7 @@ def test_tensors_that_the_model_does_not_take(
         ({"outputs": [{"name": "boxes", "parameters": {"classification": 2}}]}, "classification"),
     ],
 )
-def test_requests_that_contradict_themselves(
+def test_v2_rejects_contradicting_inputs(
     client: httpx.Client, fields: dict[str, Any], named: str
 ) -> None:
     document = {"inputs": [changed()]} | fields
@@ -176,7 +176,7 @@ def test_requests_that_contradict_themselves(
         ([[96, 128]] * 2, "2 rows for 1 images"),
     ],
 )
-def test_image_sizes_lie_on_their_canvas(
+def test_v2_rejects_image_sizes_beyond_the_canvas(
     client: httpx.Client, sizes: list[list[int]], named: str
 ) -> None:
     entry = {"name": "image_sizes", "datatype": "INT64", "shape": [len(sizes), 2], "data": sizes}
@@ -185,19 +185,19 @@ def test_image_sizes_lie_on_their_canvas(
 
 
 @pytest.mark.parametrize("length", ["", "-1", "+5", "x", "1e3", "9" * 5000, "99999999", "0", "10"])
-def test_a_header_length_that_lies(client: httpx.Client, length: str) -> None:
+def test_v2_rejects_wrong_header_length(client: httpx.Client, length: str) -> None:
     declared, raw = binary_images(encoded(one_red()))
     refusal(client.post(INFER, **with_raw({"inputs": [declared]}, raw, length)))
 
 
 @pytest.mark.parametrize("size", [-1, 0, 1, 2**31, 2**63, 1.5, "10", True, None, [], {}])
-def test_a_binary_size_that_lies(client: httpx.Client, size: object) -> None:
+def test_v2_rejects_wrong_binary_size(client: httpx.Client, size: object) -> None:
     declared, raw = binary_images(encoded(one_red()))
     declared["parameters"]["binary_data_size"] = size
     refusal(client.post(INFER, **with_raw({"inputs": [declared]}, raw)))
 
 
-def test_bytes_that_are_missing_or_left_over(client: httpx.Client) -> None:
+def test_v2_rejects_missing_or_extra_bytes(client: httpx.Client) -> None:
     declared, raw = binary_images(encoded(one_red()))
     document = {"inputs": [declared]}
     assert "add up to" in refusal(client.post(INFER, **with_raw(document, raw + b"x")))
@@ -230,7 +230,7 @@ def test_bytes_that_are_missing_or_left_over(client: httpx.Client) -> None:
         (prefixed(*[b""] * 100_000), "the data has more"),
     ],
 )
-def test_elements_whose_lengths_lie(client: httpx.Client, raw: bytes, named: str) -> None:
+def test_v2_rejects_wrong_element_lengths(client: httpx.Client, raw: bytes, named: str) -> None:
     declared, _ = binary_images(b"", size=len(raw))
     assert named in refusal(client.post(INFER, **with_raw({"inputs": [declared]}, raw)))
 
@@ -238,7 +238,7 @@ def test_elements_whose_lengths_lie(client: httpx.Client, raw: bytes, named: str
 @pytest.mark.parametrize(
     "data", [["%%%"], ["AAA"], [1], [None], [["QUJD"], "QUJD"], "QUJD", [], {}, ["a"] * 3, [[]]]
 )
-def test_images_in_json_that_are_no_base64(client: httpx.Client, data: object) -> None:
+def test_v2_rejects_invalid_base64(client: httpx.Client, data: object) -> None:
     given = {"name": "encoded_images", "datatype": "BYTES", "shape": [1], "data": data}
     refusal(client.post(INFER, json={"inputs": [given]}))
 
@@ -266,7 +266,7 @@ documents = st.fixed_dictionaries(
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(document=documents, raw=st.binary(max_size=16), offset=st.integers(-3, 3) | st.none())
-def test_whatever_comes_is_read_or_refused(
+def test_v2_parser_accepts_or_refuses_any_input(
     document: dict[str, Any], raw: bytes, offset: int | None
 ) -> None:
     header = json.dumps(document).encode()
@@ -280,7 +280,7 @@ def test_whatever_comes_is_read_or_refused(
 
 @settings(max_examples=100)
 @given(raw=st.binary(max_size=40), count=st.integers(1, 4))
-def test_elements_never_reach_outside_their_data(raw: bytes, count: int) -> None:
+def test_v2_elements_stay_within_their_data(raw: bytes, count: int) -> None:
     declared, _ = binary_images(*[b""] * count, size=len(raw))
     header = json.dumps({"inputs": [declared]}).encode()
     try:

@@ -38,7 +38,7 @@ async def infer(client: httpx.AsyncClient, *inputs: object, **fields: object) ->
     return await client.post(INFER, json={"inputs": inputs, **fields})
 
 
-async def test_health_and_server_metadata(client: httpx.AsyncClient) -> None:
+async def test_v2_health_and_server_metadata(client: httpx.AsyncClient) -> None:
     live = await client.get("/v2/health/live")
     assert (live.status_code, live.json()) == (200, {"live": True})
     ready = await client.get("/v2/health/ready")
@@ -48,7 +48,7 @@ async def test_health_and_server_metadata(client: httpx.AsyncClient) -> None:
     assert "binary_tensor_data" in server["extensions"]
 
 
-async def test_not_ready_is_503_with_the_reason(start: Start) -> None:
+async def test_v2_ready_is_503_with_the_reason(start: Start) -> None:
     async with start() as client:
         client._transport.app.state.service.draining = True  # type: ignore[attr-defined]
         for path in ("/v2/health/ready", "/v2/models/tiny/ready"):
@@ -61,7 +61,7 @@ async def test_not_ready_is_503_with_the_reason(start: Start) -> None:
 
 
 @pytest.mark.parametrize("path", ["/v2/models/tiny", "/v2/models/tiny/versions/1"])
-async def test_model_metadata(client: httpx.AsyncClient, path: str) -> None:
+async def test_v2_model_metadata_lists_tensors(client: httpx.AsyncClient, path: str) -> None:
     model = (await client.get(path)).json()
     assert (model["name"], model["versions"]) == ("tiny", ["1"])
     inputs = {each["name"]: (each["datatype"], each["shape"]) for each in model["inputs"]}
@@ -82,7 +82,7 @@ async def test_model_metadata(client: httpx.AsyncClient, path: str) -> None:
     assert (await client.get(f"{path}/config")).json()["max_batch_size"] == 0
 
 
-async def test_the_repository_index(client: httpx.AsyncClient) -> None:
+async def test_v2_repository_index_lists_models(client: httpx.AsyncClient) -> None:
     for body in (b"", b"{}", b'{"ready": true}'):
         answer = await client.post("/v2/repository/index", content=body)
         entry = {"name": "tiny", "version": "1", "state": "READY", "reason": ""}
@@ -93,7 +93,7 @@ async def test_the_repository_index(client: httpx.AsyncClient) -> None:
         assert list(answer.json()) == ["error"]
 
 
-async def test_what_is_unknown_is_404(client: httpx.AsyncClient) -> None:
+async def test_v2_unknown_model_or_path_is_404(client: httpx.AsyncClient) -> None:
     for path in (
         "/v2/models/none",
         "/v2/models/none/ready",
@@ -113,14 +113,14 @@ async def test_what_is_unknown_is_404(client: httpx.AsyncClient) -> None:
         assert answer.headers["content-type"] == "application/json"
 
 
-async def test_a_wrong_method_is_405(client: httpx.AsyncClient) -> None:
+async def test_v2_wrong_method_is_405(client: httpx.AsyncClient) -> None:
     answer = await client.get(INFER)
     assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
     assert "use POST" in answer.json()["error"]
 
 
 @pytest.mark.parametrize("nested", [True, False])
-async def test_canvases_as_json(client: httpx.AsyncClient, nested: bool) -> None:
+async def test_v2_infer_accepts_canvases_as_json(client: httpx.AsyncClient, nested: bool) -> None:
     given = images(canvas(one_red()))
     if nested:
         given["data"] = canvas(one_red()).tolist()
@@ -135,7 +135,7 @@ async def test_canvases_as_json(client: httpx.AsyncClient, nested: bool) -> None
     assert found["scores"].tolist() == [1.0]
 
 
-async def test_canvases_get_what_the_file_itself_answers(start: Start) -> None:
+async def test_v2_infer_equals_the_model_file(start: Start) -> None:
     async with start(max_batch_size=4) as client:
         given = canvas(
             squares((0, 0, (200, 0, 0)), (48, 0, GREEN), (96, 60, BLUE)),
@@ -166,7 +166,7 @@ async def test_canvases_get_what_the_file_itself_answers(start: Start) -> None:
             assert set(found["image_index"].tolist()) == {0, 1}
 
 
-async def test_no_detections_keep_dtypes_and_shapes(client: httpx.AsyncClient) -> None:
+async def test_v2_empty_outputs_keep_dtype_and_shape(client: httpx.AsyncClient) -> None:
     empty = {"image_index": (0,), "boxes": (0, 4), "scores": (0,), "labels": (0,)}
     for parameters in ({}, {"binary_data_output": True}):
         for given in (images(canvas(squares())), base64_images(encoded(squares()))):
@@ -174,7 +174,7 @@ async def test_no_detections_keep_dtypes_and_shapes(client: httpx.AsyncClient) -
             assert {name: values.shape for name, values in found.items()} == empty
 
 
-async def test_images_get_what_v1_answers(client: httpx.AsyncClient) -> None:
+async def test_v2_encoded_images_equal_v1(client: httpx.AsyncClient) -> None:
     large = squares((0, 0, RED), (48, 0, (0, 180, 0)), (96, 60, (0, 0, 210)), (40, 60, (0, 0, 160)))
     files = [
         encoded(large.resize((512, 384)), "JPEG"),
@@ -204,7 +204,7 @@ async def test_images_get_what_v1_answers(client: httpx.AsyncClient) -> None:
         assert position == len(found["scores"]) > 0
 
 
-async def test_thresholds_of_images_may_be_tensors_or_parameters(
+async def test_v2_thresholds_are_tensors_or_parameters(
     client: httpx.AsyncClient,
 ) -> None:
     image = base64_images(encoded(squares((0, 0, (180, 0, 0)))))
@@ -220,7 +220,7 @@ async def test_thresholds_of_images_may_be_tensors_or_parameters(
     assert "twice" in answer.json()["error"]
 
 
-async def test_outputs_are_selected_and_each_written_as_asked(client: httpx.AsyncClient) -> None:
+async def test_v2_outputs_are_selected_and_encoded_as_requested(client: httpx.AsyncClient) -> None:
     answer = await infer(
         client,
         images(canvas(one_red())),
@@ -245,7 +245,7 @@ async def test_outputs_are_selected_and_each_written_as_asked(client: httpx.Asyn
     assert outputs(answer)["labels"].tolist() == [0]
 
 
-async def test_a_column_of_images(client: httpx.AsyncClient) -> None:
+async def test_v2_encoded_images_accept_a_column(client: httpx.AsyncClient) -> None:
     given = base64_images(encoded(one_red()), encoded(one_red()))
     given["shape"] = [2, 1]
     assert outputs(await infer(client, given))["image_index"].tolist() == [0, 1]
@@ -253,7 +253,7 @@ async def test_a_column_of_images(client: httpx.AsyncClient) -> None:
     assert outputs(await infer(client, given))["image_index"].tolist() == [0, 1]
 
 
-async def test_one_bad_image_is_named(client: httpx.AsyncClient) -> None:
+async def test_v2_error_names_the_bad_image(client: httpx.AsyncClient) -> None:
     for bad, status in ((b"rubbish", 415), (b"", 400), (encoded(one_red())[:50], 400)):
         declared, raw = binary_images(encoded(one_red()), bad)
         answer = await client.post(INFER, **with_raw({"inputs": [declared]}, raw))
@@ -261,7 +261,7 @@ async def test_one_bad_image_is_named(client: httpx.AsyncClient) -> None:
         assert answer.json()["error"].startswith("encoded_images[1]: ")
 
 
-async def test_what_a_model_takes_is_bounded(start: Start) -> None:
+async def test_v2_inputs_are_bounded(start: Start) -> None:
     async with start(max_batch_images=3, max_image_pixels=20_000) as client:
         answer = await infer(client, images(np.zeros((4, 32, 32, 3), np.uint8)))
         assert (answer.status_code, "at most 3" in answer.json()["error"]) == (413, True)
@@ -275,7 +275,7 @@ async def test_what_a_model_takes_is_bounded(start: Start) -> None:
         assert (answer.status_code, "at most 20000" in answer.json()["error"]) == (413, True)
 
 
-async def test_big_bodies_are_taken_apart_one_after_another(
+async def test_v2_large_bodies_are_parsed_one_at_a_time(
     client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at_once, most = 0, 0
@@ -298,7 +298,7 @@ async def test_big_bodies_are_taken_apart_one_after_another(
     assert most == 1
 
 
-async def test_a_full_queue_is_503_and_takes_nothing(start: Start) -> None:
+async def test_v2_full_queue_is_503(start: Start) -> None:
     async with start(max_queue_size=2) as client:
         service = client._transport.app.state.service  # type: ignore[attr-defined]
         with service.places.hold(1, 0):
@@ -311,7 +311,7 @@ async def test_a_full_queue_is_503_and_takes_nothing(start: Start) -> None:
         assert answer.status_code == 200
 
 
-async def test_who_would_be_late_is_refused_whatever_he_sends(
+async def test_v2_late_request_is_refused_before_parsing(
     client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     admission = client._transport.app.state.service.admission  # type: ignore[attr-defined]
@@ -327,7 +327,7 @@ async def test_who_would_be_late_is_refused_whatever_he_sends(
         assert answer.json()["error"].endswith("too late")
 
 
-async def test_deadlines(start: Start) -> None:
+async def test_v2_deadline_is_504(start: Start) -> None:
     async with start() as client:
         slow = encoded(squares().resize((4000, 4000)), "JPEG")
         late = await infer(client, base64_images(slow), parameters={"timeout": 1000})
@@ -349,26 +349,26 @@ async def test_deadlines(start: Start) -> None:
         assert list(answer.json()) == ["error"]
 
 
-async def test_a_compressed_body_is_415(client: httpx.AsyncClient) -> None:
+async def test_v2_content_encoding_is_415(client: httpx.AsyncClient) -> None:
     answer = await client.post(INFER, content=b"x", headers={"Content-Encoding": "gzip"})
     assert answer.status_code == 415
     assert "unencoded" in answer.json()["error"]
 
 
-async def test_a_declared_length_over_the_limit_is_413(new_client: httpx.AsyncClient) -> None:
+async def test_v2_declared_large_body_is_413(new_client: httpx.AsyncClient) -> None:
     headers = {"Content-Length": str(2**40), HEADER: "10"}
     answer = await new_client.post(INFER, content=b"{}", headers=headers)
     assert answer.status_code == 413
     assert list(answer.json()) == ["error"]
 
 
-async def test_json_of_base64_may_be_data_that_is_no_image(client: httpx.AsyncClient) -> None:
+async def test_v2_base64_data_that_is_no_image_is_refused(client: httpx.AsyncClient) -> None:
     text = base64.b64encode(b"no image").decode()
     given = {"name": "encoded_images", "datatype": "BYTES", "shape": [1], "data": [text]}
     assert (await infer(client, given)).status_code == 415
 
 
-async def test_openapi_describes_the_protocol(client: httpx.AsyncClient) -> None:
+async def test_openapi_describes_v2(client: httpx.AsyncClient) -> None:
     paths = (await client.get("/openapi.json")).json()["paths"]
     operation = paths["/v2/models/{name}/infer"]["post"]
     assert set(operation["responses"]) >= {"200", "400", "404", "413", "415", "503", "504"}

@@ -69,7 +69,7 @@ def http(server: Served) -> Iterator[Dialect]:
         yield made
 
 
-def test_health_and_metadata(dialect: Dialect) -> None:
+def test_triton_client_reads_health_and_metadata(dialect: Dialect) -> None:
     client = dialect.client
     assert client.is_server_live()
     assert client.is_server_ready()
@@ -89,7 +89,7 @@ def test_health_and_metadata(dialect: Dialect) -> None:
         assert [int(side) for side in first["shape"]] == [-1, -1, -1, 3]
 
 
-def test_what_triton_has_beyond_the_protocol(dialect: Dialect) -> None:
+def test_triton_client_reads_model_config_and_index(dialect: Dialect) -> None:
     config = dialect.ask("get_model_config", "tiny")
     config = config if dialect.is_http else config["config"]
     assert config["name"] == "tiny"
@@ -100,7 +100,7 @@ def test_what_triton_has_beyond_the_protocol(dialect: Dialect) -> None:
     assert (model["name"], model["version"], model["state"]) == ("tiny", "1", "READY")
 
 
-def test_canvases(dialect: Dialect) -> None:
+def test_triton_client_sends_canvases(dialect: Dialect) -> None:
     images = canvas(one_red(), squares((48, 0, RED)))
     result = dialect.infer(dialect.canvases(images), request_id="job-7", model_version="1")
     response = result.get_response() if dialect.is_http else result.get_response(as_json=True)
@@ -112,7 +112,7 @@ def test_canvases(dialect: Dialect) -> None:
     assert result.as_numpy("labels").dtype == np.int64
 
 
-def test_a_batch_of_more_than_a_device_takes_at_a_time(server: Served, dialect: Dialect) -> None:
+def test_triton_client_batch_is_split(server: Served, dialect: Dialect) -> None:
     assert server.service.max_batch_size == 1, "a CPU"
     given = [squares((16 * i, 0, RED)) for i in range(3)]
     result = dialect.infer(dialect.canvases(canvas(*given)))
@@ -122,7 +122,9 @@ def test_a_batch_of_more_than_a_device_takes_at_a_time(server: Served, dialect: 
 
 @pytest.mark.parametrize("binary_in", [True, False])
 @pytest.mark.parametrize("binary_out", [True, False])
-def test_binary_and_json(http: Dialect, binary_in: bool, binary_out: bool) -> None:
+def test_triton_client_mixes_binary_and_json(
+    http: Dialect, binary_in: bool, binary_out: bool
+) -> None:
     images = canvas(one_red(), squares((48, 0, RED)))
     outputs = http.wanted("image_index", "boxes", "scores", "labels", binary_data=binary_out)
     result = http.infer(http.canvases(images, binary_data=binary_in), outputs=outputs)
@@ -132,7 +134,7 @@ def test_binary_and_json(http: Dialect, binary_in: bool, binary_out: bool) -> No
     assert empty.as_numpy("boxes").shape == (0, 4)
 
 
-def test_images_get_what_v1_answers(server: Served, dialect: Dialect) -> None:
+def test_triton_client_images_equal_v1(server: Served, dialect: Dialect) -> None:
     large = encoded(squares((0, 0, RED), (64, 0, (190, 0, 0))).resize((512, 384)), "JPEG")
     for wanted in ({}, {"score_threshold": 0.9}, {"max_detections": 1}):
         result = dialect.infer(dialect.images(large), parameters=wanted)
@@ -145,14 +147,14 @@ def test_images_get_what_v1_answers(server: Served, dialect: Dialect) -> None:
         np.testing.assert_allclose(result.as_numpy("scores"), scores, atol=0.000051)
 
 
-def test_several_images(dialect: Dialect) -> None:
+def test_triton_client_sends_several_images(dialect: Dialect) -> None:
     large = squares((0, 0, RED), (64, 0, (200, 0, 0))).resize((512, 384))
     result = dialect.infer(dialect.images(encoded(large), encoded(one_red())))
     assert result.as_numpy("image_index").tolist() == [0, 0, 1]
     assert result.as_numpy("boxes")[2].tolist() == [32, 16, 64, 48]
 
 
-def test_outputs_are_selected_and_may_be_empty(dialect: Dialect) -> None:
+def test_triton_client_selects_outputs(dialect: Dialect) -> None:
     outputs = dialect.wanted("labels", "boxes")
     result = dialect.infer(dialect.images(encoded(squares())), outputs=outputs)
     assert result.as_numpy("boxes").shape == (0, 4)
@@ -160,7 +162,7 @@ def test_outputs_are_selected_and_may_be_empty(dialect: Dialect) -> None:
     assert result.as_numpy("scores") is None, "it was not asked for"
 
 
-def test_many_at_once(http: Dialect) -> None:
+def test_triton_client_async_requests_are_answered(http: Dialect) -> None:
     given = [http.canvases(canvas(squares((16 * i, 0, RED)))) for i in range(6)]
     pending = [
         http.client.async_infer("tiny", [each], request_id=str(i)) for i, each in enumerate(given)
@@ -211,7 +213,7 @@ def test_many_at_once(http: Dialect) -> None:
         (lambda d: d.client.load_model("tiny"), 404, "UNIMPLEMENTED", ""),
     ],
 )
-def test_errors(
+def test_triton_client_errors_are_readable(
     dialect: Dialect, call: Callable[[Dialect], object], status: int, code: str, named: str
 ) -> None:
     with pytest.raises(InferenceServerException) as caught:
@@ -220,7 +222,7 @@ def test_errors(
     assert named in caught.value.message()
 
 
-def test_bodies_are_not_compressed(http: Dialect) -> None:
+def test_triton_client_compressed_request_is_415(http: Dialect) -> None:
     with pytest.raises(InferenceServerException, match="Content-Encoding 'gzip'") as caught:
         http.infer(http.images(b"x"), request_compression_algorithm="gzip")
     assert caught.value.status() == "415"

@@ -30,7 +30,7 @@ async def client(start: Start, tmp_path: Path) -> AsyncIterator[httpx.AsyncClien
         yield client
 
 
-async def test_every_version_that_is_listed_serves_in_both_protocols(
+async def test_listed_versions_serve_on_v1_and_v2(
     client: httpx.AsyncClient,
 ) -> None:
     (model,) = (await client.get("/v1/models")).json()["models"]
@@ -50,7 +50,7 @@ async def test_every_version_that_is_listed_serves_in_both_protocols(
     assert (await client.get("/metrics")).status_code == 200
 
 
-async def test_what_is_no_version_is_refused_with_the_rule(client: httpx.AsyncClient) -> None:
+async def test_invalid_version_is_refused_with_the_rule(client: httpx.AsyncClient) -> None:
     for written in NO_VERSIONS:
         for method, path, status in (
             ("POST", f"/v1/detect?version={written}", 422),

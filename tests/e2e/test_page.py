@@ -43,9 +43,7 @@ def smear(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_real_image_dropped_on_the_page_gets_its_boxes(
-    page: Page, bundled: str, bccd: Path
-) -> None:
+def test_page_shows_boxes_of_a_dropped_photograph(page: Page, bundled: str, bccd: Path) -> None:
     name = (bccd / "ImageSets" / "Main" / "val.txt").read_text().split()[0]
     image = bccd / "JPEGImages" / f"{name}.jpg"
     answer = detect(bundled, image)
@@ -58,7 +56,7 @@ def test_a_real_image_dropped_on_the_page_gets_its_boxes(
     assert page.drawn(answer).total() >= 0.9 * count(answer).total()
 
 
-def test_a_drawn_image_that_is_chosen_gets_its_boxes(page: Page, bundled: str, smear: Path) -> None:
+def test_page_shows_boxes_of_a_chosen_file(page: Page, bundled: str, smear: Path) -> None:
     answer = detect(bundled, smear)
     page.choose(smear)
     assert page.until_settled() == "done"
@@ -67,7 +65,7 @@ def test_a_drawn_image_that_is_chosen_gets_its_boxes(page: Page, bundled: str, s
     assert page.drawn(answer).total() >= 0.9 * count(answer).total()
 
 
-def test_the_slider_filters_without_asking_again(page: Page, bundled: str, smear: Path) -> None:
+def test_page_slider_filters_without_a_request(page: Page, bundled: str, smear: Path) -> None:
     page.choose(smear)
     page.until_settled()
     seen = set()
@@ -86,7 +84,7 @@ def test_the_slider_filters_without_asking_again(page: Page, bundled: str, smear
     assert page.counts() == count(detect(bundled, smear))
 
 
-def test_a_class_that_is_switched_off_leaves_the_image(page: Page, smear: Path) -> None:
+def test_page_hides_a_deselected_class(page: Page, smear: Path) -> None:
     page.choose(smear)
     page.until_settled()
     label = page.counts().most_common(1)[0][0]
@@ -106,7 +104,7 @@ def test_a_class_that_is_switched_off_leaves_the_image(page: Page, smear: Path) 
     assert "classes=" in page["curl-line"].get_attribute("textContent")
 
 
-def test_the_sample_and_what_can_be_taken_along(page: Page, bundled: str, tmp_path: Path) -> None:
+def test_page_sample_can_be_downloaded(page: Page, bundled: str, tmp_path: Path) -> None:
     page.screenshot("start")
     page["sample"].click()
     assert page.until_settled() == "done"
@@ -133,7 +131,7 @@ def test_the_sample_and_what_can_be_taken_along(page: Page, bundled: str, tmp_pa
         assert annotated.convert("RGB").tobytes() != plain.convert("RGB").tobytes()
 
 
-def test_several_images_in_a_row(page: Page, bundled: str, smear: Path, tmp_path: Path) -> None:
+def test_page_handles_several_images(page: Page, bundled: str, smear: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.jpg"
     draw_smear(22, width=800, height=600, red=8)[0].save(other)
     page.drop(smear, other)
@@ -151,13 +149,13 @@ def test_several_images_in_a_row(page: Page, bundled: str, smear: Path, tmp_path
     assert page["empty"].is_displayed()
 
 
-def test_a_pasted_image(page: Page, bundled: str, smear: Path) -> None:
+def test_page_accepts_a_pasted_image(page: Page, bundled: str, smear: Path) -> None:
     page.paste(smear)
     assert page.until_settled() == "done"
     assert page.counts() == count(detect(bundled, smear))
 
 
-def test_text_is_refused_in_plain_words(page: Page, tmp_path: Path) -> None:
+def test_page_refuses_text(page: Page, tmp_path: Path) -> None:
     text = tmp_path / "cells.jpg"
     text.write_text("no image at all")
     page.drop(text)
@@ -169,9 +167,7 @@ def test_text_is_refused_in_plain_words(page: Page, tmp_path: Path) -> None:
     page.screenshot("refused")
 
 
-def test_an_empty_and_a_cut_off_image_are_refused_in_plain_words(
-    page: Page, smear: Path, tmp_path: Path
-) -> None:
+def test_page_refuses_empty_and_truncated_images(page: Page, smear: Path, tmp_path: Path) -> None:
     empty, cut = tmp_path / "empty.png", tmp_path / "cut.png"
     empty.write_bytes(b"")
     cut.write_bytes(smear.read_bytes()[:2000])
@@ -183,7 +179,7 @@ def test_an_empty_and_a_cut_off_image_are_refused_in_plain_words(
         page["clear"].click()
 
 
-def test_the_page_allows_itself_nothing_from_elsewhere(page: Page) -> None:
+def test_page_content_policy_allows_only_this_host(page: Page) -> None:
     policy = page.browser.execute_async_script(
         "const [done] = arguments;"
         "fetch('.').then((r) => done(r.headers.get('Content-Security-Policy')))"
@@ -198,7 +194,9 @@ def test_the_page_allows_itself_nothing_from_elsewhere(page: Page) -> None:
 
 
 @pytest.mark.parametrize(("width", "dark"), [(390, False), (390, True), (1360, True)])
-def test_it_fits_a_phone_and_the_dark(page: Page, smear: Path, width: int, dark: bool) -> None:
+def test_page_fits_narrow_screens_and_dark_mode(
+    page: Page, smear: Path, width: int, dark: bool
+) -> None:
     size = {"width": width, "height": 844, "deviceScaleFactor": 2, "mobile": width < 500}
     scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
     page.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
@@ -220,7 +218,7 @@ def test_it_fits_a_phone_and_the_dark(page: Page, smear: Path, width: int, dark:
         page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
-def test_thresholds_of_each_class_and_a_choice_of_models(
+def test_page_offers_class_thresholds_and_models(
     browser: webdriver.Chrome, squares: Path, tmp_path: Path
 ) -> None:
     tiny_model.save(tmp_path, name="strict", thresholds=Thresholds(score=0.9))
@@ -251,7 +249,7 @@ def test_thresholds_of_each_class_and_a_choice_of_models(
         assert page.complaints() == []
 
 
-def test_a_image_that_was_taken_upright(
+def test_page_follows_exif_orientation(
     browser: webdriver.Chrome, tiny_url: str, squares: Path, tmp_path: Path
 ) -> None:
     """The browser and the service must turn it alike, or the boxes lie beside the squares."""
@@ -272,7 +270,9 @@ def test_a_image_that_was_taken_upright(
     assert canvas.size["width"] / canvas.size["height"] == pytest.approx(96 / 128, rel=0.01)
 
 
-def test_below_another_path(browser: webdriver.Chrome, tiny: Path, squares: Path) -> None:
+def test_page_works_below_a_path_prefix(
+    browser: webdriver.Chrome, tiny: Path, squares: Path
+) -> None:
     with server("--root-path", "/cells", models_dir=tiny) as url, proxy("/cells/", url) as outside:
         page = Page(browser, outside)
         page.drop(squares)
@@ -282,7 +282,7 @@ def test_below_another_path(browser: webdriver.Chrome, tiny: Path, squares: Path
         assert page.complaints() == []
 
 
-def test_the_keyboard_is_enough(browser: webdriver.Chrome, tiny_url: str) -> None:
+def test_page_works_by_keyboard(browser: webdriver.Chrome, tiny_url: str) -> None:
     page = Page(browser, tiny_url)
     reached = []
     for _ in range(12):
@@ -303,7 +303,7 @@ def test_the_keyboard_is_enough(browser: webdriver.Chrome, tiny_url: str) -> Non
     assert page.counts() != before
 
 
-def test_a_file_that_is_too_large(browser: webdriver.Chrome, tiny: Path, tmp_path: Path) -> None:
+def test_page_refuses_too_large_file(browser: webdriver.Chrome, tiny: Path, tmp_path: Path) -> None:
     large = tmp_path / "large.jpg"
     large.write_bytes(b"\xff\xd8\xff" + bytes(6_000_000))
     with server(models_dir=tiny, max_body_bytes=100_000) as url:
@@ -314,7 +314,7 @@ def test_a_file_that_is_too_large(browser: webdriver.Chrome, tiny: Path, tmp_pat
         assert "6.0 MB" in page["message"].text
 
 
-def test_the_service_goes_away_and_comes_back(
+def test_page_recovers_when_the_service_returns(
     browser: webdriver.Chrome, tiny: Path, squares: Path
 ) -> None:
     port = free_port()
@@ -332,7 +332,7 @@ def test_the_service_goes_away_and_comes_back(
         assert page.counts() == count(detect(url, squares))
 
 
-def test_it_waits_while_the_model_loads_and_while_the_queue_is_full(
+def test_page_waits_while_loading_and_on_full_queue(
     browser: webdriver.Chrome, squares: Path, tmp_path: Path
 ) -> None:
     # Some seconds for an image on any machine, and as long for the warm-up.

@@ -61,7 +61,7 @@ def tab_through(page: Page) -> list[str]:
     raise AssertionError(f"no end: {reached}")
 
 
-def test_every_control_is_reached_by_the_keyboard_and_left_again(
+def test_page_controls_are_reachable_by_keyboard(
     tiny_page: Page, squares: Path, tmp_path: Path
 ) -> None:
     assert set(tab_through(tiny_page)) == controls(tiny_page)
@@ -112,7 +112,7 @@ def violations(page: Page, dark: bool) -> list[Any]:
     return [(each["id"], [node["html"][:120] for node in each["nodes"]]) for each in found]
 
 
-def test_screen_readers_and_contrast(tiny_page: Page, squares: Path, tmp_path: Path) -> None:
+def test_page_passes_axe(tiny_page: Page, squares: Path, tmp_path: Path) -> None:
     assert violations(tiny_page, dark=False) == violations(tiny_page, dark=True) == []
     assert {("button", "Choose images"), ("status", "")} <= spoken(tiny_page)
     text = tmp_path / "text.png"
@@ -165,7 +165,7 @@ def enter_key(page: Page, key: str) -> None:
     page.press(key, Keys.ENTER)
 
 
-def test_it_asks_for_a_key(browser: webdriver.Chrome, locked: Locked, squares: Path) -> None:
+def test_page_asks_for_a_key(browser: webdriver.Chrome, locked: Locked, squares: Path) -> None:
     key = new_key(locked.keys, "reader", admin=False)
     until(lambda: not is_refused(locked, key))
     page = Page(browser, locked.url, ready=False)
@@ -208,7 +208,7 @@ def test_it_asks_for_a_key(browser: webdriver.Chrome, locked: Locked, squares: P
     assert page.complaints() == []
 
 
-def test_a_model_that_is_unloaded_gives_way_to_the_next(
+def test_page_switches_from_an_unloaded_model(
     browser: webdriver.Chrome, locked: Locked, squares: Path
 ) -> None:
     admin = new_key(locked.keys, "admin", admin=True)
@@ -242,9 +242,7 @@ def is_refused(locked: Locked, key: str) -> bool:
     return False
 
 
-def test_the_description_of_the_api_works_without_any_other_host(
-    browser: webdriver.Chrome, tiny_url: str
-) -> None:
+def test_api_docs_work_offline(browser: webdriver.Chrome, tiny_url: str) -> None:
     page = Page(browser, tiny_url + "docs", ready=False)
     page.wait(lambda: page.browser.find_elements(By.CSS_SELECTOR, ".opblock-summary-path"))
     paths = {

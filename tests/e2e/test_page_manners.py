@@ -31,7 +31,7 @@ def moody(browser: webdriver.Chrome, tiny_url: str, temper: Temper) -> Iterator[
         assert page.complaints() == []
 
 
-def test_a_folder_brings_the_images_below_it(
+def test_page_takes_images_of_a_dropped_folder(
     tiny_page: Page, squares: Path, tmp_path: Path
 ) -> None:
     copies(squares, tmp_path, ["smears/b10.png", "smears/b9.PNG", "smears/left/a.png"])
@@ -43,7 +43,7 @@ def test_a_folder_brings_the_images_below_it(
     assert names == [f"{n}, image {i} of 4, 3 detections" for i, n in enumerate(found, 1)]
 
 
-def test_what_is_saved_of_several_images(
+def test_page_saves_results_of_several_images(
     tiny_page: Page, tiny_url: str, squares: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "saved").mkdir()
@@ -94,7 +94,7 @@ def test_what_is_saved_of_several_images(
     until(lambda: tiny_page.browser.execute_script("return watched.urls.size") == 0)
 
 
-def test_tiles_find_what_is_small_in_a_large_image(
+def test_page_tiling_finds_small_objects(
     tiny_page: Page, tiny_url: str, squares: Path, tmp_path: Path
 ) -> None:
     sheet = Image.new("RGB", (1024, 768))
@@ -130,7 +130,7 @@ _REFUSALS = {
 }
 
 
-def test_refusals_are_sentences(moody: Page, temper: Temper, squares: Path) -> None:
+def test_page_shows_refusals_as_sentences(moody: Page, temper: Temper, squares: Path) -> None:
     for status, (words, may_retry) in _REFUSALS.items():
         temper.refusals.append((status, {}))
         moody.choose(squares)
@@ -155,7 +155,7 @@ def test_refusals_are_sentences(moody: Page, temper: Temper, squares: Path) -> N
     assert not temper.refusals
 
 
-def test_it_waits_as_long_as_it_is_told(moody: Page, temper: Temper, squares: Path) -> None:
+def test_page_honours_retry_after(moody: Page, temper: Temper, squares: Path) -> None:
     """And holds all other images back, too, unless a person knows better."""
     temper.refusals.append((503, {"Retry-After": "1"}))
     moody.choose(squares)
@@ -174,7 +174,7 @@ def test_it_waits_as_long_as_it_is_told(moody: Page, temper: Temper, squares: Pa
     assert moody.browser.switch_to.active_element.get_attribute("id") == "stage"
 
 
-def test_few_requests_at_once_and_they_can_be_cancelled(
+def test_page_bounds_and_cancels_requests(
     moody: Page, temper: Temper, squares: Path, tmp_path: Path
 ) -> None:
     temper.gate = threading.Semaphore(0)
@@ -200,7 +200,7 @@ def test_few_requests_at_once_and_they_can_be_cancelled(
     assert temper.most_at_once == 2
 
 
-def test_a_image_of_fifty_million_pixels_does_not_hold_up_the_page(
+def test_page_stays_responsive_with_a_huge_image(
     tiny_page: Page, tiny_url: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "large.jpg"

@@ -153,14 +153,14 @@ def rules(ask: Ask) -> list[dict[str, Any]]:
         ("test", "rules", "alerts_test.yml"),
     ],
 )
-def test_promtool(arguments: tuple[str, ...]) -> None:
+def test_promtool_accepts_the_rules(arguments: tuple[str, ...]) -> None:
     run = subprocess.run(
         [program("promtool"), *arguments], cwd=DEPLOY / "prometheus", capture_output=True, text=True
     )
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-def test_the_service_is_scraped_and_nothing_is_wrong(prometheus: Ask) -> None:
+def test_prometheus_scrapes_the_service_without_alerts(prometheus: Ask) -> None:
     (target,) = prometheus("targets")["activeTargets"]
     assert (target["health"], target["labels"]["job"]) == ("up", "retinaserve")
     assert [rule["name"] for rule in rules(prometheus)] == [rule["alert"] for rule in alerts()]
@@ -187,7 +187,7 @@ def queries() -> list[tuple[str, str]]:
     return asked + [(rule["alert"], rule["expr"]) for rule in alerts()]
 
 
-def test_every_query_names_what_the_service_exports(prometheus: Ask) -> None:
+def test_queries_use_exported_metrics_and_labels(prometheus: Ask) -> None:
     exported = set(prometheus("label/__name__/values"))
     known: dict[str, set[str]] = {"ALERTS": {"alertname", "alertstate"}}
     for where, query in queries():
@@ -206,7 +206,7 @@ def test_every_query_names_what_the_service_exports(prometheus: Ask) -> None:
         assert labels <= TARGET.union(*(known[name] for name, _ in names)), f"{where}: {labels}"
 
 
-def test_every_value_that_a_query_names_can_come_up(prometheus: Ask) -> None:
+def test_queries_use_possible_label_values(prometheus: Ask) -> None:
     page = (ROOT / "docs" / "observability.md").read_text()
     asked = {
         (where, label, word)
@@ -227,7 +227,7 @@ def test_every_value_that_a_query_names_can_come_up(prometheus: Ask) -> None:
             assert hits or not word, f"{where}: no {label} is {word}, there are {values}"
 
 
-def test_the_dashboard_shows_something_everywhere(prometheus: Ask) -> None:
+def test_dashboard_panels_have_data(prometheus: Ask) -> None:
     for panel in panels():
         for target in panel["targets"]:
             if NOT_YET in target["expr"]:
@@ -239,7 +239,7 @@ def test_the_dashboard_shows_something_everywhere(prometheus: Ask) -> None:
             assert all(wanted <= each["metric"].keys() for each in result), panel["title"]
 
 
-def test_figures_are_those_of_the_requests(prometheus: Ask) -> None:
+def test_dashboard_figures_match_the_requests(prometheus: Ask) -> None:
     (found,) = prometheus("query", query="sum by (label) (retinaserve_detections_total) > 0")[
         "result"
     ]

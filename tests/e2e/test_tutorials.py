@@ -50,14 +50,14 @@ def runs(page: Path) -> bool:
 HERE: Final = [page for page in PAGES if runs(page) and page.name != ELSEWHERE]
 
 
-def test_every_tutorial_has_something_to_run() -> None:
+def test_tutorials_have_commands_to_run() -> None:
     assert len(TUTORIALS) >= 3
     assert [page.name for page in TUTORIALS if not runs(page)] == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", HERE, ids=lambda page: page.stem)
-def test_the_commands_of_a_page_do_what_it_says(page: Path, tmp_path: Path) -> None:
+def test_tutorial_commands_print_what_the_page_shows(page: Path, tmp_path: Path) -> None:
     PREPARATIONS.get(page.name, lambda _: None)(tmp_path)
     tutorial.run(page, tmp_path)
 
@@ -65,7 +65,7 @@ def test_the_commands_of_a_page_do_what_it_says(page: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     "block", [block for block in BLOCKS if block.not_tested is not None], ids=str
 )
-def test_what_is_not_run_says_why_and_is_sound(block: tutorial.Block) -> None:
+def test_untested_blocks_have_a_reason_and_valid_options(block: tutorial.Block) -> None:
     """As far as can be seen without running it: a shell understands it, and our options exist."""
     assert block.not_tested, f"{block}: {tutorial.NOT_TESTED} REASON"
     assert block.commands, f"{block}: no command"
@@ -85,7 +85,7 @@ def check_options(words: list[str]) -> None:
         assert option in shown.output, f"{' '.join(names)}: {option}"
 
 
-def test_settings_that_stand_for_triton_s_exist() -> None:
+def test_triton_page_names_existing_settings() -> None:
     text = (DOCS / "tutorials" / "from-triton.md").read_text()
     rows = re.findall(r"^\| `.* \| (.*) \|$", text, flags=re.MULTILINE)
     names = {name for row in rows for name in re.findall(r"`([A-Z]+(?:_[A-Z]+)*)`", row)}
@@ -118,14 +118,14 @@ def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Pat
         ("output", "stands before any command"),
     ],
 )
-def test_the_runner_sees_what_is_wrong(
+def test_tutorial_runner_reports_faults(
     page: Callable[[str], Path], tmp_path: Path, text: str, complaint: str
 ) -> None:
     with pytest.raises(AssertionError, match=complaint):
         tutorial.run(page(text), tmp_path, seconds=2)
 
 
-def test_the_runner_runs_a_page_in_one_shell(page: Callable[[str], Path], tmp_path: Path) -> None:
+def test_tutorial_runner_uses_one_shell(page: Callable[[str], Path], tmp_path: Path) -> None:
     path = page(
         "$ mkdir inner; cd inner; word=here\n"
         "$ cat > port.txt <<'END'\n> localhost:8000\n>\n> END\n"

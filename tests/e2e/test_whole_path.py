@@ -178,7 +178,7 @@ def drawn(folder: Path) -> list[Sample]:
 # --- the commands --------------------------------------------------------------------------------
 
 
-def test_a_run_leaves_everything(trained: Path) -> None:
+def test_train_leaves_its_run_folder(trained: Path) -> None:
     names = ("last.ckpt", "best.ckpt", "metrics.csv", "config.yaml", "curves.png")
     assert sorted(path.name for path in trained.iterdir()) == sorted(names)
     assert yaml.safe_load((trained / "config.yaml").read_text())["epochs"] == 3
@@ -188,7 +188,9 @@ def test_a_run_leaves_everything(trained: Path) -> None:
     assert float(rows[-1]["ap"]) > 0.3
 
 
-def test_the_file_is_measured_as_it_says(cells: Model, data: Path, tmp_path: Path) -> None:
+def test_evaluate_reproduces_the_metrics_of_the_file(
+    cells: Model, data: Path, tmp_path: Path
+) -> None:
     answer = tmp_path / "answer.json"
     call("evaluate", cells.path, "--data", data, "--device", "cpu", "--json", answer)
     measured = json.loads(answer.read_text())["metrics"]
@@ -292,7 +294,7 @@ def check_every_way(
         check_same([each for _, each in answers], [expected[index] for index, _ in answers])
 
 
-def test_a_trained_model_answers_alike_on_every_way(
+def test_trained_model_agrees_on_every_route(
     client: httpx.Client, cells: Model, data: Path
 ) -> None:
     assert cells.checkpoint is not None
@@ -304,13 +306,13 @@ def test_a_trained_model_answers_alike_on_every_way(
     check_every_way(client, cells, samples, expected)
 
 
-def test_the_bundled_model_answers_alike_on_drawn_images(
+def test_bundled_model_agrees_on_every_route_for_drawn_images(
     client: httpx.Client, blood_cells: Model, drawn: list[Sample]
 ) -> None:
     check_every_way(client, blood_cells, drawn, by_file(blood_cells, drawn))
 
 
-def test_the_bundled_model_answers_alike_on_real_images(
+def test_bundled_model_agrees_on_every_route_for_real_images(
     client: httpx.Client, blood_cells: Model, bccd: Path
 ) -> None:
     classes = read_artifact(blood_cells.path).metadata.classes
@@ -318,7 +320,7 @@ def test_the_bundled_model_answers_alike_on_real_images(
     check_every_way(client, blood_cells, samples, by_file(blood_cells, samples))
 
 
-def test_the_bundled_checkpoint_is_the_bundled_file_s(
+def test_bundled_checkpoint_matches_the_bundled_file(
     blood_cells: Model, drawn: list[Sample]
 ) -> None:
     if blood_cells.checkpoint is None:
@@ -335,7 +337,7 @@ def test_the_bundled_checkpoint_is_the_bundled_file_s(
 # --- a run that is killed ------------------------------------------------------------------------
 
 
-def test_a_killed_run_goes_on(tmp_path: Path) -> None:
+def test_train_resumes_after_sigkill(tmp_path: Path) -> None:
     data = draw(tmp_path / "few", {"train": range(6), "val": range(6, 8)})
     small = {**CONFIG, "model": {**CONFIG["model"], "backbone": "mobilenet_v2"}, "batch_size": 1}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(small))

@@ -89,7 +89,7 @@ def segments(client: socket.socket) -> int:
     return int.from_bytes(told[152:156], sys.byteorder)
 
 
-def test_head_and_body_come_in_one_piece(served: Served) -> None:
+def test_response_head_and_body_are_one_write(served: Served) -> None:
     with served.connect() as client:
         for _ in range(TIMES):
             received = ask(client, "/whole")
@@ -98,7 +98,7 @@ def test_head_and_body_come_in_one_piece(served: Served) -> None:
         assert segments(client) == TIMES
 
 
-def test_an_answer_without_a_body_is_not_waited_for(served: Served) -> None:
+def test_response_without_body_is_sent_at_once(served: Served) -> None:
     with served.connect() as client:
         for _ in range(2):
             received = ask(client, "/whole", "HEAD")
@@ -106,7 +106,7 @@ def test_an_answer_without_a_body_is_not_waited_for(served: Served) -> None:
             assert received.endswith(b"content-length: 5\r\n\r\n")
 
 
-def test_a_stream_says_at_once_that_it_begins(served: Served) -> None:
+def test_streaming_response_sends_its_head_at_once(served: Served) -> None:
     served.app.go.clear()
     with served.connect() as client:
         received = ask(client, "/stream")
@@ -115,7 +115,7 @@ def test_a_stream_says_at_once_that_it_begins(served: Served) -> None:
         assert client.recv(65536).startswith(b"5\r\nwhole\r\n")
 
 
-def test_what_is_there_of_a_body_does_not_wait_for_the_rest(served: Served) -> None:
+def test_streaming_response_sends_chunks_at_once(served: Served) -> None:
     served.app.go.clear()
     with served.connect() as client:
         assert ask(client, "/parts").endswith(b"\r\n\r\nwh")
@@ -124,9 +124,7 @@ def test_what_is_there_of_a_body_does_not_wait_for_the_rest(served: Served) -> N
 
 
 @pytest.mark.parametrize("path", ["/breaks", "/ends"])
-def test_a_head_whose_body_never_comes_is_sent_and_the_connection_ends(
-    served: Served, path: str
-) -> None:
+def test_response_head_is_sent_when_the_body_fails(served: Served, path: str) -> None:
     with served.connect() as client:
         assert ask(client, path).endswith(b"content-length: 5\r\n\r\n")
         assert client.recv(65536) == b""

@@ -63,7 +63,7 @@ def check_all_there_once(output: Path, stdout: str) -> None:
     assert (summary["pictures"], summary["failed"]) == (IMAGES, 4)
 
 
-def test_killed_twice_and_resumed(arguments: list[str], tmp_path: Path) -> None:
+def test_bulk_resumes_after_sigkill(arguments: list[str], tmp_path: Path) -> None:
     output = tmp_path / "out"
     for _ in range(2):
         with begin(arguments, output, 2) as process:
@@ -80,7 +80,9 @@ def test_killed_twice_and_resumed(arguments: list[str], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_told_to_stop(arguments: list[str], tmp_path: Path, number: signal.Signals) -> None:
+def test_bulk_stops_cleanly_on_signal(
+    arguments: list[str], tmp_path: Path, number: signal.Signals
+) -> None:
     output = tmp_path / "out"
     with begin(arguments, output, 1) as process:
         sent = time.monotonic()

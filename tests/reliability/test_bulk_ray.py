@@ -51,7 +51,7 @@ def detectors(process: subprocess.Popen[str]) -> list[psutil.Process]:
     return found
 
 
-def test_two_detectors_one_of_which_is_killed(
+def test_bulk_on_ray_survives_a_killed_detector(
     tmp_path: Path, processes: list[subprocess.Popen[str]]
 ) -> None:
     tiny_model.save(tmp_path / "models", work=12)

@@ -93,19 +93,19 @@ def assert_serving(port: int) -> None:
 
 
 @pytest.mark.parametrize("sent", [b"", b"G", b"\r\n", b"POST /v1/detect HTTP/1.1\r\nHost: x\r\n"])
-def test_headers_that_do_not_end_in_time(port: int, sent: bytes) -> None:
+def test_incomplete_headers_time_out(port: int, sent: bytes) -> None:
     received = ask(port, sent)
     assert received == b"" or statuses(received) == [400]
     assert_serving(port)
 
 
-def test_headers_that_trickle_end_in_time(port: int) -> None:
+def test_trickling_headers_time_out(port: int) -> None:
     with connect(port) as client:
         client.sendall(b"GET / HTTP/1.1\r\n")
         assert cut_off(client, b"X: 1\r\n", times=1000, pause=0.02)
 
 
-def test_the_next_request_has_its_own_time(port: int) -> None:
+def test_header_timeout_restarts_for_each_request(port: int) -> None:
     with connect(port) as client:
         for _ in range(2):
             client.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -117,7 +117,7 @@ def test_the_next_request_has_its_own_time(port: int) -> None:
 
 
 @pytest.mark.parametrize("pieces", [1, 1000])
-def test_headers_without_end(port: int, pieces: int) -> None:
+def test_endless_headers_are_431(port: int, pieces: int) -> None:
     with connect(port) as client:
         received = b""
         try:
@@ -131,13 +131,13 @@ def test_headers_without_end(port: int, pieces: int) -> None:
     assert_serving(port)
 
 
-def test_headers_of_a_size_that_proxies_send(port: int) -> None:
+def test_large_headers_of_proxies_are_accepted(port: int) -> None:
     answer = httpx.get(f"http://127.0.0.1:{port}/healthz", headers={"X": "x" * 30_000})
     assert answer.status_code == 200
 
 
 @pytest.mark.parametrize("port", [HttpTools], indirect=True)
-def test_what_httptools_itself_does_not_bound(port: int) -> None:
+def test_httptools_headers_and_pipelining_are_bounded(port: int) -> None:
     head = b"GET /healthz HTTP/1.1\r\nHost: x\r\n"
     many = b"".join(b"X-%d: 1\r\n" % number for number in range(200))
     received = ask(port, head + many + b"\r\n")
@@ -149,13 +149,13 @@ def test_what_httptools_itself_does_not_bound(port: int) -> None:
     assert_serving(port)
 
 
-def test_a_few_requests_ahead_are_answered_in_order(port: int) -> None:
+def test_pipelined_requests_are_answered_in_order(port: int) -> None:
     ahead = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\nGET /nothing HTTP/1.1\r\nHost: x\r\n\r\n"
     last = b"GET /readyz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
     assert statuses(ask(port, ahead + last)) == [200, 404, 200]
 
 
-def test_who_leaves_with_requests_ahead_leaves_no_error_behind(
+def test_disconnect_with_pipelined_requests_logs_no_error(
     port: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     with connect(port) as client:
@@ -167,7 +167,7 @@ def test_who_leaves_with_requests_ahead_leaves_no_error_behind(
 
 
 @pytest.mark.parametrize("length", [100_000, 40_000_000])
-def test_an_answer_before_the_body_is_read_by_the_client(port: int, length: int) -> None:
+def test_early_response_reaches_a_sending_client(port: int, length: int) -> None:
     """Whoever sends all of the body first must find the answer, and not a reset."""
     body = bytes(length)
     for path, status in (("/v1/detect?score_threshold=7", 422), ("/nothing", 404)):
@@ -186,14 +186,14 @@ def test_an_answer_before_the_body_is_read_by_the_client(port: int, length: int)
     assert_serving(port)
 
 
-def test_the_rest_of_a_body_is_not_waited_for(port: int) -> None:
+def test_early_response_closes_without_the_body(port: int) -> None:
     with connect(port) as client:
         client.sendall(post("Content-Length: 1000000", path="/nothing"))
         assert statuses(read(client)) == [404]
         assert cut_off(client, b"x", times=400, pause=0.05)
 
 
-def test_an_answer_after_the_whole_body_keeps_the_connection(port: int) -> None:
+def test_error_after_the_body_keeps_the_connection(port: int) -> None:
     with connect(port) as client:
         for path in ("/nothing", "/v1/detect?score_threshold=7", "/v1/detect"):
             client.sendall(post(f"Content-Length: {len(GOOD)}", body=GOOD, path=path))
@@ -206,7 +206,7 @@ def chunked(*chunks: bytes) -> bytes:
     return b"".join(b"%x\r\n%s\r\n" % (len(chunk), chunk) for chunk in chunks) + b"0\r\n"
 
 
-def test_chunked_bodies(port: int) -> None:
+def test_chunked_bodies_and_trailers_are_accepted(port: int) -> None:
     request = post("Transfer-Encoding: chunked", "Connection: close")
     small = [GOOD[start : start + 7] for start in range(0, len(GOOD), 7)]
     assert statuses(ask(port, request + chunked(*small) + b"\r\n")) == [200]
@@ -219,7 +219,7 @@ def test_chunked_bodies(port: int) -> None:
     [b"1\r\nx\r\n", b"1;" + b"x" * 60 + b"\r\nx\r\n", b"0\r\n" + b"A: b\r\n" * 1000],
     ids=["single bytes", "extensions", "trailers"],
 )
-def test_framing_without_end(port: int, endless: bytes) -> None:
+def test_endless_chunk_framing_is_cut_off(port: int, endless: bytes) -> None:
     with connect(port) as client:
         # Little is on its way at a time, so that all cannot be sent before the server has read it;
         # and the body stays smaller than a body may be.
@@ -249,7 +249,7 @@ def test_framing_without_end(port: int, endless: bytes) -> None:
         ("Content-Length:\n4",),
     ],
 )
-def test_a_request_hidden_in_another_is_never_answered(port: int, headers: tuple[str, ...]) -> None:
+def test_smuggled_request_is_not_answered(port: int, headers: tuple[str, ...]) -> None:
     """Where two ends could disagree on where a body ends, the connection is over."""
     hidden = b"0\r\n\r\nGET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
     with connect(port) as client:
@@ -260,7 +260,7 @@ def test_a_request_hidden_in_another_is_never_answered(port: int, headers: tuple
     assert_serving(port)
 
 
-def test_a_header_cannot_be_put_into_the_answer(port: int) -> None:
+def test_response_header_injection_is_refused(port: int) -> None:
     request = (
         b"GET /healthz%0d%0aX-Evil:%201 HTTP/1.1\r\nHost: x\r\n"
         b"X-Request-Id: a\tb\r\nConnection: close\r\n\r\n"
@@ -280,9 +280,7 @@ UPGRADES = {
 
 
 @pytest.mark.parametrize("client", UPGRADES)
-def test_requests_that_ask_for_an_upgrade_are_served_with_their_body(
-    port: int, client: str
-) -> None:
+def test_upgrade_request_is_served_with_its_body(port: int, client: str) -> None:
     headers = UPGRADES[client]
     whole = post(*headers, f"Content-Length: {len(GOOD)}", body=GOOD)
     in_chunks = post(*headers, "Transfer-Encoding: chunked", body=chunked(GOOD[:50], GOOD[50:]))
@@ -310,9 +308,7 @@ def answers(port: int, *pieces: bytes) -> bytes:
 
 @pytest.mark.parametrize("client", UPGRADES)
 @pytest.mark.parametrize("path", ["/v1/detect", "/nothing"])
-def test_body_of_a_request_that_asks_for_an_upgrade_is_no_request(
-    port: int, client: str, path: str
-) -> None:
+def test_upgrade_request_body_is_not_parsed_as_request(port: int, client: str, path: str) -> None:
     length = f"Content-Length: {len(HIDDEN)}"
     request = post(*UPGRADES[client], length, body=HIDDEN, path=path)
     head, body = request[: -len(HIDDEN)], HIDDEN
@@ -321,7 +317,7 @@ def test_body_of_a_request_that_asks_for_an_upgrade_is_no_request(
 
 
 @pytest.mark.parametrize("client", UPGRADES)
-def test_upgrade_with_expect_waits_for_the_body(port: int, client: str) -> None:
+def test_upgrade_request_with_expect_gets_100(port: int, client: str) -> None:
     head = post(*UPGRADES[client], f"Content-Length: {len(GOOD)}", "Expect: 100-continue")
     with connect(port) as connection:
         connection.sendall(head)
@@ -331,9 +327,7 @@ def test_upgrade_with_expect_waits_for_the_body(port: int, client: str) -> None:
 
 
 @pytest.mark.parametrize("headers", [(), (f"Content-Length: {len(HIDDEN)}",), UPGRADES["curl"]])
-def test_connect_is_refused_and_nothing_behind_it_is_answered(
-    port: int, headers: tuple[str, ...]
-) -> None:
+def test_connect_method_is_refused(port: int, headers: tuple[str, ...]) -> None:
     begin = "\r\n".join(("CONNECT other:443 HTTP/1.1", "Host: other", *headers, "", "")).encode()
     assert statuses(ask(port, begin + HIDDEN)) in ([404], [501])
     with connect(port) as client:
@@ -342,12 +336,12 @@ def test_connect_is_refused_and_nothing_behind_it_is_answered(
         assert statuses(received) in ([404], [501])
 
 
-def test_http2_without_asking_is_refused(port: int) -> None:
+def test_http2_preface_is_refused(port: int) -> None:
     assert 200 not in statuses(ask(port, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"))
 
 
 @pytest.mark.parametrize("pieces", [1, 2])
-def test_half_closed_connection_gets_its_answer_and_ends(port: int, pieces: int) -> None:
+def test_half_closed_connection_gets_its_response(port: int, pieces: int) -> None:
     request = post(f"Content-Length: {len(GOOD)}", body=GOOD)
     for each in (request, request * 3, b"GET /healthz HTTP/1.0\r\n\r\n"):
         with connect(port) as client:
@@ -372,7 +366,7 @@ def test_half_closed_connection_gets_its_answer_and_ends(port: int, pieces: int)
         post("Content-Length: 1000", path="/nothing"),
     ],
 )
-def test_half_closed_in_the_middle_of_a_request_is_its_end(port: int, sent: bytes) -> None:
+def test_half_close_within_a_request_ends_it(port: int, sent: bytes) -> None:
     with connect(port) as client:
         client.sendall(sent)
         client.shutdown(socket.SHUT_WR)
@@ -380,7 +374,7 @@ def test_half_closed_in_the_middle_of_a_request_is_its_end(port: int, sent: byte
     assert_serving(port)
 
 
-def test_half_closed_client_is_looked_for_while_it_waits(serve: Serve, slow_models: Path) -> None:
+def test_half_closed_client_is_probed_while_it_waits(serve: Serve, slow_models: Path) -> None:
     """Only a write tells whether it has closed the whole connection."""
     process = serve(slow_models, request_timeout_ms=600_000)
     request = post(f"Content-Length: {len(GOOD)}", body=GOOD)
@@ -397,7 +391,7 @@ def test_half_closed_client_is_looked_for_while_it_waits(serve: Serve, slow_mode
         client.close()
 
 
-def test_half_closed_after_an_answer_ends_at_once(port: int) -> None:
+def test_half_close_after_a_response_ends_at_once(port: int) -> None:
     with connect(port) as client:
         client.sendall(HIDDEN)
         assert statuses(client.recv(65536)) == [200]
@@ -405,7 +399,7 @@ def test_half_closed_after_an_answer_ends_at_once(port: int) -> None:
         assert read(client) == b""
 
 
-def test_half_closed_with_a_next_request_begun_gets_the_answer_before(port: int) -> None:
+def test_half_close_within_a_pipelined_request_keeps_the_first_response(port: int) -> None:
     with connect(port) as client:
         client.sendall(post(f"Content-Length: {len(GOOD)}", body=GOOD) + b"GET /healthz HT")
         client.shutdown(socket.SHUT_WR)
@@ -419,9 +413,7 @@ def form(*images: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("connection", ["close", "keep-alive"])
-def test_http_1_0_gets_a_body_without_chunks_that_ends_with_the_connection(
-    port: int, connection: str
-) -> None:
+def test_http_1_0_response_has_no_chunks_and_closes(port: int, connection: str) -> None:
     body = form(GOOD, b"rubbish", GOOD)
     head = (
         "POST /v1/detect/batch HTTP/1.0",
@@ -440,7 +432,7 @@ def test_http_1_0_gets_a_body_without_chunks_that_ends_with_the_connection(
     assert sorted(each["status"] for each in found) == [200, 200, 415]
 
 
-def test_http_1_0_is_not_told_to_continue(port: int) -> None:
+def test_http_1_0_gets_no_100_continue(port: int) -> None:
     with connect(port) as client:
         head = f"POST /v1/detect HTTP/1.0\r\nContent-Length: {len(GOOD)}\r\n"
         client.sendall(head.encode() + b"Expect: 100-continue\r\n\r\n")
@@ -452,7 +444,7 @@ def test_http_1_0_is_not_told_to_continue(port: int) -> None:
         assert statuses(read(client)) == [200]
 
 
-def test_a_client_that_does_not_read_its_answer(port: int) -> None:
+def test_unread_response_is_cut_off(port: int) -> None:
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.connect(("127.0.0.1", port))
@@ -463,7 +455,7 @@ def test_a_client_that_does_not_read_its_answer(port: int) -> None:
     assert_serving(port)
 
 
-def test_two_hundred_slow_bodies_keep_nobody_out(serve: Serve, quick_models: Path) -> None:
+def test_slow_bodies_do_not_block_others(serve: Serve, quick_models: Path) -> None:
     process = serve(quick_models)
     slow = [connect(process.port) for _ in range(200)]
     for client in slow:

@@ -47,7 +47,9 @@ def ask(process: Process, method: str, path: str, content: bytes | None = None) 
         return client.request(method, path, content=content)
 
 
-def test_more_connections_than_descriptors(serve: Serve, quick_models: Path) -> None:
+def test_connections_beyond_the_descriptor_limit_are_closed(
+    serve: Serve, quick_models: Path
+) -> None:
     process = serve(quick_models, program=(sys.executable, "-c", LIMITED))
     with ExitStack() as stack:
         # Those who said nothing make way.
@@ -101,7 +103,7 @@ def hello(context: ssl.SSLContext) -> bytes:
     return sent.read()
 
 
-def test_handshakes_that_do_not_end_in_time(secure: tuple[int, ssl.SSLContext]) -> None:
+def test_tls_handshake_times_out(secure: tuple[int, ssl.SSLContext]) -> None:
     port, context = secure
     said = hello(context)
     with ExitStack() as stack:
@@ -121,7 +123,7 @@ def test_handshakes_that_do_not_end_in_time(secure: tuple[int, ssl.SSLContext]) 
                     pass
 
 
-def test_headers_over_tls_that_do_not_end_in_time(secure: tuple[int, ssl.SSLContext]) -> None:
+def test_tls_headers_time_out(secure: tuple[int, ssl.SSLContext]) -> None:
     port, context = secure
     with (
         socket.create_connection(("127.0.0.1", port), timeout=30) as plain,

@@ -48,7 +48,7 @@ def post_many(process: Process, bodies: list[bytes]) -> list[httpx.Response]:
     [(faulty_server.WEDGE, "has been on the device for"), (faulty_server.LOSE, "CUDA error 700")],
     ids=["wedged", "lost"],
 )
-def test_the_end_of_a_device_is_told_to_all_and_ends_the_process(
+def test_lost_device_fails_requests_and_ends_the_process(
     serve: Serve, quick_models: Path, colour: tuple[int, int, int], reason: str
 ) -> None:
     process = serve(quick_models, program=FAULTY, watchdog_seconds=1.0)
@@ -63,7 +63,7 @@ def test_the_end_of_a_device_is_told_to_all_and_ends_the_process(
     assert reason in process.log.read_text()
 
 
-def test_a_thread_that_dies_is_replaced(serve: Serve, quick_models: Path) -> None:
+def test_dead_worker_thread_is_replaced(serve: Serve, quick_models: Path) -> None:
     process = serve(quick_models, program=FAULTY)
     (answer,) = post_many(process, [image(faulty_server.DIE)])
     assert answer.status_code == 500

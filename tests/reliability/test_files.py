@@ -90,7 +90,7 @@ def spoil(folder: Path) -> set[str]:
     }
 
 
-def test_every_file_of_a_folder_is_answered_or_named(folder: Path) -> None:
+def test_detect_reports_every_file_of_a_folder(folder: Path) -> None:
     failing = spoil(folder / "in")
     good = {"in/a.png", "in/deep/b.png", "in/folder.png/in it.png"}
     url = f"file://{folder}/in/caf%E9.png"
@@ -133,7 +133,7 @@ def test_every_file_of_a_folder_is_answered_or_named(folder: Path) -> None:
     assert run("bulk", url, "--output", "one", "--strict").returncode == 0
 
 
-def test_a_folder_that_nothing_may_look_into_is_refused_by_name(folder: Path) -> None:
+def test_detect_rejects_unreadable_folder(folder: Path) -> None:
     (folder / "in" / "deep").chmod(0)
     for arguments in (
         ("detect", "in/deep"),
@@ -147,7 +147,7 @@ def test_a_folder_that_nothing_may_look_into_is_refused_by_name(folder: Path) ->
     (folder / "in" / "deep").chmod(0o700)
 
 
-def test_no_name_is_beyond_the_encoding_of_stdout(folder: Path) -> None:
+def test_detect_prints_any_file_name(folder: Path) -> None:
     (folder / "in" / "日本.png").write_bytes(IMAGE)
     for output in ("json", "csv", "coco"):
         done = run("detect", "in", "--output", output, encoding="ascii")
@@ -172,7 +172,7 @@ def test_detect_ends_quietly_where_stdout_is_closed_early() -> None:
         assert (done.returncode, done.stderr) == (1, b"")
 
 
-def test_a_full_disk_behind_stdout_is_told_in_one_line(folder: Path) -> None:
+def test_detect_reports_full_disk_in_one_line(folder: Path) -> None:
     with Path("/dev/full").open("wb") as full:
         for arguments in (("detect", "in"), ("detect", "in/a.png"), ("doctor",)):
             done = run(*arguments, stdout=full.fileno())
@@ -180,7 +180,7 @@ def test_a_full_disk_behind_stdout_is_told_in_one_line(folder: Path) -> None:
             assert problems(done) == ["retinaserve: error: [Errno 28] No space left on device"]
 
 
-def test_a_copy_that_cannot_be_written_is_named_and_the_detections_stay(folder: Path) -> None:
+def test_detect_reports_unwritable_copy_and_keeps_detections(folder: Path) -> None:
     (folder / "drawn" / "a.png").mkdir(parents=True)
     (folder / "drawn" / "deep").write_bytes(b"no folder")
     done = run("detect", "in", "--save-dir", "drawn")

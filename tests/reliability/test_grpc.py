@@ -32,7 +32,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def test_a_busy_port_is_known_before_anything_loads(quick_models: Path) -> None:
+def test_grpc_busy_port_is_reported_before_loading(quick_models: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         done = subprocess.run(
@@ -49,13 +49,13 @@ def test_a_busy_port_is_known_before_anything_loads(quick_models: Path) -> None:
     assert "RETINASERVE_GRPC_PORT" in last
 
 
-def test_grpcio_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grpc_port_without_grpcio_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(DataError, match=r"pip install 'retinaserve\[grpc\]'"):
         check_installed()
 
 
-def test_calls_in_flight_finish_and_new_ones_are_turned_away(serve: Serve, tmp_path: Path) -> None:
+def test_grpc_drain_finishes_calls_in_flight(serve: Serve, tmp_path: Path) -> None:
     # Slow, but with one canvas to be warmed.
     tiny_model.save(tmp_path / "models", work=250, sizes=(Size(96, 128),))
     port = free_port()

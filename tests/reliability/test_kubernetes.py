@@ -52,7 +52,7 @@ def mounted(quick_models: Path, tmp_path: Path) -> Path:
     return mount
 
 
-def test_a_storage_without_a_name_says_what_is_expected(quick_models: Path, tmp_path: Path) -> None:
+def test_kserve_storage_without_a_name_is_refused(quick_models: Path, tmp_path: Path) -> None:
     (tmp_path / "1").symlink_to(quick_models / "tiny" / "1")
     run = subprocess.run(
         command("serve", "--port", "0", "--device", "cpu"),
@@ -62,7 +62,7 @@ def test_a_storage_without_a_name_says_what_is_expected(quick_models: Path, tmp_
     assert f"expected {tmp_path}/<name>/<version>/model.onnx" in run.stderr
 
 
-def test_probes_and_drain(serve: Serve, quick_models: Path, mounted: Path) -> None:
+def test_kubernetes_probes_and_drain(serve: Serve, quick_models: Path, mounted: Path) -> None:
     deployment = find(build(FOLDER / "overlays" / "cpu"), "Deployment")["spec"]["template"]["spec"]
     kserve = build(FOLDER / "kserve")
     predictor = find(kserve, "InferenceService")

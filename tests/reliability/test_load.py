@@ -28,9 +28,7 @@ def metric(process: Process, name: str) -> float:
     return sum(float(line.rpartition(" ")[2]) for line in found)
 
 
-def test_healthz_answers_at_once_while_the_model_is_saturated(
-    serve: Serve, slow_models: Path
-) -> None:
+def test_healthz_is_quick_under_load(serve: Serve, slow_models: Path) -> None:
     # On a busy machine an inference takes seconds, and a shorter deadline would have them refused.
     process = serve(slow_models, request_timeout_ms=600_000)
     stop = threading.Event()
@@ -57,7 +55,7 @@ def test_healthz_answers_at_once_while_the_model_is_saturated(
     assert statistics.median(seconds) < 0.050
 
 
-def test_a_full_queue_refuses_and_recovers(serve: Serve, slow_models: Path) -> None:
+def test_full_queue_is_503_and_recovers(serve: Serve, slow_models: Path) -> None:
     process = serve(slow_models, max_queue_size=3, request_timeout_ms=600_000)
 
     def post(_: int) -> httpx.Response:
@@ -76,7 +74,7 @@ def test_a_full_queue_refuses_and_recovers(serve: Serve, slow_models: Path) -> N
     assert metric(process, "retinaserve_pictures_held") == 0
 
 
-def test_clients_that_go_away_leave_the_queue(serve: Serve, slow_models: Path) -> None:
+def test_disconnected_clients_leave_the_queue(serve: Serve, slow_models: Path) -> None:
     process = serve(slow_models, request_timeout_ms=600_000)
     head = f"POST /v1/detect HTTP/1.1\r\nHost: x\r\nContent-Length: {len(GOOD)}\r\n\r\n".encode()
     rude = [socket.create_connection(("127.0.0.1", process.port)) for _ in range(30)]
@@ -98,7 +96,7 @@ def test_clients_that_go_away_leave_the_queue(serve: Serve, slow_models: Path) -
     assert metric(process, "retinaserve_batch_size_count") < 20
 
 
-def test_a_slow_body_is_given_up(serve: Serve, quick_models: Path) -> None:
+def test_slow_body_is_408(serve: Serve, quick_models: Path) -> None:
     process = serve(quick_models, body_timeout_ms=300)
     with socket.create_connection(("127.0.0.1", process.port), timeout=30) as connection:
         started = time.monotonic()
@@ -112,9 +110,7 @@ def test_a_slow_body_is_given_up(serve: Serve, quick_models: Path) -> None:
     assert metric(process, "retinaserve_pictures_held") == 0
 
 
-def test_a_body_that_was_never_asked_for_ends_the_connection(
-    serve: Serve, quick_models: Path
-) -> None:
+def test_unsent_body_after_413_closes_the_connection(serve: Serve, quick_models: Path) -> None:
     """The client keeps its body back: what comes next on that connection is no body."""
     process = serve(quick_models, max_body_bytes=1000)
     with socket.create_connection(("127.0.0.1", process.port), timeout=30) as connection:
@@ -132,9 +128,7 @@ def test_a_body_that_was_never_asked_for_ends_the_connection(
         assert client.get("/healthz").status_code == 200
 
 
-def test_a_hundred_megabytes_are_refused_without_being_held(
-    serve: Serve, quick_models: Path
-) -> None:
+def test_large_body_is_413_without_buffering(serve: Serve, quick_models: Path) -> None:
     process = serve(quick_models)
     before = process.resident()
     with process.client() as client:
@@ -152,7 +146,7 @@ def test_a_hundred_megabytes_are_refused_without_being_held(
     assert process.resident() - before < 80 * MEBIBYTE
 
 
-def test_large_forms_never_touch_the_disk(
+def test_large_forms_stay_in_memory(
     serve: Serve, quick_models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Nothing can be written there, as with a read-only root.
@@ -169,7 +163,7 @@ def test_large_forms_never_touch_the_disk(
         assert [each["status"] for each in answer.json()["results"]] == [200, 200]
 
 
-def test_memory_is_flat(serve: Serve, quick_models: Path) -> None:
+def test_memory_is_flat_under_load(serve: Serve, quick_models: Path) -> None:
     process = serve(quick_models, log_level="warning")
     bodies = [GOOD, encoded(noise((640, 480)), "JPEG"), b"\xff\xd8\xff broken", b""]
 
@@ -189,7 +183,7 @@ def test_memory_is_flat(serve: Serve, quick_models: Path) -> None:
     assert process.resident() - before < 12 * MEBIBYTE
 
 
-def test_ndjson_lines_come_as_they_finish(serve: Serve, slow_models: Path) -> None:
+def test_ndjson_lines_stream_as_images_finish(serve: Serve, slow_models: Path) -> None:
     process = serve(slow_models, request_timeout_ms=600_000)
     arrivals: list[float] = []
     files = [("files", (f"{i}", GOOD)) for i in range(4)]

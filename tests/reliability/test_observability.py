@@ -26,7 +26,7 @@ def lines(process: Process) -> list[dict[str, Any]]:
     return [json.loads(line) for line in process.log.read_text().splitlines()]
 
 
-def test_a_request_in_log_metrics_and_trace(
+def test_request_is_in_log_metrics_and_trace(
     serve: Serve, quick_models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with receiver() as collector:
@@ -104,7 +104,7 @@ def _check_lines(found: list[dict[str, Any]]) -> None:
     assert any("draining" in line["message"] for line in found)
 
 
-def test_a_collector_that_never_answers_hurts_nobody(
+def test_unresponsive_trace_collector_delays_no_request(
     serve: Serve, quick_models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:

@@ -93,7 +93,7 @@ def pipe() -> Iterator[tuple[int, int]]:
             continue
 
 
-def test_stderr_that_is_not_read_does_not_stop_serving(begin: Begin, pipe: tuple[int, int]) -> None:
+def test_unread_stderr_does_not_block_serving(begin: Begin, pipe: tuple[int, int]) -> None:
     reading, writing = pipe
     server = begin(stdout=subprocess.DEVNULL, stderr=writing, log_format="json")
     os.close(writing)
@@ -109,7 +109,7 @@ def test_stderr_that_is_not_read_does_not_stop_serving(begin: Begin, pipe: tuple
     assert "draining" in rest[-1]["message"]
 
 
-def test_output_that_is_full_from_the_start_stops_neither_start_nor_end(
+def test_full_output_pipe_blocks_neither_start_nor_stop(
     begin: Begin, pipe: tuple[int, int]
 ) -> None:
     _, writing = pipe
@@ -119,7 +119,7 @@ def test_output_that_is_full_from_the_start_stops_neither_start_nor_end(
     server.assert_stops()
 
 
-def test_output_that_is_closed(begin: Begin) -> None:
+def test_closed_output_does_not_stop_serving(begin: Begin) -> None:
     closed = ">&- 2>&- <&-"
     server = begin(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, shell=closed)
     server.assert_serves()
@@ -130,7 +130,7 @@ def test_output_that_is_closed(begin: Begin) -> None:
     server.assert_stops()
 
 
-def test_output_whose_reader_is_gone(begin: Begin, pipe: tuple[int, int]) -> None:
+def test_broken_output_pipe_does_not_stop_serving(begin: Begin, pipe: tuple[int, int]) -> None:
     reading, writing = pipe
     os.close(reading)
     server = begin(stdout=writing, stderr=writing)
@@ -138,7 +138,7 @@ def test_output_whose_reader_is_gone(begin: Begin, pipe: tuple[int, int]) -> Non
     server.assert_stops()
 
 
-def test_error_at_the_start_is_said_in_full(tmp_path: Path) -> None:
+def test_start_error_is_printed_in_full(tmp_path: Path) -> None:
     done = subprocess.run(
         command("serve", "--models", tmp_path / "none", "--port", 0, "--device", "cpu"),
         env=environment(no_such_setting=1),
@@ -153,9 +153,7 @@ def test_error_at_the_start_is_said_in_full(tmp_path: Path) -> None:
     assert any(each.startswith("retinaserve: error: ") for each in lines)
 
 
-def test_detect_says_all_to_a_closed_and_to_an_open_stderr(
-    quick_models: Path, tmp_path: Path
-) -> None:
+def test_detect_works_with_closed_and_open_stderr(quick_models: Path, tmp_path: Path) -> None:
     image = tmp_path / "red.png"
     image.write_bytes(GOOD)
     arguments = command("detect", image, tmp_path, "--device", "cpu", "--model", "tiny")

@@ -30,7 +30,7 @@ def seconds_alone(process: Process) -> float:
     return max(taken) / 1e3
 
 
-def test_what_is_let_in_is_in_time_and_the_rest_is_refused(serve: Serve, tmp_path: Path) -> None:
+def test_admitted_requests_meet_their_deadline_under_overload(serve: Serve, tmp_path: Path) -> None:
     # Twenty images are let in within seconds: quicker than the other tests' model.
     tiny_model.save(tmp_path, work=30, sizes=(Size(96, 128),))
     process = serve(tmp_path)
@@ -70,7 +70,7 @@ def test_what_is_let_in_is_in_time_and_the_rest_is_refused(serve: Serve, tmp_pat
         assert client.post("/v1/detect", content=GOOD).status_code == 200
 
 
-def test_a_refusal_does_not_wait_for_the_body(serve: Serve, slow_models: Path) -> None:
+def test_overload_refusal_precedes_the_body(serve: Serve, slow_models: Path) -> None:
     process = serve(slow_models, max_queue_size=1)
 
     def post_many() -> None:
@@ -87,7 +87,7 @@ def test_a_refusal_does_not_wait_for_the_body(serve: Serve, slow_models: Path) -
     thread.join(60)
 
 
-def test_one_image_goes_before_the_many_of_a_batch(serve: Serve, slow_models: Path) -> None:
+def test_single_image_overtakes_a_batch(serve: Serve, slow_models: Path) -> None:
     process = serve(slow_models, request_timeout_ms=900_000)
     done: dict[str, float] = {}
     many: list[httpx.Response] = []

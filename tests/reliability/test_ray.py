@@ -107,7 +107,7 @@ def kill(replica: Replica) -> None:
     os.kill(replica.pid, signal.SIGKILL)
 
 
-def test_serve_run_as_it_is_documented(cluster: Cluster, tmp_path: Path) -> None:
+def test_serve_run_works_as_documented(cluster: Cluster, tmp_path: Path) -> None:
     tiny_model.save(tmp_path)
     wrong = cluster.run("service.ray_app:app", f"model_dir={tmp_path}")
     assert wrong.returncode != 0
@@ -119,7 +119,7 @@ def test_serve_run_as_it_is_documented(cluster: Cluster, tmp_path: Path) -> None
     assert answer.json()["model"] == {"name": "tiny", "version": 1}
 
 
-def test_the_api_suite_passes(cluster: Cluster, tmp_path: Path) -> None:
+def test_api_suite_passes_on_ray(cluster: Cluster, tmp_path: Path) -> None:
     tiny_model.save(tmp_path)
     deploy(cluster, replicas=1, models_dir=str(tmp_path), device="cpu")
     cluster.wait_for_replicas(1)
@@ -140,7 +140,7 @@ def test_the_api_suite_passes(cluster: Cluster, tmp_path: Path) -> None:
     assert answer.status_code == 413
 
 
-def test_models_are_updated_without_a_lost_request(
+def test_ray_model_update_loses_no_request(
     cluster: Cluster,
     tmp_path: Path,
     images: list[bytes],
@@ -173,7 +173,7 @@ def versions(seen: Sequence[Seen]) -> set[int]:
     return {each.body["model"]["version"] for each in seen}
 
 
-def test_a_lost_device_costs_the_replica(cluster: Cluster, tmp_path: Path) -> None:
+def test_ray_replaces_replica_with_lost_device(cluster: Cluster, tmp_path: Path) -> None:
     # One inference takes longer than the watchdog has patience.
     tiny_model.save(tmp_path, work=400, sizes=(Size(96, 128),))
     deploy(cluster, replicas=1, models_dir=str(tmp_path), watchdog_seconds=0.1)
@@ -186,7 +186,7 @@ def test_a_lost_device_costs_the_replica(cluster: Cluster, tmp_path: Path) -> No
     assert httpx.get(f"{cluster.url}/readyz", timeout=60.0).status_code == 200
 
 
-def test_what_finds_no_room_at_the_proxy_is_told_when_to_return(
+def test_ray_backpressure_is_503_with_retry_after(
     cluster: Cluster, images: list[bytes], expected: list[list[dict[str, Any]]]
 ) -> None:
     room = {"max_ongoing_requests": 1, "max_queued_requests": 2}
@@ -199,7 +199,7 @@ def test_what_finds_no_room_at_the_proxy_is_told_when_to_return(
     assert details.keys() == {"no replica takes requests just now; try again in a moment"}
 
 
-def test_a_replica_dies_and_then_a_node(
+def test_ray_recovers_from_lost_replica_and_node(
     cluster: Cluster, images: list[bytes], expected: list[list[dict[str, Any]]]
 ) -> None:
     deploy(cluster, replicas=2)

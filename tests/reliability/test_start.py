@@ -26,7 +26,7 @@ def refused(*arguments: object, **settings: object) -> tuple[int, str]:
     return done.returncode, done.stderr.strip()
 
 
-def test_one_line_with_the_url(serve: Serve, quick_models: Path) -> None:
+def test_start_prints_one_line_with_the_url(serve: Serve, quick_models: Path) -> None:
     process = serve(quick_models, cpu_inferences=None)
     assert process.url == f"http://localhost:{process.port}"
     with process.client() as client:
@@ -38,7 +38,7 @@ def test_one_line_with_the_url(serve: Serve, quick_models: Path) -> None:
     assert process.popen.stdout.read() == "", "one line, and that was it"
 
 
-def test_a_busy_port(quick_models: Path) -> None:
+def test_start_reports_busy_port(quick_models: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         code, text = refused("--models", quick_models, "--device", "cpu", "--port", port)
@@ -48,14 +48,14 @@ def test_a_busy_port(quick_models: Path) -> None:
     assert "in use" in text
 
 
-def test_an_empty_repository(tmp_path: Path) -> None:
+def test_start_rejects_empty_repository(tmp_path: Path) -> None:
     code, text = refused("--models", tmp_path, "--device", "cpu", "--port", 0)
     assert code == 2
     assert text.count("\n") == 0
     assert f"{tmp_path}/<name>/<version>/model.onnx" in text
 
 
-def test_a_setting_that_makes_no_sense(quick_models: Path) -> None:
+def test_start_rejects_invalid_setting(quick_models: Path) -> None:
     code, text = refused("--models", quick_models, max_queue_size="many")
     assert code == 2
     assert "RETINASERVE_MAX_QUEUE_SIZE=many" in text
@@ -64,7 +64,7 @@ def test_a_setting_that_makes_no_sense(quick_models: Path) -> None:
     assert "--device=tpu" in text
 
 
-def test_a_broken_model_is_no_reason_to_die(serve: Serve, tmp_path: Path) -> None:
+def test_start_survives_a_broken_model(serve: Serve, tmp_path: Path) -> None:
     tiny_model.save(tmp_path / "m")
     tiny_model.save(tmp_path / "m", version=2).write_bytes(b"no model")
     process = serve(tmp_path / "m")
@@ -73,27 +73,27 @@ def test_a_broken_model_is_no_reason_to_die(serve: Serve, tmp_path: Path) -> Non
         assert [version["state"] for version in model["versions"]] == ["ready", "failed"]
 
 
-def test_behind_a_proxy_that_takes_a_prefix_off(serve: Serve, quick_models: Path) -> None:
+def test_root_path_is_announced_in_openapi(serve: Serve, quick_models: Path) -> None:
     process = serve(quick_models, arguments=("--root-path", "/cells"))
     with process.client() as client:
         assert client.get("/openapi.json").json()["servers"] == [{"url": "/cells"}]
         assert client.get("/healthz").status_code == 200
 
 
-def test_a_key_without_its_certificate(quick_models: Path) -> None:
+def test_start_rejects_key_without_certificate(quick_models: Path) -> None:
     code, text = refused("--models", quick_models, "--ssl-keyfile", __file__)
     assert code == 2
     assert "--ssl-certfile" in text
 
 
-def test_a_certificate_that_is_none(quick_models: Path) -> None:
+def test_start_rejects_invalid_certificate(quick_models: Path) -> None:
     code, text = refused("--models", quick_models, "--port", 0, "--ssl-certfile", __file__)
     assert code == 2
     assert f"--ssl-certfile {__file__}" in text
     assert text.count("\n") == 0, "it is told before anything is loaded"
 
 
-def test_a_file_of_keys_that_is_none(quick_models: Path) -> None:
+def test_start_rejects_invalid_keys_file(quick_models: Path) -> None:
     code, text = refused("--models", quick_models, "--port", 0, api_keys_file=__file__)
     assert code == 2
     assert __file__ in text
@@ -101,7 +101,7 @@ def test_a_file_of_keys_that_is_none(quick_models: Path) -> None:
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
-def test_the_log_is_on_stderr(serve: Serve, quick_models: Path, log_format: str) -> None:
+def test_log_is_written_to_stderr(serve: Serve, quick_models: Path, log_format: str) -> None:
     process = serve(quick_models, log_format=log_format)
     with process.client() as client:
         client.post("/v1/detect", content=b"", headers={"X-Request-Id": "job-5"})

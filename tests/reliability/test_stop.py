@@ -46,7 +46,9 @@ def refuses_connections(process: Process) -> bool:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
-def test_work_in_flight_finishes(serve: Serve, slow_models: Path, number: signal.Signals) -> None:
+def test_drain_finishes_requests_in_flight(
+    serve: Serve, slow_models: Path, number: signal.Signals
+) -> None:
     process = serve(slow_models)
     answers: list[httpx.Response] = []
     thread = post_in_background(process, answers)
@@ -60,7 +62,7 @@ def test_work_in_flight_finishes(serve: Serve, slow_models: Path, number: signal
     assert process.exit_code() == 0
 
 
-def test_the_delay_keeps_serving_while_not_ready(serve: Serve, quick_models: Path) -> None:
+def test_drain_delay_serves_while_not_ready(serve: Serve, quick_models: Path) -> None:
     process = serve(quick_models, drain_delay_seconds=2.0)
     with process.client() as client:
         assert client.get("/readyz").status_code == 200
@@ -75,7 +77,7 @@ def test_the_delay_keeps_serving_while_not_ready(serve: Serve, quick_models: Pat
     assert time.monotonic() - signalled >= 2.0
 
 
-def test_the_drain_has_an_end(serve: Serve, slow_models: Path) -> None:
+def test_drain_ends_after_drain_seconds(serve: Serve, slow_models: Path) -> None:
     process = serve(slow_models, drain_seconds=1, request_timeout_ms=600_000)
     answers: list[httpx.Response] = []
 
@@ -104,9 +106,7 @@ def test_the_drain_has_an_end(serve: Serve, slow_models: Path) -> None:
     assert "the server stops" in late.json()["detail"]
 
 
-def test_a_body_that_is_still_arriving_is_told_to_go_elsewhere(
-    serve: Serve, quick_models: Path
-) -> None:
+def test_drain_answers_arriving_body_with_503(serve: Serve, quick_models: Path) -> None:
     process = serve(quick_models, drain_seconds=0)
     address = ("127.0.0.1", process.port)
     with socket.create_connection(address, timeout=30) as connection:
@@ -124,7 +124,7 @@ def test_a_body_that_is_still_arriving_is_told_to_go_elsewhere(
     assert "Traceback" not in process.log.read_text()
 
 
-def test_idle_keep_alive_connections_do_not_hold_it_up(serve: Serve, quick_models: Path) -> None:
+def test_drain_closes_idle_connections(serve: Serve, quick_models: Path) -> None:
     process = serve(quick_models)
     with process.client() as client:
         assert client.get("/healthz").status_code == 200
@@ -135,7 +135,7 @@ def test_idle_keep_alive_connections_do_not_hold_it_up(serve: Serve, quick_model
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT])
-def test_a_signal_before_anything_is_loaded(quick_models: Path, number: signal.Signals) -> None:
+def test_signal_while_loading_stops(quick_models: Path, number: signal.Signals) -> None:
     process = subprocess.Popen(
         command("serve", "--models", quick_models, "--port", 0),
         env=environment(),
@@ -154,7 +154,7 @@ def caught_signals(status: Path) -> int:
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGQUIT])
-def test_a_signal_that_was_ignored_at_the_start_stays_so(
+def test_ignored_signal_stays_ignored(
     serve: Serve, quick_models: Path, number: signal.Signals
 ) -> None:
     """As `nohup` starts a command, and a shell one in the background."""
@@ -170,7 +170,7 @@ def test_a_signal_that_was_ignored_at_the_start_stays_so(
     assert process.exit_code() == 0
 
 
-def test_a_second_signal_means_now(serve: Serve, quick_models: Path) -> None:
+def test_second_signal_stops_at_once(serve: Serve, quick_models: Path) -> None:
     process = serve(quick_models, drain_delay_seconds=30)
     process.terminate()
     until(lambda: not ready(process))
@@ -179,9 +179,7 @@ def test_a_second_signal_means_now(serve: Serve, quick_models: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"\xff\xd8\xff", GOOD])
-def test_stopping_right_after_work_is_clean(
-    serve: Serve, quick_models: Path, content: bytes
-) -> None:
+def test_stop_right_after_work_is_clean(serve: Serve, quick_models: Path, content: bytes) -> None:
     process = serve(quick_models)
     with process.client() as client:
         client.post("/v1/detect", content=content)

@@ -82,7 +82,7 @@ def swap(admin: httpx.Client, to: int) -> None:
     assert answer.json()["serving"] == to
 
 
-def test_swaps_under_load_lose_nothing(serve: Serve, tmp_path: Path) -> None:
+def test_model_swaps_under_load_lose_no_request(serve: Serve, tmp_path: Path) -> None:
     models, keys = tmp_path / "models", tmp_path / "keys.json"
     tiny_model.save(models, version=1, white=WHITE[1], ballast=BALLAST)
     admin_key, key = new_key(keys, "admin", admin=True), new_key(keys, "client", admin=False)
