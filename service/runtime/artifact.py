@@ -41,7 +41,7 @@ SCHEMA: Final = 1
 MODEL_FILE: Final = "model.onnx"
 CHECKSUM_FILE: Final = "model.sha256"
 MAX_DETECTIONS_CAP: Final = 1000
-"""No image ever has more detections than this, whatever is asked for."""
+"""Most detections of one image."""
 
 INPUT_TYPES: Final[Mapping[str, tuple[int, int]]] = {
     "images": (TensorProto.UINT8, 4),
@@ -107,7 +107,7 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Thresholds(BaseModel):
-    """What a request gets that names no thresholds of its own."""
+    """The thresholds of requests that give none."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -121,7 +121,7 @@ class Thresholds(BaseModel):
 
 
 class Metrics(BaseModel):
-    """How well the file detects, measured on the file itself."""
+    """Accuracy, measured on the exported file."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
@@ -170,13 +170,13 @@ class Metadata(BaseModel):
         return self
 
     def to_json(self) -> str:
-        """The JSON text that goes into the file."""
+        """Return the JSON text for the file."""
         return self.model_dump_json(by_alias=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
-    """A model file that has been read and checked, ready to become a session."""
+    """A model file that was read and checked."""
 
     path: Path
     content: bytes
@@ -255,7 +255,7 @@ def write_checksum(path: Path) -> None:
 
 
 def scan_repository(root: Path) -> list[Entry]:
-    """Every `<name>/<version>/model.onnx` below `root`, by name, then by version.
+    """Return every `<name>/<version>/model.onnx` below `root`, by name, then by version.
 
     Raises ArtifactError when `root` is not a folder or holds no model.
     """
@@ -272,13 +272,13 @@ def scan_repository(root: Path) -> list[Entry]:
 
 
 def entry_of(path: Path) -> Entry | None:
-    """The version of a model that a file is by its place; None outside of a repository."""
+    """Return the entry of a file by its path; None outside of a repository."""
     place = path.parts[-3:]
     return None if why_skipped(place) else Entry(place[0], int(place[1]), path)
 
 
 def why_skipped(place: Sequence[str]) -> str | None:
-    """Why no version of a model is at `place`, a path below a repository; None when one is."""
+    """Return why `place`, a path below a repository, holds no model version; None if it does."""
     if len(place) != 3 or place[-1] != MODEL_FILE:
         return f"expected <name>/<version>/{MODEL_FILE}"
     name, version, _ = place
@@ -291,7 +291,7 @@ def why_skipped(place: Sequence[str]) -> str | None:
 
 
 def skipped_files(root: Path) -> dict[Path, str]:
-    """ONNX files below `root` that are not where a model is expected, and why.
+    """Return ONNX files below `root` that are not where a model is expected, with the reasons.
 
     Looks one level higher and one lower than that. Leaves out hidden files and folders, and what
     lies beside a model.
@@ -310,7 +310,7 @@ def skipped_files(root: Path) -> dict[Path, str]:
 
 
 def list_skipped(skipped: Mapping[Path, str]) -> str:
-    """Skipped files in a sentence."""
+    """Return a sentence that lists skipped files."""
     named = [f"{str(path)!r} ({reason})" for path, reason in skipped.items()][:_MAX_NAMED]
     rest = len(skipped) - len(named)
     return ", ".join([*named, *([f"{rest} more"] if rest else [])])
@@ -434,7 +434,7 @@ def _check_class_count(path: Path, model: onnx.ModelProto, classes: Sequence[str
 
 
 def _class_count(model: onnx.ModelProto) -> int | None:
-    """The length of the class axis of the graph's NonMaxSuppression.
+    """Return the length of the class axis of the graph's NonMaxSuppression.
 
     None where the graph leaves it open, or tells classes apart in another way: by boxes that are
     moved away from those of other classes.
@@ -454,7 +454,7 @@ def _class_count(model: onnx.ModelProto) -> int | None:
 
 
 def _inferred(model: onnx.ModelProto) -> Iterable[ValueInfoProto]:
-    """Every value of a graph with its shape, as far as onnx can tell it."""
+    """Return the shapes of a graph's values, as far as onnx infers them."""
     graph = model.graph
     # Without the weights' data: to copy that would take longer than all the rest.
     slim = onnx.helper.make_model(

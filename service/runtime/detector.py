@@ -24,7 +24,7 @@ from service.runtime.artifact import (
 INPUTS: Final = tuple(INPUT_TYPES)
 OUTPUTS: Final = tuple(OUTPUT_TYPES)
 SEAM: Final = ("candidate_boxes", "candidate_scores", "candidate_labels")
-"""Values inside the file, between the network and non-maximum suppression."""
+"""Values between the network and non-maximum suppression, where the file can be split."""
 
 Canvases = NDArray[np.uint8] | Sequence[NDArray[np.uint8]]
 """(B, H, W, 3), or B times (H, W, 3): images of one size."""
@@ -32,7 +32,7 @@ Canvases = NDArray[np.uint8] | Sequence[NDArray[np.uint8]]
 
 @dataclass(frozen=True, slots=True)
 class Detections:
-    """What one image holds, in falling score."""
+    """The detections of one image, by falling score."""
 
     boxes: NDArray[np.float32]
     """(D, 4) x1, y1, x2, y2 in pixels."""
@@ -45,7 +45,7 @@ class Detections:
         return len(self.scores)
 
     def pick(self, chosen: NDArray[np.bool_] | NDArray[np.int64] | slice) -> Detections:
-        """The detections that a mask, indices or a slice choose."""
+        """Return the detections at a mask, indices or a slice."""
         return Detections(self.boxes[chosen], self.scores[chosen], self.labels[chosen])
 
 
@@ -77,11 +77,11 @@ class Detector:
 
     @property
     def providers(self) -> list[str]:
-        """The execution providers that the session really uses, first choice first."""
+        """The execution providers in use, first choice first."""
         return list(self._session.get_providers())
 
     def inputs(self) -> list[str]:
-        """Name, type and shape of every input, those with defaults marked, for people."""
+        """Return name, type and shape of each input as text, with defaults marked."""
         required = [
             signature(value)
             for value in self._session.get_inputs()
@@ -91,11 +91,11 @@ class Detector:
         return required + [f"{signature(value)} (has a default)" for value in defaults]
 
     def outputs(self) -> list[str]:
-        """Name, type and shape of every output, for people."""
+        """Return name, type and shape of each output as text."""
         return [signature(value) for value in self._session.get_outputs()]
 
     def suited(self, *, lone: bool) -> Detector:
-        """What to use for a call; `lone`: nothing else is to be done just now. Here: itself."""
+        """Return the detector to use for a call; `lone`: no other work is waiting."""
         return self
 
     def __call__(
@@ -126,9 +126,9 @@ class Detector:
         self(blank, sizes, score_threshold=0.5, iou_threshold=0.5)
 
     def prove(self, canvas: Size, batch: int = 1) -> None:
-        """Run once on noise, with thresholds that hold nothing back, and look at the answer.
+        """Run once on noise, with thresholds that keep everything, and check the detections.
 
-        Raises ArtifactError for an answer that no response could be made of.
+        Raises ArtifactError for detections that no response can be made of.
         """
         noise = np.random.default_rng(0).integers(0, 256, (1, *canvas, 3), dtype=np.uint8)
         sizes = np.tile(np.array([canvas], dtype=np.int64), (batch, 1))
@@ -139,7 +139,7 @@ class Detector:
 
 
 def batch_buckets(largest: int) -> list[int]:
-    """Batch sizes that are made ready: the powers of two up to the largest, and that one.
+    """Return the batch sizes to warm up: the powers of two up to the largest, and that one.
 
     >>> batch_buckets(12)
     [1, 2, 4, 8, 12]
@@ -151,14 +151,14 @@ def batch_buckets(largest: int) -> list[int]:
 
 
 def as_batch(canvases: Canvases) -> NDArray[np.uint8]:
-    """(B, H, W, 3); copied only where several canvases are not yet one array."""
+    """Return canvases as one array (B, H, W, 3), copied only if they are several arrays."""
     if isinstance(canvases, np.ndarray):
         return canvases
     return canvases[0][np.newaxis] if len(canvases) == 1 else np.stack(canvases)
 
 
 def thresholds(score: float, iou: float, most: int) -> dict[str, NDArray[Any]]:
-    """The inputs of the file that are not images."""
+    """Return the file's threshold inputs by name."""
     return {
         "score_threshold": np.array([score], dtype=np.float32),
         "iou_threshold": np.array([iou], dtype=np.float32),
@@ -167,7 +167,7 @@ def thresholds(score: float, iou: float, most: int) -> dict[str, NDArray[Any]]:
 
 
 def by_image(found: Sequence[NDArray[Any]], count: int) -> list[Detections]:
-    """The file's outputs, image by image."""
+    """Split the file's outputs by image."""
     index, boxes, scores, labels = found
     if count == 1:
         return [Detections(boxes, scores, labels)]
@@ -179,7 +179,7 @@ def by_image(found: Sequence[NDArray[Any]], count: int) -> list[Detections]:
 
 
 def _problem(found: Detections, classes: Sequence[str]) -> str | None:
-    """What no response could be made of; None where all is well."""
+    """Return why no response can be made of detections; None if one can."""
     lengths = found.boxes.shape, found.scores.shape, found.labels.shape
     count = len(found)
     if lengths != ((count, 4), (count,), (count,)):
@@ -197,5 +197,5 @@ def _problem(found: Detections, classes: Sequence[str]) -> str | None:
 
 
 def signature(value: ort.NodeArg) -> str:
-    """Name, type and shape, for people."""
+    """Return name, type and shape as text."""
     return f"{value.name} {value.type.removeprefix('tensor')} {value.shape}"

@@ -1,4 +1,4 @@
-"""Which hardware the service runs on, proved before it is believed.
+"""Devices: choose them, check that they work, and open detectors on them.
 
 `onnxruntime` quietly hands back a CPU session when CUDA's libraries are missing, so a device
 counts as usable only after a small network has run on it and the session names its provider.
@@ -50,7 +50,7 @@ Providers = list[str | tuple[str, dict[str, str]]]
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """One device that can hold sessions."""
+    """One device and the options of its sessions."""
 
     kind: Literal["cpu", "cuda"]
     index: int = 0
@@ -69,23 +69,23 @@ class Device:
 
     @property
     def name(self) -> str:
-        """As settings and answers write it: "cpu", "cuda:0"."""
+        """The device as settings and responses write it: "cpu", "cuda:0"."""
         return self.kind if self.kind == "cpu" else f"{self.kind}:{self.index}"
 
     @property
     def default_batch_size(self) -> int:
-        """A CPU works a batch off image by image; a GPU fills its lanes with it."""
+        """Most images in a batch by default; on a CPU more than one gain nothing."""
         return 1 if self.kind == "cpu" else 16
 
     @property
     def callers(self) -> int:
-        """Threads that keep it busy: a GPU computes for one while another copies and selects."""
+        """Concurrent callers: a GPU computes for one while another copies and selects."""
         return 1 if self.kind == "cpu" else SLOTS
 
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """The devices that were chosen, all of them proved."""
+    """The devices in use, each of them checked."""
 
     devices: tuple[Device, ...]
     fallback: str | None = None
@@ -93,7 +93,7 @@ class Hardware:
 
     @property
     def name(self) -> str:
-        """As answers write it: "cpu", "cuda:0,cuda:1"."""
+        """The devices as responses write them: "cpu", "cuda:0,cuda:1"."""
         return ",".join(device.name for device in self.devices)
 
 
@@ -106,7 +106,7 @@ def resolve(
     winograd: bool = True,
     threads: int | None = None,
 ) -> Hardware:
-    """Choose and prove the devices for `asked`: auto, cpu, cuda, or cuda:0,cuda:1.
+    """Return the devices for `asked` (auto, cpu, cuda, or cuda:0,cuda:1), each of them checked.
 
     `memory_limit`, `tf32` and `graphs` are for GPUs, `winograd` and `threads` for a CPU. Raises
     DeviceError that names what is missing.
@@ -138,7 +138,7 @@ def resolve(
 
 
 def resolve_for(settings: Settings, *, threads: int | None = None) -> Hardware:
-    """Choose and prove the devices of the settings. Raises DeviceError as `resolve` does."""
+    """Return the devices that the settings ask for. Raises DeviceError as `resolve` does."""
     return resolve(
         settings.device,
         memory_limit=settings.gpu_memory_bytes,
@@ -170,7 +170,7 @@ def fitted(artifact: Artifact, device: Device) -> Artifact:
 
 
 def open_detector(artifact: Artifact, device: Device, *, batch: int | None = None) -> Detector:
-    """Load a model file on a device: the one way to a session, in serving and in evaluation.
+    """Load a model file on a device, in serving and in evaluation alike.
 
     `batch` is how many canvases a GPU gets at a time at most. Raises ArtifactError when the file
     does not load, DeviceError when the session landed on another device than the one asked for or
@@ -191,7 +191,7 @@ def open_detector(artifact: Artifact, device: Device, *, batch: int | None = Non
 
 
 def providers(device: Device) -> Providers:
-    """Execution providers for onnxruntime, first choice first."""
+    """Return execution providers for onnxruntime, first choice first."""
     if device.kind == "cpu":
         return [CPU_PROVIDER]
     cuda = {
@@ -211,7 +211,7 @@ def providers(device: Device) -> Providers:
 
 
 def with_cuda_graphs(given: Providers) -> Providers:
-    """The same providers, where CUDA captures what it runs."""
+    """Return the same providers with CUDA graphs enabled."""
     return [
         each if isinstance(each, str) else (each[0], {**each[1], "enable_cuda_graph": "1"})
         for each in given
@@ -219,7 +219,7 @@ def with_cuda_graphs(given: Providers) -> Providers:
 
 
 def session_options(device: Device) -> ort.SessionOptions:
-    """Options for a session on `device`."""
+    """Return options for a session on `device`."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
     if device.kind == "cpu":
@@ -238,7 +238,7 @@ def session_options(device: Device) -> ort.SessionOptions:
 
 
 def prove(device: Device) -> str | None:
-    """Run a small network on `device`. None when it worked there, else what is wrong."""
+    """Run a small network on `device`. Return what is wrong; None if it worked."""
     if device.kind == "cpu":
         return None
     if CUDA_PROVIDER not in ort.get_available_providers():
@@ -261,9 +261,9 @@ def prove(device: Device) -> str | None:
 
 
 def missing_library() -> str | None:
-    """The library that keeps onnxruntime's CUDA part from loading, as the linker names it.
+    """Return the linker's message about the library that keeps CUDA from loading; None if none.
 
-    To be asked only after onnxruntime tried: its CUDA part must not be loaded before it.
+    Call this only after onnxruntime tried: its CUDA part must not be loaded before it.
     """
     folder = Path(ort.__file__).parent / "capi"
     for library in ("libonnxruntime_providers_shared.so", "libonnxruntime_providers_cuda.so"):
@@ -306,7 +306,7 @@ def _open_whole(artifact: Artifact, device: Device, batch: int) -> Detector:
 
 
 def _open_graphs(artifact: Artifact, device: Device, batch: int) -> Detector:
-    """Split at the seam, where the file has one."""
+    """Open the engine of CUDA graphs; the whole file where it cannot be split or does not run."""
     parts = split(artifact.content)
     if parts is None:
         _log.warning(
@@ -327,7 +327,7 @@ def _open_graphs(artifact: Artifact, device: Device, batch: int) -> Detector:
 
 
 def _proved(detector: Detector) -> Detector:
-    """The detector, once it has run: proved before it is believed, as the device was."""
+    """Run a detector once and return it."""
     rule = detector.metadata.canvas
     detector.warm((tuple(rule.all_canvases()) or (rule.largest(),))[0])
     return detector
@@ -362,13 +362,13 @@ def _memory_remedy(device: Device, batch: int) -> str:
 
 
 def _selection_options() -> ort.SessionOptions:
-    """For what the CPU does beside a GPU: in the thread that calls, which has a core to itself."""
+    """Return options for selection on the CPU beside a GPU: one thread, the caller's."""
     return session_options(Device("cpu", threads=1))
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep onnxruntime from writing to stderr what the error that follows says in one line."""
+    """Silence onnxruntime's log; the exception that follows says the same in one line."""
     ort.set_default_logger_severity(4)
     try:
         yield
@@ -377,7 +377,7 @@ def _quiet() -> Iterator[None]:
 
 
 def nvidia_driver(root: Path = Path("/")) -> str | None:
-    """What shows that an NVIDIA driver is installed; None where nothing does."""
+    """Return what shows that an NVIDIA driver is installed; None if nothing does."""
     version = root / "proc/driver/nvidia/version"
     if version.exists():
         return f"an NVIDIA driver ({version})"
@@ -400,7 +400,7 @@ def _parse(asked: str) -> Iterator[Device]:
 
 
 def _probe_model() -> bytes:
-    """A convolution and a matrix product: what needs cuDNN and cuBLAS."""
+    """Return a model with a convolution and a matrix product, which need cuDNN and cuBLAS."""
     model = onnx.parser.parse_model(
         """
         <ir_version: 8, opset_import: ["" : 17]>

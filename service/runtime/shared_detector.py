@@ -1,4 +1,4 @@
-"""A CPU's detector for several callers at a time."""
+"""A detector on a CPU for several concurrent callers."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from service.runtime.detector import Canvases, Detections, Detector
 
 
 class SharedDetector(Detector):
-    """Two sessions of one model file: all threads for a call that comes alone, few for others.
+    """Two sessions of one model file: one with all threads for a call that is alone, one with few.
 
-    Threads that share the work of a call wait for each other, which costs time that other calls
-    could use: so under load, when there is always another call, all of them have few. Which session
-    answers makes no difference to the answer.
+    Threads that share a call wait for each other, which costs time that other calls could use, so
+    concurrent calls have few threads each. Both sessions give the same detections.
     """
 
     def __init__(self, alone: Detector, beside: Detector) -> None:
-        """`alone` takes a call that finds none at work; `beside` takes what comes meanwhile."""
+        """`alone` takes a call while no other runs; `beside` takes the others."""
         self.metadata = alone.metadata
         self._alone = alone
         self._beside = beside
@@ -32,15 +31,15 @@ class SharedDetector(Detector):
 
     @property
     def providers(self) -> list[str]:
-        """The execution providers that the sessions really use, first choice first."""
+        """The execution providers in use, first choice first."""
         return self._alone.providers
 
     def inputs(self) -> list[str]:
-        """Name, type and shape of every input, those with defaults marked, for people."""
+        """Return name, type and shape of each input as text, with defaults marked."""
         return self._alone.inputs()
 
     def outputs(self) -> list[str]:
-        """Name, type and shape of every output, for people."""
+        """Return name, type and shape of each output as text."""
         return self._alone.outputs()
 
     def __call__(
@@ -63,7 +62,7 @@ class SharedDetector(Detector):
             )
 
     def suited(self, *, lone: bool) -> Detector:
-        """The session for a call of whoever knows whether there is other work.
+        """Return the session for a caller that knows whether other work is waiting.
 
         Better than to look for other calls: between two of them, under load, there may be none.
         """

@@ -100,7 +100,7 @@ class Rewritten:
 
 
 def rewrite(content: bytes, canvas: Size, *, wide: bool = False) -> Rewritten | None:
-    """The same detector with fewer multiplications; None where nothing would be gained.
+    """Return the same detector with fewer multiplications; None if nothing would be gained.
 
     On canvases of other sizes than `canvas` it answers as well; the gain is reckoned for this one.
     `wide`: products cost less than they are reckoned with, on vectors wider than AVX2's.
@@ -119,7 +119,7 @@ def rewrite(content: bytes, canvas: Size, *, wide: bool = False) -> Rewritten | 
 
 @dataclass(frozen=True, slots=True)
 class _Convolution:
-    """One that is rewritten, and the activation behind it where nothing else sees its output."""
+    """A convolution to rewrite, and the activation that alone reads its output, if any."""
 
     source: str
     weight: TensorProto
@@ -143,7 +143,7 @@ def _is_understood(model: ModelProto) -> bool:
 def _choose(
     graph: GraphProto, consumers: _Consumers, canvas: Size, price: float
 ) -> dict[int, _Convolution]:
-    """The convolutions that gain, by their place among the nodes."""
+    """Return the convolutions that gain, by their index among the nodes."""
     # A caller may give an input with a default another value.
     inputs = {value.name for value in graph.input}
     constants = {each.name: each for each in graph.initializer if each.name not in inputs}
@@ -170,7 +170,7 @@ def _choose(
 
 
 def _is_eligible(node: NodeProto, constants: Mapping[str, TensorProto]) -> bool:
-    """Whether it is a 3 x 3 convolution that keeps the size, of all channels, in float32."""
+    """Return whether a node is a dense 3 x 3 float32 convolution that keeps the size."""
     if node.op_type != "Conv" or node.domain:
         return False
     weight = constants.get(node.input[1])
@@ -206,7 +206,7 @@ def _convolution(
 
 
 def _is_activation(node: NodeProto, source: str, constants: Mapping[str, TensorProto]) -> bool:
-    """Whether it does the same to every value of `source`, and needs nothing that comes later."""
+    """Return whether a node maps every value of `source` alike and needs no later value."""
     first, *others = node.input
     return (
         node.op_type in _ACTIVATIONS
@@ -256,7 +256,7 @@ def _read_inside(node: NodeProto) -> Iterator[str]:
 
 
 def _steps(graph: GraphProto) -> dict[str, int]:
-    """Pixels of the canvas from one pixel of a map to the next, where they can be told.
+    """Return the strides of feature maps, in pixels of the canvas, where they are known.
 
     A guess for values that are no maps, which does no harm: no convolution reads them.
     """
@@ -289,7 +289,7 @@ class _Rewriter:
         """By the name of a map of that size; convolutions of one size after the other share one."""
 
     def rewrite(self) -> dict[str, NDArray[np.float32]]:
-        """Change the graph. What it takes as inputs from now on, by name."""
+        """Rewrite the graph. Return its new inputs by name."""
         graph = self._graph
         nodes = self._writer.nodes
         absorbed = {each.activation for each in self._chosen.values()}
@@ -309,7 +309,7 @@ class _Rewriter:
         return self._weights
 
     def _drop_filters(self) -> None:
-        """Those that no node reads any more."""
+        """Remove the filters that no node reads any more."""
         replaced = {each.weight.name for each in self._chosen.values()}
         unread = {
             name
@@ -386,7 +386,7 @@ class _Tiling:
 
     @cached_property
     def places_in_tiles(self) -> str:
-        """The row of each pixel that goes into a tile, by place in the tile, then by tile."""
+        """Return the row of each pixel of a tile, by place in the tile, then by tile."""
         return self._places(self.pixels, self._split_rows)
 
     @cached_property
@@ -478,7 +478,7 @@ class _Writer:
     def __call__(
         self, operator: str, *inputs: str | ArrayLike, output: str | None = None, **given: Any
     ) -> str:
-        """A node; its inputs are names of values, or constants. The name of its output."""
+        """Add a node; its inputs are names of values, or constants. Return its output's name."""
         names = [each if isinstance(each, str) else self.constant(each) for each in inputs]
         output = output or f"{_PREFIX}value/{len(self.nodes)}"
         self.nodes.append(onnx.helper.make_node(operator, names, [output], **given))
@@ -495,7 +495,7 @@ class _Writer:
         return self("MatMul", matrix, self("Reshape", down, [out, into, -1]))
 
     def copy(self, node: NodeProto, source: str) -> str:
-        """The same node for another first input."""
+        """Add the same node for another first input."""
         output = f"{_PREFIX}value/{len(self.nodes)}"
         copied = NodeProto()
         copied.CopyFrom(node)
@@ -504,7 +504,7 @@ class _Writer:
         return output
 
     def constant(self, value: ArrayLike) -> str:
-        """The name of an initializer: equal ones are one."""
+        """Return the name of an initializer; equal ones share it."""
         array = np.asarray(value)
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self.constants:

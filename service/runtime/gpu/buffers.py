@@ -1,4 +1,4 @@
-"""What a split detector's network reads and writes: buffers that are allocated once."""
+"""Preallocated input and output buffers of a split detector's network."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ _PLAIN: Final = -1
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What the network sees at a time: so many canvases of one size."""
+    """The shape of one run: canvas size and batch size."""
 
     canvas: Size
     batch: int
 
     @property
     def images(self) -> tuple[int, int, int, int]:
-        """Of `images`."""
+        """The shape of the input `images`."""
         return (self.batch, *self.canvas, 3)
 
 
 @dataclass(slots=True)
 class Bound:
-    """A session's inputs and outputs for one shape, all at addresses that stay."""
+    """A session's inputs and outputs for one shape, at fixed addresses."""
 
     session: ort.InferenceSession
     binding: ort.IOBinding
@@ -50,7 +50,7 @@ class Bound:
     addresses: list[int] = field(default_factory=list)
     """Everything that was allocated for it."""
     settled: bool = False
-    """Whether it was decided if it runs as a CUDA graph."""
+    """Whether capturing it as a CUDA graph was tried."""
 
     def run(self) -> None:
         """Run the network, in the thread of the session, and wait for it."""
@@ -58,13 +58,13 @@ class Bound:
 
 
 class Slot:
-    """One set of buffers, for one caller at a time.
+    """One set of buffers. Not thread-safe.
 
     With two of them one caller fills and reads buffers while the other's are computed.
     """
 
     def __init__(self, memory: Memory, *, area: int, batch: int) -> None:
-        """For canvases of up to `area` pixels. Raises OutOfMemory."""
+        """Allocate for canvases of up to `area` pixels. Raises OutOfMemory."""
         self._memory = memory
         self._room = area * batch * 3
         self._pixels = memory.staging(self._room)
@@ -79,7 +79,7 @@ class Slot:
     def fill(
         self, canvases: Canvases, sizes: NDArray[np.int64] | Sequence[Size], shape: Shape
     ) -> None:
-        """Put canvases and the sizes of their images onto the device.
+        """Copy canvases and the sizes of their images to the device.
 
         What lies behind them, up to the batch, stays as it was: it costs time to clear, and none of
         it gets into an answer.
@@ -94,7 +94,7 @@ class Slot:
         self._memory.upload(self._sizes[: shape.batch], self.sizes_at)
 
     def canvases(self, shape: Shape) -> NDArray[np.uint8]:
-        """(B, H, W, 3) on the host."""
+        """Return the host buffer of canvases as (B, H, W, 3)."""
         size = int(np.prod(shape.images))
         if size > self._room:
             raise ValueError(
@@ -104,7 +104,7 @@ class Slot:
         return self._pixels[:size].reshape(shape.images)
 
     def read(self, bound: Bound, count: int) -> dict[str, NDArray[Any]]:
-        """The candidates of the first `count` canvases; valid until the slot is used again."""
+        """Return the candidates of the first `count` canvases, valid until the next use."""
         found = {}
         for name, (address, copy) in zip(SEAM, bound.candidates, strict=True):
             found[name] = copy[:count]
@@ -112,7 +112,7 @@ class Slot:
         return found
 
     def release(self, bound: Bound) -> None:
-        """Give a shape's own buffers back."""
+        """Free the buffers of a shape."""
         for address in bound.addresses:
             self._memory.free(address)
 
@@ -124,7 +124,7 @@ class Slot:
         *,
         sizes_name: str | None,
     ) -> Bound:
-        """Bind this slot's buffers, and new ones for what follows from the shape."""
+        """Bind this slot's buffers, and new ones for the constants of the shape."""
         bound = Bound(session, session.io_binding(), run_options(_PLAIN))
         try:
             self._bind(bound, "images", np.uint8, shape.images, self.pixels_at)
@@ -146,7 +146,7 @@ class Slot:
         return bound
 
     def bind_outputs(self, bound: Bound) -> None:
-        """After a first run: bind outputs of the shapes that it had."""
+        """Bind outputs of the shapes that a first run had."""
         shapes = [tuple(value.shape()) for value in bound.binding.get_outputs()]
         bound.binding.clear_binding_outputs()
         try:
@@ -176,7 +176,7 @@ class Slot:
 
 
 def run_options(graph: int) -> ort.RunOptions:
-    """Options of a run: which CUDA graph it captures or replays."""
+    """Return options of a run that captures or replays the CUDA graph of this number."""
     options = ort.RunOptions()
     options.add_run_config_entry("gpu_graph_id", str(graph))
     return options

@@ -35,7 +35,7 @@ _NO_MEMORY: Final = re.compile(
 
 
 class CaptureGate:
-    """Keeps everything else that a process does with CUDA away from the capture of a CUDA graph.
+    """Excludes all other use of CUDA by the process while a CUDA graph is captured.
 
     onnxruntime captures in CUDA's global mode: an allocation or a copy by any other thread, for
     another model or even another GPU, would fail then, and take the capture with it.
@@ -49,7 +49,7 @@ class CaptureGate:
 
     @contextmanager
     def use(self) -> Iterator[None]:
-        """Around any use of CUDA; any number of threads at a time. Not to be nested."""
+        """Hold around any use of CUDA, by any number of threads. Not reentrant."""
         with self._condition:
             self._condition.wait_for(lambda: not self._captures)
             self._users += 1
@@ -62,7 +62,7 @@ class CaptureGate:
 
     @contextmanager
     def capture(self) -> Iterator[None]:
-        """Around a capture: alone."""
+        """Hold around a capture; excludes everything else."""
         with self._condition:
             # First those who want to capture, or steady use would keep them waiting for ever.
             self._condition.wait_for(lambda: not self._captures)
@@ -81,7 +81,7 @@ class OutOfMemory(DeviceError):
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether a device had too little memory: by our own word, onnxruntime's or CUDA's."""
+    """Return whether an error, of ours, onnxruntime's or CUDA's, means too little memory."""
     return _NO_MEMORY.search(str(error)) is not None
 
 
@@ -116,16 +116,16 @@ def too_little_memory(
 
 
 class Memory(Protocol):
-    """Where a detector's buffers are. For any thread."""
+    """Allocates and copies a detector's buffers. Thread-safe."""
 
     device: tuple[str, int]
     """As onnxruntime's IOBinding names it: ("cuda", 0)."""
 
     def staging(self, size: int) -> NDArray[np.uint8]:
-        """Bytes on the host that can be copied fast, all zero. Raises OutOfMemory."""
+        """Allocate zeroed page-locked bytes on the host. Raises OutOfMemory."""
 
     def allocate(self, size: int) -> int:
-        """The address of bytes on the device. Raises OutOfMemory."""
+        """Allocate bytes on the device and return their address. Raises OutOfMemory."""
 
     def upload(self, source: NDArray[Any], address: int) -> None:
         """Copy a contiguous array to the device; it is there when this returns."""
@@ -134,17 +134,17 @@ class Memory(Protocol):
         """Copy from the device into a contiguous array."""
 
     def free(self, address: int) -> None:
-        """Give back what `allocate` gave, or the address of what `staging` gave."""
+        """Free an address of `allocate` or `staging`."""
 
     def close(self) -> None:
-        """Give back everything."""
+        """Free everything."""
 
     def left(self) -> Free | None:
-        """What is left on the device, where that can be told."""
+        """Return the device's free memory; None if it is unknown."""
 
 
 class HostMemory:
-    """A device that is the host itself: the same steps without a GPU."""
+    """Host memory in place of a device's, to run the same steps without a GPU."""
 
     device: tuple[str, int] = ("cpu", 0)
 
@@ -152,34 +152,34 @@ class HostMemory:
         self._blocks: dict[int, NDArray[np.uint8]] = {}
 
     def staging(self, size: int) -> NDArray[np.uint8]:
-        """As `Memory` says."""
+        """See `Memory`."""
         return np.zeros(size, dtype=np.uint8)
 
     def allocate(self, size: int) -> int:
-        """As `Memory` says."""
+        """See `Memory`."""
         block = np.zeros(max(1, size), dtype=np.uint8)
         address = int(block.ctypes.data)
         self._blocks[address] = block
         return address
 
     def upload(self, source: NDArray[Any], address: int) -> None:
-        """As `Memory` says."""
+        """See `Memory`."""
         ctypes.memmove(address, source.ctypes.data, source.nbytes)
 
     def download(self, address: int, target: NDArray[Any]) -> None:
-        """As `Memory` says."""
+        """See `Memory`."""
         ctypes.memmove(target.ctypes.data, address, target.nbytes)
 
     def free(self, address: int) -> None:
-        """As `Memory` says."""
+        """See `Memory`."""
         self._blocks.pop(address, None)
 
     def close(self) -> None:
-        """As `Memory` says."""
+        """See `Memory`."""
         self._blocks.clear()
 
     def left(self) -> Free | None:
-        """As `Memory` says."""
+        """See `Memory`."""
         return None
 
 
@@ -196,26 +196,26 @@ class CudaMemory:
         """What gives back what is at an address."""
 
     def staging(self, size: int) -> NDArray[np.uint8]:
-        """As `Memory` says."""
+        """See `Memory`."""
         address = self._take("cudaHostAlloc", "cudaFreeHost", size, ctypes.c_uint(0))
         block = (ctypes.c_uint8 * size).from_address(address)
         ctypes.memset(address, 0, size)
         return np.ctypeslib.as_array(block)
 
     def allocate(self, size: int) -> int:
-        """As `Memory` says."""
+        """See `Memory`."""
         return self._take("cudaMalloc", "cudaFree", size)
 
     def upload(self, source: NDArray[Any], address: int) -> None:
-        """As `Memory` says."""
+        """See `Memory`."""
         self._copy(address, source.ctypes.data, source.nbytes, _TO_DEVICE)
 
     def download(self, address: int, target: NDArray[Any]) -> None:
-        """As `Memory` says."""
+        """See `Memory`."""
         self._copy(target.ctypes.data, address, target.nbytes, _TO_HOST)
 
     def free(self, address: int) -> None:
-        """As `Memory` says."""
+        """See `Memory`."""
         with self._lock:
             give_back = self._owned.pop(address, None)
         if give_back is not None:
@@ -223,14 +223,14 @@ class CudaMemory:
                 give_back()
 
     def close(self) -> None:
-        """As `Memory` says."""
+        """See `Memory`."""
         with self._lock:
             addresses = list(self._owned)
         for address in addresses:
             self.free(address)
 
     def left(self) -> Free | None:
-        """As `Memory` says."""
+        """See `Memory`."""
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
         with self._gate.use():
             self._call("cudaSetDevice", ctypes.c_int(self.device[1]))
@@ -277,7 +277,7 @@ class CudaMemory:
 
 
 def runtime_library() -> Any:
-    """NVIDIA's runtime library, once onnxruntime has loaded it. Raises DeviceError."""
+    """Return NVIDIA's runtime library, which onnxruntime has loaded. Raises DeviceError."""
     reason = ""
     for name in _LIBRARIES:
         try:

@@ -1,4 +1,4 @@
-"""How a split model runs: the network in buffers that stay, selection on the CPU.
+"""Runs a split model: the network in preallocated buffers, selection on the CPU.
 
 The network runs in a thread of its own, as a CUDA graph where the canvas is known in advance. Two
 callers at a time keep it busy: while it computes the images of one, the other copies its own and
@@ -116,7 +116,7 @@ class Engine:
     def prepare(self, canvas: Size, batch: int) -> None:
         """Make every slot ready for a shape, with a CUDA graph where the canvas is known."""
         shape = Shape(canvas, self._bucket(batch))
-        # Slots take turns, so this is each of them where nobody else is at work yet.
+        # Slots take turns, so this is each of them while there are no other callers.
         for _ in range(SLOTS):
             with self._slot() as slot:
                 bound = self._bound(slot, shape)
@@ -124,7 +124,7 @@ class Engine:
                     self._capture(slot, bound, shape)
 
     def end(self) -> None:
-        """Give everything back, in the session's own thread. Finalizers may call this."""
+        """Free everything, in the session's own thread. Finalizers may call this."""
         self._submitter.end(self._close)
 
     def _close(self) -> None:
@@ -165,7 +165,7 @@ class Engine:
         self._submitter.run(partial(_run_beside_others, self._gate, bound))
 
     def _bound(self, slot: Slot, shape: Shape) -> Bound:
-        """The buffers of a shape, made when it is seen for the first time."""
+        """Return the buffers of a shape, allocated on first use."""
         known = shape.canvas in self._canvases
         place = slot.known if known else slot.recent
         bound = place.get(shape)
@@ -218,7 +218,7 @@ class Engine:
         return [(each, values[each.source]) for each in self._parts.constants]
 
     def _capture(self, slot: Slot, bound: Bound, shape: Shape) -> None:
-        """Let a shape run as a CUDA graph, once that is shown to answer as a plain run does."""
+        """Capture a shape as a CUDA graph, if its replay gives the candidates of a plain run."""
         bound.settled = True
         if not self._captures:
             return
@@ -251,7 +251,7 @@ class Engine:
         return {name: value.copy() for name, value in slot.read(bound, shape.batch).items()}
 
     def _give_up_graphs(self, reason: str) -> None:
-        """A new session without them: the old one may be left in the middle of a capture."""
+        """Open a session without CUDA graphs: the old one may be in the middle of a capture."""
         _log.warning("no CUDA graphs: %s", reason)
         self._captures = False
         with self._gate.use():

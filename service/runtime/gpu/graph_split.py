@@ -56,7 +56,7 @@ class Constant:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """Three ONNX files that together answer as the whole one does."""
+    """Three ONNX files that together compute what the whole file does."""
 
     canvas: bytes | None
     """`images`, of which only the shape counts, to the sources of `constants`. None: no need."""
@@ -70,7 +70,7 @@ class Parts:
 
 
 def split(content: bytes) -> Parts | None:
-    """Cut a model file at its seam. None when it has none, or the cut would sever more than that.
+    """Split a model file at its `candidate_*` values. None if they are missing or not a cut.
 
     Files of other exporters may lack the names `candidate_*`; they are served whole.
     """
@@ -142,7 +142,7 @@ def _part(
     inputs: Sequence[ValueInfoProto],
     outputs: Sequence[ValueInfoProto],
 ) -> bytes:
-    """Some nodes of a model as a model, with the weights that they use."""
+    """Return some nodes of a model as a model, with the weights that they use."""
     used = {name for node in nodes for name in node.input}
     given = {each.name for each in inputs}
     part = ModelProto(ir_version=model.ir_version, producer_name=model.producer_name)
@@ -165,7 +165,7 @@ def _closure(
     *,
     stop: Iterable[str],
 ) -> list[NodeProto]:
-    """All nodes that `names` depend on, in the graph's order, not looking behind `stop`."""
+    """Return the nodes that `names` depend on, in the graph's order, up to `stop`."""
     seen = set(stop)
     pending = [name for name in names if name not in seen]
     found: set[str] = set()
@@ -181,7 +181,7 @@ def _closure(
 
 
 def _canvas_names(graph: GraphProto, network: Sequence[NodeProto]) -> set[str]:
-    """Values that follow from the shape of `images` and from constants."""
+    """Return the values that follow from the shape of `images` and from constants."""
     inputs = {each.name for each in graph.input}
     fixed = {each.name for each in graph.initializer} - inputs
     names: set[str] = set()
@@ -199,7 +199,7 @@ def _canvas_names(graph: GraphProto, network: Sequence[NodeProto]) -> set[str]:
 def _with_constants(
     nodes: Sequence[NodeProto], canvas_names: set[str]
 ) -> tuple[list[NodeProto], list[Constant]]:
-    """The nodes with inputs in place of what the canvas part computes.
+    """Return the nodes with inputs in place of what the canvas part computes.
 
     Values that are read both on the host and on the device become two inputs: one would have to
     be copied between the two.
@@ -220,7 +220,7 @@ def _with_constants(
 
 
 def _without_gather_nd(graph: GraphProto, nodes: Sequence[NodeProto]) -> list[NodeProto]:
-    """The nodes with rows taken by Gather instead of GatherND, which gives the same.
+    """Return the nodes with GatherND replaced by an equivalent Gather.
 
     GatherND on CUDA copies from a temporary of the host, and a CUDA graph that is replayed would
     copy from where that temporary once was.
@@ -245,7 +245,7 @@ def _without_gather_nd(graph: GraphProto, nodes: Sequence[NodeProto]) -> list[No
 
 
 def _types(model: ModelProto) -> dict[str, ValueInfoProto]:
-    """The type of every value whose type can be told. Of intermediate shapes only the rank is kept.
+    """Return the types of values, as far as onnx infers them; of shapes only the rank.
 
     Lengths noted or inferred there may hold for some batches only.
     """

@@ -1,4 +1,4 @@
-"""A detector for GPUs: the model file split at its seam."""
+"""A model file on a GPU, split into network and selection."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class SplitDetector(Detector):
 
     @property
     def providers(self) -> list[str]:
-        """The execution providers that the network's session really uses, first choice first."""
+        """The execution providers of the network's session, first choice first."""
         return list(self._engine.network.get_providers())
 
     def inputs(self) -> list[str]:
-        """Name, type and shape of every input, those with defaults marked, for people."""
+        """Return name, type and shape of each input as text, with defaults marked."""
         given = [value for value in self._engine.network.get_inputs() if value.name in INPUTS[:2]]
         given += [value for value in self._engine.selection.get_inputs() if value.name in INPUTS]
         return [
@@ -45,7 +45,7 @@ class SplitDetector(Detector):
         ]
 
     def outputs(self) -> list[str]:
-        """Name, type and shape of every output, for people."""
+        """Return name, type and shape of each output as text."""
         return [signature(value) for value in self._engine.selection.get_outputs()]
 
     def __call__(
@@ -67,7 +67,7 @@ class SplitDetector(Detector):
         return found
 
     def warm(self, canvas: Size, batch: int = 1) -> None:
-        """Make every buffer for a shape, then run once on empty canvases.
+        """Allocate the buffers of a shape, then run once on empty canvases.
 
         Raises DeviceError that names the setting when the device has too little memory.
         """
@@ -95,7 +95,7 @@ def open_split(
     buckets: Sequence[int],
     remedy: str,
 ) -> SplitDetector:
-    """A detector of a split model. Raises ArtifactError, or DeviceError for too little memory."""
+    """Return a detector of a split model. Raises ArtifactError, OutOfMemory or DeviceError."""
     rule = artifact.metadata.canvas
     largest = rule.largest()
     try:

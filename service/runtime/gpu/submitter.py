@@ -1,4 +1,4 @@
-"""The one thread that runs a session."""
+"""The thread that runs a session."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class Submitter:
-    """Runs jobs in a thread of its own, one after the other.
+    """Runs jobs one after the other in a thread of its own.
 
     A CUDA graph belongs to the thread that captured it: in another one onnxruntime would capture
     it again.
