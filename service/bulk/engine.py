@@ -38,14 +38,14 @@ _REMOTE_READERS: Final = 32
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A part that is written."""
+    """A part that was written."""
 
     number: int
     counts: Counts
 
 
 class Engine:
-    """A model on this process's devices, and the threads around it."""
+    """A model on this process's devices, with its threads."""
 
     def __init__(
         self, run: Run, model: Servable, hardware: Hardware, settings: Settings, *, cores: int
@@ -83,7 +83,7 @@ class Engine:
         self._runner.start()
 
     def close(self) -> None:
-        """Stop the threads; what they have in hand is dropped."""
+        """Stop the threads and drop their work."""
         self._runner.close()
         self._reading.shutdown(wait=False, cancel_futures=True)
         # What has begun to be written is no more than moments from its end.
@@ -117,7 +117,7 @@ class Engine:
     async def _work(
         self, feed: Feed, on_image: Callable[[bool], None], on_part: Callable[[Done], None]
     ) -> None:
-        """One image after the other, until there is none left."""
+        """Detect on one image after the other until none is left."""
         loop = asyncio.get_running_loop()
         while (job := await feed.next()) is not None:
             part, source = job

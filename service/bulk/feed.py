@@ -1,4 +1,4 @@
-"""The images of the parts that are to be done, one by one, read ahead in a thread."""
+"""The images of the parts to do, one by one, read ahead in a thread."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from service.bulk.run import Run
 
 
 class Part:
-    """What came of a part's images so far."""
+    """A part and the rows that are finished."""
 
     def __init__(self, number: int, paths: list[str], rows: list[Row | None]) -> None:
         """`rows` are None where an image is still to be detected."""
@@ -25,7 +25,7 @@ class Part:
 
 
 class Feed:
-    """For tasks of one event loop that take what comes next."""
+    """Hands images to the tasks of one event loop."""
 
     def __init__(
         self, run: Run, parts: Iterable[int], *, again: bool, most: int, pool: ThreadPoolExecutor
@@ -45,7 +45,7 @@ class Feed:
         self._over = False
 
     async def next(self) -> tuple[Part, Source] | None:
-        """An image and its part; None when there are no more. Raises what reading raises."""
+        """Return the next image and its part; None at the end. Raises what reading raises."""
         while not self._ahead:
             async with self._turn:
                 if self._over:
@@ -58,7 +58,7 @@ class Feed:
         return self._ahead.popleft()
 
     def _all(self, parts: Iterable[int]) -> Iterator[list[tuple[Part, Source]]]:
-        """A few at a time. In the pool's thread."""
+        """Yield a few images at a time, in the pool's thread."""
         with closing(self._reader):
             for number in parts:
                 yield from self._part(number)

@@ -1,4 +1,4 @@
-"""Where images and results lie: this machine's files, or whatever fsspec reaches by a URL."""
+"""Files of images and results: this machine's, or those that fsspec reaches by a URL."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _AT_ONCE: Final = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 
 class Entry(NamedTuple):
-    """What a folder holds."""
+    """An entry of a folder."""
 
     name: str
     folder: bool
@@ -38,35 +38,35 @@ class Files(Protocol):
     remote: bool
 
     def kind(self, name: str) -> Literal["file", "folder"] | None:
-        """What a name means; None: nothing. Raises DataError."""
+        """Return what a name is; None if it does not exist. Raises DataError."""
 
     def scan(self, folder: str) -> list[Entry]:
-        """What lies in a folder, by name. Raises DataError."""
+        """Return the entries of a folder, by name. Raises DataError."""
 
     def open(self, name: str) -> BinaryIO:
         """Open to read. Raises OSError."""
 
     def read(self, name: str, most: int) -> bytes:
-        """The content, or its first `most` bytes. Raises OSError."""
+        """Return the content, or its first `most` bytes. Raises OSError."""
 
     def write(self, name: str) -> AbstractContextManager[BinaryIO]:
         """Open to write. The file is there under its name once the block ends, whole; else not."""
 
     def make(self, folder: str) -> None:
-        """Make a folder and those above it, where they are not there. Raises DataError."""
+        """Make a folder and its parents if they are missing. Raises DataError."""
 
     def remove(self, name: str) -> None:
-        """Remove a file; nothing happens where there is none."""
+        """Remove a file if it exists."""
 
 
 def files_of(name: str) -> Files:
-    """Whatever reads a full name. Raises DataError where it cannot be had."""
+    """Return the files that a full name belongs to. Raises DataError if they cannot be reached."""
     protocol, separator, rest = name.partition("://")
     return _remote(protocol, rest.partition("/")[0]) if separator else _LOCAL
 
 
 def full_name(given: str) -> str:
-    """An absolute path or a URL for what a user wrote.
+    """Return the absolute path or the URL for what a user wrote.
 
     >>> full_name("s3://images/2024/"), full_name("file:///data/a.jpg")
     ('s3://images/2024', '/data/a.jpg')
@@ -82,7 +82,7 @@ def full_name(given: str) -> str:
 
 
 def join(folder: str, name: str) -> str:
-    """A name below a folder; a full name stays what it is.
+    """Return a name below a folder; a full name is returned as it is.
 
     >>> join("s3://images", "a/b.jpg"), join("/data", "/other/b.jpg")
     ('s3://images/a/b.jpg', '/other/b.jpg')
@@ -93,12 +93,12 @@ def join(folder: str, name: str) -> str:
 
 
 def parent(name: str) -> str:
-    """The folder of a full name."""
+    """Return the folder of a full name."""
     return name.rpartition("/")[0] if "://" in name else str(Path(name).parent)
 
 
 def read_image(name: str, most: int) -> bytes:
-    """An image's bytes. Raises Unreadable, or TooLarge for more than `most`."""
+    """Return an image's bytes. Raises Unreadable, or TooLarge for more than `most`."""
     try:
         data = files_of(name).read(name, most + 1)
     except OSError as error:
@@ -110,7 +110,7 @@ def read_image(name: str, most: int) -> bytes:
 
 
 def check_bytes(data: bytes, most: int) -> bytes:
-    """The same bytes. Raises TooLarge for more than `most` of them."""
+    """Return the same bytes. Raises TooLarge for more than `most` of them."""
     if len(data) > most:
         raise TooLarge(
             f"the file has more than {most} bytes; RETINASERVE_MAX_BODY_BYTES is the limit"
@@ -119,12 +119,12 @@ def check_bytes(data: bytes, most: int) -> bytes:
 
 
 class LocalFiles:
-    """This machine's."""
+    """This machine's files."""
 
     remote = False
 
     def kind(self, name: str) -> Literal["file", "folder"] | None:
-        """What a name means; None: nothing."""
+        """Return what a name is; None if it does not exist."""
         try:
             mode = Path(name).stat().st_mode
         except (FileNotFoundError, NotADirectoryError):
@@ -134,7 +134,7 @@ class LocalFiles:
         return "folder" if S_ISDIR(mode) else "file"
 
     def scan(self, folder: str) -> list[Entry]:
-        """What lies in a folder, by name, but for links to folders, which are not followed.
+        """Return the entries of a folder, by name. Links to folders are left out, not followed.
 
         All else counts as a file: pipes, devices and broken links fail when they are read.
         """
@@ -154,7 +154,7 @@ class LocalFiles:
         return os.fdopen(_open_plain(name), "rb")
 
     def read(self, name: str, most: int) -> bytes:
-        """The content, or its first `most` bytes."""
+        """Return the content, or its first `most` bytes."""
         # For every image: Path and buffers would take longer than the system does.
         number = _open_plain(name)
         try:
@@ -168,7 +168,7 @@ class LocalFiles:
 
     @contextmanager
     def write(self, name: str) -> Iterator[BinaryIO]:
-        """Beside the target first, on the disk before it gets its name."""
+        """Write to a temporary name, sync to disk, then rename."""
         path = Path(name)
         # Not longer for a long name: file systems end at 255 bytes.
         unfinished = path.with_name(f".{uuid.uuid4().hex[:8]}{UNFINISHED}")
@@ -183,7 +183,7 @@ class LocalFiles:
             raise
 
     def make(self, folder: str) -> None:
-        """Make a folder and those above it."""
+        """Make a folder and its parents."""
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -195,7 +195,7 @@ class LocalFiles:
 
 
 class RemoteFiles:
-    """What one of fsspec's file systems reaches. From any thread."""
+    """Files of one of fsspec's file systems. Thread-safe."""
 
     remote = True
 
@@ -203,14 +203,14 @@ class RemoteFiles:
         self._system = system
 
     def kind(self, name: str) -> Literal["file", "folder"] | None:
-        """What a name means; None: nothing."""
+        """Return what a name is; None if it does not exist."""
         # Object stores have no empty folders; a name that nothing begins with is none.
         if self._system.isdir(name):
             return "folder"
         return "file" if self._system.exists(name) else None
 
     def scan(self, folder: str) -> list[Entry]:
-        """What lies in a folder, by name."""
+        """Return the entries of a folder, by name."""
         try:
             found = self._system.ls(folder, detail=True, refresh=True)
         except Exception as error:
@@ -229,13 +229,13 @@ class RemoteFiles:
         return file
 
     def read(self, name: str, most: int) -> bytes:
-        """The content, or its first `most` bytes."""
+        """Return the content, or its first `most` bytes."""
         with self.open(name) as file:
             return file.read(most)
 
     @contextmanager
     def write(self, name: str) -> Iterator[BinaryIO]:
-        """Under another name first: not every file system shows only whole files."""
+        """Write to a temporary name, then rename: some file systems show files while they grow."""
         folder, _, last = name.rpartition("/")
         unfinished = f"{folder}/.{last}.{uuid.uuid4().hex[:8]}{UNFINISHED}"
         try:
@@ -248,7 +248,7 @@ class RemoteFiles:
             raise
 
     def make(self, folder: str) -> None:
-        """Make a folder, where the file system has such a thing."""
+        """Make a folder, if the file system has folders."""
         try:
             self._system.makedirs(folder, exist_ok=True)
         except Exception as error:

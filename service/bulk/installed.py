@@ -1,4 +1,4 @@
-"""Whether what the extras bring is there, told before anything else is imported."""
+"""Checks for the packages of the extras, made before anything else is imported."""
 
 from __future__ import annotations
 

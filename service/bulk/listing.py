@@ -45,7 +45,7 @@ class Item(NamedTuple):
 
 
 class Lister:
-    """Goes through what a user named as input."""
+    """Lists the images of the inputs."""
 
     def __init__(
         self, inputs: Sequence[str], *, column: str | None = None, name_column: str | None = None
@@ -61,7 +61,7 @@ class Lister:
         self._tables = column is not None
 
     def items(self) -> Iterator[Item]:
-        """Every image, in an order that depends on the input alone. Raises DataError."""
+        """Yield every image, in an order that depends on the input alone. Raises DataError."""
         for given in self._inputs:
             nothing = True
             for name in walk(given, self._wanted):
@@ -74,7 +74,7 @@ class Lister:
                 raise DataError(f"{given}: {self._nothing()}")
 
     def _wanted(self, name: str) -> bool:
-        """Of what lies in a folder."""
+        """Return whether a file of a folder is listed."""
         suffix = _suffix(name)
         return suffix == ".parquet" if self._tables else suffix in SUFFIXES
 
@@ -121,7 +121,7 @@ class Lister:
 
 
 class Listing:
-    """A listing that was written."""
+    """A written listing."""
 
     def __init__(self, name: str) -> None:
         """Raises DataError."""
@@ -133,16 +133,16 @@ class Listing:
 
     @property
     def count(self) -> int:
-        """Images."""
+        """The number of images."""
         return int(self._table.metadata.num_rows)
 
     @property
     def parts(self) -> int:
-        """Parts, numbered from 0."""
+        """The number of parts."""
         return int(self._table.num_row_groups)
 
     def part(self, number: int) -> list[Item]:
-        """The images of a part."""
+        """Return the images of a part."""
         columns = self._table.read_row_group(number, use_threads=False).to_pydict()
         columns["file"] = [
             full_name(file) if file.startswith("file://") else file for file in columns["file"]
@@ -150,7 +150,7 @@ class Listing:
         return [Item(*values) for values in zip(*columns.values(), strict=True)]
 
     def items(self) -> Iterator[Item]:
-        """Every image."""
+        """Yield every image."""
         for number in range(self.parts):
             yield from self.part(number)
 
@@ -161,7 +161,7 @@ class Listing:
 
 
 def write_listing(name: str, items: Iterator[Item], part_size: int) -> int:
-    """Write a listing, whole or not at all; how many images it has."""
+    """Write a listing, whole or not at all. Return its number of images."""
     count = 0
     with (
         files_of(name).write(name) as file,
@@ -182,7 +182,7 @@ def write_listing(name: str, items: Iterator[Item], part_size: int) -> int:
 
 
 def difference(then: Listing, now: Iterable[Item]) -> str | None:
-    """In words, how what is there now differs from a listing; None: it does not."""
+    """Return in words how the images differ from a listing; None if they do not."""
     found: list[str] = []
     before = after = 0
     for old, new in zip_longest(then.items(), now):
@@ -196,7 +196,7 @@ def difference(then: Listing, now: Iterable[Item]) -> str | None:
 
 
 def holds_bytes(kind: pa.DataType) -> bool:
-    """Whether a Parquet column of this type holds images, and not their paths.
+    """Return whether a Parquet column of this type holds images, not their paths.
 
     Structs with a field `bytes` are how some data sets keep images.
     """

@@ -1,4 +1,4 @@
-"""The run in this process, on the devices that were asked for."""
+"""A run in this process, on the devices of the settings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from service.system.memory import keep_freed_memory
 
 
 class LocalDetection:
-    """Made before the images are listed: a device that cannot be used is told at once."""
+    """Made before the images are listed, so that an unusable device is reported at once."""
 
     def __init__(self, artifact: Artifact, settings: Settings) -> None:
         """Raises DeviceError."""
@@ -27,13 +27,13 @@ class LocalDetection:
 
     @property
     def where(self) -> str:
-        """What it runs on, in words."""
+        """The devices, for messages."""
         return self._hardware.name
 
     def detect(
         self, run: Run, todo: Todo, progress: Progress, on_part: Callable[[Done], None]
     ) -> None:
-        """Do what is left. Raises BulkFailed, ArtifactError, DeviceError or Stopped."""
+        """Do the remaining parts. Raises BulkFailed, ArtifactError, DeviceError or Stopped."""
         keep_freed_memory()
         engine = open_engine(run, self._artifact, self._hardware, self._settings, cores=cpu_count())
         engine.start()
@@ -56,7 +56,7 @@ async def _detect(
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:
-    """The quickest that there is."""
+    """Return an event loop of uvloop, or asyncio's where there is none."""
     try:
         import uvloop
     except ImportError:  # pragma: no cover: there is none for Windows

@@ -1,4 +1,4 @@
-"""The output: a Parquet file for each part, one row for each image."""
+"""The output: a Parquet file per part, a row per image."""
 
 from __future__ import annotations
 
@@ -32,39 +32,39 @@ SCHEMA: Final = pa.schema(
 )
 """Everything but path and error is null where there is an error."""
 RUN_KEY: Final = b"retinaserve"
-"""Of the schema's metadata: JSON, what the whole run has in common."""
+"""Key of the schema's metadata: the run, as JSON."""
 PART_KEY: Final = b"retinaserve.part"
-"""The same of this part: what `Counts` has, and the run that it belongs to."""
+"""Key of the schema's metadata: the part's `Counts` and the id of its run, as JSON."""
 
 
 class Found(NamedTuple):
-    """What an image holds."""
+    """An image's size and detections."""
 
     image: Size
     detections: Detections
 
 
 class Row(NamedTuple):
-    """What came of an image."""
+    """The row of an image."""
 
     path: str
     found: Found | None
     error: str | None
-    """What is wrong, as "slug: detail"; None where it was found out what the image holds."""
+    """The error as "slug: detail"; None if there is none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What came of a part, or of a run."""
+    """The counts of a part, or of a run."""
 
     images: int = 0
     detections: int = 0
     errors: Counter[str] = field(default_factory=Counter)
-    """Images that failed, by what the error is called."""
+    """Failed images by the slug of the error."""
 
     @property
     def failed(self) -> int:
-        """Images that failed."""
+        """The number of failed images."""
         return self.errors.total()
 
     def __add__(self, other: Counts) -> Counts:
@@ -75,7 +75,7 @@ class Counts:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Return the counts for JSON."""
         return {
             "pictures": self.images,
             "failed": self.failed,
@@ -85,7 +85,7 @@ class Counts:
 
 
 def part_name(folder: str, number: int) -> str:
-    """Full name of a part's file."""
+    """Return the full name of a part's file."""
     return join(folder, f"part-{number:07d}.parquet")
 
 
@@ -104,7 +104,7 @@ def write_part(
 
 
 def read_counts(name: str, run_id: str) -> Counts | None:
-    """What a finished part says of itself; None where it is no whole part of this run."""
+    """Return the counts of a finished part; None if the file is not a whole part of this run."""
     try:
         with files_of(name).open(name) as file:
             metadata = pq.read_schema(file).metadata or {}
@@ -118,19 +118,19 @@ def read_counts(name: str, run_id: str) -> Counts | None:
 
 
 def counts_of(document: dict[str, Any]) -> Counts:
-    """What `Counts.to_json` gave."""
+    """Return the Counts of what `Counts.to_json` returned."""
     return Counts(document["pictures"], document["detections"], Counter(document["errors"]))
 
 
 def read_rows(name: str) -> list[Row]:
-    """The rows of a finished part."""
+    """Return the rows of a finished part."""
     with files_of(name).open(name) as file:
         table = pq.read_table(file)
     return [_from_parquet(row) for row in table.to_pylist()]
 
 
 def count(rows: Sequence[Row]) -> Counts:
-    """What came of so many images."""
+    """Return the counts of rows."""
     return Counts(
         len(rows),
         sum(len(row.found.detections) for row in rows if row.found is not None),
@@ -139,7 +139,7 @@ def count(rows: Sequence[Row]) -> Counts:
 
 
 def to_table(rows: Sequence[Row], classes: Sequence[str]) -> pa.Table:
-    """Rows as `SCHEMA` has them; numbers are rounded as in every answer."""
+    """Return rows as a table of `SCHEMA`; numbers are rounded as in responses."""
     found = [row.found for row in rows]
     there = [each.detections for each in found if each is not None]
     detections = Detections(

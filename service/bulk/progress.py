@@ -1,4 +1,4 @@
-"""How far a run is: a bar on a terminal, a line now and then in a log."""
+"""Progress of a run: a bar on a terminal, a line every 30 seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _LINE_SECONDS: Final = 30.0
 
 
 class Progress:
-    """Images, images a second, failed ones and the time left. For one thread at a time."""
+    """Images, images a second, failed ones and the time left. Not thread-safe."""
 
     def __init__(self, total: int, *, done: int, failed: int) -> None:
-        """`done` of the images were finished before, `failed` of them in vain."""
+        """`done` of the images were finished before, `failed` of them with an error."""
         self._total = total
         self._done = self._before = done
         self._failed = failed
@@ -31,11 +31,11 @@ class Progress:
         self._show()
 
     def start(self) -> None:
-        """Whatever took its time before, such as loading the model, does not count."""
+        """Start the clock; what came before, such as loading the model, does not count."""
         self._started = self._told = time.monotonic()
 
     def add(self, images: int = 1, failed: int = 0) -> None:
-        """So many more are done."""
+        """Count finished images."""
         self._done += images
         if failed:
             self._failed += failed
@@ -47,11 +47,11 @@ class Progress:
 
     @property
     def rate(self) -> float:
-        """Images a second, since this began."""
+        """Images a second since the start."""
         return (self._done - self._before) / max(1e-9, time.monotonic() - self._started)
 
     def line(self) -> str:
-        """Everything in one line."""
+        """Return the progress as one line."""
         left = "?"
         if self.rate:
             left = tqdm.format_interval((self._total - self._done) / self.rate)
@@ -61,7 +61,7 @@ class Progress:
         )
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Close the bar."""
         self._bar.close()
 
     def _show(self) -> None:

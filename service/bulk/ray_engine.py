@@ -1,4 +1,4 @@
-"""The run on a Ray cluster: Ray Data maps a pool of actors, a detector each, over the parts.
+"""A run on a Ray cluster: Ray Data maps a pool of actors, a detector each, over the parts.
 
 A part goes to an actor as its number. The actor reads listing and images and writes the part
 itself, so that neither images nor results travel through the object store; what comes back are
@@ -34,7 +34,7 @@ from service.settings import Settings
 from service.system.memory import keep_freed_memory
 
 _CORES: Final = 2
-"""CPUs of a detector where nobody says how many detectors there are to be: more of them wait for
+"""CPUs of a detector unless --concurrency gives their number: more of them wait for
 each other."""
 
 
@@ -42,7 +42,7 @@ _CONNECT_SECONDS: Final = 5.0
 
 
 class Share(NamedTuple):
-    """What each detector gets of the cluster."""
+    """The resources of each detector."""
 
     kind: Literal["cpu", "cuda"]
     detectors: int
@@ -53,7 +53,7 @@ class Share(NamedTuple):
 def connected(
     artifact: Artifact, settings: Settings, *, address: str | None, concurrency: int | None
 ) -> Iterator[RayDetection]:
-    """The cluster at `address`, or the one that is at hand, or one that lasts as long as this.
+    """Connect to the cluster at `address`, a running one, or one started for this run.
 
     Raises DeviceError.
     """
@@ -82,7 +82,7 @@ def connected(
 
 
 class RayDetection:
-    """Made before the images are listed: a cluster that cannot be reached is told at once."""
+    """Made before the images are listed, so that an unreachable cluster is reported at once."""
 
     def __init__(self, artifact: Artifact, settings: Settings, chosen: Share) -> None:
         """For a process that is connected."""
@@ -95,7 +95,7 @@ class RayDetection:
 
     @property
     def where(self) -> str:
-        """What it runs on, in words."""
+        """The cluster's devices, for messages."""
         kind, detectors, cores = self._share
         gpus = ", a GPU" if kind == "cuda" else ""
         return f"Ray (detectors: {detectors}; for each {cores} CPU{gpus})"
@@ -103,7 +103,7 @@ class RayDetection:
     def detect(
         self, run: Run, todo: Todo, progress: Progress, on_part: Callable[[Done], None]
     ) -> None:
-        """Do what is left. Raises BulkFailed, or Stopped by a signal."""
+        """Do the remaining parts. Raises BulkFailed, or Stopped by a signal."""
         import ray
 
         jobs = [{"part": part, "again": True} for part in todo.again]
@@ -180,7 +180,7 @@ class Detection:
             self._engine.start()
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
-        """Do one part; what came of it, or why no part can be done."""
+        """Do one part. Return its counts, or why no part can be done."""
         number, again = int(batch["part"][0]), bool(batch["again"][0])
         done: list[Done] = []
         looked_at: Counter[bool] = Counter()
@@ -205,7 +205,7 @@ class Detection:
 
 
 def share(nodes: Iterable[Mapping[str, float]], device: str, concurrency: int | None) -> Share:
-    """How many detectors a cluster of such nodes gets, and what each one gets.
+    """Return the number of detectors on a cluster of these nodes, and the resources of each.
 
     A detector for each GPU; without GPUs, for every two cores, or `concurrency` of them that share
     the cores. Raises DeviceError.
@@ -242,7 +242,7 @@ def share(nodes: Iterable[Mapping[str, float]], device: str, concurrency: int | 
 
 
 def _check_address(address: str) -> None:
-    """Raise DeviceError where nobody listens: Ray itself would try for minutes."""
+    """Raise DeviceError if nothing listens there; Ray itself would retry for minutes."""
     host, separator, port = address.removeprefix("ray://").rpartition(":")
     if not (separator and port.isdecimal()):
         return

@@ -1,4 +1,4 @@
-"""Images of a part, ready to be read: each from its file, or row by row from Parquet."""
+"""Reads the images of a part: each from its file, or row by row from Parquet."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Numbered(NamedTuple):
 
 
 class Source(NamedTuple):
-    """An image of a part that can be read now."""
+    """An image of a part, ready to be read."""
 
     number: int
     load: Callable[[], bytes | memoryview]
@@ -38,7 +38,7 @@ class Source(NamedTuple):
 
 
 class ImageReader:
-    """For one thread. Goes on in a Parquet file where the part before has ended."""
+    """Reads parts in order, keeping a Parquet file open from one to the next. Not thread-safe."""
 
     def __init__(self, column: str | None, most: int) -> None:
         """`column` has the images, `most` is how many bytes one may have."""
@@ -47,7 +47,7 @@ class ImageReader:
         self._rows: _Rows | None = None
 
     def sources(self, images: Sequence[Numbered]) -> Iterator[list[Source]]:
-        """Images in their order, a few at a time."""
+        """Yield images in order, a few at a time."""
         for (file, group), run in groupby(images, _place):
             if group is None:
                 yield from self._files(list(run))
@@ -115,7 +115,7 @@ class _Rows:
         """Row of the batch's first one."""
 
     def take(self, row: int) -> Any:
-        """A row that has not been passed yet."""
+        """Return a row at or after the next one."""
         while row >= self._first + len(self._batch):
             self._first += len(self._batch)
             self._batch = next(self._batches).column(0)

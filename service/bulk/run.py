@@ -1,4 +1,4 @@
-"""A run: what it is over, by which model, with which parameters; and which of its parts are done.
+"""A run: its images, model and parameters, and which of its parts are finished.
 
 OUTPUT/part-0000000.parquet …   the results
 OUTPUT/_run/manifest.json       what the run is; there once the images are listed
@@ -32,7 +32,7 @@ _LOOKERS: Final = 16
 
 
 class Parameters(BaseModel):
-    """What decides on an image's detections, beside the model. None: the model's own."""
+    """The parameters of detection. None: the model's own."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -46,7 +46,7 @@ class Parameters(BaseModel):
 
 
 class ModelId(BaseModel):
-    """Which model file."""
+    """The identity of the model file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
@@ -56,7 +56,7 @@ class ModelId(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What a run is. Nothing of it changes while it runs, or when it is resumed."""
+    """The description of a run, which never changes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -76,15 +76,15 @@ class Manifest(BaseModel):
 
     @property
     def run_id(self) -> str:
-        """The same for every part of this run, and no part of another."""
+        """The id that the parts of this run share."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:
-        """What every part says of the run."""
+        """Return what every part says of the run."""
         return self.model_dump(mode="json")
 
     def differences(self, other: Manifest) -> list[str]:
-        """What another run over the same would do differently, in words, one each."""
+        """Return in words what another run would do differently."""
         then, now = self._decisive(), other._decisive()
         return [
             f"{name} was {_written(then[name])}, now it is {_written(now[name])}"
@@ -105,7 +105,7 @@ class Manifest(BaseModel):
 
 
 class Todo(NamedTuple):
-    """What is left to do."""
+    """The parts to do."""
 
     parts: Sequence[int]
     """Parts that are not there."""
@@ -115,7 +115,7 @@ class Todo(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A run that has begun, on disk."""
+    """A run on disk."""
 
     output: str
     manifest: Manifest
@@ -123,11 +123,11 @@ class Run:
 
     @property
     def parts(self) -> int:
-        """Parts, numbered from 0."""
+        """The number of parts."""
         return self.listing.parts
 
     def done(self) -> dict[int, Counts]:
-        """The parts that are finished, by number."""
+        """Return the counts of the finished parts by number."""
         names = [entry.name for entry in files_of(self.output).scan(self.output)]
         numbers = sorted(int(found[1]) for name in names if (found := _PART.fullmatch(name)))
         with ThreadPoolExecutor(_LOOKERS) as pool:
@@ -143,7 +143,7 @@ class Run:
 
 
 def begin(output: str, wanted: Manifest, lister: Lister) -> None:
-    """List the images of a new run and write down what it is. Raises DataError."""
+    """List the images of a new run and write its manifest. Raises DataError."""
     files = files_of(output)
     if any(_PART.fullmatch(entry.name) for entry in files.scan(output)):
         raise DataError(
@@ -162,7 +162,7 @@ def begin(output: str, wanted: Manifest, lister: Lister) -> None:
 
 
 def open_run(output: str) -> Run:
-    """A run that has begun. Raises DataError."""
+    """Open a run that has begun. Raises DataError."""
     folder = join(output, "_run")
     name = join(folder, "manifest.json")
     try:
@@ -174,7 +174,7 @@ def open_run(output: str) -> Run:
 
 
 def has_begun(output: str) -> bool:
-    """Whether there is a run to resume."""
+    """Return whether there is a run to resume."""
     name = join(join(output, "_run"), "manifest.json")
     return files_of(name).kind(name) == "file"
 
@@ -200,9 +200,9 @@ def check_same(run: Run, wanted: Manifest, lister: Lister | None) -> None:
 
 @contextmanager
 def locked(output: str) -> Iterator[None]:
-    """Nobody else works on this output meanwhile. Raises DataError where somebody does.
+    """Lock the output. Raises DataError if another process holds the lock.
 
-    What a process that was killed left unfinished is removed. Not known of URLs.
+    Remove unfinished files of a killed process. URLs are not locked.
     """
     files = files_of(output)
     folder = join(output, "_run")

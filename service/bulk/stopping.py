@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: the run stops at once, and can be resumed."""
+"""SIGINT and SIGTERM stop a run at once; it can be resumed."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(Exception):
-    """A signal came."""
+    """A signal arrived."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
         self.status = 128 + number
-        """What a process exits with that ends of this signal."""
+        """The exit code of a process that this signal ends."""
 
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[None]:
-    """Inside, a signal raises Stopped in the main thread."""
+    """Raise Stopped in the main thread when a signal arrives inside the block."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Stopped(number)
@@ -37,7 +37,7 @@ def stop_on_signals() -> Iterator[None]:
 
 
 async def until_signalled(job: Awaitable[None]) -> None:
-    """Do a job on an event loop. Raises Stopped where a signal comes first."""
+    """Await a job. Raises Stopped if a signal arrives first."""
     task = asyncio.ensure_future(job)
     came: list[int] = []
 

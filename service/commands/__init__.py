@@ -1,1 +1,1 @@
-"""What the commands do; `service.cli` says how they are called."""
+"""The commands; `service.cli` has their options."""

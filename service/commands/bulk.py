@@ -51,7 +51,7 @@ class Asked:
     output: str
     engine: str
     given: dict[str, object]
-    """Settings that options stand for."""
+    """Settings that options override."""
     model: str | None
     column: str | None
     name_column: str | None
@@ -68,20 +68,20 @@ class Asked:
 
 
 class Engine(Protocol):
-    """Whatever does the parts that are left."""
+    """Does the remaining parts."""
 
     @property
     def where(self) -> str:
-        """What it runs on, in words."""
+        """The devices, for messages."""
 
     def detect(
         self, run: Run, todo: Todo, progress: Progress, on_part: Callable[[Done], None]
     ) -> None:
-        """Do what is left. Raises BulkFailed, ArtifactError, DeviceError or Stopped."""
+        """Do the remaining parts. Raises BulkFailed, ArtifactError, DeviceError or Stopped."""
 
 
 def run(asked: Asked) -> tuple[int, int]:
-    """Detect whatever is not done yet; the images that failed, and a status for the process.
+    """Do the remaining parts. Return the number of failed images and an exit code.
 
     Prints a summary as JSON. Raises DataError, ArtifactError, UnknownModel, InvalidParameter or
     DeviceError before any image is touched, BulkFailed after.
@@ -102,7 +102,7 @@ def run(asked: Asked) -> tuple[int, int]:
 
 
 def _run(asked: Asked, output: str, stack: ExitStack) -> dict[str, Any]:
-    """The summary."""
+    """Return the summary."""
     _check_apart(asked, output)
     settings = load_settings(**asked.given)
     model = find_model(settings, asked.model)
@@ -166,7 +166,7 @@ def _real(name: str) -> str:
 
 
 def _manifest(asked: Asked, settings: Settings, model: FoundModel) -> Manifest:
-    """What is wanted, but for the images. Raises InvalidParameter."""
+    """Return the manifest of the arguments, without images. Raises InvalidParameter."""
     metadata = model.artifact.metadata
     classes = split_classes(asked.classes, metadata.classes) if asked.classes else None
     resolve(metadata, classes=classes)
@@ -211,7 +211,7 @@ def _engine(asked: Asked, settings: Settings, model: FoundModel, stack: ExitStac
 
 
 def _open(asked: Asked, output: str, wanted: Manifest, stack: ExitStack) -> Run:
-    """The run as it was begun, or a new one."""
+    """Open the run that was begun, or begin one."""
     lister = Lister(asked.inputs, column=asked.column, name_column=asked.name_column)
     resumed = has_begun(output)
     if not resumed:

@@ -73,7 +73,7 @@ from service.commands.options import devices_option, models_option
     "--concurrency",
     type=click.IntRange(1),
     metavar="N",
-    help="With Ray: so many detectors; default: one for each GPU, else for every two cores.",
+    help="With Ray: number of detectors; default: one per GPU, else one per two cores.",
 )
 @click.option(
     "--ray-address",

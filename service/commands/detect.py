@@ -45,21 +45,21 @@ _ENCODINGS: Final[dict[str, Encoding]] = {
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """An image to work on."""
+    """An image to detect on."""
 
     path: Path
     relative: Path
-    """Below the folder that was named; where the annotated copy goes below `--save-dir`."""
+    """Relative to the folder in PATH; also the place of the annotated copy in `--save-dir`."""
 
     @property
     def name(self) -> str:
-        """How outputs name it."""
+        """The name in outputs."""
         return written(self.path)
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """The model in use, and how answers name it."""
+    """The model in use."""
 
     name: str
     version: int | None
@@ -74,11 +74,11 @@ class LoadedModel:
         return self.detector.metadata.classes
 
     def to_json(self) -> dict[str, Any]:
-        """How answers name the model."""
+        """Return the model as responses name it."""
         return {"name": self.name, "version": self.version}
 
     def runner(self, settings: Settings, tile: Tile) -> OfflineRunner:
-        """What detects with it."""
+        """Return a runner for the model."""
         return OfflineRunner(
             Servable(self.name, self.version or 1, self.artifact, (self.detector,)),
             self.selection,
@@ -110,7 +110,7 @@ def run(
     save_dir: Path | None,
     tile: Tile = "off",
 ) -> int:
-    """Detect in everything below `paths`; the number of images that failed or were not saved.
+    """Detect on everything below `paths`. Return the number of images that failed or are unsaved.
 
     Raises DataError, ArtifactError, UnknownModel or DeviceError before any image is touched.
     """
@@ -179,11 +179,11 @@ class Reader:
         self._max_bytes = max(settings.max_body_bytes, 8 * settings.max_image_pixels)
 
     def read(self, path: Path) -> bytes:
-        """The content of a regular file. Raises Unreadable or TooLarge."""
+        """Return the content of a regular file. Raises Unreadable or TooLarge."""
         return read_image(str(path), self._max_bytes)
 
     def decode(self, data: bytes) -> Image.Image:
-        """Every pixel. Raises MalformedImage, UnsupportedMedia or TooLarge."""
+        """Decode an image in full. Raises MalformedImage, UnsupportedMedia or TooLarge."""
         return decode(data, max_pixels=self._max_pixels)
 
 
@@ -225,7 +225,7 @@ class Saver:
 
 
 def load_model(settings: Settings, model: str | None, score_threshold: float | None) -> LoadedModel:
-    """A model file, or a model of the repository, on the first device that was asked for."""
+    """Load a model file, or a model of the repository, on the first device."""
     device = resolve_for(settings).devices[0]
     found = find_model(settings, model)
     return LoadedModel(
@@ -259,7 +259,7 @@ def _writer(output: str, loaded: LoadedModel, *, alone: bool) -> Writer:
 
 
 class OneWriter:
-    """The answer of POST /v1/detect; nothing for an image that failed."""
+    """The response of POST /v1/detect; nothing for an image that failed."""
 
     def __init__(self, stream: TextIO, loaded: LoadedModel) -> None:
         self._stream = stream
@@ -276,11 +276,11 @@ class OneWriter:
             self._stream.write(orjson.dumps(document, option=orjson.OPT_INDENT_2).decode() + "\n")
 
     def close(self) -> None:
-        """Nothing comes last."""
+        """Do nothing."""
 
 
 class BatchWriter:
-    """The answer of POST /v1/detect/batch, written as images finish; `id` is the path."""
+    """The response of POST /v1/detect/batch, written as images finish; `id` is the path."""
 
     def __init__(self, stream: TextIO, loaded: LoadedModel) -> None:
         self._stream = stream
@@ -328,7 +328,7 @@ class CocoWriter:
 
 
 class CsvWriter:
-    """A line for each detection."""
+    """A line per detection."""
 
     def __init__(self, stream: TextIO, loaded: LoadedModel) -> None:
         self._stream = stream
@@ -350,7 +350,7 @@ class CsvWriter:
         self._stream.write(line.removesuffix("\r\n") + "\n")
 
     def close(self) -> None:
-        """Nothing comes last."""
+        """Do nothing."""
 
 
 def _image_json(found: Found, loaded: LoadedModel) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`retinaserve doctor`: what is really usable here, tried out."""
+"""`retinaserve doctor`: try out which devices and models work."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from service.system.cpus import cpu_count
 
 
 def run(device: str | None) -> None:
-    """Print the findings. Raises DeviceError, at the end, when the asked device is not usable."""
+    """Print the findings. Raises DeviceError at the end if the device is not usable."""
     settings = load_settings(device=device)
     for line in _machine():
         click.echo(line)

@@ -31,7 +31,7 @@ def run(path: Path, changes: Sequence[str]) -> None:
 
 
 def with_thresholds(metadata: Metadata, changes: Sequence[str]) -> Metadata:
-    """The description with other score thresholds: "0.4" in general, "RBC=0.4" of one class."""
+    """Return the metadata with other score thresholds: "0.4", or "RBC=0.4" for one class."""
     score, per_class = metadata.thresholds.score, dict(metadata.thresholds.per_class)
     for change in changes:
         name, separator, text = change.rpartition("=")

@@ -12,7 +12,7 @@ from service.settings import load_settings
 
 
 def new(name: str, *, admin: bool, file: Path | None) -> None:
-    """Make a key and show it, alone on stdout, this once. Raises DataError."""
+    """Make a key and print it, alone on stdout. Raises DataError."""
     path = _path(file)
     key = new_key(path, name, admin=admin)
     click.echo(
@@ -22,13 +22,13 @@ def new(name: str, *, admin: bool, file: Path | None) -> None:
 
 
 def list_keys(file: Path | None) -> None:
-    """One line a key: name, date, and whether it is an admin's. Raises DataError."""
+    """Print a line per key: name, date, and admin or client. Raises DataError."""
     for entry in read_keys(_path(file)):
         click.echo(f"{entry.name}\t{entry.created}\t{'admin' if entry.admin else 'client'}")
 
 
 def revoke(name: str, file: Path | None) -> None:
-    """Take a key out; a running service refuses it about a second later. Raises DataError."""
+    """Remove a key; a running service refuses it about a second later. Raises DataError."""
     path = _path(file)
     revoke_key(path, name)
     click.echo(f"{name} is no longer in {path}", err=True)

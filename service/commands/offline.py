@@ -1,4 +1,4 @@
-"""What detection without a server shares: which files are images, which model file is meant."""
+"""The model that an offline command uses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from service.settings import Settings
 
 
 class FoundModel(NamedTuple):
-    """A model file, and how answers name it."""
+    """A model file and its name in outputs."""
 
     name: str
     version: int | None
@@ -27,7 +27,7 @@ class FoundModel(NamedTuple):
 
 
 def find_model(settings: Settings, model: str | None) -> FoundModel:
-    """A model file, or NAME[@VERSION] of the repository; None: the default model.
+    """Find a model file, or NAME[@VERSION] of the repository; None: the default model.
 
     Raises ArtifactError, DataError or UnknownModel.
     """

@@ -35,7 +35,7 @@ def run(
     certificate: Path | None,
     key: Path | None,
 ) -> None:
-    """Serve until a signal comes. Raises AddressError, DeviceError, ArtifactError or DataError."""
+    """Serve until a signal. Raises AddressError, DeviceError, ArtifactError or DataError."""
     if key is not None and certificate is None:
         raise DataError("--ssl-keyfile needs --ssl-certfile")
     if certificate is not None:
@@ -73,7 +73,7 @@ def run(
 
 @contextlib.contextmanager
 def _loading(registry: Registry) -> Iterator[None]:
-    """Models load from now on; if the block fails, they do no longer when it ends."""
+    """Load models from now on; stop if the block fails."""
     registry.start()
     try:
         yield
@@ -94,7 +94,7 @@ def _check_certificate(certificate: Path, key: Path | None) -> None:
 
 
 def _announce(models: Models, address: str) -> None:
-    # A stdout that is closed or not read is no reason not to serve.
+    # Serve even if stdout is closed or not read.
     writer = LineWriter(_STDOUT, str)
     writer.write(
         f"retinaserve serves {models.registry.default} on {models.hardware.name}: {address}"
@@ -115,7 +115,7 @@ def _listen_for_admins(settings: Settings, ports: contextlib.ExitStack) -> socke
         )
     if not any(entry.admin for entry in read_keys(path)):
         _log.warning(
-            "no key in %s is an admin's, so nobody may change models; "
+            "%s has no admin key, so models cannot be changed; "
             "`retinaserve keys new NAME --admin --file %s` makes one",
             path,
             path,
@@ -140,7 +140,7 @@ def _warn_of_strangers(listener: socket.socket) -> None:
     address = listener.getsockname()[0]
     if not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
         _log.warning(
-            "anybody who reaches %s may use the service; to ask for keys, set "
+            "any client that reaches %s can use the service; to require keys, set "
             "RETINASERVE_API_KEYS_FILE (`retinaserve keys new NAME --file PATH`)",
             address,
         )

@@ -40,7 +40,7 @@ class Size(NamedTuple):
 
     @property
     def area(self) -> int:
-        """Pixels."""
+        """Pixels of the canvas."""
         return self.height * self.width
 
 
@@ -109,7 +109,7 @@ class Buckets(_Rule):
         return _least_padded(self.sizes, original)
 
     def all_canvases(self) -> tuple[Size, ...]:
-        """Every canvas that this rule can produce, known in advance, so that it can be warmed."""
+        """Return every canvas of this rule, for the warm-up."""
         return self.sizes
 
     def tiles(self) -> tuple[Letterbox, ...]:
@@ -146,7 +146,7 @@ class ShortSide(_Rule):
         return Letterbox(original=original, resized=resized, canvas=canvas)
 
     def all_canvases(self) -> tuple[Size, ...]:
-        """Nothing is known in advance: the canvas follows each image's aspect ratio."""
+        """Return none: the canvas follows each image's aspect ratio."""
         return ()
 
     def tiles(self) -> tuple[Letterbox, ...]:
@@ -156,7 +156,7 @@ class ShortSide(_Rule):
         return tuple(self.fit(shape) for shape in shapes)
 
     def largest(self) -> Size:
-        """An upper bound of every canvas's area."""
+        """Return an upper bound of the canvases."""
         return Size(self._pad(min(self.short, self.long)), self._pad(self.long))
 
     def _pad(self, side: int) -> int:
@@ -178,7 +178,7 @@ def _shown(size: Size) -> str:
 
 @lru_cache(maxsize=1024)
 def _least_padded(canvases: tuple[Size, ...], original: Size) -> Letterbox:
-    """Where an image of size `original` leaves least of a canvas empty.
+    """Return the letterbox of `original` with the least padding.
 
     Remembered: it is asked three times for each image, and most are as large as others.
     """

@@ -48,7 +48,7 @@ _COEFFICIENT_BYTES: Final = 2
 """Of a JPEG's pixel and colour, where the decoder collects several scans."""
 _DRAFT_SCALES: Final = (8, 4, 2, 1)
 _MOST_PIECES: Final = 16
-"""Into so many a JPEG is cut at most: what the decoder leaves of a piece, it goes through again
+"""Most pieces of a JPEG: what the decoder leaves of a piece, it goes through again
 together with the next."""
 _FILLING: Final = b"\xff" * 4096
 """A JPEG may have any number of such bytes before a marker, and the decoder leaves them until they
@@ -67,14 +67,14 @@ class Prepared:
 
 
 class Jpeg(JpegImageFile):
-    """A JPEG whose EXIF nobody reads but `orientation_of`."""
+    """A JPEG whose EXIF only `orientation_of` reads."""
 
     def _read_dpi_from_exif(self) -> None:
-        """Pillow would parse all of it, for dots per inch."""
+        """Do nothing, where Pillow would parse all of EXIF for dots per inch."""
 
 
 class Opened:
-    """A compressed image whose header was read. For one thread at a time."""
+    """A compressed image whose header was read. Not thread-safe."""
 
     def __init__(self, header: ImageFile.ImageFile) -> None:
         self._header = header
@@ -106,7 +106,7 @@ class Opened:
         return _place(upright, placed)
 
     def decode(self) -> Image.Image:
-        """Every pixel: upright, RGB. Raises MalformedImage. Afterwards this object is used up."""
+        """Return the whole image, upright, RGB, and use this object up. Raises MalformedImage."""
         header = self._header
         # An image that has to be turned would otherwise stay in memory twice.
         del self._header
@@ -116,7 +116,7 @@ class Opened:
             raise _malformed(error) from error
 
     def _turned(self, size: Size) -> Size:
-        """From upright to stored, and back."""
+        """Swap the sides between upright and stored."""
         if self._orientation in SWAPS_SIDES:
             return Size(height=size.width, width=size.height)
         return size
@@ -136,7 +136,7 @@ def held_image(
     rule: Buckets | ShortSide | None = None,
     kept: int = 0,
 ) -> Iterator[Opened]:
-    """As `open_image`, with room held in `memory` for what decoding takes; waits for that.
+    """Open an image as `open_image` does, holding room in `memory` for decoding; waits for room.
 
     `rule` is the one that the image will be prepared by; None: it will be decoded in full. `kept`
     is how many further bytes of a pixel will be needed. Raises MalformedImage, UnsupportedMedia or
@@ -210,7 +210,7 @@ def decode(
 
 
 def probe(data: bytes | memoryview, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Size:
-    """Upright size of a compressed image, from its header alone.
+    """Return the upright size of a compressed image, from its header alone.
 
     Raises MalformedImage, UnsupportedMedia or TooLarge.
     """
@@ -218,7 +218,7 @@ def probe(data: bytes | memoryview, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> 
 
 
 def examine(data: bytes | memoryview, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Header:
-    """The header of any JPEG, PNG or WebP, where `read_header` does not tell it.
+    """Return the header of any JPEG, PNG or WebP that `read_header` does not know.
 
     Raises MalformedImage, UnsupportedMedia or TooLarge.
     """
@@ -232,7 +232,7 @@ def examine(data: bytes | memoryview, *, max_pixels: int = DEFAULT_MAX_PIXELS) -
 
 
 def draft_scale(size: Size, rule: Buckets | ShortSide) -> int:
-    """By how much a JPEG's decoder will at least scale down, whichever way the image is turned."""
+    """Return by how much a JPEG's decoder scales down at least, in any orientation."""
     sides = []
     for turned in (size, Size(size.width, size.height)):
         resized = rule.fit(turned).resized
@@ -241,7 +241,7 @@ def draft_scale(size: Size, rule: Buckets | ShortSide) -> int:
 
 
 def media_type(data: bytes | memoryview) -> str:
-    """The image's media type by its first bytes. Raises MalformedImage or UnsupportedMedia."""
+    """Return the media type by the first bytes. Raises MalformedImage or UnsupportedMedia."""
     return _sniff(data)[0]
 
 
@@ -296,7 +296,7 @@ def _check_pixels(size: tuple[int, int], max_pixels: int) -> None:
 
 
 def _decode_bytes(header: ImageFile.ImageFile, rule: Buckets | ShortSide | None) -> int:
-    """Most memory that a JPEG or PNG takes between its header and its canvas, by its header."""
+    """Return the most memory that a JPEG or PNG takes from header to canvas, by its header."""
     pixels = decoded = header.width * header.height
     # Texts and colour profiles, which were inflated.
     total = sum(len(each) for each in header.info.values() if isinstance(each, bytes | str))
@@ -321,23 +321,23 @@ def _decode_bytes(header: ImageFile.ImageFile, rule: Buckets | ShortSide | None)
 
 
 def _strip_bytes(width: int, height: int) -> int:
-    """Most memory that the conversion of a strip takes."""
+    """Return the most memory that the conversion of a strip takes."""
     return _STRIP_BYTES * max(width, min(_STRIP_PIXELS, width * height))
 
 
 def _side_bytes(width: int, height: int) -> int:
-    """Most memory that grows with the sides: pointers to rows, coefficients of the resize."""
+    """Return the most memory that grows with the sides: row pointers, resize coefficients."""
     return _SIDE_BYTES * (width + height)
 
 
 def _content(header: ImageFile.ImageFile) -> bytes:
-    """The file. Not copied, as `getbuffer` does where the memory is shared."""
+    """Return the file's bytes without a copy, which `getbuffer` makes of shared memory."""
     assert isinstance(header.fp, io.BytesIO), "images are opened from memory"
     return header.fp.getvalue()
 
 
 def _has_several_scans(header: JpegImageFile) -> bool:
-    """Whether the decoder must collect the whole image's coefficients first."""
+    """Return whether the decoder must collect the whole image's coefficients first."""
     if "progressive" in header.info:
         return True
     assert header.fp is not None, "nothing has been decoded"

@@ -1,4 +1,4 @@
-"""Which way up an image is meant to be seen, by its EXIF, and turning it so."""
+"""The orientation in an image's EXIF, and turning the image upright."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _XMP: Final = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 
 
 def orientation_of(image: ImageFile.ImageFile) -> int:
-    """The orientation of an image whose header was read, by its EXIF, or else by its XMP.
+    """Return the orientation of an opened image, by its EXIF or else its XMP.
 
     1, upright, where neither tells one: viewers show such images as they are. Raises what
     decoders raise, where an image has to be decoded to find out.
@@ -60,7 +60,7 @@ def orientation_of(image: ImageFile.ImageFile) -> int:
 
 
 def _exif(info: Mapping[str | tuple[int, int], Any]) -> bytes:
-    """An image's EXIF block; empty where there is none."""
+    """Return an image's EXIF block; empty if it has none."""
     block = info.get("exif")
     if isinstance(block, bytes):
         return block
@@ -75,7 +75,7 @@ def _exif(info: Mapping[str | tuple[int, int], Any]) -> bytes:
 
 
 def _in_exif(block: bytes) -> int | None:
-    """The orientation that EXIF tells.
+    """Return the orientation in EXIF.
 
     Pillow would read every field, and make an object of every value that one says it has: a file of
     some megabytes keeps it busy for seconds.
@@ -98,7 +98,7 @@ def _in_exif(block: bytes) -> int | None:
 
 
 def _ends_plainly(image: PngImageFile) -> bool:
-    """Whether a PNG is complete and has nothing after its pixels that could be EXIF or XMP.
+    """Return whether a PNG is complete, with nothing after its pixels that could be EXIF or XMP.
 
     From the headers of its chunks: `load` would decode every pixel to find out.
     """
@@ -117,7 +117,7 @@ def _ends_plainly(image: PngImageFile) -> bool:
 
 
 def made_upright(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
-    """(height, width, 3) as it is meant to be seen."""
+    """Return pixels (height, width, 3) turned upright."""
     if orientation in SWAPS_SIDES:
         pixels = pixels.transpose(1, 0, 2)
     down, right = _AGAINST[orientation]
@@ -125,7 +125,7 @@ def made_upright(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint
 
 
 def transposed(image: Image.Image, orientation: int) -> Image.Image:
-    """A decoded image as it is meant to be seen; the same one where it stands upright."""
+    """Return a decoded image turned upright; the same one if it is."""
     if orientation == 1:
         return image
     return image.transpose(_TRANSPOSE[orientation])

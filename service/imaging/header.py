@@ -1,4 +1,4 @@
-"""What decoding a compressed image will take, by its header: kind, size and number of passes."""
+"""The cost of decoding by an image's header: kind, size and number of passes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _WEBP_KINDS: Final = {b"VP8 ": "webp lossy", b"VP8L": "webp lossless", b"VP8X": 
 
 
 class Header(NamedTuple):
-    """The part of an image's header that decides on the time of decoding."""
+    """The fields of a header that decide the time of decoding."""
 
     kind: str
     """Format and mode: images of one kind take about the same time for a pixel."""
@@ -31,7 +31,7 @@ class Header(NamedTuple):
 
 
 def read_header(data: bytes | memoryview) -> Header | None:
-    """The header of a PNG, a WebP or an ordinary JPEG, within microseconds.
+    """Return the header of a PNG, a WebP or an ordinary JPEG, within microseconds.
 
     None for what must be looked at more closely (`imaging.examine`), for what is no image, and for
     an image without pixels: decoding will say what is wrong with it.
@@ -57,7 +57,7 @@ def _read_header(data: bytes | memoryview) -> Header | None:
 
 
 def _png_header(head: bytes) -> Header | None:
-    """By RFC 2083, 4.1.1."""
+    """Return the header of a PNG (RFC 2083, 4.1.1)."""
     depth, colour, interlaced = head[24], _PNG_COLOURS.get(head[25]), head[28]
     if colour is None or depth not in (1, 2, 4, 8, 16):
         return None

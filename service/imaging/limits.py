@@ -1,4 +1,4 @@
-"""Into how many parts an image's file may fall: each costs time, however small it is.
+"""Bounds on the number of parts of an image's file, each of which costs time.
 
 Thirty megabytes of empty chunks keep Pillow busy for ten seconds, of colour profiles that inflate
 for more than a minute, and of a JPEG's scans for hours. Cameras and editors write some dozens.
@@ -17,7 +17,7 @@ PNG_HEAD: Final = 8
 """Bytes before a PNG's first chunk: length (4), kind (4), content, checksum (4)."""
 _MOST_PARTS: Final = 1024
 _PART_BYTES: Final = 512
-"""A PNG may have one more chunk for each so many bytes: its pixels come in any number of them."""
+"""Bytes of a PNG per allowed chunk: its pixels may be in any number of chunks."""
 _INFLATED: Final = frozenset({b"iCCP", b"iTXt", b"zTXt"})
 _MOST_INFLATED: Final = 32
 """Each becomes up to 1 MiB of memory, and milliseconds of time."""
@@ -68,7 +68,7 @@ def check_png(data: bytes | memoryview) -> None:
 
 
 def jpeg_file(data: bytes | memoryview) -> io.BytesIO:
-    """A JPEG's bytes for Pillow to read.
+    """Return a JPEG's bytes as a file for Pillow.
 
     Raises MalformedImage for too many scans; reading raises it where they fall into too many parts.
     """
@@ -84,7 +84,7 @@ class Frame(NamedTuple):
 
 
 def ordinary_frame(data: bytes | memoryview) -> Frame | None:
-    """The frame of a JPEG that is a few well-formed segments, then one scan; None for any other.
+    """Return the frame of a JPEG of a few well-formed segments and one scan; None for others.
 
     The decoder expects no other scan then. Most JPEGs are such, and nothing need be counted while
     they are read.
@@ -126,7 +126,7 @@ class JpegReader(io.BytesIO):
         self._exif = _MOST_EXIF
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """As of any file."""
+        """Read as from any file."""
         piece = super().read(size)
         self._reads -= 1
         self._exif -= piece[: len(_EXIF)] == _EXIF
@@ -139,7 +139,7 @@ class JpegReader(io.BytesIO):
 
 
 def count_scans(data: bytes) -> int:
-    """How many scans a JPEG has; exactly where they are too many, otherwise at most so many.
+    """Return the number of scans of a JPEG: exact if there are too many, else an upper bound.
 
     `bytes.count` would be a noticeable part of decoding; pairs of bytes are compared by vector
     instructions.

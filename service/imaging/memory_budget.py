@@ -1,4 +1,4 @@
-"""How much memory images may take while they are decoded, over all threads."""
+"""A bound on the memory of images while they are decoded, over all threads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SPARED: Final = 8
 
 
 class DecodeMemory:
-    """A semaphore of bytes. Large images wait for room, in the order of arrival.
+    """A semaphore of bytes. Large images wait for room in order of arrival.
 
     Images come in compressed, and a compressed image may be a thousand times smaller than its
     pixels: a bound on bytes that arrive is no bound on bytes that they become. Small images never
@@ -35,7 +35,7 @@ class DecodeMemory:
 
     @contextmanager
     def hold(self, size: int) -> Iterator[None]:
-        """Hold `size` bytes. Raises TooLarge where they would not fit even alone."""
+        """Hold `size` bytes. Raises TooLarge if they do not fit even alone."""
         if size > self._most:
             raise TooLarge(
                 f"decoding the image takes {size} bytes of memory; at most {self._most} are "

@@ -1,4 +1,4 @@
-"""Decoded images at another size: Pillow's bilinear filter, by vector instructions if possible.
+"""Resize: Pillow's bilinear filter, by vector instructions where possible.
 
 Pillow scales one pixel at a time, which costs several times what decoding a JPEG does. Both ways
 compute the same filter; rounded differently, their values differ by at most 2 grey levels, and

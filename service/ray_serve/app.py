@@ -31,32 +31,32 @@ if TYPE_CHECKING:
 _log = logging.getLogger("retinaserve.ray")
 
 NAME: Final = "retinaserve"
-"""Of the deployment, as `deployments` in a configuration names it."""
+"""Name of the deployment in a configuration."""
 _GPU_CPUS: Final = 4
 """CPUs beside a GPU by default: it waits for images that are decoded on them."""
 _BEYOND_QUEUE: Final = 32
 """Requests that a replica takes beyond its queue, so that it refuses them itself: it knows when
 there will be room, and it answers probes at the same time."""
 _HEALTH_SECONDS: Final = 2.0
-"""How often Ray asks a replica; a crash is noticed by the next question, a lost device by the
+"""Period of Ray's health checks; a crash is noticed by the next one, a lost device by the
 third."""
 _GRACE_SECONDS: Final = 5.0
-"""What a replica that stops has beyond the longest time that a request may take."""
+"""Time to stop beyond the longest time of a request."""
 _POLL_SECONDS: Final = 0.02
 
 
 class Chosen(BaseModel):
-    """What `user_config` may say: which model answers unnamed requests."""
+    """`user_config`: the model of requests that name none."""
 
     model_config = ConfigDict(extra="forbid")
 
     model: str
     version: int | None = None
-    """None: the highest one that is in the folder."""
+    """None: the highest one in the folder."""
 
 
 class Replica:
-    """What Ray asks of a replica beside its requests."""
+    """The methods that Ray calls beside requests."""
 
     app: FastAPI
     """Given by `serve.ingress`."""
@@ -91,7 +91,7 @@ class Replica:
 
 
 def app(arguments: Mapping[str, Any]) -> Application:
-    """What Ray Serve runs; `arguments` are settings by name, on top of RETINASERVE_<NAME>.
+    """Return the application for Ray Serve; `arguments` override RETINASERVE_<NAME>.
 
     Settings come from the environment in which the application is built, and those of them that
     are set nowhere from the environment of each replica.
@@ -123,7 +123,7 @@ def app(arguments: Mapping[str, Any]) -> Application:
 
 
 def gpu_share(device: str) -> int:
-    """GPUs that a replica needs for a setting of `DEVICE`.
+    """Return the number of GPUs that a replica needs for a setting of `DEVICE`.
 
     >>> gpu_share("auto"), gpu_share("cuda"), gpu_share("cuda:0,cuda:1")
     (0, 1, 2)
@@ -132,7 +132,7 @@ def gpu_share(device: str) -> int:
 
 
 def build_on_replica(given: Mapping[str, Any]) -> FastAPI:
-    """The application of this process, which is a replica, within the share that Ray gave it."""
+    """Return the application of a replica, within the resources that Ray assigned."""
     import ray
 
     settings = load_settings(**given)
@@ -142,7 +142,7 @@ def build_on_replica(given: Mapping[str, Any]) -> FastAPI:
 
 
 def open_app(settings: Settings) -> FastAPI:
-    """The application, once its default model is warm.
+    """Return the application once its default model is warm.
 
     Raises what `create_app` raises, or ArtifactError when the default model does not load.
     """
@@ -159,10 +159,10 @@ def open_app(settings: Settings) -> FastAPI:
 
 
 def fit(settings: Settings, share: Mapping[str, float], *, cpus: int) -> dict[str, object]:
-    """Settings that follow from a replica's share of a machine of so many `cpus`.
+    """Return the settings that follow from a replica's share of a machine with `cpus` CPUs.
 
-    `share` is as Ray tells it: {"CPU": 2.0, "GPU": 0.5}. Ray counts CPUs and does not hold anybody
-    to them, so the threads must.
+    `share` is Ray's: {"CPU": 2.0, "GPU": 0.5}. Ray counts CPUs without limiting a process to them,
+    so the number of threads must.
 
     >>> fit(Settings(device="auto"), {"CPU": 2.0}, cpus=8)
     {'cpus': 2, 'device': 'cpu'}

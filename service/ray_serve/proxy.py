@@ -1,4 +1,4 @@
-"""What Ray Serve's proxies answer by themselves, said as the service says it.
+"""Rewrites the refusals of Ray Serve's proxies to those of the service.
 
 Ray's own refusals are plain text, not all of them with `Retry-After`, and a request whose replica
 died gets a bare 500. With RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=service.ray_proxy:layers
@@ -18,7 +18,7 @@ from service.http.problems import http_problem, respond
 from service.observability.request_id import ID, new_id
 
 _RAYS_OWN: Final = "/-/"
-"""Paths at which the proxies tell of themselves."""
+"""Paths of the proxies' own endpoints."""
 _LOST: Final = "the replica that had the request is gone; send it again"
 _DETAILS: Final = {
     408: (504, "no answer came within the time that Ray Serve's request_timeout_s allows"),
@@ -36,7 +36,7 @@ def layers() -> list[Middleware]:
 
 
 class ProxyAnswers:
-    """Plain ASGI, in a proxy: rewrites Ray's own refusals, and lets the service's pass."""
+    """ASGI middleware of a proxy that rewrites Ray's own refusals."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -58,7 +58,7 @@ class ProxyAnswers:
 
 
 class _Answer:
-    """What is sent to one client."""
+    """The response to one client."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, identity: str) -> None:
         self._scope = scope
@@ -69,7 +69,7 @@ class _Answer:
         self.begun = False
 
     async def send(self, message: Message) -> None:
-        """The next piece of the answer."""
+        """Send the next message of the response."""
         if self._replaced:
             return
         if message["type"] == "http.response.start":
@@ -85,7 +85,7 @@ class _Answer:
         await self._send(message)
 
     async def replace(self, status: int, detail: str, *, retry_after: str = "1") -> None:
-        """Answer in Ray's place."""
+        """Respond in place of Ray."""
         self.begun = True
         headers = {"X-Request-Id": self._identity, "X-Content-Type-Options": "nosniff"}
         if status == HTTPStatus.SERVICE_UNAVAILABLE:
@@ -97,7 +97,7 @@ class _Answer:
 
 
 def _is_plain(headers: list[tuple[bytes, bytes]]) -> bool:
-    """Whether Ray wrote it: the service's own refusals are JSON."""
+    """Return whether Ray wrote the response: the service's refusals are JSON."""
     return any(
         name.lower() == b"content-type" and value.startswith(b"text/plain")
         for name, value in headers
@@ -105,7 +105,7 @@ def _is_plain(headers: list[tuple[bytes, bytes]]) -> bool:
 
 
 def _without_second_id(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    """Ray adds an id of the request behind the one that the service has sent."""
+    """Remove the request id that Ray adds after the service's."""
     kept, seen = [], False
     for name, value in headers:
         if name.lower() == _REQUEST_ID:
@@ -117,6 +117,6 @@ def _without_second_id(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, 
 
 
 def _request_id(scope: Scope) -> str:
-    """The client's, where it may be repeated."""
+    """Return the client's request id if it is valid, else a new one."""
     given = next((value for name, value in scope["headers"] if name == _REQUEST_ID), b"")
     return bytes(given).decode() if ID.fullmatch(given) else new_id()

@@ -1,4 +1,4 @@
-"""The CPUs of this process: how many it may keep busy, by affinity and quota, and of which kind."""
+"""The number of CPUs that this process may use, and their vector width."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def cpu_count(root: Path = Path("/")) -> int:
-    """Whole CPUs that this process may keep busy: affinity and the container's quota."""
+    """Return the number of CPUs this process may use, by affinity and the container's quota."""
     affinity = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
@@ -21,7 +21,7 @@ def cpu_count(root: Path = Path("/")) -> int:
 
 
 def has_wide_vectors(root: Path = Path("/")) -> bool:
-    """Whether vectors are wider than 256 bits, or may be: only Linux tells."""
+    """Return whether vectors are, or may be, wider than 256 bits: only Linux tells."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return False
     try:
@@ -33,7 +33,7 @@ def has_wide_vectors(root: Path = Path("/")) -> bool:
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """CPU quotas in CPUs, of this process's control groups and all above them, v1 and v2."""
+    """Yield the quotas, in CPUs, of this process's control groups and their parents, v1 and v2."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -53,7 +53,7 @@ def _quotas(root: Path) -> Iterator[float]:
 
 
 def _upwards(mount: Path, group: str) -> Iterator[Path]:
-    """The group's folder and all above it. Inside a container the mount itself is the group."""
+    """Yield a group's folder and its parents. In a container the mount itself is the group."""
     parts = [part for part in group.split("/") if part not in ("", "..")]
     for length in range(len(parts), -1, -1):
         yield mount.joinpath(*parts[:length])
@@ -64,7 +64,7 @@ def _quota(*paths: Path) -> Iterator[float]:
         words = " ".join(path.read_text() for path in paths).split()
         quota, period = int(words[0]), int(words[1])
     except (OSError, ValueError, IndexError):
-        # No such group, no limit ("max"), or not readable: no quota that we know of.
+        # No such group, no limit ("max"), or not readable.
         return
     if quota > 0 and period > 0:
         yield quota / period

@@ -1,4 +1,4 @@
-"""What a process is told to end with, what it finds open, and how it ends in the middle of work."""
+"""Stop signals, standard files, and exit while threads are at work."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STOP_SIGNALS: Final = tuple(
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGBREAK")
     if hasattr(signal, name)
 )
-"""Signals that end a process, and that a terminal or a service manager sends for that."""
+"""Signals by which a terminal or a service manager ends a process."""
 
 
 def stop_signals() -> list[signal.Signals]:
@@ -43,7 +43,7 @@ def open_standard_files() -> None:
 
 
 def leave(status: int) -> None:
-    """Exit now, even where a thread is stuck in native code that would not let Python end."""
+    """Exit now, even if a thread in native code would keep Python from ending."""
     # Ends the thread that writes the log, unless stderr is not read.
     logging.shutdown()
     stuck = [

@@ -1,4 +1,4 @@
-"""How the process deals with the memory of images.
+"""The allocator's settings for the memory of images.
 
 glibc gives a freed image back to the kernel, and the next one pays for getting it again page by
 page, which costs a third of what decoding does. Kept, the same few megabytes serve every image.
@@ -23,9 +23,9 @@ its way to the canvas, several times over."""
 
 
 def keep_freed_memory() -> bool:
-    """Let the allocator keep what images leave behind. For the command line, not the factory.
+    """Make the allocator keep freed memory of images. Call it from commands only.
 
-    False where it was not done: another allocator than glibc's, or settings in the environment.
+    Return False if it was not done: not glibc, or settings in the environment.
     """
     if not sys.platform.startswith("linux"):
         return False

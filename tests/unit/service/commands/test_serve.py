@@ -41,12 +41,12 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptu
     return begin
 
 
-def test_the_admin_listener_needs_keys(run: Run) -> None:
+def test_serve_admin_port_requires_keys(run: Run) -> None:
     with pytest.raises(DataError, match=r"RETINASERVE_API_KEYS_FILE.*keys new NAME --admin"):
         run(admin_port=0)
 
 
-def test_a_busy_admin_port_is_known_before_anything_is_loaded(
+def test_serve_reports_busy_admin_port_before_loading(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(serve, "open_models", lambda _: pytest.fail("too late"))
@@ -58,21 +58,21 @@ def test_a_busy_admin_port_is_known_before_anything_is_loaded(
             run(admin_port=port, api_keys_file=keys)
 
 
-def test_keys_of_which_none_is_an_admins_are_warned_of(run: Run, tmp_path: Path) -> None:
+def test_serve_warns_without_an_admin_key(run: Run, tmp_path: Path) -> None:
     keys = tmp_path / "keys.json"
     new_key(keys, "camera", admin=False)
     (warning,) = run(admin_port=0, api_keys_file=keys)
-    assert "nobody may change models" in warning
+    assert "models cannot be changed" in warning
     assert "--admin" in warning
 
 
-def test_an_open_door_is_warned_of(run: Run) -> None:
+def test_serve_warns_when_open_to_the_network(run: Run) -> None:
     (warning,) = run(host="0.0.0.0")
-    assert "anybody who reaches 0.0.0.0" in warning
+    assert "any client that reaches 0.0.0.0" in warning
     assert "RETINASERVE_API_KEYS_FILE" in warning
 
 
-def test_a_door_with_a_lock_is_not(run: Run, tmp_path: Path) -> None:
+def test_serve_does_not_warn_with_keys_or_on_loopback(run: Run, tmp_path: Path) -> None:
     assert run() == [], "loopback"
     keys = tmp_path / "keys.json"
     new_key(keys, "operator", admin=True)
@@ -80,7 +80,7 @@ def test_a_door_with_a_lock_is_not(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("owner", "name"), [(hosting, "open_server"), (Server, "run")])
-def test_a_start_that_fails_leaves_no_thread_in_native_code(
+def test_serve_failure_leaves_no_native_thread(
     run: Run, monkeypatch: pytest.MonkeyPatch, owner: object, name: str
 ) -> None:
     before = set(threading.enumerate())
