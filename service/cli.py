@@ -26,7 +26,7 @@ from service.errors import (
     UnsupportedMedia,
 )
 from service.filenames import one_line
-from service.system.leaving import open_standard_files, stop_signals
+from service.system.process import open_standard_files, stop_signals
 
 COMMAND_GROUP: Final = "retinaserve.commands"
 _BAD_INPUT: Final = (

@@ -106,7 +106,7 @@ def bulk(
     if options["engine"] == "ray":
         check_ray()
     from service.commands import bulk as command
-    from service.system.leaving import leave
+    from service.system.process import leave
 
     given: dict[str, object] = {"models_dir": models_dir, "device": device}
     failed, status = command.run(command.Asked(inputs=inputs, given=given, **options))

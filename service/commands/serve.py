@@ -20,7 +20,7 @@ from service.http.auth.keys import read_keys
 from service.http.listening import Listeners, listen, url
 from service.observability.logs import LineWriter
 from service.settings import Settings, load_settings
-from service.system.leaving import leave
+from service.system.process import leave
 
 _log = logging.getLogger("retinaserve")
 _STDOUT: Final = 1

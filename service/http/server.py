@@ -24,7 +24,7 @@ from service.engine.service import Service
 from service.http.connections.bounds import HEAD_SECONDS, Bounded
 from service.http.connections.descriptors import DescriptorLimit
 from service.observability.metrics import Metrics
-from service.system.leaving import stop_signals
+from service.system.process import stop_signals
 
 _log = logging.getLogger("retinaserve.server")
 _TLS_CLOSE_SECONDS: Final = 2.0
