@@ -1,4 +1,4 @@
-"""The admin listener: models are loaded, unloaded and chosen here, with an admin's key."""
+"""The admin listener, which loads, unloads and chooses models for clients with an admin key."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any, Final
 
-import orjson
 import uvicorn
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -23,6 +22,7 @@ from service.http.bodies import parse_json, read_body
 from service.http.listening import url
 from service.http.middleware import RequestContext, RequestGuard
 from service.http.problems import add_error_handlers
+from service.http.responses import json_response
 from service.http.routes import health, models
 from service.http.server import HttpServer, configuration
 from service.runtime.artifact import VERSION_RULE, Version, VersionText
@@ -32,13 +32,13 @@ _MAX_BODY_BYTES: Final = 4096
 
 
 class AdminGate(Gate):
-    """Lets in only those whose key is an admin's."""
+    """Accepts admin keys only."""
 
     def __init__(self, keys: KeyStore) -> None:
         super().__init__(keys, None)
 
     def enter(self, presented: Iterable[str], address: str) -> Key:
-        """As for everybody. Raises Unauthorized or Forbidden."""
+        """Return the admin key. Raises Unauthorized or Forbidden."""
         key = super().enter(presented, address)
         if key is None or not key.admin:
             raise Forbidden(
@@ -49,7 +49,7 @@ class AdminGate(Gate):
 
 
 class Choice(BaseModel):
-    """What a request may say as JSON."""
+    """The JSON body of a request."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -57,24 +57,24 @@ class Choice(BaseModel):
 
 
 class QueryChoice(Choice):
-    """What a request may say in the query."""
+    """The query of a request."""
 
     version: VersionText | None = None
 
 
 class AdminRoutes:
-    """Translates HTTP to the registry and back."""
+    """Translates requests to calls of the registry."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
 
     async def load(self, name: str, request: Request) -> Response:
-        """Load, or load again, a version: by default the newest in the folder."""
+        """Load, or reload, a version: by default the newest in the folder."""
         version = await self._version(request)
         registry = self._service.registry
         future = await self._service.off_loop(registry.load, name, version)
         loaded = await asyncio.wrap_future(future)
-        return self._answer(
+        return self._response(
             name,
             version=loaded.key.version,
             state="ready",
@@ -87,13 +87,13 @@ class AdminRoutes:
         """Unload a version: by default all of them."""
         version = await self._version(request)
         unloaded = self._service.registry.unload(name, version)
-        return self._answer(name, unloaded=unloaded, state="unloaded")
+        return self._response(name, unloaded=unloaded, state="unloaded")
 
     async def default(self, name: str, request: Request) -> Response:
-        """Make a model the default: a version of it, or always its highest ready one."""
+        """Make a model the default: one version, or always its highest ready one."""
         version = await self._version(request)
         self._service.registry.make_default(name, version)
-        return self._answer(name)
+        return self._response(name)
 
     async def _version(self, request: Request) -> int | None:
         timeout = self._service.settings.body_timeout_ms / 1e3
@@ -113,7 +113,7 @@ class AdminRoutes:
             )
         return said if asked is None else asked
 
-    def _answer(self, name: str, **done: Any) -> Response:
+    def _response(self, name: str, **done: Any) -> Response:
         snapshot = self._service.registry.snapshot()
         document = {
             "name": name,
@@ -122,7 +122,7 @@ class AdminRoutes:
             "pinned": name in snapshot.pins,
             "default": name == snapshot.default,
         }
-        return Response(orjson.dumps(document), media_type="application/json")
+        return json_response(document)
 
 
 class AdminListener:
@@ -137,7 +137,7 @@ class AdminListener:
         certificate: Path | None = None,
         key: Path | None = None,
     ) -> None:
-        assert keys is not None, "no client could be told from an admin"
+        assert keys is not None, "the admin listener needs a keys file"
         self._registry = service.registry
         self._listener = listener
         self._url = url(listener, tls=certificate is not None)
@@ -153,7 +153,7 @@ class AdminListener:
         self._serving: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Take requests from now on."""
+        """Return once the listener accepts requests."""
         self._serving = asyncio.create_task(self._server.serve([self._listener]))
         listening = asyncio.create_task(self._server.listening.wait())
         await asyncio.wait({self._serving, listening}, return_when=asyncio.FIRST_COMPLETED)
@@ -163,7 +163,7 @@ class AdminListener:
         _log.info("models are administered on %s", self._url)
 
     async def stop(self, seconds: float) -> None:
-        """Close. Nobody waits for a model that would never serve."""
+        """Close, without waiting for models that are loading."""
         self._registry.stop_loading()
         self._server.should_exit = True
         if self._serving is not None:
@@ -171,7 +171,7 @@ class AdminListener:
 
 
 class _Server(HttpServer):
-    """Says when it listens, and leaves signals to the main server."""
+    """Sets an event once it listens, and leaves signals to the main server."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
@@ -187,7 +187,7 @@ class _Server(HttpServer):
 
 
 def create_admin_app(service: Service, keys: KeyStore) -> FastAPI:
-    """The application behind the listener. The service must have been started by another."""
+    """Return the admin application. The main application starts and stops the service."""
     app = FastAPI(
         title="retinaserve admin",
         docs_url=None,

@@ -1,6 +1,6 @@
-"""Request bodies: read within limits and in memory, multipart and JSON taken apart.
+"""Request bodies: reading within limits, multipart, JSON and base64.
 
-An image is copied as little as may be: a multipart part is a view of the body.
+Images are copied as little as possible: a multipart part is a view of the body.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ other thread runs meanwhile, and a body of 32 MB could hold sixteen million."""
 _LONGEST_BOUNDARY: Final = 256
 _LONGEST_PART_HEAD: Final = 4096
 _MOST_OPTIONS: Final = 16
-"""Semicolons in a header; a file name may hold some."""
+"""Semicolons in a header; a file name may contain some."""
 
 _PADDING: Final = re.compile(rb"[ \t]+")
-"""May follow a boundary (RFC 2046, 5.1.1)."""
+"""Padding after a boundary (RFC 2046, 5.1.1)."""
 
 _BASE64_STEP: Final = 1 << 20
 """Characters decoded at a time, a multiple of 4: the interpreter can switch threads between."""
@@ -199,21 +199,20 @@ async def _collect(receive: Receive, limit: int, uploads: Uploads) -> Body:
 
 
 def parse_multipart(body: Body, content_type: str, *, max_parts: int) -> list[Part]:
-    """Take a multipart/form-data body apart. Raises MalformedRequest or InvalidParameter.
+    """Return the parts of a multipart/form-data body. Raises MalformedRequest, InvalidParameter.
 
-    Bytes are searched, never walked through: a parser that goes from state to state in Python takes
-    up to a hundred times longer for bytes that look like boundaries or padding.
+    The body is searched with `bytes.find`: a state machine in Python takes up to a hundred times
+    longer for bytes that look like boundaries or padding.
     """
     boundary = _options(content_type).get(b"boundary")
     if not boundary:
         raise MalformedRequest("multipart/form-data without a boundary in Content-Type")
     if len(boundary) > _LONGEST_BOUNDARY:
         raise _malformed(f"its boundary has {len(boundary)} characters, not 1..{_LONGEST_BOUNDARY}")
-    # Whatever follows a line's beginning with the boundary in it, the line is a delimiter
-    # (RFC 2046, 5.1.1): no part may hold it.
+    # A line that begins with the boundary is a delimiter whatever follows (RFC 2046, 5.1.1).
     delimiter = b"\r\n--" + boundary
     parts: list[Part] = []
-    # The first line has no end of a line before it.
+    # No line break precedes the first line.
     first = -2 if body.startswith(delimiter[2:]) else body.find(delimiter)
     if body and first == -1:
         raise _malformed("the boundary of its Content-Type is not in it")
@@ -272,7 +271,7 @@ def _malformed(why: str) -> MalformedRequest:
 
 
 def parse_json(body: Body) -> dict[str, Any]:
-    """A JSON object. Raises MalformedRequest."""
+    """Return a JSON object. Raises MalformedRequest."""
     if sum(map(body.count, (b",", b"[", b"{"))) > _MAX_JSON_VALUES:
         raise MalformedRequest(
             f"the JSON body holds more than {_MAX_JSON_VALUES} values; send images only"
@@ -287,7 +286,7 @@ def parse_json(body: Body) -> dict[str, Any]:
 
 
 def decode_base64(text: object) -> bytes:
-    """Bytes of a base64 string, white space allowed. Raises MalformedRequest."""
+    """Return the bytes of a base64 string, white space allowed. Raises MalformedRequest."""
     if not isinstance(text, str):
         raise MalformedRequest('"image" is missing or no string; send the image as base64')
     if text.startswith("data:"):

@@ -20,9 +20,9 @@ from service.runtime.artifact import MAX_DETECTIONS_CAP, Metadata, VersionText
 Format = Literal["native", "coco", "roboflow", "hf"]
 
 _SHORT_QUERY: Final = 256
-"""Bytes of a query string that is worth remembering."""
+"""Bytes of a query string that is cached."""
 _REMEMBERED: Final = 64
-"""Query strings of which that is so. A client asks for the same again and again."""
+"""Entries of each cache. Most clients repeat one query string."""
 _MOST_PARAMETERS: Final = 256
 _MOST_ERRORS: Final = 4
 """Wrong parameters that an error describes."""
@@ -39,9 +39,9 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 
 
 class BatchQuery(BaseModel):
-    """What a request may ask for. What it leaves open, the model's own thresholds fill."""
+    """The query of a request. The model's own thresholds are the defaults."""
 
-    # Not `use_attribute_docstrings`: it reads and parses the source file at every start.
+    # Not `use_attribute_docstrings`, which reads and parses the source file at every start.
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     score_threshold: Fraction | None = Field(
@@ -75,7 +75,7 @@ class BatchQuery(BaseModel):
     )
 
     def selection(self, metadata: Metadata) -> Selection:
-        """What to keep of an image's detections. Raises InvalidParameter."""
+        """Return which detections to keep. Raises InvalidParameter."""
         return resolve(
             metadata,
             score_threshold=self.score_threshold,
@@ -86,7 +86,7 @@ class BatchQuery(BaseModel):
 
 
 class DetectQuery(BatchQuery):
-    """As for a batch, and the shape of the answer."""
+    """The query of a request with one image."""
 
     format: Format = Field(default="native", description="Shape of the JSON answer.")
 
@@ -95,9 +95,9 @@ Query = TypeVar("Query", bound=BatchQuery)
 
 
 def parse_query(request: Request, kind: type[Query]) -> Query:
-    """The query string as `kind`; nobody may change it. Raises InvalidParameter.
+    """Return the query string as `kind`, which is frozen. Raises InvalidParameter.
 
-    FastAPI's own parsing of a query model costs a fifth of a request's time outside the model.
+    FastAPI's own parsing of a query model takes a fifth of a request's time outside the model.
     """
     written: bytes = request.scope["query_string"]
     return _parsed(written, kind) if len(written) <= _SHORT_QUERY else _parse(written, kind)
@@ -126,13 +126,13 @@ _parsed = lru_cache(maxsize=_REMEMBERED)(_parse)
 
 
 class Selections:
-    """`BatchQuery.selection`, remembered. One event loop's."""
+    """A cache of `BatchQuery.selection`. Not thread-safe."""
 
     def __init__(self) -> None:
         self._known: dict[bytes, tuple[Metadata, Selection]] = {}
 
     def of(self, request: Request, query: BatchQuery, metadata: Metadata) -> Selection:
-        """What to keep of an image's detections. Raises InvalidParameter."""
+        """Return which detections to keep. Raises InvalidParameter."""
         written: bytes = request.scope["query_string"]
         known = self._known.get(written)
         if known is not None and known[0] is metadata:
@@ -146,7 +146,7 @@ class Selections:
 
 
 def describe_errors(error: ValidationError, kind: type[BaseModel]) -> str:
-    """Which parameters are wrong, and what would be right, in one line."""
+    """Return which parameters are wrong, and what would be right, in one line."""
     errors = error.errors(include_url=False, include_context=False)
     lines = []
     for each in errors[:_MOST_ERRORS]:
@@ -175,7 +175,7 @@ def deadline_seconds(headers: Mapping[str, str], limit_ms: int) -> float:
 
 
 def wanted_image(accept: str | None) -> ImageType | None:
-    """The image type that `Accept` prefers to JSON; None for JSON."""
+    """Return the image type that `Accept` prefers to JSON; None for JSON."""
     if accept is None or accept == "*/*":
         return None
     json_weight, best, image = 0.0, 0.0, None

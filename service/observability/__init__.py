@@ -1,1 +1,1 @@
-"""What an operator sees: metrics, log lines, traces."""
+"""Metrics, logs and traces."""

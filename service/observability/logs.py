@@ -1,8 +1,7 @@
-"""Log lines: one event a line, for people or for machines, and nothing in them can forge another.
+"""Log lines: one event a line, as text or JSON, which no value in it can forge.
 
-Every logger of the process, uvicorn's too, passes through the same structlog processors. They hang
-on the handler and are configured nowhere else, so an application that embeds the service keeps its
-own logging.
+Every logger of the process, uvicorn's too, passes through the same structlog processors. They are
+part of the handler, so an application that embeds the service keeps its own logging.
 """
 
 from __future__ import annotations
@@ -28,20 +27,20 @@ from service.observability.request_id import request_id
 
 _BEYOND_ASCII: Final = "\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff"
 _CONTROL: Final = re.compile(f"[\x00-\x1f{_BEYOND_ASCII}\ud800-\udfff]")
-"""What moves a cursor, ends a line, turns the direction of writing, or cannot be written."""
+"""Characters that move the cursor, end a line, change the text direction or cannot be encoded."""
 _JSON_CONTROL: Final = re.compile(f"[{_BEYOND_ASCII}]")
-"""The same, of what JSON lets stand as it is."""
+"""Those of them that JSON does not escape."""
 _KEY: Final = re.compile(r"rs_[A-Za-z0-9_-]{40,}")
-"""An API key, wherever somebody put one by mistake: into a path, say."""
+"""An API key, which a client may have put into a path by mistake."""
 _QUOTED: Final = re.compile(r'[\s"=]|^$')
 _OWN: Final = frozenset({"time", "level", "logger", "request_id", "message", "exception"})
-_SAID: Final = frozenset({"method", "path", "route", "status", "milliseconds"})
-"""Fields that a request's message says already."""
+_IN_MESSAGE: Final = frozenset({"method", "path", "route", "status", "milliseconds"})
+"""Fields that the message of a request contains."""
 STDERR: Final = 2
-_MOST_LINES: Final = 4096
-"""Lines that wait for a reader of stderr, some MB of them. More are dropped."""
-_PATIENCE_SECONDS: Final = 1.0
-"""How long the end of the process waits for a reader that takes no line."""
+_MAX_LINES: Final = 4096
+"""Lines that wait for the reader of stderr, some MB. More are dropped."""
+_CLOSE_SECONDS: Final = 1.0
+"""How long the process waits at its end for a reader that reads no line."""
 
 
 class _Formatter(structlog.stdlib.ProcessorFormatter):
@@ -56,7 +55,7 @@ class _Formatter(structlog.stdlib.ProcessorFormatter):
 
 
 class TextFormatter(_Formatter):
-    """Lines for people. Of a traceback each further line is indented, which no event ever is."""
+    """Lines of text. The lines of a traceback are indented, as no event is."""
 
     def __init__(self) -> None:
         super().__init__(_text)
@@ -70,74 +69,69 @@ class JsonFormatter(_Formatter):
 
 
 class LineWriter:
-    """Writes lines to a file descriptor in a thread of its own. Any thread may hand it lines.
+    """Writes lines to a file descriptor in its own thread. Thread-safe.
 
-    A pipe that is not read, and a terminal that is stopped, block a write for ever. Lines beyond
-    the first that wait are dropped; how many is written, as `notice` words it, once the others are.
+    A pipe that is not read, or a stopped terminal, blocks writes without end. Above 4096 waiting
+    lines new ones are dropped; `notice` returns the line that gives their number, written last.
     """
 
     def __init__(self, descriptor: int, notice: Callable[[int], str]) -> None:
         self._descriptor = descriptor
         self._notice = notice
-        # Its `put` may be called while it is in a `put`: a line can be logged anywhere, in a
-        # destructor too.
+        # Reentrant: a line can be logged anywhere, in a destructor too.
         self._lines: SimpleQueue[str | None] = SimpleQueue()
-        self._dropped = self._told = 0
+        self._dropped = self._reported = 0
         self._thread: threading.Thread | None = None
 
     def write(self, line: str) -> None:
         """Write a line, or drop it. Never blocks."""
-        if self._lines.qsize() >= _MOST_LINES:
+        if self._lines.qsize() >= _MAX_LINES:
             self._dropped += 1
             return
         self._lines.put(line)
-        # None is left of it in a forked process.
+        # A forked process has no thread.
         if self._thread is None or not self._thread.is_alive():
             self._thread = threading.Thread(target=self._run, name="log-writer", daemon=True)
             self._thread.start()
 
     def close(self) -> None:
-        """Return once all lines are written, or none of them was for a second.
-
-        A line that comes yet is written all the same.
-        """
+        """Return once all lines are written, or none was within a second."""
         thread, before = self._thread, -1
         if thread is None:
             return
         self._lines.put(None)
         while thread.is_alive() and (waiting := self._lines.qsize()) != before:
             before = waiting
-            thread.join(_PATIENCE_SECONDS)
+            thread.join(_CLOSE_SECONDS)
 
     def _run(self) -> None:
         while (line := self._lines.get()) is not None:
             self._write(line)
             if self._lines.empty():
-                self._tell()
-        self._tell()
+                self._report()
+        self._report()
 
-    def _tell(self) -> None:
-        if dropped := self._dropped - self._told:
-            self._told += dropped
+    def _report(self) -> None:
+        if dropped := self._dropped - self._reported:
+            self._reported += dropped
             self._write(self._notice(dropped))
 
     def _write(self, line: str) -> None:
         rest = f"{line}\n".encode(errors="backslashreplace")
         while rest:
             try:
-                # Not sys.stderr: a thread that is blocked in it holds a lock, which Python needs
-                # for its end.
+                # Not sys.stderr: a thread blocked in it holds a lock that Python needs to exit.
                 rest = rest[os.write(self._descriptor, rest) :]
             except BlockingIOError:
-                # Another process that has the pipe, too, has changed its mode.
+                # Another process that shares the pipe has changed its mode.
                 select.select([], [self._descriptor], [])
             except OSError:
-                # The reader is gone, or the disk is full.
+                # The reader has closed the pipe, or the disk is full.
                 return
 
 
 class LogHandler(logging.Handler):
-    """Hands lines to a LineWriter, so that serving never waits for a reader of the log."""
+    """Passes lines to a LineWriter, so that serving never waits for a reader of the log."""
 
     def __init__(self, descriptor: int) -> None:
         super().__init__()
@@ -148,7 +142,7 @@ class LogHandler(logging.Handler):
         try:
             self._writer.write(self.format(record))
         except Exception:
-            # Python's own way writes to stderr at once.
+            # `handleError` would write to stderr in this thread.
             self._writer.write(f"a log record is lost: {traceback.format_exc()!r}")
 
     def close(self) -> None:
@@ -164,18 +158,18 @@ class LogHandler(logging.Handler):
 
 
 def configure_logging(log_format: str, level: str) -> None:
-    """Send the lines of this process to stderr. For the command line, not for the factory."""
+    """Log to stderr. Called by commands, not by the application factory."""
     handler = LogHandler(STDERR)
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
     logging.captureWarnings(capture=True)
     for chatty in ("uvicorn", "python_multipart", "PIL", "opentelemetry", "urllib3", "grpc"):
-        # uvicorn reports start and stop, which the command does in one line of its own.
+        # uvicorn logs start and stop, which the command does in one line.
         logging.getLogger(chatty).setLevel(max(logging.WARNING, logging.root.level))
 
 
 def _gather(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
-    """What every line has, in the order of reading, then the record's own fields."""
+    """Return the fields of every line, then the record's own."""
     record: logging.LogRecord = event.pop("_record")
     del event["_from_structlog"]
     line: dict[str, Any] = {
@@ -197,7 +191,7 @@ def _json(_: WrappedLogger, __: str, event: EventDict) -> str:
     try:
         text = orjson.dumps(event, default=str).decode()
     except TypeError:
-        # Half a surrogate pair, say, which is no UTF-8.
+        # For example half a surrogate pair, which is not UTF-8.
         text = json.dumps(event, default=str)
     return _KEY.sub("[key]", _JSON_CONTROL.sub(_escape_json, text))
 
@@ -206,7 +200,7 @@ def _text(_: WrappedLogger, __: str, event: EventDict) -> str:
     parts = [
         f"{event['time']} {event['level'].upper():<8} [{event['request_id']}] {event['message']}"
     ]
-    said = _OWN | _SAID if "route" in event else _OWN
+    said = _OWN | _IN_MESSAGE if "route" in event else _OWN
     parts += [f"{name}={_value(value)}" for name, value in event.items() if name not in said]
     text = _CONTROL.sub(_escape, " ".join(parts))
     for line in event.get("exception", "").splitlines():

@@ -1,7 +1,7 @@
-"""The metrics of one application, for Prometheus to scrape.
+"""The Prometheus metrics of one application.
 
-Labels come from loaded models, route templates and words of our own, never from what a client
-sent: otherwise anybody could fill the memory with series.
+Labels come from loaded models, route templates and constants, never from a client's input, which
+could fill the memory with series.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from service.observability.model_metrics import (
     ModelSeries,
     Outcome,
 )
-from service.observability.record import Passage, Seen, Stages, Timing, current
+from service.observability.record import ImageRecord, Passage, Stages, Timing, current
 from service.runtime.artifact import Metadata
 from service.runtime.detector import Detections
 from service.runtime.devices import Hardware
@@ -43,19 +43,19 @@ _BYTES: Final = tuple(float(4**power) for power in range(5, 15))
 
 
 class Model(Protocol):
-    """What the metrics say of a model version."""
+    """A model version, as the metrics need it."""
 
     @property
     def name(self) -> str:
-        """Of the model."""
+        """The name of the model."""
 
     @property
     def version(self) -> int:
-        """Its number."""
+        """The number of the version."""
 
     @property
     def metadata(self) -> Metadata:
-        """Its classes above all."""
+        """The metadata, for its classes."""
 
 
 class Metrics:
@@ -64,7 +64,7 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.in_progress = 0
-        """Requests that have begun and not ended."""
+        """Requests in progress."""
         self._requests = Counter(
             "retinaserve_requests",
             "Requests by route template, method and status; 499: the client did not wait.",
@@ -101,7 +101,7 @@ class Metrics:
             "Requests that have begun and not ended.",
             registry=self.registry,
         ).set_function(lambda: self.in_progress)
-        # `labels` of prometheus_client costs more than the counting itself.
+        # `labels` of prometheus_client takes longer than the counting.
         self._of_request: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         self._of_route: dict[str, Histogram] = {}
         self._models = ModelMetrics()
@@ -113,7 +113,7 @@ class Metrics:
     def observe_request(
         self, route: str, method: str, status: int, *, seconds: float, body_bytes: int
     ) -> None:
-        """Record one request that is over. Route and method must come from a bounded set."""
+        """Record a finished request. Route and method must come from bounded sets."""
         key = (route, method, status)
         children = self._of_request.get(key)
         if children is None:
@@ -129,27 +129,27 @@ class Metrics:
             sizes.observe(body_bytes)
 
     def count_refusal(self, error: RetinaserveError) -> None:
-        """Count one request or image that got an error, and note why in its record."""
+        """Count a request or image that failed, and add the reason to the record."""
         self.count_reason(error.reason if isinstance(error, Unavailable) else error.slug)
 
     def count_reason(self, reason: str) -> None:
-        """As `count_refusal`, where there is no error but a word of our own."""
+        """Count a failure by its reason."""
         self._refusals.labels(reason).inc()
         record = current.get()
         if record is not None:
             record.reasons[reason] = None
 
     def count_status(self, status: int) -> None:
-        """As `count_reason`, where nothing is known but the HTTP status."""
+        """Count a failure by its HTTP status."""
         self.count_reason(HTTPStatus(status).phrase.lower().replace(" ", "-"))
 
     def observe_batch(self, model: Model, size: int) -> None:
-        """Record one inference. Any thread."""
+        """Record one inference. Thread-safe."""
         self._of(model).observe_batch(size)
 
-    def image(self, model: Model) -> Watched:
-        """Count how an image ends that is handed to a model; an exception tells, or `answered`."""
-        return Watched(self._of(model), model)
+    def image(self, model: Model) -> ImageOutcome:
+        """Return a context manager that counts how an image ends."""
+        return ImageOutcome(self._of(model), model)
 
     def watch(
         self,
@@ -162,9 +162,10 @@ class Metrics:
         bytes_held: Callable[[], int] = lambda: 0,
         wait: Callable[[], float] = lambda: 0.0,
     ) -> None:
-        """Add what is read at the moment of scraping.
+        """Add the metrics that are read when scraped.
 
-        `models` tells how far each version got, `loaded` which are loaded, with their classes.
+        `models` collects the states of the versions, `loaded` returns the loaded ones with their
+        classes.
         """
         gauges: tuple[tuple[str, str, Callable[[], float]], ...] = (
             ("queue_depth", "Images that wait now.", waiting),
@@ -198,8 +199,8 @@ class Metrics:
         return self._models.of(ModelKey(model.name, model.version), model.metadata.classes)
 
 
-class Watched:
-    """An image on its way through a model."""
+class ImageOutcome:
+    """Counts one image of a model: by its exception, or by `answered`."""
 
     def __init__(self, series: ModelSeries, model: Model) -> None:
         self.done = False
@@ -207,7 +208,7 @@ class Watched:
         self._model = model
         self._started = time.monotonic()
 
-    def __enter__(self) -> Watched:
+    def __enter__(self) -> ImageOutcome:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
@@ -223,9 +224,9 @@ class Watched:
         size: Size,
         passage: Passage | None,
     ) -> None:
-        """Record what an image of that size gave."""
+        """Record the detections on an image of that size."""
         finished = time.monotonic()
-        # What is left: choosing, mapping to the image, writing, the way back to the event loop.
+        # The rest: selection, mapping to the image, writing, the switch to the event loop.
         rest = max(0.0, finished - self._started - sum(timing))
         stages = Stages(*timing, rest)
         self._series.observe_image(stages, found.labels, found.scores)
@@ -233,7 +234,7 @@ class Watched:
         record = current.get()
         if record is not None:
             record.images.append(
-                Seen(
+                ImageRecord(
                     self._model.name,
                     self._model.version,
                     size.width,

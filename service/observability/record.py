@@ -1,4 +1,4 @@
-"""What one request did, gathered where it happens and told by whoever answers it."""
+"""The record of a request, for its log line, its span and its Server-Timing header."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ class Stages(NamedTuple):
     """Waiting, for a decode thread and for a device."""
     inference: float
     postprocess: float
-    """From the device's result to the answer, an answer of one canvas being written by then."""
+    """From the device's result to the response, which is written by then for one canvas."""
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """The sum of the stages."""
         return sum(self)
 
 
 class Passage(NamedTuple):
-    """When an image reached each stage, on the clock of `time.monotonic`, and in what company."""
+    """When an image reached each stage, on the clock of `time.monotonic`, and its batch size."""
 
     arrived: float
     decoding: float
@@ -41,8 +41,8 @@ class Passage(NamedTuple):
     batch_size: int
 
 
-class Seen(NamedTuple):
-    """One answered image."""
+class ImageRecord(NamedTuple):
+    """One image with detections."""
 
     model: str
     version: int
@@ -53,11 +53,11 @@ class Seen(NamedTuple):
     finished: float
     """On the clock of `time.monotonic`."""
     passage: Passage | None
-    """None where an image was several canvases, which overlap."""
+    """None for an image of several canvases, whose stages overlap."""
 
 
 class Record:
-    """One request, whatever protocol it came by."""
+    """One request, of any protocol."""
 
     __slots__ = (
         "body_bytes",
@@ -75,21 +75,21 @@ class Record:
         self.request_id = request_id
         self.started = time.monotonic()
         self.key: str | None = None
-        """Name of the API key that came with it."""
+        """Name of its API key."""
         self.body_bytes = 0
         self.body_finished: float | None = None
-        self.images: list[Seen] = []
+        self.images: list[ImageRecord] = []
         self.reasons: dict[str, None] = {}
-        """Why the request, or images of it, got an error: words of our own, in order."""
+        """Reasons of the errors of the request and its images, in order."""
         self.trace_id: str | None = None
         self.span_id: str | None = None
 
     def stages(self) -> Stages:
-        """The sums over the request's images."""
-        return Stages(*map(sum, zip(*(seen.stages for seen in self.images), strict=True)))
+        """Return the sums over the request's images."""
+        return Stages(*map(sum, zip(*(image.stages for image in self.images), strict=True)))
 
     def fields(self) -> dict[str, Any]:
-        """What a log line says of the request's work."""
+        """Return the fields of the log line."""
         fields: dict[str, Any] = {} if self.key is None else {"key": self.key}
         if self.body_bytes:
             fields["body_bytes"] = self.body_bytes
@@ -103,7 +103,7 @@ class Record:
                 "pictures": len(self.images),
                 "width": last.width,
                 "height": last.height,
-                "detections": sum(seen.detections for seen in self.images),
+                "detections": sum(image.detections for image in self.images),
             }
             fields |= {
                 f"{name}_ms": _ms(seconds) for name, seconds in self.stages()._asdict().items()
@@ -113,7 +113,7 @@ class Record:
         return fields
 
     def server_timing(self) -> str | None:
-        """The value of a Server-Timing header; None for an answer without images."""
+        """Return the value of the Server-Timing header; None for a response without images."""
         if not self.images:
             return None
         total = time.monotonic() - self.started
@@ -131,7 +131,7 @@ current: Final[ContextVar[Record | None]] = ContextVar("record", default=None)
 
 
 def _timing(note: str) -> str:
-    """A format of the header. Stages of several images overlap; `note` says it: sums."""
+    """Return a format of the header; `note` describes each stage."""
     stages = [f"{name};dur=%.2f{note}" for name in Stages._fields]
     return ", ".join(["body;dur=%.2f", *stages, "total;dur=%.2f"])
 

@@ -1,4 +1,4 @@
-"""The id that ties a request, its log lines and its errors together."""
+"""The id of a request, in its log lines and its errors."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from contextvars import ContextVar
 from typing import Final
 
 ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,128}")
-"""What a client may call its request; anything else is replaced."""
+"""A valid id from a client; any other is replaced."""
 
 request_id: Final[ContextVar[str]] = ContextVar("request_id", default="-")
-"""Id of the request that the current task works for."""
+"""Id of the current task's request."""
 
 
 def new_id() -> str:
-    """For a request whose client has given none that may be repeated."""
-    # Not a secret, only one of its kind: the kernel need not be asked for each.
+    """Return an id for a request without a valid one."""
+    # Unique, but not a secret: no system call is needed.
     return f"{random.getrandbits(128):032x}"

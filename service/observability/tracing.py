@@ -1,9 +1,8 @@
-"""Traces by OpenTelemetry, where it is installed and its standard variables ask for it.
+"""OpenTelemetry traces, where its standard variables enable them.
 
-A request becomes a span below the caller's (W3C trace context), with a span for each stage of each
-image below it. Those are made from the recorded moments once the request is over, so that no
-stage waits for tracing. Everything is configured by the OTEL_* variables, which OpenTelemetry's own
-SDK reads.
+A request becomes a child of the client's span (W3C trace context), and each stage of each image a
+child of the request's. Stages become spans once the request is over, from recorded times, so that
+no stage waits for tracing. OpenTelemetry's SDK reads the rest of its configuration from OTEL_*.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from service.observability.record import Record, Seen
+from service.observability.record import ImageRecord, Record
 
 if TYPE_CHECKING:
     from opentelemetry.propagators.textmap import TextMapPropagator
@@ -30,7 +29,7 @@ _PROTOCOLS: Final = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_P
 _PROTOCOL: Final = "http/protobuf"
 
 
-class _Part(NamedTuple):
+class _Stage(NamedTuple):
     """A stage as a span."""
 
     name: str
@@ -40,7 +39,7 @@ class _Part(NamedTuple):
 
 
 def asked_for(environment: Mapping[str, str]) -> bool:
-    """Whether the variables ask for traces."""
+    """Return whether the variables enable traces."""
     if environment.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
         return False
     exporter = environment.get("OTEL_TRACES_EXPORTER", "").strip().lower()
@@ -50,19 +49,19 @@ def asked_for(environment: Mapping[str, str]) -> bool:
 
 
 def open_tracing(environment: Mapping[str, str], *, version: str) -> Tracing | None:
-    """Tracing as the variables ask for it; None, with a warning where it was asked for in vain."""
+    """Return tracing as the variables configure it; None without, or with a warning."""
     if not asked_for(environment):
         return None
     try:
         return _open(environment, version)
     except ImportError as error:
         _log.warning(
-            "traces are asked for by OTEL_* variables, but %s is not installed: %s",
+            "OTEL_* variables enable traces, but %s is not installed: %s",
             error.name or "OpenTelemetry",
             INSTALL,
         )
     except Exception as error:
-        # A mistake in a variable is no reason not to detect.
+        # The service runs without traces.
         _log.warning("traces are off: the OTEL_* variables cannot be used: %s", error)
     return None
 
@@ -77,7 +76,7 @@ def _open(environment: Mapping[str, str], version: str) -> Tracing:
     resource = Resource.create({SERVICE_VERSION: version})
     if str(resource.attributes.get(SERVICE_NAME, "")).startswith("unknown_service"):
         resource = resource.merge(Resource({SERVICE_NAME: "retinaserve"}))
-    # The drain shuts it down in its own time; at exit that could take as long as a dead collector.
+    # Closed by the drain: at exit it could wait for a dead collector.
     provider = TracerProvider(resource=resource, shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(exporter))
     return Tracing(provider, exporter, get_global_textmap())
@@ -90,7 +89,7 @@ def _exporter(environment: Mapping[str, str]) -> SpanExporter:
 
         from opentelemetry.sdk.trace.export import ConsoleSpanExporter
 
-        # Standard output holds the one line with the address.
+        # Standard output has only the line with the address.
         return ConsoleSpanExporter(out=sys.stderr)
     if wanted != "otlp":
         raise ValueError(f"OTEL_TRACES_EXPORTER={wanted}; use otlp, console or none")
@@ -98,8 +97,8 @@ def _exporter(environment: Mapping[str, str]) -> SpanExporter:
         protocol = environment.get(name, _PROTOCOL)
         if protocol != _PROTOCOL:
             raise ValueError(
-                f"{name}={protocol}; traces leave as {_PROTOCOL}, which collectors take on port "
-                "4318"
+                f"{name}={protocol}; traces are sent as {_PROTOCOL}, which collectors accept on "
+                "port 4318"
             )
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
@@ -107,7 +106,7 @@ def _exporter(environment: Mapping[str, str]) -> SpanExporter:
 
 
 class Tracing:
-    """The spans of one application. `begin` and `finish` are for one event loop."""
+    """The spans of one application. Not thread-safe."""
 
     def __init__(
         self, provider: TracerProvider, exporter: SpanExporter, propagator: TextMapPropagator
@@ -117,10 +116,10 @@ class Tracing:
         self._propagator = propagator
         self._tracer = provider.get_tracer("retinaserve")
         self._wall = time.time_ns() - time.monotonic_ns()
-        """What turns moments into times of day, the same for every span of a process."""
+        """Offset from the monotonic clock to the time of day."""
 
     def begin(self, record: Record, name: str, headers: Mapping[str, str]) -> Span:
-        """The span of a request that begins, below the caller's; header names in lower case."""
+        """Start the span of a request, with the context of its lower-case headers."""
         from opentelemetry.trace import SpanKind, format_span_id, format_trace_id
 
         span = self._tracer.start_span(
@@ -137,7 +136,7 @@ class Tracing:
     def finish(
         self, span: Span, record: Record, name: str, attributes: dict[str, Any], *, failed: bool
     ) -> None:
-        """End a request's span, with the spans of what was done for it below."""
+        """End a request's span, with the spans of its stages."""
         if span.is_recording():
             from opentelemetry.trace import Status, StatusCode, set_span_in_context
 
@@ -146,58 +145,58 @@ class Tracing:
             if failed:
                 span.set_status(Status(StatusCode.ERROR, ",".join(record.reasons)))
             context = set_span_in_context(span)
-            for part in _parts(record):
+            for stage in _record_stages(record):
                 child = self._tracer.start_span(
-                    part.name,
+                    stage.name,
                     context=context,
-                    attributes=part.attributes,
-                    start_time=self._time(part.begin),
+                    attributes=stage.attributes,
+                    start_time=self._time(stage.begin),
                 )
-                child.end(self._time(part.end))
+                child.end(self._time(stage.end))
         span.end(self._time(time.monotonic()))
 
     def close(self, seconds: float) -> None:
-        """Send what is left, for at most so many seconds. Blocks."""
+        """Send the remaining spans within `seconds`. Blocks."""
         closer = threading.Thread(target=self._provider.shutdown, name="tracing", daemon=True)
         closer.start()
         closer.join(seconds)
         if closer.is_alive():
-            _log.warning("traces were lost: the collector did not take them in %g s", seconds)
-            # Otherwise it would go on trying.
+            _log.warning("traces were lost: the collector did not accept them within %g s", seconds)
+            # Ends its retries.
             self._exporter.shutdown()
 
     def _time(self, moment: float) -> int:
         return self._wall + int(moment * 1e9)
 
 
-def _parts(record: Record) -> Iterator[_Part]:
+def _record_stages(record: Record) -> Iterator[_Stage]:
     if record.body_finished is not None and record.body_bytes:
-        yield _Part(
+        yield _Stage(
             "body", record.started, record.body_finished, {"retinaserve.bytes": record.body_bytes}
         )
-    for seen in record.images:
+    for image in record.images:
         attributes: dict[str, str | int] = {
-            "retinaserve.model": seen.model,
-            "retinaserve.version": seen.version,
+            "retinaserve.model": image.model,
+            "retinaserve.version": image.version,
         }
-        yield from _stages(seen, attributes)
+        yield from _image_stages(image, attributes)
 
 
-def _stages(seen: Seen, attributes: dict[str, str | int]) -> Iterator[_Part]:
-    """The stages of an image: at their real moments, or one after the other up to the end."""
-    stages, passage = seen.stages, seen.passage
-    inference = attributes | {"retinaserve.detections": seen.detections}
+def _image_stages(image: ImageRecord, attributes: dict[str, str | int]) -> Iterator[_Stage]:
+    """Yield the stages of an image: at recorded times, or in sequence up to its end."""
+    stages, passage = image.stages, image.passage
+    inference = attributes | {"retinaserve.detections": image.detections}
     if passage is None:
-        begin = seen.finished - stages.total
+        begin = image.finished - stages.total
         decoded = begin + stages.decode
         inferring = decoded + stages.queue
     else:
         inference["retinaserve.batch_size"] = passage.batch_size
         begin, inferring = passage.decoding, passage.inferring
         decoded = begin + stages.decode
-        yield _Part("wait for a decoder", passage.arrived, begin, attributes)
+        yield _Stage("wait for a decoder", passage.arrived, begin, attributes)
     inferred = inferring + stages.inference
-    yield _Part("decode", begin, decoded, attributes)
-    yield _Part("queue", decoded, inferring, attributes)
-    yield _Part("inference", inferring, inferred, inference)
-    yield _Part("postprocess", inferred, max(inferred, seen.finished), attributes)
+    yield _Stage("decode", begin, decoded, attributes)
+    yield _Stage("queue", decoded, inferring, attributes)
+    yield _Stage("inference", inferring, inferred, inference)
+    yield _Stage("postprocess", inferred, max(inferred, image.finished), attributes)

@@ -1,4 +1,4 @@
-"""Who comes in, for every protocol: keys first, then the rate limit."""
+"""Authentication and rate limits, for every protocol."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from service.http.auth.keys import Key, KeyStore
 from service.http.auth.rate_limit import RateLimiter
 
 _IPV6_NETWORK: Final = 64
-"""Bits of an IPv6 address that name its network; within it one machine has every address."""
+"""Bits of an IPv6 address that name its network: one machine may use every address within it."""
 
 
 class Gate:
-    """Knows the keys and how often each was used. One event loop's.
+    """Checks keys, then rate limits. Not thread-safe.
 
-    Nothing is kept of calls without a good key: a key has 256 random bits, so there is no guessing
-    to slow down, and nobody can lock another out or fill the memory by failing.
+    Failed attempts are not recorded: a key of 256 random bits cannot be guessed, and records would
+    let a client lock out others or fill the memory.
     """
 
     def __init__(self, keys: KeyStore | None, rate_limit: str | None) -> None:
@@ -27,9 +27,9 @@ class Gate:
         self._limiter = None if rate_limit is None else RateLimiter(rate_limit)
 
     def enter(self, presented: Iterable[str], address: str) -> Key | None:
-        """Let a caller in by any of the keys that he presents; None where there are no keys.
+        """Return the first known key of those `presented`; None where the service has no keys.
 
-        Without keys callers are told apart by their `address`. Raises Unauthorized or RateLimited.
+        Without keys the rate limit is by `address`. Raises Unauthorized or RateLimited.
         """
         key = None if self._keys is None else self._authenticate(self._keys, presented)
         if self._limiter is not None:
@@ -51,7 +51,7 @@ class Gate:
 
 
 def _network(address: str) -> str:
-    """What a caller without a key is told apart by."""
+    """Return the address that the rate limit of a client without a key counts by."""
     try:
         parsed = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:

@@ -1,8 +1,7 @@
-"""API keys: a file of named, hashed keys, and the store that a running service asks.
+"""API keys: a file of named, hashed keys, and the store that a running service reads it with.
 
-Keys are 256 random bits, so a plain SHA-256 is the right hash: there is no dictionary to try, and a
-slow password hash or a salt would only make each request dear. Whoever reads the file learns no
-key.
+Keys are 256 random bits, so a plain SHA-256 is the right hash: a dictionary attack cannot succeed,
+and a slow password hash or a salt would only slow each request. The file does not reveal the keys.
 """
 
 from __future__ import annotations
@@ -35,24 +34,24 @@ if sys.platform != "win32":
 _log = logging.getLogger("retinaserve.keys")
 
 _PREFIX: Final = "rs_"
-"""Lets people and scanners of leaked secrets tell what a key belongs to."""
+"""Lets people and secret scanners recognise a key."""
 _KEY_BYTES: Final = 32
 _LONGEST_KEY: Final = 256
-"""Characters of a presented key that are looked at; ours have 46."""
+"""Characters of a presented key that are hashed; ours have 46."""
 _LARGEST_FILE: Final = 1 << 20
 _LOOK_EVERY: Final = 1.0
-"""Seconds between two looks at the file: a revoked key is refused within this time."""
+"""Seconds between two reads of the file: a revoked key is refused within this time."""
 
 
 class Key(NamedTuple):
-    """Whose key it is, and whether it may change what the service serves."""
+    """The name of a key, and whether it may administer models."""
 
     name: str
     admin: bool
 
 
 class Entry(BaseModel):
-    """A key as the file keeps it."""
+    """A key in the file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -88,16 +87,13 @@ class KeyStore:
         self._content = _read(path)
         self._keys = _hashes(_parse(path, self._content))
         self._problem: str | None = None
-        """Why the last look at the file failed; logged once."""
+        """Why the last read of the file failed; logged once."""
         self._looked = time.monotonic()
         if not self._keys:
-            _log.warning("%s holds no key, so nobody may call the service; %s", path, _remedy(path))
+            _log.warning("%s holds no key, so every request is refused; %s", path, _remedy(path))
 
     def find(self, presented: str) -> Key | None:
-        """The key that was presented, or None if it is none of ours.
-
-        Takes equally long whichever key it is, and however much of one was guessed.
-        """
+        """Return the key that was presented; None for an unknown one. Takes constant time."""
         self._refresh()
         if len(presented) > _LONGEST_KEY:
             return None
@@ -119,10 +115,9 @@ class KeyStore:
             self._lock.release()
 
     def _look(self) -> None:
-        """Read the file, and take its keys if its content has changed.
+        """Read the file, and replace the keys if its content has changed.
 
-        The content itself is compared: mode, times and size can be equal for other content, and
-        say nothing after a read that failed.
+        The content is compared: mode, times and size can be equal for other content.
         """
         try:
             content = _read(self._path)
@@ -131,7 +126,7 @@ class KeyStore:
             self._keys = _hashes(_parse(self._path, content))
         except DataError as error:
             if str(error) != self._problem:
-                # The message says it all; a stack would only hide it.
+                # Without a traceback, which adds nothing to the message.
                 _log.log(logging.ERROR, "the keys stay as they were: %s", error)
             self._problem = str(error)
         else:
@@ -141,16 +136,16 @@ class KeyStore:
 
 
 def read_keys(path: Path) -> tuple[Entry, ...]:
-    """The keys of a file. Raises DataError that names the remedy."""
+    """Return the keys of a file. Raises DataError that names the remedy."""
     return _parse(path, _read(path))
 
 
 class _NoFileError(DataError):
-    """There is no keys file."""
+    """The keys file does not exist."""
 
 
 def _read(path: Path) -> bytes:
-    """The content of a keys file. Raises DataError."""
+    """Return the content of a keys file. Raises DataError."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             # Opening a pipe would block until something writes into it.
@@ -165,7 +160,7 @@ def _read(path: Path) -> bytes:
             "the user that runs the service must be able to read it"
         ) from error
     if len(content) > _LARGEST_FILE:
-        raise DataError(f"{path} is larger than {_LARGEST_FILE} bytes: no keys file")
+        raise DataError(f"{path} is larger than {_LARGEST_FILE} bytes: not a keys file")
     return content
 
 
@@ -178,12 +173,12 @@ def _parse(path: Path, content: bytes) -> tuple[Entry, ...]:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "the whole"
         raise DataError(
-            f"the keys file {path} is no list of keys: {place}: {first['msg']}; {_remedy(path)}"
+            f"the keys file {path} is not a list of keys: {place}: {first['msg']}; {_remedy(path)}"
         ) from error
 
 
 def new_key(path: Path, name: str, *, admin: bool) -> str:
-    """Add a key to a file, which is made if need be, and return the key. Raises DataError."""
+    """Add a key to a file, which is created if missing, and return it. Raises DataError."""
     key = _PREFIX + secrets.token_urlsafe(_KEY_BYTES)
     try:
         entry = Entry(
@@ -194,7 +189,7 @@ def new_key(path: Path, name: str, *, admin: bool) -> str:
         )
     except ValidationError:
         raise DataError(
-            f"{shown(name)} is no name for a key; use 1 to 64 letters, digits, '.', '_' or '-'"
+            f"{shown(name)} is not a name for a key; use 1 to 64 letters, digits, '.', '_' or '-'"
         ) from None
     with _exclusive(path) as target:
         try:
@@ -211,7 +206,7 @@ def new_key(path: Path, name: str, *, admin: bool) -> str:
 
 
 def revoke_key(path: Path, name: str) -> None:
-    """Take a key out of a file. Raises DataError."""
+    """Remove a key from a file. Raises DataError."""
     with _exclusive(path) as target:
         entries = read_keys(target)
         rest = tuple(entry for entry in entries if entry.name != name)
@@ -246,7 +241,7 @@ def _exclusive(path: Path) -> Iterator[Path]:
 
 
 def _write(path: Path, entries: tuple[Entry, ...]) -> None:
-    """Replace the file as a whole: a server that reads it never sees half of it.
+    """Replace the file atomically.
 
     Owner, group and mode stay, so that the service can still read it. Raises DataError.
     """

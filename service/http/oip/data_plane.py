@@ -1,4 +1,4 @@
-"""What an inference request means, whichever wire it came over: tensors in, tensors out."""
+"""Inference on tensors or compressed images, for REST and gRPC."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ from service.runtime.detector import Detections
 Job = Callable[[], Coroutine[None, None, Detections]]
 
 TIMEOUT: Final = "timeout"
-"""Parameter: microseconds that the answer may take."""
+"""Parameter: microseconds until a response is too late."""
 _THRESHOLDS: Final = ("score_threshold", "iou_threshold", "max_detections")
-_MOST_PARAMETERS: Final = 64
-_LONGEST_NUMBER: Final = 32
-_LONGEST_ID: Final = 1024
+_MAX_PARAMETERS: Final = 64
+_MAX_NUMBER: Final = 32
+_MAX_ID: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class InferRequest:
-    """A request whose tensors have been read; `inputs` has numbers only."""
+    """A parsed request; `inputs` has numbers only."""
 
     inputs: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     images: tuple[Buffer, ...] = ()
@@ -58,7 +58,7 @@ class _Thresholds:
 
 
 def find_model(service: Service, name: str, version: str = "") -> Servable:
-    """The model that a request names; without a version its highest that is ready.
+    """Return the model that a request names; without a version its highest that is ready.
 
     Raises UnknownModel or Unavailable.
     """
@@ -66,7 +66,7 @@ def find_model(service: Service, name: str, version: str = "") -> Servable:
 
 
 def parse_version(name: str, version: str) -> int | None:
-    """The number of a version; None for "". Raises UnknownModel."""
+    """Return the number of a version; None for "". Raises UnknownModel."""
     if version == "":
         return None
     number = artifact.parse_version(version)
@@ -78,7 +78,7 @@ def parse_version(name: str, version: str) -> int | None:
 
 
 def limits_of(service: Service, model: Servable) -> Limits:
-    """The largest request that a model takes."""
+    """Return the limits of a request to a model."""
     return Limits(
         batch=service.settings.max_batch_images,
         area=model.metadata.canvas.largest().area,
@@ -86,7 +86,7 @@ def limits_of(service: Service, model: Servable) -> Limits:
 
 
 def check_outputs(names: Sequence[object]) -> tuple[str, ...]:
-    """The outputs that a request selects; all of them by default. Raises MalformedRequest."""
+    """Return the outputs that a request selects, by default all. Raises MalformedRequest."""
     for name in names:
         if name not in OUTPUT_NAMES:
             raise MalformedRequest(
@@ -98,18 +98,16 @@ def check_outputs(names: Sequence[object]) -> tuple[str, ...]:
 
 
 def check_id(given: object) -> str | None:
-    """The id of a request, which its response repeats. Raises MalformedRequest."""
-    if given is None or (isinstance(given, str) and len(given) <= _LONGEST_ID):
+    """Return the id of a request, which its response repeats. Raises MalformedRequest."""
+    if given is None or (isinstance(given, str) and len(given) <= _MAX_ID):
         return given
-    raise MalformedRequest(
-        f"id is {shown(given)}; it is a string of at most {_LONGEST_ID} characters"
-    )
+    raise MalformedRequest(f"id is {shown(given)}; it is a string of at most {_MAX_ID} characters")
 
 
 def earlier(limit: float, parameters: Mapping[str, object], *, arrived: float) -> float:
-    """`limit`, or what the parameter `timeout` allows if that is earlier. Raises MalformedRequest.
+    """Return `limit`, or the end of the parameter `timeout` if earlier. Raises MalformedRequest.
 
-    As Triton has it: microseconds from the arrival, and 0 stands for no limit of the client's own.
+    As in Triton: microseconds from the arrival; 0 for no timeout.
     """
     microseconds = _number(parameters.get(TIMEOUT, 0), TIMEOUT)
     if not microseconds >= 0 or microseconds % 1:
@@ -122,7 +120,7 @@ def earlier(limit: float, parameters: Mapping[str, object], *, arrived: float) -
 async def infer(
     service: Service, model: Servable, request: InferRequest, limit: float
 ) -> dict[str, NDArray[Any]]:
-    """Every output, in the order and with the dtypes of the model file.
+    """Return every output, in the order and with the dtypes of the model file.
 
     The request holds one place in `service.places`; those for further images are taken here, all
     or none. Canvases get what the file itself answers, images what /v1/detect answers.
@@ -134,7 +132,7 @@ async def infer(
         jobs = _image_jobs(service, model, request.images, estimates, thresholds, limit)
         canvases = [each.canvas for each in estimates if each.canvas is not None]
         largest = max(canvases, key=attrgetter("area"), default=None)
-        # Decoding goes on beside inference: only the slowest image is waited for.
+        # Images are decoded during the inference of others: only the slowest adds time.
         decode = max(each.seconds for each in estimates)
         price = Price(largest, decode=decode, long=any(each.long for each in estimates))
         urgency = _urgency(len(jobs))
@@ -191,7 +189,7 @@ def _image_jobs(
 
 
 def _urgency(images: int) -> Urgency:
-    """Many images in one request are a batch: others go before them."""
+    """Return BULK for several images in one request, which yield to other requests."""
     return Urgency.BULK if images > 1 else Urgency.INTERACTIVE
 
 
@@ -203,7 +201,7 @@ def _canvas_jobs(
     limit: float,
 ) -> list[Job]:
     defaults = model.metadata.thresholds
-    # The graph compares in float32: so must the filter after it.
+    # In float32, as the graph compares.
     score = float(np.float32(defaults.score if thresholds.score is None else thresholds.score))
     iou = defaults.iou if thresholds.iou is None else thresholds.iou
     most = thresholds.max_detections or defaults.max_detections
@@ -219,7 +217,7 @@ def _canvas_jobs(
                 finish=as_it_is,
                 estimate=Estimate(prepared.letterbox.canvas),
             )
-            # The graph may have run for others as well, with a lower threshold.
+            # The batch may have run with the lower threshold of another request.
             raw = outcome.detections
             found = raw.pick(raw.scores > np.float32(score)).pick(slice(most))
             size = prepared.letterbox.original
@@ -235,7 +233,7 @@ def _canvases(inputs: Mapping[str, NDArray[Any]]) -> list[Prepared]:
     given = inputs.get("image_sizes", np.zeros((1, 2), dtype=np.int64))
     prepared = []
     for image, row in zip(images, np.broadcast_to(given, (len(images), 2)).tolist(), strict=True):
-        # As in the file, 0 stands for the whole side.
+        # As in the model file, 0 is the whole side.
         size = Size(row[0] or canvas.height, row[1] or canvas.width)
         if not (0 < size.height <= canvas.height and 0 < size.width <= canvas.width):
             raise MalformedRequest(
@@ -246,10 +244,10 @@ def _canvases(inputs: Mapping[str, NDArray[Any]]) -> list[Prepared]:
 
 
 def _thresholds(request: InferRequest) -> _Thresholds:
-    if len(request.parameters) > _MOST_PARAMETERS:
-        raise MalformedRequest(f"more than {_MOST_PARAMETERS} parameters")
+    if len(request.parameters) > _MAX_PARAMETERS:
+        raise MalformedRequest(f"more than {_MAX_PARAMETERS} parameters")
     for name in request.parameters:
-        # Misspelt, it would be ignored in silence, and the answer would look right.
+        # A misspelt parameter would be ignored without an error.
         meant = difflib.get_close_matches(name[:80], _THRESHOLDS, n=1, cutoff=0.8)
         if meant and name not in _THRESHOLDS:
             raise MalformedRequest(f"unknown parameter {shown(name)}; do you mean {meant[0]}?")
@@ -264,7 +262,7 @@ def _thresholds(request: InferRequest) -> _Thresholds:
 
 
 def _bounded(request: InferRequest, name: str, least: int, most: int) -> float | None:
-    """A threshold, from a tensor or from a parameter."""
+    """Return a threshold, from a tensor or from a parameter."""
     if name in request.inputs and name in request.parameters:
         raise MalformedRequest(f"{name} is given twice: as an input and as a parameter")
     if name in request.inputs:
@@ -279,13 +277,13 @@ def _bounded(request: InferRequest, name: str, least: int, most: int) -> float |
 
 
 def _number(value: object, name: str) -> float:
-    # As text too: not every gRPC client knows parameters that are numbers with a fraction.
-    if isinstance(value, str) and len(value) <= _LONGEST_NUMBER:
+    # Also as text: not every gRPC client has floating-point parameters.
+    if isinstance(value, str) and len(value) <= _MAX_NUMBER:
         try:
             value = float(value)
         except ValueError:
             value = None
-    # A bool is an int to Python.
+    # A bool is an int in Python.
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise MalformedRequest(f"the parameter {name} must be a number")
     try:
@@ -298,7 +296,7 @@ def _number(value: object, name: str) -> float:
 
 
 async def _all(jobs: Sequence[Job], window: int) -> list[Detections]:
-    """Every result in order, of `window` jobs at a time; the first failure ends the others."""
+    """Run `window` jobs at a time, and return results in order; the first failure cancels all."""
     if len(jobs) == 1:
         return [await jobs[0]()]
     room = asyncio.Semaphore(window)

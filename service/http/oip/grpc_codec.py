@@ -1,4 +1,4 @@
-"""Requests and answers as the gRPC dialect writes them."""
+"""Requests and responses of the gRPC API."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ _CONTENTS: Final = {
     "FP32": "fp32_contents",
     "BYTES": "bytes_contents",
 }
-"""Where the elements of a datatype stand when they are not raw."""
+"""The field of each datatype for elements that are not raw."""
 
 _MAX_SMALL: Final = 64 * 1024
 """Bytes of a message that holds a name and a version."""
 _MAX_FIELDS: Final = 1024
-"""Fields of a ModelInferRequest, in all of its messages, beside one for each image. An empty
-one has two bytes, and becomes up to 100."""
+"""Fields of a ModelInferRequest, in all of its messages, beside one for each image. An empty field
+has two bytes, and becomes up to 100."""
 _MAX_PACKED: Final = 8 << 20
-"""Bytes of all packed numbers: a canvas of 1.4 million pixels, of two bytes a value. A byte becomes
-up to 8, twice that while the list grows."""
+"""Bytes of all packed numbers: a canvas of 1.4 million pixels at two bytes a value. A byte becomes
+up to 8, and twice that while the list grows."""
 _VARINT, _FIXED_64, _DELIMITED, _FIXED_32 = 0, 1, 2, 5
 """Wire types, https://protobuf.dev/programming-guides/encoding/; 3 and 4 are groups, which this
 protocol does not have."""
@@ -48,17 +48,17 @@ _MAX_VARINT: Final = 10
 
 @dataclass(frozen=True, slots=True)
 class Parsed:
-    """What a message asks for."""
+    """A parsed message."""
 
     request: InferRequest
     id: str
     outputs: tuple[str, ...]
     raw: bool
-    """Whether the inputs are raw bytes, and so the outputs."""
+    """Whether inputs and outputs are raw bytes."""
 
 
 def read(content: bytes, kind: Any) -> Any:
-    """A message of class `kind` that is small. Raises MalformedRequest or TooLarge."""
+    """Return a small message of class `kind`. Raises MalformedRequest or TooLarge."""
     if len(content) > _MAX_SMALL:
         raise TooLarge(
             f"the message has {len(content)} bytes; a {kind.DESCRIPTOR.name} has at most "
@@ -68,7 +68,7 @@ def read(content: bytes, kind: Any) -> Any:
 
 
 def read_infer(content: bytes, kind: Any, images: int) -> Any:
-    """A ModelInferRequest, of class `kind`; `images` is the most that it may hold.
+    """Return a ModelInferRequest, of class `kind`, with at most `images` images.
 
     Raises MalformedRequest.
     """
@@ -77,11 +77,11 @@ def read_infer(content: bytes, kind: Any, images: int) -> Any:
 
 
 def check_size(content: bytes, described: Any, *, fields: int) -> None:
-    """Check how much a message becomes, before it is built. Raises MalformedRequest.
+    """Check the memory that a message would take, before it is parsed. Raises MalformedRequest.
 
-    Counts the fields on the wire, those of the messages inside and unknown ones too, and the bytes
-    of packed numbers. What else there is, names and raw contents, takes as much as on the wire.
-    Whether the message is well-formed is for protobuf to say.
+    Counts the fields on the wire, including nested and unknown ones, and the bytes of packed
+    numbers. Names and raw contents take as much memory as on the wire. Protobuf checks whether the
+    message is well-formed.
     """
     left, packed = fields, 0
     messages = [(memoryview(content), described)]
@@ -124,7 +124,7 @@ def check_size(content: bytes, described: Any, *, fields: int) -> None:
 
 
 def _varint(message: memoryview, position: int) -> tuple[int, int]:
-    """A number and the position after it. Raises MalformedRequest."""
+    """Return a number and the position after it. Raises MalformedRequest."""
     value = 0
     for index, byte in enumerate(message[position : position + _MAX_VARINT]):
         value |= (byte & 0x7F) << 7 * index
@@ -137,16 +137,16 @@ def _built(content: bytes, kind: Any) -> Any:
     try:
         return kind.FromString(content)
     except DecodeError as error:
-        raise MalformedRequest(f"the message is no {kind.DESCRIPTOR.name}: {error}") from error
+        raise MalformedRequest(f"the message is not a {kind.DESCRIPTOR.name}: {error}") from error
 
 
 def parse(message: Any, limits: Limits) -> Parsed:
-    """Take a ModelInferRequest apart. Raises MalformedRequest or TooLarge."""
+    """Parse a ModelInferRequest. Raises MalformedRequest or TooLarge."""
     inputs, raw = message.inputs, message.raw_input_contents
     if not 0 < len(inputs) <= len(INPUTS):
         raise MalformedRequest(f"inputs: {len(inputs)} are given; there are 1 to {len(INPUTS)}")
     declared = [
-        # One side too many, where there are, for the error.
+        # One side above the limit, for the error.
         tensors.declare(each.name, each.datatype, list(each.shape[: MAX_RANK + 1]), limits)
         for each in inputs
     ]
@@ -174,19 +174,19 @@ def write(
     model: str,
     version: int,
 ) -> Any:
-    """The answer, a message of class `kind`."""
-    answer = kind(model_name=model, model_version=str(version), id=parsed.id)
+    """Return the response, a message of class `kind`."""
+    response = kind(model_name=model, model_version=str(version), id=parsed.id)
     for name, datatype, _ in (each for each in OUTPUTS if each.name in parsed.outputs):
         values = outputs[name]
-        described = answer.outputs.add(name=name, datatype=datatype, shape=values.shape)
+        described = response.outputs.add(name=name, datatype=datatype, shape=values.shape)
         if parsed.raw:
             little_endian = values.astype(tensors.DTYPES[datatype], copy=False)
-            answer.raw_output_contents.append(little_endian.tobytes())
+            response.raw_output_contents.append(little_endian.tobytes())
         else:
             # An empty tensor has contents too.
             described.contents.SetInParent()
             getattr(described.contents, _CONTENTS[datatype]).extend(values.ravel().tolist())
-    return answer
+    return response
 
 
 def _read_raw(

@@ -1,8 +1,8 @@
-"""The messages of the gRPC dialect, from the descriptors that `make proto` compiles.
+"""The gRPC messages, from the descriptors that `make proto` compiles.
 
-They live in a descriptor pool of their own. Generated modules would register them in the process's
-common pool, where those of a client in the same process, of the same names, may be already; and
-they run with few versions of protobuf, while a descriptor is read by every one.
+They live in their own descriptor pool. Generated modules would register them in the process's
+default pool, where a client in the same process may have messages of the same names; and they run
+with few versions of protobuf, while every version reads a descriptor.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Method(NamedTuple):
 
 
 def load() -> dict[str, tuple[Method, ...]]:
-    """The methods of each service, by its full name."""
+    """Return the methods of each service, by its full name."""
     described = FileDescriptorSet.FromString(
         files("service.http.oip").joinpath(DESCRIPTORS).read_bytes()
     )

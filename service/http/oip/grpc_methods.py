@@ -19,7 +19,7 @@ from service.http.oip.grpc_codec import Parsed, parse, read_infer, write
 from service.http.oip.grpc_messages import INFERENCE, Method
 
 _BIG_MESSAGE: Final = 256 * 1024
-"""From this size on taking a message apart is worth a thread."""
+"""Messages from this size on are parsed in a thread."""
 UNKNOWN_SERVICE: Final = "SERVICE_UNKNOWN"
 
 Answer = Callable[[Method, Any], Any]
@@ -27,13 +27,13 @@ Receive = Callable[[], Awaitable[bytes]]
 
 
 class GrpcMethods:
-    """Translates messages to calls and back; knows nothing of connections."""
+    """Translates messages to calls of the data plane, and results to messages."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
         self._big_messages = asyncio.Semaphore(1)
-        """Taking a message apart holds the interpreter's lock: side by side takes more memory, and
-        no less time."""
+        """Parsing holds the interpreter's lock: in parallel it takes more memory, and no less
+        time."""
         self.plain: dict[str, Answer] = {
             "ServerLive": self._server_live,
             "ServerReady": self._server_ready,
@@ -44,12 +44,12 @@ class GrpcMethods:
             "RepositoryIndex": self._repository_index,
             "Check": self._check,
         }
-        """Every method that answers from what is known, by its name."""
+        """The methods without inference, by name."""
 
     async def infer(self, method: Method, receive: Receive, remaining: float | None) -> Any:
-        """ModelInfer, of a message that `receive` waits for. The client waits `remaining` seconds.
+        """Handle ModelInfer; the client waits `remaining` seconds.
 
-        Who cannot be served is refused before his message has arrived.
+        A call that cannot be served is refused before `receive` has its message.
         """
         service, arrived = self._service, time.monotonic()
         longest = service.settings.request_timeout_ms / 1e3
@@ -61,10 +61,10 @@ class GrpcMethods:
             limit = min(limit, arrived + remaining)
         with service.places.slot(len(content)):
             if len(content) < _BIG_MESSAGE:
-                model, parsed = self._take_apart(method, content)
+                model, parsed = self._parse(method, content)
             else:
                 async with self._big_messages:
-                    model, parsed = await service.off_loop(self._take_apart, method, content)
+                    model, parsed = await service.off_loop(self._parse, method, content)
             # Its tensors have been copied out of it.
             del content
             limit = earlier(limit, parsed.request.parameters, arrived=arrived)
@@ -77,8 +77,8 @@ class GrpcMethods:
             version=model.version,
         )
 
-    def _take_apart(self, method: Method, content: bytes) -> tuple[Servable, Parsed]:
-        """The model and the tensors of a message. In any thread."""
+    def _parse(self, method: Method, content: bytes) -> tuple[Servable, Parsed]:
+        """Return the model and the tensors of a message. Thread-safe."""
         service = self._service
         request = read_infer(content, method.request, service.settings.max_batch_images)
         model = find_model(service, request.model_name, request.model_version)
@@ -117,7 +117,7 @@ class GrpcMethods:
 
 
 def health(service: Service, name: str) -> str:
-    """The state of the gRPC service `name`, in the words of gRPC's health checks."""
+    """Return the health status of the gRPC service `name`."""
     if name not in ("", INFERENCE):
         return UNKNOWN_SERVICE
     return "SERVING" if service.not_ready() is None else "NOT_SERVING"

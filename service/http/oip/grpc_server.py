@@ -1,4 +1,4 @@
-"""The gRPC server: a port of its own, beside the HTTP server and in the same event loop."""
+"""The gRPC server: its own port, in the event loop of the HTTP server."""
 
 from __future__ import annotations
 
@@ -50,22 +50,22 @@ _CODES: Final = {
     503: "UNAVAILABLE",
     504: "DEADLINE_EXCEEDED",
 }
-"""gRPC's word for the status that an outcome has over HTTP; any other is INTERNAL."""
+"""gRPC's status code for each HTTP status; any other is INTERNAL."""
 _INFER: Final = "ModelInfer"
 _PROBES: Final = frozenset({"ServerLive", "ServerReady", "Check"})
-"""Methods that need no key, as their like over HTTP."""
+"""Methods that need no key, like the probes over HTTP."""
 _IDLE_SECONDS: Final = 300
-"""A connection without calls is closed after that time; clients open another by themselves."""
+"""A connection without calls is closed after that time; clients reconnect by themselves."""
 _MANY: Final = 1 << 30
 _GRACE: Final = 1.0
-"""Seconds after the drain in which those who were too late get to hear it."""
-_LONGEST_DETAIL: Final = 2048
-"""Characters. It is sent as a header, of which clients take 8 KiB."""
+"""Seconds after the drain in which late calls get their error."""
+_MAX_DETAIL: Final = 2048
+"""Characters. The detail is sent as a header, of which clients accept 8 KiB."""
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
 class GrpcServer:
-    """Serves GRPCInferenceService and gRPC's health checks; a companion of the HTTP server."""
+    """Serves GRPCInferenceService and gRPC's health checks beside the HTTP server."""
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class GrpcServer:
         self._watches: list[Watches] = []
 
     async def start(self) -> None:
-        """Take calls. Raises AddressError."""
+        """Accept calls. Raises AddressError."""
         import grpc
 
         settings = self._service.settings
@@ -100,7 +100,7 @@ class GrpcServer:
                 ("grpc.so_reuseport", 0),
                 ("grpc.server_handshake_timeout_ms", int(1e3 * HEAD_SECONDS)),
                 ("grpc.max_connection_idle_ms", 1000 * _IDLE_SECONDS),
-                # Each takes a file descriptor, and HTTP must have some, for its probes too.
+                # Each takes a file descriptor, and HTTP needs some, for its probes too.
                 ("grpc.max_allowed_incoming_connections", int(min(descriptors() / 2, _MANY))),
             ),
             maximum_concurrent_rpcs=2 * settings.max_queue_size,
@@ -125,7 +125,7 @@ class GrpcServer:
         _log.info("gRPC on %s", address)
 
     async def stop(self, seconds: float) -> None:
-        """Take no new calls, and finish those in flight within so many seconds."""
+        """Accept no new calls, and finish those in flight within `seconds`."""
         server, self._server = self._server, None
         for watches in self._watches:
             watches.close()
@@ -133,7 +133,7 @@ class GrpcServer:
             await server.stop(seconds + _GRACE)
 
     def _handlers(self) -> tuple[grpc.GenericRpcHandler, ...]:
-        """What gRPC calls, one for each of its services, and one for all that there is not."""
+        """Return a handler for each gRPC service, and one for unknown methods."""
         import grpc
 
         service, arrivals = self._service, Arrivals(self._service)
@@ -148,10 +148,10 @@ class GrpcServer:
                     partial(_watch, watches), response_serializer=write
                 )
             call = _Call(service, self._gate, methods, f"/{name}/{method.name}", method, arrivals)
-            # As if a stream of messages came, which on the wire is the same: only so is a call
-            # known before its message has arrived, and can be refused. Without a deserializer,
-            # since what is wrong with a message is for the call to tell.
-            return grpc.stream_unary_rpc_method_handler(call.answer, response_serializer=write)
+            # A stream of messages is the same on the wire, and its handler is called before the
+            # message has arrived, so that the call can be refused. Without a deserializer: the
+            # call reports a malformed message.
+            return grpc.stream_unary_rpc_method_handler(call.handle, response_serializer=write)
 
         described = grpc_messages.load()
         return (
@@ -166,16 +166,16 @@ class GrpcServer:
 
 
 def _unknown_methods(offered: Iterable[Method]) -> grpc.GenericRpcHandler:
-    """Says what there is to whoever calls something else."""
+    """Return a handler that names the known methods."""
     import grpc
 
     names = ", ".join(method.name for method in offered)
 
     class Unknown(grpc.GenericRpcHandler):  # type: ignore[misc]
-        """For every name."""
+        """Handles every method."""
 
         def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any]:
-            """A call of that name."""
+            """Return the handler of a method."""
 
             async def refuse(_: object, context: grpc.aio.ServicerContext[Any, Any]) -> None:
                 sentence = f"no method {details.method[:80]}; there are {names}"
@@ -191,7 +191,7 @@ async def _watch(
     messages: AsyncIterator[bytes],
     context: grpc.aio.ServicerContext[Any, Any],
 ) -> AsyncIterator[Any]:
-    """A call that lasts. It has no line in the log and no time in the metrics."""
+    """Handle a streaming call, without a log line or metrics."""
     try:
         async for state in watches.states(messages):
             yield state
@@ -200,7 +200,7 @@ async def _watch(
 
 
 def _pem(certificate: Path, key: Path) -> tuple[bytes, bytes]:
-    """(key, certificate), as gRPC takes them."""
+    """Return (key, certificate), as gRPC takes them."""
     try:
         return key.read_bytes(), certificate.read_bytes()
     except OSError as error:
@@ -208,7 +208,7 @@ def _pem(certificate: Path, key: Path) -> tuple[bytes, bytes]:
 
 
 class _Call:
-    """One method, with what surrounds every call: key, id, errors, log line, metrics."""
+    """One method, with key, request id, errors, log line and metrics around each call."""
 
     def __init__(
         self,
@@ -226,10 +226,10 @@ class _Call:
         self._path = path
         self._method = method
 
-    async def answer(
+    async def handle(
         self, messages: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]
     ) -> Any:
-        """One call."""
+        """Handle one call."""
         metadata = {str(name): value for name, value in context.invocation_metadata() or ()}
         record = Record(_request_id(metadata))
         request_id.set(record.request_id)
@@ -245,7 +245,7 @@ class _Call:
             await _abort(context, error, record)
         except Exception:
             status = 500
-            _error_log.exception("the call failed in a way that nobody foresaw")
+            _error_log.exception("unhandled exception in a call")
             await _abort(context, RetinaserveError("something went wrong"), record)
         finally:
             self._finish(record, status)
@@ -280,7 +280,7 @@ class _Call:
         self._service.metrics.observe_request(
             self._path, "gRPC", status, seconds=seconds, body_bytes=record.body_bytes
         )
-        # Probes come every few seconds for ever.
+        # Probes come every few seconds.
         level = logging.DEBUG if self._method.name in _PROBES else logging.INFO
         if not _access_log.isEnabledFor(level):
             return
@@ -325,13 +325,13 @@ class _Call:
 async def _abort(
     context: grpc.aio.ServicerContext[Any, Any], error: RetinaserveError, record: Record
 ) -> None:
-    """End a call with an error. Raises what gRPC knows by."""
+    """End a call with an error. Raises gRPC's AbortError."""
     import grpc
 
     code = grpc.StatusCode[_CODES.get(error.status, "INTERNAL")]
     trailing = {name.lower(): value for name, value in headers_of(error).items()}
     trailing = {name: trailing[name] for name in ("retry-after",) if name in trailing}
-    detail = str(error)[:_LONGEST_DETAIL]
+    detail = str(error)[:_MAX_DETAIL]
     if error.status >= 500 and code is grpc.StatusCode.INTERNAL:
         detail = f"{detail}; the server's log has it under request {record.request_id}"
     trailing["x-request-id"] = record.request_id
@@ -346,7 +346,7 @@ def _request_id(metadata: dict[str, Any]) -> str:
 
 
 def _presented(metadata: dict[str, Any]) -> Iterator[str]:
-    """The keys that a call brings, as over HTTP."""
+    """Yield the keys of a call, as over HTTP."""
     bearer = metadata.get("authorization")
     if isinstance(bearer, str) and bearer[:7].lower() == "bearer ":
         yield bearer[7:].strip()
@@ -356,6 +356,6 @@ def _presented(metadata: dict[str, Any]) -> Iterator[str]:
 
 
 def _address(peer: str) -> str:
-    """The address in "ipv4:127.0.0.1:4711" or "ipv6:%5B::1%5D:4711"."""
+    """Return the address in "ipv4:127.0.0.1:4711" or "ipv6:%5B::1%5D:4711"."""
     _, _, rest = unquote(peer).partition(":")
     return rest.rpartition(":")[0].strip("[]")

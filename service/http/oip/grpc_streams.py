@@ -1,4 +1,4 @@
-"""What takes its time over gRPC, and is bounded here: slow messages, and watching the health."""
+"""Bounds on slow messages and on `Health/Watch`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from service.http.oip.grpc_messages import Method
 from service.http.oip.grpc_methods import health
 
 _AT_ONCE: Final = 0.25
-"""Seconds in which a message arrives that is not slow."""
+"""Seconds after which a message that has not arrived counts as slow."""
 _MOST_WATCHES: Final = 64
 _LOOK_SECONDS: Final = 0.5
 
@@ -21,10 +21,10 @@ Messages = AsyncIterator[bytes]
 
 
 class Arrivals:
-    """Receives messages, few of them slowly. One event loop's.
+    """Receives messages, a bounded number of them slowly. Not thread-safe.
 
-    gRPC keeps the part of a message that has come, and does not tell how large it is: so a slow one
-    counts as one of the largest, and there may be as many as fit into the bytes that may wait.
+    gRPC buffers incomplete messages and does not tell their size: a slow one counts as one of the
+    largest, and as many are accepted as fit into the bytes that may wait.
     """
 
     def __init__(self, service: Service) -> None:
@@ -34,7 +34,7 @@ class Arrivals:
         self._seconds = settings.body_timeout_ms / 1e3
 
     async def receive(self, messages: Messages) -> bytes:
-        """The first message. Raises BodyTimeout, MalformedRequest, or Unavailable."""
+        """Return the first message. Raises BodyTimeout, MalformedRequest or Unavailable."""
         coming = asyncio.ensure_future(_first(messages))
         try:
             await asyncio.wait({coming}, timeout=min(_AT_ONCE, self._seconds))
@@ -63,7 +63,7 @@ class Arrivals:
 
 
 class Watches:
-    """gRPC's `Health/Watch`: the state at once, and again whenever it changes."""
+    """gRPC's `Health/Watch`: the status at once, and after each change."""
 
     def __init__(
         self, service: Service, method: Method, receive: Callable[[Messages], Awaitable[bytes]]
@@ -75,12 +75,12 @@ class Watches:
         self._closed = asyncio.Event()
 
     async def states(self, messages: Messages) -> AsyncIterator[Any]:
-        """One client's watch. It lasts until the client leaves, or the server.
+        """Yield the status until the client disconnects or the server stops.
 
         Raises RateLimited, and what `receive` raises.
         """
         if self._open >= _MOST_WATCHES:
-            # They need no key, and would take the places of calls.
+            # Watches need no key, and take the places of calls.
             raise RateLimited(
                 f"{self._open} clients watch already; call Check now and then", retry_after=60.0
             )
@@ -99,7 +99,7 @@ class Watches:
             self._open -= 1
 
     def close(self) -> None:
-        """Tell everybody that this server goes."""
+        """End all watches with NOT_SERVING."""
         self._closed.set()
 
     async def _pause(self) -> None:

@@ -1,7 +1,7 @@
-"""Requests and answers as the REST dialect writes them: JSON, with binary data behind it.
+"""Requests and responses of the REST API: JSON, with the binary tensor data extension.
 
-With the binary tensor data extension a body is a JSON header, whose length an HTTP header tells,
-and the raw bytes of those tensors that say `binary_data_size`, in the header's order.
+With that extension a body is JSON, whose length an HTTP header gives, and then the raw bytes of the
+tensors with `binary_data_size`, in the order of the JSON.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ HEADER_LENGTH: Final = "Inference-Header-Content-Length"
 
 _MAX_OBJECTS: Final = 10_000
 _MAX_VALUES: Final = 1_000_000
-"""Values, and lists, that a request may hold, or as many as the largest canvas has where that is
-more. Two characters become up to 90 bytes of memory, and no other thread runs meanwhile."""
+"""Values, and lists, that a request may hold (or as many as the largest canvas has, if more). Two
+characters become up to 90 bytes of memory, and no other thread runs meanwhile."""
 _SPARE_VALUES: Final = 10_000
 """Values beside those of a canvas."""
 _SHARED_MEMORY: Final = "shared_memory_region"
@@ -41,17 +41,17 @@ _CLASSIFICATION: Final = "classification"
 
 @dataclass(frozen=True, slots=True)
 class Parsed:
-    """What a body asks for."""
+    """A parsed body."""
 
     request: InferRequest
     id: str | None
     outputs: tuple[str, ...]
     binary: frozenset[str]
-    """Those of the outputs that come back as raw bytes."""
+    """The outputs that are returned as raw bytes."""
 
 
 def parse(body: Body, header_length: str | None, limits: Limits) -> Parsed:
-    """Take a body apart. Raises MalformedRequest or TooLarge."""
+    """Parse a body. Raises MalformedRequest or TooLarge."""
     header, binary = _split(body, header_length)
     document = _load(header, limits)
     inputs = _list_of_objects(document, "inputs")
@@ -72,7 +72,7 @@ def parse(body: Body, header_length: str | None, limits: Limits) -> Parsed:
 def write(
     parsed: Parsed, outputs: Mapping[str, NDArray[Any]], *, model: str, version: int
 ) -> tuple[bytes, int | None]:
-    """The body of an answer; and the length of its JSON where raw bytes follow it."""
+    """Return the body of a response, and the length of its JSON where raw bytes follow."""
     described = []
     blobs = []
     for name, datatype, _ in (each for each in OUTPUTS if each.name in parsed.outputs):
@@ -98,7 +98,7 @@ def write(
 def _split(body: Body, header_length: str | None) -> tuple[Body, memoryview]:
     if header_length is None:
         return body, memoryview(b"")
-    # int() refuses thousands of digits, with an error of its own.
+    # int() refuses thousands of digits with an error of its own.
     plausible = header_length.isascii() and header_length.isdecimal() and len(header_length) < 16
     if not plausible or int(header_length) > len(body):
         raise MalformedRequest(
@@ -177,7 +177,7 @@ def _read(
 
 
 def _binary_size(entry: Mapping[str, Any], declared: Declared, left: int) -> int | None:
-    """How many raw bytes hold an input; None when its data stands in the JSON."""
+    """Return the number of an input's raw bytes; None for data in the JSON."""
     parameters = _parameters(entry, declared.name)
     if _SHARED_MEMORY in parameters:
         raise MalformedRequest(f"{declared.name}: there is no shared memory; send the data")
@@ -188,7 +188,7 @@ def _binary_size(entry: Mapping[str, Any], declared: Declared, left: int) -> int
         )
     if size is None:
         return None
-    # A bool is an int to Python.
+    # A bool is an int in Python.
     if type(size) is not int or not 0 <= size <= left:
         raise MalformedRequest(
             f"{declared.name}: binary_data_size is {shown(size)}, but {left} bytes are left for "

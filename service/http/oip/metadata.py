@@ -1,4 +1,4 @@
-"""What the service and its models say of themselves, for both dialects."""
+"""Metadata of the service and its models, for REST and gRPC."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _INDEX_STATES: Final = {"ready": "READY", "loading": "LOADING", "waiting": "LOAD
 
 
 def server() -> dict[str, Any]:
-    """Name, version and extensions of the server."""
+    """Return name, version and extensions of the server."""
     return {"name": SERVER_NAME, "version": package_version(), "extensions": list(EXTENSIONS)}
 
 
 def model(service: Service, name: str, asked: str = "") -> dict[str, Any]:
-    """Inputs, outputs and ready versions of a model. Raises UnknownModel or Unavailable."""
+    """Return inputs, outputs and ready versions. Raises UnknownModel or Unavailable."""
     found = find_model(service, name, asked)
     ready = [slot.version for slot in service.registry.versions(name) if slot.state == "ready"]
     return {
@@ -46,7 +46,7 @@ def model(service: Service, name: str, asked: str = "") -> dict[str, Any]:
 
 
 def config(service: Service, name: str, asked: str = "") -> dict[str, Any]:
-    """A model as Triton's configuration describes one. Raises UnknownModel or Unavailable."""
+    """Return a model as a Triton model configuration. Raises UnknownModel or Unavailable."""
     found = find_model(service, name, asked)
     return {
         "name": found.name,
@@ -62,7 +62,7 @@ def config(service: Service, name: str, asked: str = "") -> dict[str, Any]:
 
 
 def model_ready(service: Service, name: str, asked: str = "") -> str | None:
-    """Why a model cannot serve; None when it can. Raises UnknownModel."""
+    """Return why a model cannot serve; None when it can. Raises UnknownModel."""
     if service.draining:
         return "the service is draining"
     number = parse_version(name, asked)
@@ -75,7 +75,7 @@ def model_ready(service: Service, name: str, asked: str = "") -> str | None:
 
 
 def index(service: Service, *, ready: bool) -> list[dict[str, str]]:
-    """Every version of every model; with `ready` only those that serve."""
+    """Return every version of every model; with `ready` only those that serve."""
     entries = [_indexed(slot) for slot in service.registry.slots()]
     return [entry for entry in entries if not ready or entry["state"] == "READY"]
 

@@ -1,4 +1,4 @@
-"""The REST dialect: /v2 and everything below it, translated to the data plane and back."""
+"""The REST routes, /v2 and everything below it, on the data plane."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ from service.http.oip import metadata, schemas
 from service.http.oip.data_plane import earlier, find_model, infer, limits_of
 from service.http.oip.json_codec import HEADER_LENGTH, Parsed, parse, write
 from service.http.oip.schemas import describe
+from service.http.responses import json_response, state_response
 
 _SMALL_BODY: Final = 64 * 1024
 _BIG_BODY: Final = 1 << 20
-"""From this size on bodies are taken apart one after another. JSON becomes up to 45 times as large,
-and to read it holds the interpreter's lock: side by side takes no less time."""
+"""Bodies from this size on are parsed one at a time. JSON becomes up to 45 times as large, and its
+parser holds the interpreter's lock: in parallel it takes no less time."""
 _MANY_DETECTIONS: Final = 200
-"""From this number on an answer is worth a thread."""
+"""Responses from this number on are written in a thread."""
 
 
 class RestRoutes:
-    """Answers of the protocol. Errors are raised; below /v2 they become {"error": "…"}."""
+    """Translates requests to calls of the data plane, and their results to responses."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -37,7 +38,7 @@ class RestRoutes:
 
     async def server(self) -> Response:
         """Name, version and extensions of this server."""
-        return _json(metadata.server())
+        return json_response(metadata.server())
 
     async def live(self) -> Response:
         """Alive; 503 only once the device is lost for good."""
@@ -51,11 +52,11 @@ class RestRoutes:
 
     async def model(self, name: str) -> Response:
         """Inputs, outputs and versions of a model."""
-        return _json(metadata.model(self._service, name))
+        return json_response(metadata.model(self._service, name))
 
     async def model_version(self, name: str, version: str) -> Response:
         """Inputs and outputs of one version of a model."""
-        return _json(metadata.model(self._service, name, version))
+        return json_response(metadata.model(self._service, name, version))
 
     async def model_ready(self, name: str) -> Response:
         """Whether some version of a model serves."""
@@ -67,11 +68,11 @@ class RestRoutes:
 
     async def config(self, name: str) -> Response:
         """A model in the words of Triton's model configuration."""
-        return _json(metadata.config(self._service, name))
+        return json_response(metadata.config(self._service, name))
 
     async def config_version(self, name: str, version: str) -> Response:
         """One version of a model in the words of Triton's model configuration."""
-        return _json(metadata.config(self._service, name, version))
+        return json_response(metadata.config(self._service, name, version))
 
     async def index(self, request: Request) -> Response:
         """Every version of every model; {"ready": true} leaves out what does not serve."""
@@ -88,7 +89,7 @@ class RestRoutes:
             raise MalformedRequest(f"the request is not valid JSON: {error}") from error
         if not isinstance(document, dict) or not isinstance(document.get("ready", False), bool):
             raise MalformedRequest('the request must be {} or {"ready": true}')
-        return _json(metadata.index(self._service, ready=document.get("ready", False)))
+        return json_response(metadata.index(self._service, ready=document.get("ready", False)))
 
     async def infer(self, request: Request, name: str) -> Response:
         """Inference on a model's highest version that is ready."""
@@ -113,8 +114,8 @@ class RestRoutes:
             deadline = earlier(times.deadline, parsed.request.parameters, arrived=times.arrived)
             outputs = await infer(service, model, parsed.request, deadline)
             if len(outputs["scores"]) < _MANY_DETECTIONS:
-                return _answer(parsed, outputs, model)
-            return await service.off_loop(_answer, parsed, outputs, model)
+                return _response(parsed, outputs, model)
+            return await service.off_loop(_response, parsed, outputs, model)
 
     def _model_ready(self, name: str, version: str) -> Response:
         reason = metadata.model_ready(self._service, name, version)
@@ -151,7 +152,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
         app.add_api_route(path, endpoint, methods=[method], **about)
 
 
-def _answer(parsed: Parsed, outputs: dict[str, Any], model: Servable) -> Response:
+def _response(parsed: Parsed, outputs: dict[str, Any], model: Servable) -> Response:
     content, header_length = write(parsed, outputs, model=model.name, version=model.version)
     if header_length is None:
         return Response(content, media_type="application/json")
@@ -163,14 +164,4 @@ def _answer(parsed: Parsed, outputs: dict[str, Any], model: Servable) -> Respons
 
 
 def _state(document: dict[str, Any], reason: str | None) -> Response:
-    headers = {"Cache-Control": "no-store"}
-    if reason is None:
-        return _json(document, headers=headers)
-    headers["Retry-After"] = "1"
-    return _json(document | {"error": reason}, status=503, headers=headers)
-
-
-def _json(
-    document: object, *, status: int = 200, headers: dict[str, str] | None = None
-) -> Response:
-    return Response(orjson.dumps(document), status, media_type="application/json", headers=headers)
+    return state_response(document if reason is None else document | {"error": reason}, reason)

@@ -1,7 +1,7 @@
-"""The tensors that a detector takes and gives, and the ways in which a request writes them.
+"""The input and output tensors of a detector, and their encodings.
 
-Whatever the wire, a tensor is declared first (name, datatype, shape) and checked before its data
-is looked at, so that no declared size ever decides how much memory is taken.
+A tensor's name, datatype and shape are checked before its data is read, so that memory is never
+allocated by a declared size.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "INT64": np.dtype("<i8"),
     "FP32": np.dtype("<f4"),
 }
-"""The datatypes of numbers that occur here, as they lie in raw data."""
+"""The numeric datatypes, as in raw data."""
 
 _STEP: Final = 4096
-"""Elements of a list that become an array at a time: other threads run in between."""
+"""Elements of a list that are converted at a time: other threads can run in between."""
 MAX_RANK: Final = 8
-"""Sides that a shape is read to."""
+"""Most sides of a shape."""
 _PREFIX: Final = struct.Struct("<I")
 
 
 class Signature(NamedTuple):
-    """What metadata says of a tensor."""
+    """Name, datatype and shape of a tensor."""
 
     name: str
     datatype: str
@@ -67,7 +67,7 @@ _BY_NAME: Final = {signature.name: signature for signature in INPUTS}
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The largest request that one model takes."""
+    """The limits of a request to one model."""
 
     batch: int
     """Images, on canvases or compressed."""
@@ -77,7 +77,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Declared:
-    """An input tensor as a request announces it, checked."""
+    """A checked input tensor without its data."""
 
     name: str
     datatype: str
@@ -85,12 +85,12 @@ class Declared:
 
     @property
     def count(self) -> int:
-        """Elements."""
+        """The number of elements."""
         return math.prod(self.shape)
 
 
 def declare(name: object, datatype: object, shape: object, limits: Limits) -> Declared:
-    """Check what a request says of an input. Raises MalformedRequest or TooLarge."""
+    """Check the declaration of an input. Raises MalformedRequest or TooLarge."""
     if not isinstance(name, str) or name not in _BY_NAME:
         raise MalformedRequest(f"unknown input {shown(name)}; there is {', '.join(_BY_NAME)}")
     expected = _BY_NAME[name]
@@ -98,7 +98,7 @@ def declare(name: object, datatype: object, shape: object, limits: Limits) -> De
         raise MalformedRequest(f"{name}: datatype is {shown(datatype)}, not {expected.datatype}")
     sides = _sides(name, shape)
     if name == IMAGES and len(sides) == 2 and sides[1] == 1:
-        # A column of images, as clients send that put a batch dimension before everything.
+        # A column of images, as clients send that add a batch dimension to every tensor.
         sides = sides[:1]
     fits = len(sides) == len(expected.shape) and all(
         wanted in (-1, side) for side, wanted in zip(sides, expected.shape, strict=True)
@@ -115,7 +115,7 @@ def declare(name: object, datatype: object, shape: object, limits: Limits) -> De
 
 
 def check_together(declared: Sequence[Declared]) -> None:
-    """Check that the inputs of a request go together. Raises MalformedRequest."""
+    """Check the inputs of a request against each other. Raises MalformedRequest."""
     names = [each.name for each in declared]
     for name in names:
         if names.count(name) > 1:
@@ -133,7 +133,7 @@ def check_together(declared: Sequence[Declared]) -> None:
 
 
 def from_raw(declared: Declared, raw: memoryview) -> NDArray[Any]:
-    """Numbers from their bytes, little-endian, row by row; nothing is copied.
+    """Return numbers from their bytes, little-endian and row-major, without a copy.
 
     Raises MalformedRequest.
     """
@@ -148,7 +148,7 @@ def from_raw(declared: Declared, raw: memoryview) -> NDArray[Any]:
 
 
 def flatten(declared: Declared, data: object) -> Sequence[Any]:
-    """The elements of a list, flat or nested, as many as the shape says.
+    """Return the elements of a flat or nested list; their number is checked.
 
     Raises MalformedRequest.
     """
@@ -165,9 +165,9 @@ def flatten(declared: Declared, data: object) -> Sequence[Any]:
 
 
 def from_values(declared: Declared, values: Sequence[Any]) -> NDArray[Any]:
-    """Numbers from their values, row by row, as many as the shape says. Raises MalformedRequest."""
+    """Return numbers from their row-major values. Raises MalformedRequest."""
     dtype = DTYPES[declared.datatype]
-    # Judged before numpy sees a value: it would make all of them strings where one is.
+    # Checked before numpy: it would convert all values to strings where one is.
     taken = {int} if dtype.kind in "iu" else {int, float}
     numbers = np.empty(len(values), dtype)
     for start in range(0, len(values), _STEP):
@@ -179,7 +179,7 @@ def from_values(declared: Declared, values: Sequence[Any]) -> NDArray[Any]:
                 f"{'whole numbers' if taken == {int} else 'numbers'}"
             )
         try:
-            # What is too large for float32 is infinite.
+            # Values too large for float32 become infinite.
             with np.errstate(over="ignore"):
                 numbers[start : start + len(piece)] = np.array(piece, dtype)
         except OverflowError:
@@ -192,7 +192,7 @@ def from_values(declared: Declared, values: Sequence[Any]) -> NDArray[Any]:
 
 
 def elements(declared: Declared, raw: memoryview) -> tuple[memoryview, ...]:
-    """The elements of a BYTES tensor: each has its length before it, 4 bytes, little-endian.
+    """Return the elements of a BYTES tensor; 4 bytes before each are its length, little-endian.
 
     Raises MalformedRequest.
     """
@@ -220,7 +220,7 @@ def elements(declared: Declared, raw: memoryview) -> tuple[memoryview, ...]:
 
 
 def check_count(declared: Declared, values: Sequence[T]) -> Sequence[T]:
-    """The elements of a tensor, as many as its shape says. Raises MalformedRequest."""
+    """Return the elements of a tensor; their number is checked. Raises MalformedRequest."""
     _check_count(declared, len(values))
     return values
 
@@ -234,7 +234,7 @@ def _check_count(declared: Declared, count: int) -> None:
 
 
 def _sides(name: str, shape: object) -> tuple[int, ...]:
-    # A bool is an int to Python.
+    # A bool is an int in Python.
     if (
         not isinstance(shape, list)
         or len(shape) > MAX_RANK

@@ -1,1 +1,1 @@
-"""HTTP in and out: each module translates one group of routes to calls and back."""
+"""The routes: each module translates one group of them to calls of the service."""

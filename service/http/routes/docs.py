@@ -1,4 +1,4 @@
-"""GET /docs: the API's documentation to read and try, without a file from any other host."""
+"""GET /docs: the API's documentation, without files from other hosts."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _HEADERS: Final = {
 
 
 def add_routes(app: FastAPI) -> None:
-    """Add the page to an application whose own documentation pages are switched off."""
+    """Add the page to an application whose own documentation pages are disabled."""
     assets = Path(str(files("fastapi_offline"))) / "static"
 
     async def page() -> HTMLResponse:

@@ -1,50 +1,50 @@
-"""GET /healthz, /readyz and /metrics: for those who watch over the service."""
+"""GET /healthz, /readyz and /metrics."""
 
 from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 
-import orjson
 from fastapi import FastAPI, Request, Response
 from prometheus_client.exposition import choose_encoder
 
 from service.engine.service import Service
+from service.http.responses import state_response
 
 
 class HealthRoutes:
-    """Answers from flags alone, so that they come at once whatever the model does."""
+    """Responds from flags alone, at once whatever the model does."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        # No request's work comes before a scrape.
-        self._own_thread = ThreadPoolExecutor(1, thread_name_prefix="metrics")
+        # A scrape must not wait for the work of requests.
+        self._metrics_thread = ThreadPoolExecutor(1, thread_name_prefix="metrics")
 
     async def alive(self) -> Response:
         """Alive; 503 only once the device is lost for good."""
         fatal = self._service.pipeline.fatal
-        return _json({"status": "ok" if fatal is None else "failed", "reason": fatal}, fatal)
+        document = {"status": "ok"} if fatal is None else {"status": "failed", "reason": fatal}
+        return state_response(document, fatal)
 
     async def ready(self) -> Response:
         """Ready for requests: the default model is warm and no drain has begun."""
         service = self._service
         reason = service.not_ready()
-        return _json(
-            {
-                "status": "ready" if reason is None else "not ready",
-                "reason": reason,
-                "device": service.hardware.name,
-                "fallback": service.hardware.fallback,
-                "model": service.registry.default,
-            },
-            reason,
-        )
+        document = {
+            "status": "ready" if reason is None else "not ready",
+            "reason": reason,
+            "device": service.hardware.name,
+            "fallback": service.hardware.fallback,
+            "model": service.registry.default,
+        }
+        known = {name: value for name, value in document.items() if value is not None}
+        return state_response(known, reason)
 
     async def metrics(self, request: Request) -> Response:
         """Prometheus metrics."""
         encoder, content_type = choose_encoder(request.headers.get("accept", ""))
         content = await asyncio.get_running_loop().run_in_executor(
-            self._own_thread, encoder, self._service.metrics.registry
+            self._metrics_thread, encoder, self._service.metrics.registry
         )
         return Response(content, headers={"Content-Type": content_type})
 
@@ -61,15 +61,3 @@ def add_routes(app: FastAPI, service: Service) -> None:
             path, endpoint, methods=["GET"], tags=["operation"], response_class=Response
         )
         app.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
-
-
-def _json(document: dict[str, str | None], reason: str | None) -> Response:
-    headers = {"Cache-Control": "no-store"}
-    if reason is not None:
-        headers["Retry-After"] = "1"
-    return Response(
-        orjson.dumps({name: value for name, value in document.items() if value is not None}),
-        200 if reason is None else 503,
-        headers=headers,
-        media_type="application/json",
-    )

@@ -1,14 +1,14 @@
-"""GET /v1/models: which models there are and what they say of themselves."""
+"""GET /v1/models: the models and their metadata."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import orjson
 from fastapi import FastAPI, Response
 
 from service.engine.models.versions import Slot, Snapshot
 from service.engine.service import Service
+from service.http.responses import json_response
 from service.http.schemas import problems
 
 
@@ -19,14 +19,14 @@ class ModelRoutes:
         self._service = service
 
     async def every(self) -> Response:
-        """Every version of every model, those that failed to load too."""
+        """Every version of every model, including those that failed to load."""
         snapshot = self._service.registry.snapshot()
         names = dict.fromkeys(key.name for key in snapshot.slots)
-        return _json({"models": [self._model(snapshot, name) for name in names]})
+        return json_response({"models": [self._model(snapshot, name) for name in names]})
 
     async def one(self, name: str) -> Response:
         """Every version of one model."""
-        return _json(self._model(self._service.registry.snapshot(), name))
+        return json_response(self._model(self._service.registry.snapshot(), name))
 
     def _model(self, snapshot: Snapshot, name: str) -> dict[str, Any]:
         return {
@@ -76,7 +76,3 @@ def add_routes(app: FastAPI, service: Service) -> None:
         response_class=Response,
         responses=problems(404),
     )
-
-
-def _json(document: dict[str, Any]) -> Response:
-    return Response(orjson.dumps(document), media_type="application/json")

@@ -11,7 +11,7 @@ from starlette.responses import FileResponse, Response
 from starlette.staticfiles import StaticFiles
 
 _HEADERS: Final = {
-    # Browsers ask each time whether a file changed, so that a page never runs an old script.
+    # Browsers revalidate each file, so that a page never runs an old script.
     "Cache-Control": "no-cache",
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
@@ -25,7 +25,7 @@ class PageFiles(StaticFiles):
     """The page's scripts, styles and images."""
 
     def file_response(self, *args: Any, **kwargs: Any) -> Response:
-        """A file with the page's headers."""
+        """Return a file with the page's headers."""
         response = super().file_response(*args, **kwargs)
         response.headers.update(_HEADERS)
         return response

@@ -44,7 +44,7 @@ def parsed(made: logging.LogRecord) -> dict[str, object]:
 
 @given(st.text(), st.text())
 @example(NASTY, NASTY)
-def test_whatever_it_says_it_is_one_line(said: str, value: str) -> None:
+def test_log_record_is_one_line(said: str, value: str) -> None:
     made = record("%s", said, field=value)
     line = text(made)
     assert re.fullmatch(STAMP + r" INFO     \[-\] .*", line)
@@ -57,12 +57,12 @@ def test_whatever_it_says_it_is_one_line(said: str, value: str) -> None:
 
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"])))
 @example(NASTY)
-def test_json_keeps_what_was_said(said: str) -> None:
+def test_json_log_keeps_the_message(said: str) -> None:
     document = parsed(record("%s", said, field=said))
     assert (document["message"], document["field"]) == (said, said)
 
 
-def test_a_traceback_cannot_begin_a_line() -> None:
+def test_log_traceback_is_indented() -> None:
     made = record("it failed")
     try:
         raise ValueError(NASTY)
@@ -77,19 +77,19 @@ def test_a_traceback_cannot_begin_a_line() -> None:
     assert str(document["exception"]).startswith("Traceback")
 
 
-def test_values_of_text_lines_can_be_told_apart() -> None:
+def test_text_log_values_are_unambiguous() -> None:
     line = text(record("done", model="cells", note='a b="c"', count=3, ratio=0.5, nothing=""))
     assert line.endswith("""done model=cells note='a b="c"' count=3 ratio=0.5 nothing=''""")
 
 
-def test_a_key_that_got_into_a_line_is_hidden() -> None:
+def test_log_hides_keys() -> None:
     made = record("GET /%s", KEY, path=f"/{KEY}")
     for line in (text(made), JsonFormatter().format(made)):
         assert KEY not in line
         assert "[key]" in line
 
 
-def test_any_logger_of_the_process_has_the_same_fields() -> None:
+def test_log_fields_are_the_same_for_all_loggers() -> None:
     made = logging.LogRecord("uvicorn.error", logging.WARNING, "f", 1, "%d bad", (3,), None)
     document = parsed(made)
     assert set(document) == {"time", "level", "logger", "request_id", "message"}
@@ -98,7 +98,7 @@ def test_any_logger_of_the_process_has_the_same_fields() -> None:
     assert re.fullmatch(STAMP, str(document["time"]))
 
 
-def test_lines_of_a_traced_request_name_the_trace() -> None:
+def test_log_lines_of_traced_requests_have_the_trace_id() -> None:
     request = Record("job-1")
     request.trace_id, request.span_id = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
     token = current.set(request)
@@ -112,7 +112,7 @@ def test_lines_of_a_traced_request_name_the_trace() -> None:
 
 
 @pytest.mark.parametrize("formatter", [TextFormatter(), JsonFormatter()])
-def test_what_cannot_be_written_does_no_harm(formatter: logging.Formatter) -> None:
+def test_log_survives_unwritable_values(formatter: logging.Formatter) -> None:
     line = formatter.format(record("odd", thing=object(), bad="\ud800"))
     assert "odd" in line
     line.encode()
@@ -134,11 +134,11 @@ def pipe() -> Iterator[tuple[int, int]]:
             os.close(each)
 
 
-def test_lines_that_find_no_room_are_dropped_and_counted(
+def test_log_drops_and_counts_lines_when_full(
     pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logs, "_MOST_LINES", 10)
-    monkeypatch.setattr(logs, "_PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(logs, "_MAX_LINES", 10)
+    monkeypatch.setattr(logs, "_CLOSE_SECONDS", 0.05)
     reading, writing = pipe
     handler = LogHandler(writing)
     handler.setFormatter(JsonFormatter())
@@ -158,10 +158,10 @@ def test_lines_that_find_no_room_are_dropped_and_counted(
     assert not handler._writer._thread.is_alive()  # type: ignore[union-attr]
 
 
-def test_close_does_not_wait_for_a_reader_that_takes_nothing(
+def test_log_close_does_not_wait_for_a_blocked_reader(
     pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logs, "_PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(logs, "_CLOSE_SECONDS", 0.05)
     reading, writing = pipe
     handler = LogHandler(writing)
     handler.emit(record("%s", "x" * 10_000))
@@ -171,7 +171,7 @@ def test_close_does_not_wait_for_a_reader_that_takes_nothing(
     handler.close()
 
 
-def test_writer_that_was_closed_writes_on(pipe: tuple[int, int]) -> None:
+def test_log_writer_works_after_close(pipe: tuple[int, int]) -> None:
     reading, writing = pipe
     handler = LogHandler(writing)
     for number in range(2):
@@ -180,7 +180,7 @@ def test_writer_that_was_closed_writes_on(pipe: tuple[int, int]) -> None:
     assert lines_of(reading, 2) == ["line 0", "line 1"]
 
 
-def test_stderr_in_non_blocking_mode_loses_nothing(pipe: tuple[int, int]) -> None:
+def test_log_loses_nothing_on_non_blocking_stderr(pipe: tuple[int, int]) -> None:
     reading, writing = pipe
     os.set_blocking(writing, False)
     handler = LogHandler(writing)
@@ -190,7 +190,7 @@ def test_stderr_in_non_blocking_mode_loses_nothing(pipe: tuple[int, int]) -> Non
     handler.close()
 
 
-def test_broken_stderr_is_no_error(
+def test_log_ignores_broken_stderr(
     pipe: tuple[int, int], capfd: pytest.CaptureFixture[str]
 ) -> None:
     reading, writing = pipe
@@ -204,7 +204,7 @@ def test_broken_stderr_is_no_error(
     assert capfd.readouterr() == ("", "")
 
 
-def test_record_that_cannot_be_formatted_is_told(pipe: tuple[int, int]) -> None:
+def test_log_reports_unformattable_records(pipe: tuple[int, int]) -> None:
     reading, writing = pipe
     handler = LogHandler(writing)
     handler.emit(record("%d", "no number"))
