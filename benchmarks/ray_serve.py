@@ -23,11 +23,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ray_cluster import Cluster, Load, Replica
 from report import Report, Table, add_options
 from serving import draw_images, run_script, served
 
 from service.settings import bundled_models
+from tests.ray_cluster import Cluster, Load, Replica
 
 CLIENTS = 16
 CALM = 8

@@ -21,12 +21,12 @@ from typing import Any
 import httpx
 import pytest
 
-from benchmarks.ray_cluster import ROOT, Cluster, Load, Replica, Seen, wait_for
 from service.imaging.canvas import Size
 from service.ray_serve.app import open_app
 from service.settings import Settings, bundled_models
 from tests import tiny_model
 from tests.images import encoded, one_red
+from tests.ray_cluster import ROOT, Cluster, Load, Replica, Seen, wait_for
 
 pytestmark = [
     pytest.mark.ray,

@@ -5,7 +5,7 @@ for this alone:
 
     python3 -m venv oracle
     oracle/bin/pip install torchvision==0.27.0 numpy
-    oracle/bin/python -m benchmarks.torchvision_golden [small|v1|v1_unpublished|v2 ...]
+    oracle/bin/python -m tests.torchvision_golden [small|v1|v1_unpublished|v2 ...]
 """
 
 from __future__ import annotations
