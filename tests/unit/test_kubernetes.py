@@ -96,7 +96,7 @@ def validate(manifest: Manifest) -> None:
             kubernetes_validate.validate(manifest, release, strict=True)
 
 
-def test_the_builder_builds_what_kustomize_builds(mine: Path) -> None:
+def test_builder_output_equals_kustomize(mine: Path) -> None:
     program = next(filter(shutil.which, ("kustomize", "kubectl")), None)
     if program is None:
         pytest.skip("neither kustomize nor kubectl is installed")
@@ -108,7 +108,7 @@ def test_the_builder_builds_what_kustomize_builds(mine: Path) -> None:
 
 
 @pytest.mark.parametrize("name", COMPONENTS)
-def test_clusters_accept_the_manifests(built: Build, name: str) -> None:
+def test_manifests_match_the_cluster_schemas(built: Build, name: str) -> None:
     kinds = [manifest["kind"] for manifest in built(name)]
     assert len(kinds) == 6 + (name == "cpu-pvc")
     for manifest in built(name):
@@ -118,7 +118,7 @@ def test_clusters_accept_the_manifests(built: Build, name: str) -> None:
 
 
 @pytest.mark.parametrize("field", ["periodSecond", "httpGets"])
-def test_a_misspelt_field_is_refused(built: Build, field: str) -> None:
+def test_schema_check_rejects_misspelt_field(built: Build, field: str) -> None:
     (container,) = pod(build(FOLDER / "overlays" / "cpu"))["containers"]
     container["livenessProbe"][field] = 1
     manifest = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "a"}}
@@ -126,7 +126,7 @@ def test_a_misspelt_field_is_refused(built: Build, field: str) -> None:
         validate({**manifest, "spec": {"containers": [container]}})
 
 
-def test_kserve_accepts_its_pair(kserve: list[Manifest]) -> None:
+def test_kserve_manifests_match_their_schemas(kserve: list[Manifest]) -> None:
     for manifest in kserve:
         validate(manifest)
     runtime, service = find(kserve, "ServingRuntime"), find(kserve, "InferenceService")
@@ -161,7 +161,7 @@ def containers(manifests: list[Manifest]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", [*COMPONENTS, "kserve"])
-def test_variables_are_settings_with_good_values(
+def test_manifest_variables_are_valid_settings(
     built: Build, kserve: list[Manifest], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (container,) = containers(kserve if name == "kserve" else built(name))
@@ -176,9 +176,7 @@ def test_variables_are_settings_with_good_values(
 
 
 @pytest.mark.parametrize("name", [*COMPONENTS, "kserve"])
-def test_the_grace_period_outlasts_the_drain(
-    built: Build, kserve: list[Manifest], name: str
-) -> None:
+def test_grace_period_outlasts_the_drain(built: Build, kserve: list[Manifest], name: str) -> None:
     manifests = kserve if name == "kserve" else built(name)
     (container,) = containers(manifests)
     chosen = variables(container)
@@ -228,7 +226,7 @@ def test_ports_and_selectors_meet(built: Build, name: str) -> None:
     assert "replicas" not in deployment, "to apply again would undo what the autoscaler did"
 
 
-def test_the_operator_scrapes_the_service(built: Build) -> None:
+def test_service_monitor_selects_the_service(built: Build) -> None:
     manifests = built("cpu-pvc")
     monitor, service = find(manifests, "ServiceMonitor")["spec"], find(manifests, "Service")
     assert monitor["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
@@ -272,7 +270,7 @@ def test_kserve_pods_are_restricted(kserve: list[Manifest]) -> None:
 
 
 @pytest.mark.parametrize("name", COMPONENTS)
-def test_what_is_mounted_is_there_and_is_what_the_service_reads(built: Build, name: str) -> None:
+def test_mounts_exist_and_are_read_by_the_service(built: Build, name: str) -> None:
     spec = pod(built(name))
     (container,) = spec["containers"]
     everyone = [*spec["containers"], *spec.get("initContainers", ())]
@@ -286,14 +284,14 @@ def test_what_is_mounted_is_there_and_is_what_the_service_reads(built: Build, na
     assert all(mount["readOnly"] for mount in container.get("volumeMounts", ()))
 
 
-def test_a_gpu_is_asked_for_where_one_is_meant(built: Build) -> None:
+def test_gpu_overlay_requests_a_gpu(built: Build) -> None:
     assert pod(built("gpu"))["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
     assert "nvidia.com/gpu" not in pod(built("cpu"))["containers"][0]["resources"]["limits"]
     surge = find(built("gpu"), "Deployment")["spec"]["strategy"]["rollingUpdate"]
     assert surge == {"maxSurge": 0, "maxUnavailable": 1}
 
 
-def test_images_are_those_that_compose_builds(built: Build) -> None:
+def test_manifest_images_are_those_of_compose(built: Build) -> None:
     compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
     for name in ("cpu", "gpu"):
         (container,) = pod(build(FOLDER / "overlays" / name))["containers"]
@@ -307,7 +305,7 @@ def test_images_are_those_that_compose_builds(built: Build) -> None:
 
 
 @pytest.mark.parametrize("name", COMPONENTS)
-def test_the_autoscaler_follows_a_metric_of_the_service(built: Build, name: str) -> None:
+def test_autoscaler_uses_an_exported_metric(built: Build, name: str) -> None:
     scaler = find(built(name), "HorizontalPodAutoscaler")["spec"]
     followed = [each["pods"]["metric"]["name"] for each in scaler["metrics"] if "pods" in each]
     assert followed == ["retinaserve_predicted_wait_seconds"]
@@ -317,7 +315,7 @@ def test_the_autoscaler_follows_a_metric_of_the_service(built: Build, name: str)
     assert followed[0] in rule["seriesQuery"]
 
 
-def test_the_page_shows_manifests_that_hold(mine: Path) -> None:
+def test_kubernetes_page_shows_valid_manifests(mine: Path) -> None:
     manifests = build(mine / "cells")
     for manifest in manifests:
         validate(manifest)
@@ -331,7 +329,7 @@ def test_the_page_shows_manifests_that_hold(mine: Path) -> None:
     assert claim["metadata"]["namespace"] == find(manifests, "Namespace")["metadata"]["name"]
 
 
-def test_folders_that_the_page_names_are_there() -> None:
+def test_kubernetes_page_names_existing_folders() -> None:
     named = set(re.findall(r"deploy/[\w./-]+\w", PAGE.read_text()))
     assert {"deploy/kubernetes/overlays/cpu", "deploy/kubernetes/kserve"} <= named
     assert [name for name in named if not (ROOT / name).exists()] == []
@@ -339,7 +337,7 @@ def test_folders_that_the_page_names_are_there() -> None:
         assert path.name in PAGE.read_text()
 
 
-def test_the_rules_become_an_object_of_the_operator_as_the_page_says() -> None:
+def test_alert_rules_become_a_prometheus_rule() -> None:
     (line,) = re.findall(r"^\$ (\{ printf .* \}) \| kubectl ", PAGE.read_text(), re.MULTILINE)
     run = subprocess.run(["bash", "-c", line], cwd=ROOT, check=True, capture_output=True, text=True)
     made = yaml.safe_load(run.stdout)

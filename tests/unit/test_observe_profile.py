@@ -40,9 +40,7 @@ def alerts() -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", ["prometheus", "grafana"])
-def test_observers_are_pinned_confined_and_of_this_host_alone(
-    services: dict[str, Any], name: str
-) -> None:
+def test_observe_containers_are_pinned_and_local(services: dict[str, Any], name: str) -> None:
     service = services[name]
     assert service["profiles"] == ["observe"]
     assert re.fullmatch(r"[a-z]+/[a-z]+:v?\d+\.\d+\.\d+", service["image"])

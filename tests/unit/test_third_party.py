@@ -23,13 +23,13 @@ ROWS = [
 
 
 @pytest.mark.parametrize("variant", third_party.VARIANTS)
-def test_the_table_is_the_lock_file(variant: str) -> None:
+def test_licence_table_matches_the_lock_files(variant: str) -> None:
     listed = {name: version for name, version, _, images, _ in ROWS if variant in images.split()}
     assert listed == third_party.locked(variant), "run make notices"
     assert len(listed) > 30
 
 
-def test_every_licence_was_looked_at() -> None:
+def test_licences_are_reviewed() -> None:
     """What is not permissive has a paragraph."""
     found = {name for row in ROWS for name in third_party.names(row[2])}
     assert found <= third_party.JUDGED.keys()
@@ -37,7 +37,7 @@ def test_every_licence_was_looked_at() -> None:
     assert kinds == set(re.findall(r"^- \*\*(MPL|NVIDIA)", PAGE, flags=re.MULTILINE))
 
 
-def test_the_licences_are_those_of_the_distributions_that_are_here() -> None:
+def test_licences_match_installed_distributions() -> None:
     """As far as this environment has the versions that are locked."""
     here = {(canonicalize_name(d.name), d.version): d.metadata for d in distributions()}
     compared = 0
@@ -52,7 +52,7 @@ def test_the_licences_are_those_of_the_distributions_that_are_here() -> None:
     assert compared > 0
 
 
-def test_what_brings_no_text_is_named() -> None:
+def test_distributions_without_licence_text_are_named() -> None:
     section = PAGE.partition(third_party.END)[2].partition("\n## ")[0]
     for name, *_, texts in ROWS:
         assert texts != "none" or name in section
@@ -68,7 +68,7 @@ def wheel(folder: Path, name: str, licence: str, *more: str) -> Path:
     return path
 
 
-def test_the_table_of_given_wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_licence_table_of_given_wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for variant, pins in (("cpu", "a==1 \\\n  --hash=x\n"), ("gpu", "# all\na==1\nb-c==1 ; y\n")):
         (tmp_path / f"requirements-{variant}.lock").write_text(pins)
     monkeypatch.setattr(third_party, "ROOT", tmp_path)
@@ -86,5 +86,5 @@ def test_the_table_of_given_wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         third_party.table([wheel(tmp_path, "a", "Summary: none"), two])
 
 
-def test_the_repository_is_the_real_one() -> None:
+def test_notices_name_the_repository() -> None:
     assert third_party.ROOT == ROOT

@@ -19,7 +19,7 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(f"RETINASERVE_{name.upper()}", raising=False)
 
 
-def test_defaults() -> None:
+def test_settings_have_documented_defaults() -> None:
     settings = Settings()
     assert settings.models_dir == bundled_models()
     assert (settings.host, settings.port, settings.device) == ("127.0.0.1", 8000, "auto")
@@ -28,7 +28,7 @@ def test_defaults() -> None:
     assert settings.max_queue_size >= settings.max_batch_images == 64
 
 
-def test_the_environment_and_options_on_top(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_override_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RETINASERVE_PORT", "9000")
     monkeypatch.setenv("RETINASERVE_MODELS_DIR", "/models")
     monkeypatch.setenv("RETINASERVE_LOG_LEVEL", "WARNING")
@@ -53,24 +53,24 @@ def test_the_environment_and_options_on_top(monkeypatch: pytest.MonkeyPatch) -> 
         ("DRAIN_DELAY_SECONDS", "nan"),
     ],
 )
-def test_what_is_wrong_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+def test_invalid_setting_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(f"RETINASERVE_{name}", value)
     with pytest.raises(DataError, match=f"RETINASERVE_{name}={value}: "):
         load_settings()
 
 
-def test_an_option_is_named_as_it_was_typed() -> None:
+def test_invalid_option_is_named_as_typed() -> None:
     with pytest.raises(DataError, match="--port=70000: "):
         load_settings(port=70000)
 
 
-def test_a_kubernetes_service_link_is_no_port(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kubernetes_service_link_is_not_a_port(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RETINASERVE_PORT", "tcp://10.43.0.17:8000")
     monkeypatch.setenv("RETINASERVE_SERVICE_HOST", "10.43.0.17")
     assert load_settings().port == 8000
 
 
-def test_variables_that_do_nothing_are_found() -> None:
+def test_unknown_variables_are_reported() -> None:
     harmless = [
         "PATH",
         "RETINASERVE_PORT",

@@ -39,13 +39,13 @@ def links() -> Links:
     return parser
 
 
-def test_every_address_is_relative_so_that_the_page_may_live_below_any_path(links: Links) -> None:
+def test_page_addresses_are_relative(links: Links) -> None:
     assert links.addresses
     absolute = [address for address in links.addresses if re.match(r"/|\w+:", address)]
     assert absolute == []
 
 
-def test_every_file_that_the_page_names_is_there(links: Links) -> None:
+def test_page_files_exist(links: Links) -> None:
     files = [address for address in links.addresses if address.startswith("static/")]
     modules = {
         match
@@ -56,17 +56,17 @@ def test_every_file_that_the_page_names_is_there(links: Links) -> None:
         assert (STATIC.parent / name).is_file(), name
 
 
-def test_nothing_is_inline(links: Links) -> None:
+def test_page_has_no_inline_code(links: Links) -> None:
     assert links.inline == []
 
 
-def test_scripts_ask_for_nothing_absolute() -> None:
+def test_page_scripts_use_relative_addresses() -> None:
     for script in STATIC.glob("*.js"):
         text = script.read_text(encoding="utf-8")
         assert re.findall(r"""(?:fetch|call|new URL)\(\s*["'`](?:/|https?:)""", text) == []
 
 
-def test_the_page_and_the_annotated_images_agree_on_colours() -> None:
+def test_page_and_drawn_images_share_colours() -> None:
     script = (STATIC / "drawing.js").read_text(encoding="utf-8")
     match = re.search(r"PALETTE = \[([^\]]+)\]", script)
     assert match is not None

@@ -12,7 +12,7 @@ from service.engine.batch_queue import Urgency
 from service.errors import Unavailable
 
 
-def test_places_are_counted_and_given_back() -> None:
+def test_admission_counts_and_frees_places() -> None:
     places = Places(2)
     with places.slot(), places.slot():
         assert places.held == 2
@@ -26,7 +26,7 @@ def test_places_are_counted_and_given_back() -> None:
     places.check()
 
 
-def test_bytes_are_counted_and_given_back() -> None:
+def test_admission_counts_and_frees_bytes() -> None:
     places = Places(10, bytes_limit=100)
     with places.slot(60):
         with places.slot(40):
@@ -39,37 +39,37 @@ def test_bytes_are_counted_and_given_back() -> None:
     assert (places.held, places.bytes_held) == (0, 0)
 
 
-def test_a_image_larger_than_all_the_bytes_passes_alone() -> None:
+def test_admission_lets_one_oversized_image_pass() -> None:
     places = Places(10, bytes_limit=100)
     with places.slot(500), pytest.raises(Unavailable), places.slot(1):
         pytest.fail("there was no room")
 
 
-def test_a_refusal_says_how_long_the_queue_will_take() -> None:
+def test_admission_refusal_has_retry_after() -> None:
     places = Places(1, pause=lambda: 7.5)
     with places.slot(), pytest.raises(Unavailable) as refused, places.slot():
         pytest.fail("there was no room")
     assert refused.value.retry_after == 7.5
 
 
-def test_what_will_be_done_in_time_is_let_in() -> None:
+def test_admission_accepts_requests_that_meet_their_deadline() -> None:
     refuse_late(finish=1.0, left=1.0, alone=0.5)
 
 
-def test_what_will_be_late_is_told_when_to_come_again() -> None:
+def test_admission_refuses_late_requests_with_retry_after() -> None:
     with pytest.raises(Unavailable, match="expected in 3500 ms") as refused:
         refuse_late(finish=3.5, left=1.0, alone=0.5)
     assert refused.value.reason == "deadline"
     assert refused.value.retry_after == 2.5, "by then so much of the queue is done"
 
 
-def test_a_hopeless_deadline_is_told_what_would_do() -> None:
+def test_admission_names_a_feasible_deadline() -> None:
     with pytest.raises(Unavailable, match="takes at least 500 ms here") as refused:
         refuse_late(finish=0.5, left=0.2, alone=0.5)
     assert refused.value.reason == "deadline-too-short"
 
 
-def test_caution_settles_where_few_predictions_are_too_short() -> None:
+def test_admission_caution_converges() -> None:
     caution, dice = Caution(), random.Random(0)
     late = 0
     for turn in range(40_000):
@@ -82,7 +82,7 @@ def test_caution_settles_where_few_predictions_are_too_short() -> None:
     assert caution.ratio < 2.2, "and no more careful than that takes"
 
 
-def test_caution_comes_down_when_all_is_quick_and_has_bounds() -> None:
+def test_admission_caution_decreases_within_bounds() -> None:
     caution = Caution()
     for _ in range(100):
         caution.observe(predicted=1.0, actual=100.0)
@@ -92,13 +92,13 @@ def test_caution_comes_down_when_all_is_quick_and_has_bounds() -> None:
     assert caution.ratio == 1.0
 
 
-def test_a_hiccup_on_something_short_is_no_pattern() -> None:
+def test_admission_caution_ignores_short_hiccups() -> None:
     caution = Caution()
     caution.observe(predicted=0.001, actual=0.005)
     assert caution.ratio < 1.1
 
 
-def test_bulk_leaves_places_to_others() -> None:
+def test_admission_bulk_leaves_places_for_single_images() -> None:
     places = Places(8)
     with ExitStack() as held:
         for _ in range(6):
@@ -115,14 +115,14 @@ def test_bulk_leaves_places_to_others() -> None:
         places.check(urgency=urgency)
 
 
-def test_the_smallest_queue_takes_bulk_too() -> None:
+def test_admission_bulk_fits_the_smallest_queue() -> None:
     places = Places(1)
     with places.slot(urgency=Urgency.BULK), pytest.raises(Unavailable):
         places.check()
     assert places.held == 0
 
 
-def test_the_bytes_of_a_whole_request_count_while_it_lasts() -> None:
+def test_admission_counts_request_bytes_until_it_ends() -> None:
     places = Places(10, bytes_limit=100)
     with places.body(70):
         assert (places.held, places.bytes_held) == (0, 70)

@@ -44,7 +44,7 @@ def in_thread(function: Callable[[], object]) -> threading.Thread:
     return thread
 
 
-def test_batches_hold_equal_keys_and_the_oldest_key_goes_first() -> None:
+def test_queue_batches_equal_keys_oldest_first() -> None:
     queue: BatchQueue[Item] = BatchQueue(Policy(max_batch_size=3))
     for number, key in enumerate("abababaab"):
         queue.push(Item(number, key))
@@ -52,14 +52,14 @@ def test_batches_hold_equal_keys_and_the_oldest_key_goes_first() -> None:
     assert len(queue) == 0
 
 
-def test_a_batch_size_of_one_is_plain_first_in_first_out() -> None:
+def test_queue_with_batch_size_one_is_fifo() -> None:
     queue: BatchQueue[Item] = BatchQueue(Policy())
     for number, key in enumerate("abcabc"):
         queue.push(Item(number, key))
     assert [numbers(batch) for batch in drained(queue)] == [[0], [1], [2], [3], [4], [5]]
 
 
-def test_expired_and_abandoned_items_never_come_out() -> None:
+def test_queue_drops_expired_and_cancelled_items() -> None:
     queue: BatchQueue[Item] = BatchQueue(Policy(max_batch_size=8))
     now = time.monotonic()
     queue.push(Item(0, deadline=now - 1))
@@ -73,14 +73,14 @@ def test_expired_and_abandoned_items_never_come_out() -> None:
     assert len(queue) == 0
 
 
-def test_expired_items_do_not_use_up_a_batch() -> None:
+def test_queue_expired_items_take_no_batch_places() -> None:
     queue: BatchQueue[Item] = BatchQueue(Policy(max_batch_size=2))
     for number in range(4):
         queue.push(Item(number, deadline=FAR if number % 2 else 0.0))
     assert numbers(queue.take()) == [1, 3]
 
 
-def test_an_item_abandoned_while_it_is_taken_does_not_look_like_the_end() -> None:
+def test_queue_cancel_during_take_is_not_the_end() -> None:
     class Flickering(Item):
         """Abandoned from the second look on, as when its client goes just then."""
 
@@ -98,7 +98,7 @@ def test_an_item_abandoned_while_it_is_taken_does_not_look_like_the_end() -> Non
     assert numbers(queue.take()) == [1]
 
 
-def test_remove_takes_out_what_waits_and_nothing_else() -> None:
+def test_queue_remove_takes_only_waiting_items() -> None:
     queue: BatchQueue[Item] = BatchQueue(Policy(max_batch_size=8))
     items = [Item(number) for number in range(3)]
     for item in items:
@@ -111,7 +111,7 @@ def test_remove_takes_out_what_waits_and_nothing_else() -> None:
     assert not queue.remove(items[0])
 
 
-def test_without_delay_a_free_device_never_waits() -> None:
+def test_queue_without_delay_never_waits() -> None:
     queue: BatchQueue[Item] = BatchQueue(Policy(max_batch_size=8, max_delay=0.0))
     queue.push(Item(0))
     started = time.monotonic()
@@ -119,7 +119,7 @@ def test_without_delay_a_free_device_never_waits() -> None:
     assert time.monotonic() - started < 0.5
 
 
-def test_with_delay_a_batch_fills_up_or_goes_when_its_oldest_waited_long_enough() -> None:
+def test_queue_delay_fills_or_releases_a_batch() -> None:
     queue: BatchQueue[Item] = BatchQueue(Policy(max_batch_size=3, max_delay=0.2))
     started = time.monotonic()
     queue.push(Item(0))
@@ -137,7 +137,7 @@ def test_with_delay_a_batch_fills_up_or_goes_when_its_oldest_waited_long_enough(
     assert time.monotonic() - started < 0.15, "a full batch does not wait"
 
 
-def test_with_delay_a_full_lane_overtakes_one_that_still_waits() -> None:
+def test_queue_delay_full_lane_overtakes_a_waiting_one() -> None:
     queue: BatchQueue[Item] = BatchQueue(Policy(max_batch_size=2, max_delay=30.0))
     queue.push(Item(0, "slow"))
     queue.push(Item(1, "full"))
@@ -146,7 +146,7 @@ def test_with_delay_a_full_lane_overtakes_one_that_still_waits() -> None:
     assert [numbers(batch) for batch in drained(queue)] == [[0]], "closing ends the wait"
 
 
-def test_close_wakes_everyone_and_drops_what_comes_after() -> None:
+def test_queue_close_wakes_takers_and_refuses_items() -> None:
     queue: BatchQueue[Item] = BatchQueue(Policy())
     results: list[list[Item]] = []
     takers = [in_thread(lambda: results.append(queue.take())) for _ in range(3)]
@@ -164,7 +164,7 @@ def test_close_wakes_everyone_and_drops_what_comes_after() -> None:
     st.integers(1, 5),
     st.sets(st.integers(0, 39)),
 )
-def test_every_live_item_comes_out_once_in_order(
+def test_queue_returns_every_live_item_once_in_order(
     arrivals: list[tuple[str, bool]], size: int, removed: set[int]
 ) -> None:
     queue: BatchQueue[Item] = BatchQueue(Policy(max_batch_size=size))
@@ -188,7 +188,7 @@ def test_every_live_item_comes_out_once_in_order(
     assert len(queue) == 0
 
 
-def test_many_producers_takers_and_removers_lose_nothing_and_double_nothing() -> None:
+def test_queue_is_thread_safe() -> None:
     queue: BatchQueue[Item] = BatchQueue(Policy(max_batch_size=4))
     taken: Counter[int] = Counter()
     removed: Counter[int] = Counter()
@@ -221,14 +221,14 @@ def bulk(number: int, key: str = "a") -> Item:
     return Item(number, key, urgency=Urgency.BULK)
 
 
-def test_the_urgent_go_before_bulk_that_came_earlier() -> None:
+def test_queue_interactive_overtakes_bulk() -> None:
     queue: BatchQueue[Item] = BatchQueue(Policy())
     for item in (bulk(0), bulk(1), Item(2), Item(3)):
         queue.push(item)
     assert [numbers(batch) for batch in drained(queue)] == [[2], [3], [0], [1]]
 
 
-def test_bulk_has_a_turn_even_when_the_urgent_never_cease() -> None:
+def test_queue_bulk_is_not_starved() -> None:
     queue: BatchQueue[Item] = BatchQueue(Policy())
     queue.push(bulk(-1))
     queue.push(bulk(-2))
@@ -240,7 +240,7 @@ def test_bulk_has_a_turn_even_when_the_urgent_never_cease() -> None:
     assert turns == [URGENT_TURNS, 2 * URGENT_TURNS + 1]
 
 
-def test_bulk_has_no_turn_for_the_time_before_it_came() -> None:
+def test_queue_bulk_earns_no_turns_while_absent() -> None:
     queue: BatchQueue[Item] = BatchQueue(Policy())
     for number in range(3 * URGENT_TURNS):
         queue.push(Item(number))
@@ -250,14 +250,14 @@ def test_bulk_has_no_turn_for_the_time_before_it_came() -> None:
     assert [numbers(batch) for batch in drained(queue)] == [[100], [101], [-1]]
 
 
-def test_a_batch_is_filled_up_with_bulk_of_the_same_key() -> None:
+def test_queue_fills_batches_with_bulk() -> None:
     queue: BatchQueue[Item] = BatchQueue(Policy(max_batch_size=3))
     for item in (bulk(0), bulk(1, "b"), Item(2), bulk(3), bulk(4)):
         queue.push(item)
     assert [numbers(batch) for batch in drained(queue)] == [[2, 0, 3], [1], [4]]
 
 
-def test_lanes_tell_what_waits() -> None:
+def test_queue_lanes_report_waiting_items() -> None:
     queue: BatchQueue[Item] = BatchQueue(Policy())
     for item in (bulk(0), Item(1, seconds=0.5), Item(2, seconds=0.25), Item(3, "b")):
         queue.push(item)
@@ -268,7 +268,7 @@ def test_lanes_tell_what_waits() -> None:
     ]
 
 
-def test_a_taker_of_short_items_leaves_long_ones_to_others() -> None:
+def test_queue_short_taker_leaves_long_items() -> None:
     queue: BatchQueue[Item] = BatchQueue(Policy(), takes_long=lambda key: key == "long")
     short, both = [], []
 
@@ -289,7 +289,7 @@ def test_a_taker_of_short_items_leaves_long_ones_to_others() -> None:
     assert all(number % 3 == 0 for number in short)
 
 
-def test_a_long_item_ahead_keeps_no_short_one_from_its_taker() -> None:
+def test_queue_long_item_does_not_block_short_ones() -> None:
     queue: BatchQueue[Item] = BatchQueue(Policy(), takes_long=lambda key: key == "long")
     for number, key in enumerate(("long", "long", "a")):
         queue.push(Item(number, key))
@@ -297,7 +297,7 @@ def test_a_long_item_ahead_keeps_no_short_one_from_its_taker() -> None:
     assert numbers(queue.take()) == [0]
 
 
-def test_sizing_is_told_how_many_wait_and_how_long_the_oldest_has() -> None:
+def test_queue_sizing_gets_count_and_oldest_age() -> None:
     asked = []
 
     def two(key: object, waiting: int, left: float) -> int:
@@ -312,7 +312,7 @@ def test_sizing_is_told_how_many_wait_and_how_long_the_oldest_has() -> None:
     assert asked == [("a", 4, 60), ("a", 2, 60)]
 
 
-def test_sizing_cannot_break_the_policy() -> None:
+def test_queue_sizing_is_clamped_to_the_policy() -> None:
     queue: BatchQueue[Item] = BatchQueue(Policy(max_batch_size=2), lambda *_: 0)
     queue.push(Item(0))
     assert numbers(queue.take()) == [0]
@@ -322,7 +322,7 @@ def test_sizing_cannot_break_the_policy() -> None:
     assert numbers(queue.take()) == [0, 1]
 
 
-def test_with_places_so_many_batches_are_out_at_a_time() -> None:
+def test_queue_places_bound_concurrent_batches() -> None:
     queue: BatchQueue[Item] = BatchQueue(Policy(), places=1)
     for number in range(3):
         queue.push(Item(number))
@@ -338,7 +338,7 @@ def test_with_places_so_many_batches_are_out_at_a_time() -> None:
     assert numbers(queue.take()) == [2]
 
 
-def test_an_item_is_the_callers_own_while_a_place_is_free_and_nothing_waits() -> None:
+def test_queue_offer_runs_inline_when_idle() -> None:
     queue: BatchQueue[Item] = BatchQueue(Policy(max_batch_size=2), places=1)
     assert queue.offer(Item(0))
     assert not queue.offer(Item(1))
@@ -352,7 +352,7 @@ def test_an_item_is_the_callers_own_while_a_place_is_free_and_nothing_waits() ->
     assert numbers(queue.take()) == [3, 4]
 
 
-def test_an_offer_is_no_way_around_the_delay_nor_past_the_end() -> None:
+def test_queue_offer_respects_delay_and_close() -> None:
     slow: BatchQueue[Item] = BatchQueue(Policy(max_batch_size=2, max_delay=60.0), places=1)
     assert not slow.offer(Item(0))
     assert not slow.offer(Item(1))
@@ -363,13 +363,13 @@ def test_an_offer_is_no_way_around_the_delay_nor_past_the_end() -> None:
     assert closed.take() == []
 
 
-def test_without_places_everything_is_taken_by_takers() -> None:
+def test_queue_without_places_uses_takers_only() -> None:
     queue: BatchQueue[Item] = BatchQueue(Policy())
     assert not queue.offer(Item(0))
     assert numbers(queue.take()) == [0]
 
 
-def test_many_who_go_on_themselves_and_takers_lose_nothing_and_exceed_no_place() -> None:
+def test_queue_inline_and_takers_are_thread_safe() -> None:
     queue: BatchQueue[Item] = BatchQueue(Policy(max_batch_size=3), places=2)
     done: list[int] = []
     out, most, lock = 0, 0, threading.Lock()

@@ -23,31 +23,31 @@ def learnt(per_picture: float, per_batch: float, sizes: tuple[int, ...] = (1, 4)
     return cost
 
 
-def test_nothing_seen_costs_nothing() -> None:
+def test_cost_is_zero_without_observations() -> None:
     cost = BatchCost()
     assert (cost.seconds(5), cost.fastest) == (0.0, 0.0)
     assert cost.best_batch(5, most=8, left=0.1) == 5
 
 
-def test_the_line_is_found_and_continued() -> None:
+def test_cost_line_is_fitted_and_extrapolated() -> None:
     cost = learnt(0.010, 0.030)
     assert cost.per_picture == pytest.approx(0.010)
     assert cost.per_batch == pytest.approx(0.030)
     assert cost.seconds(16) == pytest.approx(0.190)
 
 
-def test_one_size_gives_a_line_through_the_origin() -> None:
+def test_cost_of_one_size_is_a_line_through_the_origin() -> None:
     assert learnt(0.010, 0.030, (4,)).seconds(8) == pytest.approx(0.140)
 
 
-def test_a_size_that_was_seen_counts_for_itself() -> None:
+def test_cost_of_an_observed_size_is_its_own() -> None:
     cost = BatchCost()
     for size, seconds in ((1, 1.0), (2, 1.9), (4, 8.0)):
         cost.observe(size, seconds)
     assert cost.seconds(2) == 1.9
 
 
-def test_it_follows_a_device_that_slows_down() -> None:
+def test_cost_follows_a_slower_device() -> None:
     cost = learnt(0.010, 0.0, (1,))
     for _ in range(60):
         cost.observe(1, 0.030)
@@ -55,7 +55,7 @@ def test_it_follows_a_device_that_slows_down() -> None:
     assert cost.fastest == pytest.approx(0.010), "a bound from below stays one"
 
 
-def test_one_pause_of_the_machine_is_no_new_cost() -> None:
+def test_cost_ignores_a_single_pause() -> None:
     cost = learnt(0.010, 0.0, (1,))
     cost.observe(1, 5.0)
     assert cost.seconds(1) < 0.014
@@ -68,7 +68,7 @@ def test_one_pause_of_the_machine_is_no_new_cost() -> None:
         max_size=30,
     )
 )
-def test_costs_are_never_negative_and_never_fall_with_size_on_the_line(
+def test_cost_is_nonnegative_and_monotonic(
     seen: list[tuple[int, float]],
 ) -> None:
     cost = BatchCost()
@@ -81,26 +81,26 @@ def test_costs_are_never_negative_and_never_fall_with_size_on_the_line(
     assert 0 < cost.fastest <= min(seconds / size for size, seconds in seen)
 
 
-def test_batches_where_they_pay_and_singles_where_they_do_not() -> None:
+def test_batch_size_grows_only_where_it_pays() -> None:
     assert learnt(0.010, 0.030).best_batch(9, most=8, left=9.0) == 8
     assert learnt(0.010, 0.030).best_batch(3, most=8, left=9.0) == 3
     assert learnt(0.040, 0.001).best_batch(9, most=8, left=9.0) == 1
 
 
-def test_a_batch_is_not_so_large_that_its_oldest_is_late() -> None:
+def test_batch_size_respects_the_oldest_deadline() -> None:
     cost = learnt(0.010, 0.030)
     assert cost.best_batch(8, most=8, left=0.075) == 4
     assert cost.best_batch(8, most=8, left=0.001) == 1
 
 
-def test_batches_that_did_not_pay_are_tried_again() -> None:
+def test_batch_size_retries_larger_batches() -> None:
     cost = learnt(0.040, 0.0)
     sizes = [cost.try_batch(9, most=8, left=9.0) for _ in range(200)]
     assert set(sizes) == {1, 8}
     assert 1 <= sizes.count(8) <= 5
 
 
-def test_costs_by_canvas_and_for_canvases_never_seen() -> None:
+def test_cost_of_an_unseen_canvas_is_estimated() -> None:
     costs = Costs()
     assert costs.of(SMALL).seconds(1) == 0.0
     assert costs.fastest == 0.0
@@ -113,7 +113,7 @@ def test_costs_by_canvas_and_for_canvases_never_seen() -> None:
     assert costs.fastest == 0.01
 
 
-def test_many_threads_may_learn_at_once() -> None:
+def test_cost_is_thread_safe() -> None:
     costs = Costs()
 
     def learn(first: int) -> None:
@@ -130,7 +130,7 @@ def test_many_threads_may_learn_at_once() -> None:
     assert costs.of(Size(32, 32)).seconds(1) == pytest.approx(0.01)
 
 
-def test_what_images_take_one_batch_after_the_other() -> None:
+def test_cost_of_many_images_sums_batches() -> None:
     cost = learnt(0.010, 0.030, (1, 8))
     assert cost.lasting(8, most=8) == pytest.approx(0.110), "one batch, and none of no images"
     assert cost.lasting(19, most=8) == pytest.approx(2 * 0.110 + 0.060)
@@ -139,7 +139,7 @@ def test_what_images_take_one_batch_after_the_other() -> None:
     assert alone.lasting(5, most=8) == pytest.approx(5 * 0.041), "they do not pay"
 
 
-def test_a_bound_that_nothing_confirms_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cost_bound_expires(monkeypatch: pytest.MonkeyPatch) -> None:
     costs = Costs()
     # As when a model is warmed up while others keep the machine busy.
     costs.observe(SMALL, 1, 4.0)
@@ -151,7 +151,7 @@ def test_a_bound_that_nothing_confirms_ends(monkeypatch: pytest.MonkeyPatch) -> 
     assert costs.fastest == 0.5
 
 
-def test_canvases_that_clients_make_up_do_not_pile_up() -> None:
+def test_cost_table_is_bounded() -> None:
     costs = Costs()
     for side in range(1, 1001):
         costs.observe(Size(32 * side, 32), 1, 0.001 * side)
@@ -161,7 +161,7 @@ def test_canvases_that_clients_make_up_do_not_pile_up() -> None:
     assert costs.of(Size(32 * 999, 32)).seconds(1) == pytest.approx(0.999)
 
 
-def test_work_costs_by_its_kind_and_size() -> None:
+def test_work_cost_depends_on_kind_and_size() -> None:
     costs = ThreadCosts()
     costs.observe("png rgb 8", 980_000, 0.02)
     costs.observe("png rgba 8", 980_000, 0.10)
@@ -170,7 +170,7 @@ def test_work_costs_by_its_kind_and_size() -> None:
     assert costs.seconds("png rgb 8", 0) < 0.001
 
 
-def test_a_large_image_says_more_than_the_small_ones_before_it() -> None:
+def test_work_cost_weighs_large_images_more() -> None:
     costs = ThreadCosts()
     for _ in range(50):
         costs.observe("png rgba 8", 1024, 0.0002)
@@ -180,7 +180,7 @@ def test_a_large_image_says_more_than_the_small_ones_before_it() -> None:
     assert costs.seconds("png rgba 8", 49_000_000) == pytest.approx(1.2, rel=0.2)
 
 
-def test_one_pause_says_little_of_the_next_image() -> None:
+def test_work_cost_ignores_a_single_pause() -> None:
     costs = ThreadCosts()
     for _ in range(20):
         costs.observe("jpeg 3 1/1", 480_000, 0.005)
@@ -188,7 +188,7 @@ def test_one_pause_says_little_of_the_next_image() -> None:
     assert costs.seconds("jpeg 3 1/1", 480_000) < 0.010
 
 
-def test_a_cost_that_no_work_confirms_fades(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_cost_fades_without_observations(monkeypatch: pytest.MonkeyPatch) -> None:
     costs = ThreadCosts()
     costs.observe("png grey 16", 1_000_000, 3.0)
     before = costs.seconds("png grey 16", 49_000_000)
@@ -197,7 +197,7 @@ def test_a_cost_that_no_work_confirms_fades(monkeypatch: pytest.MonkeyPatch) -> 
     assert costs.seconds("png grey 16", 49_000_000) == pytest.approx(before / 10, rel=0.01)
 
 
-def test_what_was_never_seen_has_a_guess() -> None:
+def test_work_cost_has_a_default() -> None:
     costs = ThreadCosts()
     large = 49_000_000
     assert 0.1 < costs.seconds("jpeg 3 1/8", large) < 1.0

@@ -96,7 +96,7 @@ async def until(condition: Callable[[], bool]) -> None:
     pytest.fail("it never happened")
 
 
-async def test_an_outcome(load: Callable[..., Servable]) -> None:
+async def test_pipeline_returns_detections_and_timing(load: Callable[..., Servable]) -> None:
     async with started() as line:
         outcome = await detect(line, load(), encoded(one_red()))
     assert 0 in outcome.detections.labels
@@ -104,7 +104,7 @@ async def test_an_outcome(load: Callable[..., Servable]) -> None:
     assert min(outcome.timing) >= 0.0
 
 
-async def test_answers_are_their_own_in_any_company(load: Callable[..., Servable]) -> None:
+async def test_pipeline_results_are_batch_invariant(load: Callable[..., Servable]) -> None:
     model = load()
     contents = [
         encoded(squares((16 * place, 16 * row, colour), size=size))
@@ -128,7 +128,7 @@ async def test_answers_are_their_own_in_any_company(load: Callable[..., Servable
         assert one.detections.labels.tolist() == other.detections.labels.tolist()
 
 
-async def test_other_canvases_and_iou_thresholds_do_not_share_a_batch(
+async def test_pipeline_batches_by_canvas_and_iou_threshold(
     load: Callable[..., Servable],
 ) -> None:
     model, sizes = load(), []
@@ -139,7 +139,7 @@ async def test_other_canvases_and_iou_thresholds_do_not_share_a_batch(
     assert sorted(sizes) == [1, 1, 2]
 
 
-async def test_a_bad_image_fails_alone(load: Callable[..., Servable]) -> None:
+async def test_pipeline_bad_image_fails_alone(load: Callable[..., Servable]) -> None:
     model = load()
     async with started(Policy(max_batch_size=4, max_delay=0.05)) as line:
         answers = await asyncio.gather(
@@ -149,7 +149,7 @@ async def test_a_bad_image_fails_alone(load: Callable[..., Servable]) -> None:
     assert [type(answer) for answer in answers] == [Outcome, MalformedImage, Outcome]
 
 
-async def test_poison_in_a_batch_fails_alone(load: Callable[..., Servable]) -> None:
+async def test_pipeline_failing_image_of_a_batch_fails_alone(load: Callable[..., Servable]) -> None:
     model, sizes = load(poison=True), []
     good = encoded(one_red())
     async with started(Policy(max_batch_size=4, max_delay=0.2), sizes=sizes) as line:
@@ -163,7 +163,7 @@ async def test_poison_in_a_batch_fails_alone(load: Callable[..., Servable]) -> N
         assert isinstance(await detect(line, model, good), Outcome)
 
 
-async def test_a_device_that_died_is_told_from_a_bad_image(
+async def test_pipeline_tells_lost_device_from_bad_image(
     load: Callable[..., Servable], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load(poison=True)
@@ -182,7 +182,7 @@ async def test_a_device_that_died_is_told_from_a_bad_image(
         assert "CUDA error 700" in line.fatal
 
 
-async def test_late_images_cost_no_device_time(
+async def test_pipeline_drops_late_images_before_inference(
     load: Callable[..., Servable], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, sizes = load(work=60), []
@@ -202,7 +202,7 @@ async def test_late_images_cost_no_device_time(
     assert len(sizes) == 2
 
 
-async def test_cancelled_images_leave_the_queue(load: Callable[..., Servable]) -> None:
+async def test_pipeline_drops_cancelled_images(load: Callable[..., Servable]) -> None:
     model, sizes = load(work=60), []
     async with started(sizes=sizes) as line:
         running = asyncio.create_task(detect(line, model, encoded(one_red())))
@@ -219,7 +219,7 @@ async def test_cancelled_images_leave_the_queue(load: Callable[..., Servable]) -
     assert len(sizes) <= 3
 
 
-async def test_two_devices_share_the_work(load: Callable[..., Servable]) -> None:
+async def test_pipeline_uses_both_devices(load: Callable[..., Servable]) -> None:
     alone = load(work=4)
     used: list[int] = []
 
@@ -255,7 +255,7 @@ async def test_two_devices_share_the_work(load: Callable[..., Servable]) -> None
 
 
 @pytest.mark.parametrize("begun", [False, True])
-async def test_threads_that_come_later_share_the_device(
+async def test_pipeline_added_threads_share_the_device(
     begun: bool, load: Callable[..., Servable], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alone = load()
@@ -285,7 +285,7 @@ async def test_threads_that_come_later_share_the_device(
     assert 0 < model.costs.fastest < took
 
 
-async def test_a_thread_that_came_later_is_watched_too(load: Callable[..., Servable]) -> None:
+async def test_pipeline_watches_added_threads(load: Callable[..., Servable]) -> None:
     alone = load()
     died = threading.Event()
 
@@ -326,7 +326,7 @@ def where(model: Servable, before: Callable[[], None] | None = None) -> tuple[Se
     return replace(model, detectors=(detector, detector)), detector.threads
 
 
-async def test_on_a_cpu_the_thread_that_decoded_goes_on(load: Callable[..., Servable]) -> None:
+async def test_pipeline_cpu_decode_thread_runs_inference(load: Callable[..., Servable]) -> None:
     plain = load()
     model, threads = where(plain)
     async with started() as line:
@@ -342,7 +342,7 @@ async def test_on_a_cpu_the_thread_that_decoded_goes_on(load: Callable[..., Serv
 
 
 @pytest.mark.parametrize("infer", [False, True])
-async def test_an_answer_is_finished_where_no_device_waits_for_it(
+async def test_pipeline_postprocesses_off_the_device_thread(
     load: Callable[..., Servable], infer: bool
 ) -> None:
     model = alone_twice(load())
@@ -364,7 +364,7 @@ async def test_an_answer_is_finished_where_no_device_waits_for_it(
 
 
 @pytest.mark.parametrize("infer", [False, True])
-async def test_what_cannot_be_finished_fails_alone(
+async def test_pipeline_failing_postprocessing_fails_alone(
     load: Callable[..., Servable], infer: bool
 ) -> None:
     def fail(_: Outcome) -> None:
@@ -387,7 +387,7 @@ async def test_what_cannot_be_finished_fails_alone(
         assert isinstance(await detect(line, model, encoded(one_red())), Outcome)
 
 
-async def test_no_more_inferences_at_a_time_than_callers(load: Callable[..., Servable]) -> None:
+async def test_pipeline_bounds_concurrent_inferences(load: Callable[..., Servable]) -> None:
     running, most, lock = 0, 0, threading.Lock()
 
     def slow() -> None:
@@ -408,7 +408,7 @@ async def test_no_more_inferences_at_a_time_than_callers(load: Callable[..., Ser
         assert most == callers
 
 
-async def test_a_decode_thread_that_dies_inferring_gives_its_place_back(
+async def test_pipeline_dead_decode_thread_frees_its_place(
     load: Callable[..., Servable],
 ) -> None:
     dying = True
@@ -427,7 +427,7 @@ async def test_a_decode_thread_that_dies_inferring_gives_its_place_back(
         assert len(await asyncio.gather(*answers)) == 8
 
 
-async def test_a_image_is_lone_only_where_nothing_else_is_to_be_done(
+async def test_pipeline_image_is_lone_only_when_idle(
     load: Callable[..., Servable],
 ) -> None:
     plain = load()
@@ -454,7 +454,7 @@ async def test_a_image_is_lone_only_where_nothing_else_is_to_be_done(
             told.clear()
 
 
-async def test_an_inference_that_hangs_in_a_decode_thread_is_the_end_too(
+async def test_pipeline_watchdog_covers_decode_threads(
     load: Callable[..., Servable],
 ) -> None:
     over = threading.Event()
@@ -471,7 +471,7 @@ def alone_twice(model: Servable) -> Servable:
     return replace(model, detectors=model.detectors * 2)
 
 
-async def test_first_come_first_served(load: Callable[..., Servable]) -> None:
+async def test_pipeline_is_first_in_first_out(load: Callable[..., Servable]) -> None:
     model = load()
     finished: list[int] = []
 
@@ -488,7 +488,7 @@ async def test_first_come_first_served(load: Callable[..., Servable]) -> None:
 
 @pytest.mark.parametrize("infer", [False, True])
 @pytest.mark.parametrize("content", [encoded(one_red()), b"\xff\xd8\xff broken"])
-async def test_nothing_keeps_a_image_alive(
+async def test_pipeline_releases_images(
     load: Callable[..., Servable], content: bytes, infer: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alive: weakref.WeakSet[Work] = weakref.WeakSet()
@@ -517,7 +517,7 @@ async def test_nothing_keeps_a_image_alive(
             gc.enable()
 
 
-async def test_answers_after_the_end_harm_nobody(load: Callable[..., Servable]) -> None:
+async def test_pipeline_ignores_results_after_close(load: Callable[..., Servable]) -> None:
     model, sizes = load(work=60), []
     async with started(sizes=sizes) as line:
         task = asyncio.create_task(detect(line, model, encoded(one_red())))
@@ -527,7 +527,7 @@ async def test_answers_after_the_end_harm_nobody(load: Callable[..., Servable]) 
         await task
 
 
-async def test_what_comes_after_the_end_is_told_of_it(load: Callable[..., Servable]) -> None:
+async def test_pipeline_refuses_requests_after_close(load: Callable[..., Servable]) -> None:
     model = load()
     async with started() as line:
         line.abort("the server stops", "draining")
@@ -546,7 +546,7 @@ async def test_what_comes_after_the_end_is_told_of_it(load: Callable[..., Servab
             )
 
 
-async def test_a_canvas_that_fails_even_when_empty_is_not_the_devices_fault(
+async def test_pipeline_failing_canvas_is_not_a_lost_device(
     load: Callable[..., Servable], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, odd = load(), Size(32, 4096)
@@ -573,7 +573,7 @@ async def test_a_canvas_that_fails_even_when_empty_is_not_the_devices_fault(
         assert isinstance(await detect(line, model, encoded(one_red())), Outcome)
 
 
-async def test_images_that_fail_one_by_one_are_not_a_batch_that_hangs(
+async def test_pipeline_retries_reset_the_watchdog(
     load: Callable[..., Servable], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps: list[int] = []
@@ -593,7 +593,7 @@ async def test_images_that_fail_one_by_one_are_not_a_batch_that_hangs(
     assert len(steps) == 7
 
 
-async def test_what_is_told_of_a_lost_device_names_no_path_and_no_host(
+async def test_pipeline_lost_device_reason_hides_paths_and_hosts(
     load: Callable[..., Servable], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load()
@@ -613,7 +613,7 @@ async def test_what_is_told_of_a_lost_device_names_no_path_and_no_host(
     assert "inner" not in str(refused.value)
 
 
-async def test_a_thread_that_is_new_is_not_taken_for_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_pipeline_new_thread_is_not_reported_dead(monkeypatch: pytest.MonkeyPatch) -> None:
     add = Watchdog.add
 
     def look_at_once(watchdog: Watchdog[Work], worker: Worker[Work]) -> None:

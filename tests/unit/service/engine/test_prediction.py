@@ -140,12 +140,12 @@ def in_hand(line: Line, device: int, model: Servable, count: int, *, since: floa
     worker.since = since
 
 
-def test_nobody_waits_where_nothing_is_to_be_done() -> None:
+def test_wait_is_zero_when_idle() -> None:
     assert Line().prediction.wait() == 0.0
     assert Line(devices=3).prediction.wait(Urgency.BULK) == 0.0
 
 
-def test_what_waits_is_done_in_batches(model: Servable) -> None:
+def test_wait_counts_queued_images_in_batches(model: Servable) -> None:
     line = Line()
     ready(line, model, 8)
     assert line.prediction.wait() == pytest.approx(0.110), "one batch of 8, and none of 0"
@@ -155,7 +155,7 @@ def test_what_waits_is_done_in_batches(model: Servable) -> None:
     assert line.prediction.wait() == pytest.approx(0.110 + 0.050 + 0.060)
 
 
-def test_a_lone_image_counts_once(model: Servable) -> None:
+def test_wait_counts_a_lone_image_once(model: Servable) -> None:
     line = Line(batch=1)
     ready(line, model, 1)
     assert line.prediction.wait() == pytest.approx(0.040)
@@ -163,7 +163,7 @@ def test_a_lone_image_counts_once(model: Servable) -> None:
     assert line.prediction.wait() == pytest.approx(0.120)
 
 
-def test_each_canvas_has_its_own_cost(model: Servable) -> None:
+def test_wait_uses_the_cost_of_each_canvas(model: Servable) -> None:
     line = Line(batch=1)
     model.costs.observe(LARGE, 1, 1.0)
     ready(line, model, 2)
@@ -177,7 +177,7 @@ def test_each_canvas_has_its_own_cost(model: Servable) -> None:
     assert needed == pytest.approx(2.120 + 0.040)
 
 
-def test_the_rest_of_a_batch_in_hand(model: Servable) -> None:
+def test_wait_counts_the_rest_of_the_running_batch(model: Servable) -> None:
     line = Line()
     in_hand(line, 0, model, 8, since=NOW - 0.050)
     assert line.prediction.wait() == pytest.approx(0.060)
@@ -185,7 +185,7 @@ def test_the_rest_of_a_batch_in_hand(model: Servable) -> None:
     assert line.prediction.wait() == pytest.approx(0.100)
 
 
-def test_a_batch_that_is_late_is_thought_to_be_late_again(model: Servable) -> None:
+def test_wait_grows_with_an_overdue_batch(model: Servable) -> None:
     line = Line()
     in_hand(line, 0, model, 8, since=NOW - 0.510)
     assert line.prediction.wait() == pytest.approx(0.400)
@@ -197,7 +197,7 @@ def test_a_batch_that_is_late_is_thought_to_be_late_again(model: Servable) -> No
     assert line.prediction.wait() == 30.0, "no more is made of it"
 
 
-def test_bulk_learns_for_itself_how_often_it_is_overtaken(model: Servable) -> None:
+def test_bulk_learns_its_own_caution(model: Servable) -> None:
     line = Line()
     ready(line, model, 8, Urgency.BULK)
     for _ in range(20):
@@ -208,14 +208,14 @@ def test_bulk_learns_for_itself_how_often_it_is_overtaken(model: Servable) -> No
         line.admission.check(0.120, Urgency.BULK)
 
 
-def test_several_devices_share_the_work(model: Servable) -> None:
+def test_wait_is_divided_by_devices(model: Servable) -> None:
     line = Line(devices=2)
     in_hand(line, 0, model, 8, since=NOW)
     ready(line, model, 9)
     assert line.prediction.wait() == pytest.approx((0.110 + 0.110 + 0.040) / 2)
 
 
-def test_batches_side_by_side_share_a_device(model: Servable) -> None:
+def test_wait_counts_concurrent_batches_of_a_device(model: Servable) -> None:
     line = Line(callers=2)
     in_hand(line, 1, model, 8, since=NOW - 0.050)
     assert line.prediction.wait() == pytest.approx(0.060), "it had the device for itself"
@@ -226,7 +226,7 @@ def test_batches_side_by_side_share_a_device(model: Servable) -> None:
     assert Line(callers=2).admit(model, NOW + 9, Price(canvases=3)) == pytest.approx(0.060)
 
 
-def test_a_decode_thread_that_infers_counts_as_one_of_the_devices(model: Servable) -> None:
+def test_wait_counts_inferring_decode_threads_as_devices(model: Servable) -> None:
     line = Line(callers=2)
     item = Item(BatchKey(model, CANVAS, 0.5), model)
     line.decoders[0].held = [cast(Any, item)]
@@ -238,14 +238,14 @@ def test_a_decode_thread_that_infers_counts_as_one_of_the_devices(model: Servabl
     assert line.prediction.wait() == pytest.approx(2 * (0.040 - 0.005)), "they share the device"
 
 
-def test_several_devices_may_have_several_threads_each(model: Servable) -> None:
+def test_wait_counts_threads_of_several_devices(model: Servable) -> None:
     line = Line(devices=2, callers=2)
     for number in (0, 1, 3):
         in_hand(line, number, model, 8, since=NOW - 0.050)
     assert line.prediction.wait() == pytest.approx((0.110 - 0.025) + 0.060 / 2)
 
 
-def test_bulk_has_its_share_and_no_more(model: Servable) -> None:
+def test_wait_bounds_the_share_of_bulk(model: Servable) -> None:
     line = Line()
     ready(line, model, 80, Urgency.BULK)
     assert line.prediction.wait() == 0.0, "all of it is overtaken"
@@ -254,14 +254,14 @@ def test_bulk_has_its_share_and_no_more(model: Servable) -> None:
     assert line.prediction.wait(Urgency.BULK) == pytest.approx(0.220 + 1.100)
 
 
-def test_bulk_that_is_little_takes_little(model: Servable) -> None:
+def test_wait_counts_little_bulk_as_little(model: Servable) -> None:
     line = Line()
     ready(line, model, 1, Urgency.BULK)
     ready(line, model, 80)
     assert line.prediction.wait() == pytest.approx(1.100 + 0.040)
 
 
-def test_where_decoding_takes_longer_it_decides(model: Servable) -> None:
+def test_wait_is_bound_by_decoding(model: Servable) -> None:
     line = Line()
     arrived(line, model, 6, seconds=0.200)
     assert line.prediction.wait() == pytest.approx(6 * 0.200 / 2)
@@ -269,14 +269,14 @@ def test_where_decoding_takes_longer_it_decides(model: Servable) -> None:
     assert line.prediction.wait() == pytest.approx(6 * 0.200 / 2), "decoded already"
 
 
-def test_what_an_image_needs(model: Servable) -> None:
+def test_admit_predicts_decode_and_inference(model: Servable) -> None:
     line, price = Line(), Price(CANVAS, decode=0.005)
     assert line.admit(model, NOW + 9, price) == pytest.approx(0.005 + 0.040)
     ready(line, model, 8)
     assert line.admit(model, NOW + 9, price) == pytest.approx(0.110 + 0.005 + 0.040)
 
 
-def test_what_is_long_keeps_only_what_is_long_waiting(model: Servable) -> None:
+def test_wait_of_long_decodes_leaves_short_ones_alone(model: Servable) -> None:
     line = Line()
     decoding(line, 0, model, 5.0, since=NOW - 1.0)
     arrived(line, model, 2, seconds=3.0)
@@ -292,13 +292,13 @@ def test_what_is_long_keeps_only_what_is_long_waiting(model: Servable) -> None:
     line.admit(model, NOW + 1.0, Price(CANVAS, decode=0.005))
 
 
-def test_work_that_infers_nothing_takes_no_device(model: Servable) -> None:
+def test_wait_counts_no_device_for_decoding_alone(model: Servable) -> None:
     line = Line()
     arrived(line, model, 2, seconds=0.1, infers=False)
     assert line.prediction.wait() == pytest.approx(0.1)
 
 
-def test_an_idle_service_refuses_what_alone_takes_too_long(model: Servable) -> None:
+def test_idle_service_refuses_impossible_deadline(model: Servable) -> None:
     line, drawn = Line(), Price(CANVAS, decode=0.1, after=16.0, long=True)
     with pytest.raises(Unavailable) as refused:
         line.admit(model, NOW + 9.0, drawn)
@@ -306,7 +306,7 @@ def test_an_idle_service_refuses_what_alone_takes_too_long(model: Servable) -> N
     line.admit(model, NOW + 17.0, drawn)
 
 
-def test_drawing_that_was_promised_counts_before_it_is_in_a_queue(model: Servable) -> None:
+def test_wait_counts_promised_drawing(model: Servable) -> None:
     line, drawn = Line(), Price(CANVAS, after=4.0, long=True)
     line.admit(model, NOW + 9.0, drawn)
     with line.prediction.booked(model, drawn), line.prediction.booked(model, drawn):
@@ -317,7 +317,7 @@ def test_drawing_that_was_promised_counts_before_it_is_in_a_queue(model: Servabl
     line.admit(model, NOW + 9.0, drawn)
 
 
-def test_requests_of_many_canvases_share_with_each_other_and_with_single_ones(
+def test_wait_shares_devices_between_batches_and_single_images(
     model: Servable,
 ) -> None:
     line, many = Line(batch=1), Price(CANVAS, canvases=100, window=4)
@@ -337,14 +337,14 @@ def test_requests_of_many_canvases_share_with_each_other_and_with_single_ones(
         )
 
 
-def test_many_images_go_in_batches_and_to_every_device(model: Servable) -> None:
+def test_wait_spreads_batches_over_devices(model: Servable) -> None:
     assert Line().admit(model, NOW + 9, Price(canvases=16)) == pytest.approx(0.220)
     assert Line(devices=2).admit(model, NOW + 9, Price(canvases=16)) == pytest.approx(0.110)
     assert Line(devices=2).admit(model, NOW + 9, Price(canvases=3)) == pytest.approx(0.050)
     assert Line(batch=1).admit(model, NOW + 9, Price(canvases=16)) == pytest.approx(0.640)
 
 
-def test_who_would_be_late_is_told_when_to_come_again(model: Servable) -> None:
+def test_late_request_gets_retry_after(model: Servable) -> None:
     line = Line()
     ready(line, model, 8)
     careful = 1.1 * (0.110 + 0.040) + WAY_BACK
@@ -355,7 +355,7 @@ def test_who_would_be_late_is_told_when_to_come_again(model: Servable) -> None:
     assert refused.value.retry_after == pytest.approx(0.010)
 
 
-def test_an_idle_service_lets_in_what_is_not_hopeless(model: Servable) -> None:
+def test_idle_service_accepts_uncertain_deadline(model: Servable) -> None:
     line = Line()
     line.admit(model, NOW + 0.014)
     with pytest.raises(Unavailable) as refused:
@@ -363,7 +363,7 @@ def test_an_idle_service_lets_in_what_is_not_hopeless(model: Servable) -> None:
     assert refused.value.reason == "deadline-too-short", "8 images took 110 ms, so one takes 13.75"
 
 
-def test_an_idle_service_tries_again_after_a_while(
+def test_idle_service_retries_after_stale_costs(
     model: Servable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow = Servable("tiny", 1, cast(Any, None), ())
@@ -375,7 +375,7 @@ def test_an_idle_service_tries_again_after_a_while(
     Line().admit(slow, NOW + 0.5)
 
 
-def test_the_queue_alone_refuses_by_its_wait(model: Servable) -> None:
+def test_queue_wait_alone_can_refuse(model: Servable) -> None:
     line = Line()
     line.admission.check(0.0, Urgency.INTERACTIVE)
     ready(line, model, 8)

@@ -58,12 +58,12 @@ def detections(*rows: tuple[float, float, float, float, float, int]) -> Detectio
         (1000, 400, (0, 300, 600)),
     ],
 )
-def test_where_tiles_begin(side: int, tile: int, begins: tuple[int, ...]) -> None:
+def test_tile_offsets_are_even(side: int, tile: int, begins: tuple[int, ...]) -> None:
     assert starts(side, tile) == begins
 
 
 @given(st.integers(1, 70_000), st.integers(32, 4096))
-def test_tiles_cover_the_side_and_overlap_by_a_quarter(side: int, tile: int) -> None:
+def test_tiles_cover_the_side_and_overlap(side: int, tile: int) -> None:
     begins = starts(side, tile)
     assert begins[0] == 0
     assert begins[-1] == max(0, side - tile), "shifted inwards: nothing to pad"
@@ -93,11 +93,11 @@ def test_tiles_cover_the_side_and_overlap_by_a_quarter(side: int, tile: int) -> 
         ((600, 800), 400, 7),
     ],
 )
-def test_how_many_views(size: tuple[int, int], tile: Tile, count: int) -> None:
+def test_tiling_counts_tiles_and_the_whole(size: tuple[int, int], tile: Tile, count: int) -> None:
     assert plan(Size(*size), RULE, tile).count == count
 
 
-def test_a_4k_frame_is_within_the_limit() -> None:
+def test_tiling_accepts_a_4k_frame() -> None:
     bundled = Buckets(sizes=(Size(448, 608), Size(608, 448), Size(512, 512)))
     chosen = plan(Size(2160, 3840), bundled, "auto")
     # Lying 9 x 7, standing 12 x 5, square 10 x 6.
@@ -111,7 +111,7 @@ tiles = st.one_of(st.just("auto"), st.integers(tiling.MIN_TILE, 3000))
 
 @settings(max_examples=60)
 @given(st.integers(1, 6000), st.integers(1, 6000), rules, tiles)
-def test_views_fit_their_canvas_and_cover_the_image(
+def test_tiles_fit_their_canvas_and_cover_the_image(
     height: int, width: int, rule: Buckets | ShortSide, tile: Tile
 ) -> None:
     image = Size(height, width)
@@ -137,7 +137,7 @@ def test_views_fit_their_canvas_and_cover_the_image(
 
 @settings(max_examples=60)
 @given(st.integers(1, 30_000), st.integers(1, 30_000), rules, tiles, st.integers(1, 200))
-def test_a_refusal_names_a_tile_that_fits(
+def test_tiling_refusal_names_a_fitting_size(
     height: int, width: int, rule: Buckets | ShortSide, tile: Tile, limit: int
 ) -> None:
     try:
@@ -154,7 +154,7 @@ def test_a_refusal_names_a_tile_that_fits(
 
 @pytest.mark.parametrize("size", [Size(1, 50_000_000), Size(50_000_000, 1), Size(10**9, 10**9)])
 @pytest.mark.parametrize("tile", ["auto", 32])
-def test_tiles_are_counted_and_not_made(size: Size, tile: Tile) -> None:
+def test_tiling_counts_without_cutting(size: Size, tile: Tile) -> None:
     def refuse(*_: object) -> None:
         pytest.fail("a grid was made to be counted")
 
@@ -165,24 +165,24 @@ def test_tiles_are_counted_and_not_made(size: Size, tile: Tile) -> None:
 
 
 @given(st.integers(1, 5000), st.integers(1, 700))
-def test_the_count_is_the_length_of_the_grid(side: int, tile: int) -> None:
+def test_tiling_count_equals_the_grid(side: int, tile: int) -> None:
     assert tiling._number(side, tile) == len(tiling.starts(side, tile))
 
 
 @pytest.mark.parametrize(("text", "tile"), [("off", "off"), ("auto", "auto"), ("640", 640)])
-def test_what_a_tile_may_be(text: str, tile: Tile) -> None:
+def test_tile_parameter_accepts_valid_values(text: str, tile: Tile) -> None:
     assert parse_tile(text) == tile
 
 
 @pytest.mark.parametrize(
     "text", ["", "foo", "0", "31", "65536", "-640", "6.4", "640x480", "²⁰⁰", "9" * 5000, "Auto"]
 )
-def test_what_a_tile_may_not_be(text: str) -> None:
+def test_tile_parameter_rejects_invalid_values(text: str) -> None:
     with pytest.raises(InvalidParameter, match="32 to 65535"):
         parse_tile(text)
 
 
-def test_a_tile_is_the_images_own_pixels() -> None:
+def test_tile_keeps_the_pixels_of_the_image() -> None:
     image = noise((1400, 1100))
     pixels = np.asarray(image)
     views = plan(Size(1100, 1400), RULE, "auto").views[:-1]
@@ -193,7 +193,7 @@ def test_a_tile_is_the_images_own_pixels() -> None:
         assert (made.canvas == pixels[y : y + height, x : x + width]).all()
 
 
-def test_a_tile_of_a_low_image_is_padded_below() -> None:
+def test_tile_of_a_low_image_is_padded() -> None:
     image = noise((1400, 100))
     (x, y), placed = plan(Size(100, 1400), RULE, "auto").views[1]
     made = cut(image, (x, y), placed)
@@ -202,7 +202,7 @@ def test_a_tile_of_a_low_image_is_padded_below() -> None:
     assert not made.canvas[100:].any()
 
 
-def test_a_tile_of_another_size_is_scaled_onto_its_canvas() -> None:
+def test_tile_of_another_size_is_scaled() -> None:
     image = Image.new("RGB", (1000, 1000))
     image.paste("white", (500, 500, 1000, 1000))
     chosen = plan(Size(1000, 1000), RULE, 640)
@@ -214,7 +214,7 @@ def test_a_tile_of_another_size_is_scaled_onto_its_canvas() -> None:
     assert made.canvas[100:, 100:].min() == 255
 
 
-def test_one_view_is_the_ordinary_way() -> None:
+def test_tiling_of_one_canvas_equals_no_tiling() -> None:
     data = encoded(noise((700, 500)), "JPEG")
     opened = open_image(data)
     canvases = tiling.lay_out(opened, plan(opened.size, RULE, "auto"), RULE)
@@ -273,7 +273,7 @@ def mistaken(view: View, found: Detections, objects: NDArray[np.float64]) -> Det
     st.sampled_from(["auto", 700, 300]),
     st.booleans(),
 )
-def test_every_object_is_found_once_and_whole(
+def test_merge_keeps_every_object_once(
     seed: int, size: tuple[int, int], tile: Tile, small: bool
 ) -> None:
     rng = np.random.default_rng(seed)
@@ -301,7 +301,7 @@ def test_every_object_is_found_once_and_whole(
 
 @settings(max_examples=15)
 @given(st.integers(0, 2**32 - 1), st.sampled_from(["auto", 300]))
-def test_neighbours_of_one_class_stay_apart(seed: int, tile: Tile) -> None:
+def test_merge_keeps_neighbours_of_one_class(seed: int, tile: Tile) -> None:
     rng = np.random.default_rng(seed)
     chosen = plan(Size(900, 1100), RULE, tile)
     step_x, step_y = guaranteed(chosen)
@@ -318,7 +318,7 @@ def test_neighbours_of_one_class_stay_apart(seed: int, tile: Tile) -> None:
 
 @settings(max_examples=20)
 @given(st.integers(0, 2**32 - 1))
-def test_boxes_below_the_score_threshold_change_nothing(seed: int) -> None:
+def test_merge_ignores_boxes_below_the_threshold(seed: int) -> None:
     rng = np.random.default_rng(seed)
     chosen = plan(Size(1200, 1600), RULE, "auto")
     views = []
@@ -363,14 +363,14 @@ assert (PAIR.columns, PAIR.rows) == ((0, 252), (0,))
         ((0, 0, 700, 448), 2, True, False),
     ],
 )
-def test_who_is_believed(
+def test_merge_prefers_the_tile_that_holds_the_box(
     box: tuple[int, int, int, int], view: int, kept: bool, at_border: bool
 ) -> None:
     best, cut_off = tiling.believed(PAIR, np.array([box], dtype=np.float64), np.array([view]))
     assert (bool(best[0]), bool(cut_off[0])) == (kept, at_border)
 
 
-def test_a_corner_is_left_to_the_tile_that_cuts_it_on_one_side_less() -> None:
+def test_merge_prefers_the_tile_with_fewer_cut_sides() -> None:
     square = RULE.tiles()[2]
     chosen = Plan(RULE.fit(Size(700, 700)), square, tiled=True)
     assert chosen.columns == chosen.rows == (0, 252)
@@ -396,13 +396,15 @@ def test_a_corner_is_left_to_the_tile_that_cuts_it_on_one_side_less() -> None:
         (300, 0, True, 0.46, True),
     ],
 )
-def test_fragments(x1: int, label: int, is_cut: bool, score: float, dropped: bool) -> None:
+def test_merge_drops_cut_fragments(
+    x1: int, label: int, is_cut: bool, score: float, dropped: bool
+) -> None:
     found = detections((x1, 100, 448, 200, 0.9, label), (0, 0, 400, 400, score, 0))
     parted = tiling.fragments(found, np.array([is_cut, False]))
     assert parted.tolist() == [dropped, False]
 
 
-def test_many_fragments_are_worked_off_in_chunks() -> None:
+def test_merge_drops_many_fragments_in_chunks() -> None:
     rows = [(i, i, i + 50, i + 50, 0.5, 0) for i in range(300)]
     rows += [(400, 400, 410, 410, 0.5, 0), (0, 0, 400, 400, 0.6, 0)]
     parted = tiling.fragments(detections(*rows), np.arange(302) < 301)
@@ -435,14 +437,14 @@ rows = st.tuples(corner, corner, extent, extent, st.integers(1, 5), st.integers(
 @given(
     st.lists(rows, max_size=30), st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]), st.integers(1, 40)
 )
-def test_nms_is_what_its_definition_says(
+def test_nms_equals_brute_force(
     boxes: list[tuple[float, float, float, float, float, int]], iou: float, limit: int
 ) -> None:
     found = detections(*boxes)
     assert tiling.nms(found, iou, limit=limit).tolist() == brute_force(found, iou, limit)
 
 
-def test_nms_by_hand() -> None:
+def test_nms_equals_hand_computed_table() -> None:
     # 10 x 10 boxes, 5 apart: 50 of 150 pixels shared.
     found = detections((0, 0, 10, 10, 0.5, 0), (5, 0, 15, 10, 0.9, 0), (5, 0, 15, 10, 0.7, 1))
     assert tiling.nms(found, 1 / 3 + 1e-9, limit=9).tolist() == [1, 2, 0]
@@ -451,7 +453,7 @@ def test_nms_by_hand() -> None:
     assert tiling.nms(detections(), 0.3, limit=1).tolist() == []
 
 
-def test_the_models_own_maximum_is_for_one_canvas() -> None:
+def test_merge_applies_max_detections_to_the_image() -> None:
     chosen = plan(Size(1600, 2000), RULE, "auto")
     rows = [(x, y, x + 20, y + 20, 0.9, 0) for x in range(9, 340, 21) for y in range(9, 440, 21)]
     views = [detections(*rows)] + [detections()] * (chosen.count - 1)
@@ -461,14 +463,14 @@ def test_the_models_own_maximum_is_for_one_canvas() -> None:
     assert selection().max_detections == 300
 
 
-def test_a_small_object_on_a_large_one_of_its_class_stays() -> None:
+def test_merge_keeps_small_object_on_a_large_one() -> None:
     chosen = plan(Size(1600, 2000), RULE, "auto")
     rows = detections((100, 100, 300, 300, 0.8, 0), (150, 150, 180, 180, 0.7, 0))
     views = [rows] + [detections()] * (chosen.count - 1)
     assert len(tiling.merge(chosen, views, selection())) == 2
 
 
-def test_nothing_found_anywhere() -> None:
+def test_merge_without_detections_is_empty() -> None:
     chosen = plan(Size(1600, 2000), RULE, "auto")
     merged = tiling.merge(chosen, [detections()] * chosen.count, selection())
     assert merged.boxes.shape == (0, 4)

@@ -79,7 +79,7 @@ def looks(dog: Watchdog[str], monkeypatch: pytest.MonkeyPatch) -> Callable[[], N
     return wait
 
 
-def test_a_worker_that_dies_is_told_of_with_what_it_held_and_works_on(stage: Stage) -> None:
+def test_dead_worker_is_reported_with_its_items_and_replaced(stage: Stage) -> None:
     runs: list[int] = []
 
     def body(worker: Worker[str]) -> None:
@@ -97,7 +97,7 @@ def test_a_worker_that_dies_is_told_of_with_what_it_held_and_works_on(stage: Sta
     assert not worker.held, "the new thread has not taken anything yet"
 
 
-def test_a_worker_is_replaced_though_nobody_could_be_told(
+def test_dead_worker_is_replaced_when_the_report_fails(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs: list[int] = []
@@ -118,9 +118,7 @@ def test_a_worker_is_replaced_though_nobody_could_be_told(
     assert len(stage.deaths) == 1
 
 
-def test_a_worker_that_came_to_its_end_is_left_alone(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_finished_worker_is_not_replaced(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[int] = []
     worker: Worker[str] = Worker("device-0", lambda _: runs.append(1))
     stage.watch(worker)
@@ -130,7 +128,7 @@ def test_a_worker_that_came_to_its_end_is_left_alone(
     assert (runs, stage.deaths) == ([1], [])
 
 
-def test_a_wedge_is_told_once_with_its_seconds(
+def test_watchdog_reports_a_wedge_once_with_its_duration(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def body(worker: Worker[str]) -> None:
@@ -146,7 +144,7 @@ def test_a_wedge_is_told_once_with_its_seconds(
     assert seconds > 0.05
 
 
-def test_an_idle_worker_is_never_wedged(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_watchdog_ignores_idle_workers(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     def body(worker: Worker[str]) -> None:
         worker.hold(["image"], limit=1e-6)
         worker.hold((), limit=1e-6)
@@ -160,7 +158,7 @@ def test_an_idle_worker_is_never_wedged(stage: Stage, monkeypatch: pytest.Monkey
     assert stage.wedges == []
 
 
-def test_a_worker_that_gets_on_is_not_wedged_however_long_it_takes(
+def test_watchdog_ignores_workers_that_make_progress(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
@@ -181,7 +179,7 @@ def test_a_worker_that_gets_on_is_not_wedged_however_long_it_takes(
     assert len(stage.wedges) == 1
 
 
-def test_time_that_the_whole_process_stood_still_is_nobodys(
+def test_watchdog_ignores_pauses_of_the_process(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
@@ -201,9 +199,7 @@ def test_time_that_the_whole_process_stood_still_is_nobodys(
     assert [name for name, _ in stage.wedges] == ["device-0"]
 
 
-def test_the_watchdog_goes_on_after_a_failure_of_its_own(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_watchdog_survives_its_own_failure(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     def body(worker: Worker[str]) -> None:
         worker.hold([worker.name], limit=0.02)
         stage.over.wait(LIMIT)
@@ -218,7 +214,7 @@ def test_the_watchdog_goes_on_after_a_failure_of_its_own(
     assert len(stage.wedges) == 2
 
 
-def test_a_closed_watchdog_looks_no_more_and_one_never_started_closes(stage: Stage) -> None:
+def test_watchdog_close_stops_it(stage: Stage) -> None:
     worker: Worker[str] = Worker("device-0", lambda _: None)
     stage.watch(worker)
     assert stage.dog is not None

@@ -48,13 +48,13 @@ rules = st.one_of(bucket_rules, short_side_rules)
         ((5000, 1), (512, 1), (512, 384)),
     ],
 )
-def test_buckets_take_the_canvas_of_least_padding(
+def test_buckets_choose_least_padding(
     original: tuple[int, int], resized: tuple[int, int], canvas: tuple[int, int]
 ) -> None:
     assert THREE.fit(Size(*original)) == Letterbox(Size(*original), Size(*resized), Size(*canvas))
 
 
-def test_the_earlier_canvas_wins_a_tie() -> None:
+def test_buckets_choose_the_earlier_on_ties() -> None:
     lying, upright = Size(64, 96), Size(96, 64)
     assert Buckets(sizes=(lying, upright)).fit(Size(50, 50)).canvas == lying
     assert Buckets(sizes=(upright, lying)).fit(Size(50, 50)).canvas == upright
@@ -73,7 +73,7 @@ def test_the_earlier_canvas_wins_a_tie() -> None:
         ((1, 5000), (1, 1333), (32, 1344)),
     ],
 )
-def test_short_side_is_torchvision_s_rule(
+def test_short_side_equals_torchvision(
     original: tuple[int, int], resized: tuple[int, int], canvas: tuple[int, int]
 ) -> None:
     assert TORCHVISION.fit(Size(*original)) == Letterbox(
@@ -82,7 +82,7 @@ def test_short_side_is_torchvision_s_rule(
 
 
 @given(rules, images)
-def test_the_image_fits_its_canvas_of_multiples_of_32(rule: CanvasRule, size: Size) -> None:
+def test_canvas_is_a_multiple_of_32_and_holds_the_image(rule: CanvasRule, size: Size) -> None:
     placed = rule.fit(size)
     assert placed.original == size
     assert all(side >= 32 and side % 32 == 0 for side in placed.canvas)
@@ -93,7 +93,7 @@ def test_the_image_fits_its_canvas_of_multiples_of_32(rule: CanvasRule, size: Si
 
 
 @given(rules, images)
-def test_the_aspect_ratio_is_kept_to_a_pixel(rule: CanvasRule, size: Size) -> None:
+def test_letterbox_keeps_the_aspect_ratio(rule: CanvasRule, size: Size) -> None:
     resized = rule.fit(size).resized
     x, y = resized.width / size.width, resized.height / size.height
     # Both sides are within a pixel of one common scale, but for those that would vanish.
@@ -102,7 +102,7 @@ def test_the_aspect_ratio_is_kept_to_a_pixel(rule: CanvasRule, size: Size) -> No
 
 
 @given(bucket_rules, images)
-def test_a_bucket_is_touched_by_the_image_in_one_side(rule: Buckets, size: Size) -> None:
+def test_letterbox_fills_one_side_of_a_bucket(rule: Buckets, size: Size) -> None:
     placed = rule.fit(size)
     assert (
         placed.resized.width == placed.canvas.width or placed.resized.height == placed.canvas.height
@@ -110,7 +110,7 @@ def test_a_bucket_is_touched_by_the_image_in_one_side(rule: Buckets, size: Size)
 
 
 @given(bucket_rules, images)
-def test_no_other_bucket_has_less_padding(rule: Buckets, size: Size) -> None:
+def test_buckets_choice_is_optimal(rule: Buckets, size: Size) -> None:
     def padding(placed: Letterbox) -> int:
         return placed.canvas.area - placed.resized.area
 
@@ -122,7 +122,7 @@ def test_no_other_bucket_has_less_padding(rule: Buckets, size: Size) -> None:
 
 
 @given(short_side_rules, images)
-def test_short_side_reaches_its_limit_and_does_not_pass_it(rule: ShortSide, size: Size) -> None:
+def test_short_side_is_bounded_by_the_long_side(rule: ShortSide, size: Size) -> None:
     resized = rule.fit(size).resized
     assert min(resized) <= rule.short
     assert max(resized) <= rule.long
@@ -131,7 +131,7 @@ def test_short_side_reaches_its_limit_and_does_not_pass_it(rule: ShortSide, size
 
 
 @given(rules, images, st.lists(st.floats(0, 1), min_size=4, max_size=4))
-def test_boxes_map_there_and_back(rule: CanvasRule, size: Size, shares: list[float]) -> None:
+def test_boxes_round_trip(rule: CanvasRule, size: Size, shares: list[float]) -> None:
     x1, x2 = sorted(shares[:2])
     y1, y2 = sorted(shares[2:])
     box = np.array(
@@ -148,7 +148,7 @@ def test_boxes_map_there_and_back(rule: CanvasRule, size: Size, shares: list[flo
     assert np.allclose(back, box, rtol=1e-5, atol=1e-3)
 
 
-def test_each_axis_has_its_own_ratio_and_boxes_are_clipped() -> None:
+def test_boxes_use_a_ratio_per_axis_and_are_clipped() -> None:
     placed = Letterbox(original=Size(100, 300), resized=Size(43, 128), canvas=Size(64, 128))
     assert placed.ratios == (128 / 300, 43 / 100)
     boxes = np.array([[12.8, 4.3, 64.0, 43.0], [-5.0, -5.0, 500.0, 60.0]], dtype=np.float32)
@@ -157,14 +157,14 @@ def test_each_axis_has_its_own_ratio_and_boxes_are_clipped() -> None:
     assert np.allclose(placed.to_canvas(np.float32(expected)[:1]), boxes[:1], atol=1e-5)
 
 
-def test_no_boxes_map_to_no_boxes() -> None:
+def test_empty_boxes_stay_empty() -> None:
     none = np.zeros((0, 4), dtype=np.float32)
     placed = THREE.fit(Size(480, 640))
     assert placed.to_original(none).shape == (0, 4)
     assert placed.to_canvas(none).shape == (0, 4)
 
 
-def test_largest() -> None:
+def test_largest_canvas_of_a_rule() -> None:
     assert THREE.largest() == Size(448, 448)
     assert TORCHVISION.largest() == Size(800, 1344)
     assert ShortSide(short=900, long=100).largest() == Size(128, 128)
@@ -184,7 +184,7 @@ def test_largest() -> None:
         {"rule": "short-side", "short": 800, "long": 1333, "multiple": 32, "round": "floor"},
     ],
 )
-def test_the_contract_s_json_is_read_and_written(rule: dict[str, Any]) -> None:
+def test_canvas_json_round_trips(rule: dict[str, Any]) -> None:
     adapter: TypeAdapter[CanvasRule] = TypeAdapter(CanvasRule)
     read = adapter.validate_python(rule)
     assert read == (THREE if rule["rule"] == "buckets" else TORCHVISION)
@@ -209,18 +209,18 @@ def test_the_contract_s_json_is_read_and_written(rule: dict[str, Any]) -> None:
         {"rule": "stretch"},
     ],
 )
-def test_rules_that_make_no_sense_are_refused(rule: dict[str, Any]) -> None:
+def test_invalid_canvas_rules_are_refused(rule: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         TypeAdapter(CanvasRule).validate_python(rule)
 
 
-def test_the_refusal_names_the_canvas() -> None:
+def test_invalid_canvas_error_names_the_canvas() -> None:
     with pytest.raises(ValidationError, match="canvas 384x500 is not a positive multiple of 32"):
         Buckets(sizes=(Size(384, 500),))
 
 
 @given(rules)
-def test_tiles_fill_a_canvas_at_their_own_resolution(rule: Buckets | ShortSide) -> None:
+def test_tile_sizes_fill_a_canvas(rule: Buckets | ShortSide) -> None:
     tiles = rule.tiles()
     assert tiles
     for tile in tiles:

@@ -112,7 +112,9 @@ def assert_quarters(canvas: NDArray[np.uint8], size: Size, *, tolerance: int) ->
         ("WEBP", {"quality": 95}, 6, "image/webp"),
     ],
 )
-def test_each_accepted_type(kind: str, options: dict[str, Any], tolerance: int, media: str) -> None:
+def test_decode_accepts_jpeg_png_webp(
+    kind: str, options: dict[str, Any], tolerance: int, media: str
+) -> None:
     data = encoded(quarters(), kind, **options)
     prepared = prepare(data, RULE)
     assert media_type(data) == media
@@ -128,13 +130,13 @@ def grey_of(colour: tuple[int, int, int]) -> tuple[int, int, int]:
     return grey, grey, grey
 
 
-def test_cmyk_jpeg() -> None:
+def test_decode_converts_cmyk_jpeg() -> None:
     data = encoded(quarters().convert("CMYK"), "JPEG", quality=95)
     assert Image.open(io.BytesIO(data)).mode == "CMYK"
     assert_quarters(prepare(data, RULE).canvas, Size(96, 128), tolerance=4)
 
 
-def test_grey_jpeg() -> None:
+def test_decode_converts_grey_jpeg() -> None:
     data = encoded(quarters().convert("L"), "JPEG", quality=95)
     canvas = prepare(data, RULE).canvas
     assert np.abs(canvas[24, 32].astype(int) - grey_of(RED)).max() <= 2
@@ -169,7 +171,7 @@ def test_16_bit_rgba_is_laid_on_white() -> None:
     assert np.asarray(decode(data)).tolist() == [[[255, 255, 255], [200, 40, 40]]]
 
 
-def test_palette() -> None:
+def test_decode_converts_palette() -> None:
     data = encoded(quarters().quantize(8), "PNG")
     assert Image.open(io.BytesIO(data)).mode == "P"
     assert_quarters(prepare(data, RULE).canvas, Size(96, 128), tolerance=1)
@@ -211,7 +213,7 @@ def test_grey_with_alpha_is_laid_on_white() -> None:
     assert np.asarray(decode(data)).tolist() == [[[50] * 3, [255] * 3]]
 
 
-def test_one_bit() -> None:
+def test_decode_converts_one_bit() -> None:
     image = Image.new("1", (2, 1))
     image.putpixel((1, 0), 1)
     data = encoded(image, "PNG")
@@ -219,7 +221,7 @@ def test_one_bit() -> None:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
-def test_the_first_frame_of_an_animation(kind: str) -> None:
+def test_decode_takes_the_first_frame(kind: str) -> None:
     frames = [quarters(), Image.new("RGB", (256, 192), BLUE), Image.new("RGB", (256, 192), RED)]
     options = {"lossless": True} if kind == "WEBP" else {}
     data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], duration=50, **options)
@@ -242,7 +244,9 @@ def test_the_first_frame_of_an_animation(kind: str) -> None:
         ("WEBP", (256, 192)),
     ],
 )
-def test_orientation(kind: str, size: tuple[int, int], orientation: int) -> None:
+def test_decode_follows_exif_orientation(
+    kind: str, size: tuple[int, int], orientation: int
+) -> None:
     stored = STORED[orientation](quarters(*size))
     data = encoded(stored, kind, exif=oriented(orientation), quality=95)
     prepared = prepare(data, RULE)
@@ -255,7 +259,7 @@ def test_orientation(kind: str, size: tuple[int, int], orientation: int) -> None
     assert_quarters(np.asarray(whole), upright, tolerance=6)
 
 
-def test_exif_after_the_pixels_of_a_png() -> None:
+def test_decode_reads_png_exif_after_the_pixels() -> None:
     stored = STORED[6](quarters())
     exif = oriented(6).tobytes()[6:]
     data = encoded(stored, "PNG")
@@ -265,7 +269,7 @@ def test_exif_after_the_pixels_of_a_png() -> None:
     assert_quarters(prepare(data, RULE).canvas, Size(96, 128), tolerance=0)
 
 
-def test_xmp_after_the_pixels_of_a_png() -> None:
+def test_decode_reads_png_xmp_after_the_pixels() -> None:
     xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
     data = encoded(STORED[6](quarters()), "PNG")
     end = data.index(b"IEND") - 4
@@ -273,7 +277,7 @@ def test_xmp_after_the_pixels_of_a_png() -> None:
     assert probe(data[:end] + late + data[end:]) == Size(192, 256)
 
 
-def test_a_png_is_measured_without_its_pixels() -> None:
+def test_open_png_reads_no_pixels() -> None:
     data = png(2000, 1000, 8, 2, (b"tEXt", b"k\0v"), (b"IDAT", b"no pixels"), (b"tIME", bytes(7)))
     assert probe(data) == Size(1000, 2000)
     with pytest.raises(MalformedImage):
@@ -283,7 +287,7 @@ def test_a_png_is_measured_without_its_pixels() -> None:
 
 
 @pytest.mark.parametrize("value", [0, 9, 65535])
-def test_an_orientation_that_does_not_exist_is_ignored(value: int) -> None:
+def test_decode_ignores_invalid_orientation(value: int) -> None:
     data = encoded(quarters(), "JPEG", exif=oriented(value), quality=95)
     assert_quarters(prepare(data, RULE).canvas, Size(96, 128), tolerance=4)
 
@@ -305,7 +309,7 @@ FIELD = (0x010F, 3, 1, 5)
 @pytest.mark.parametrize("order", "<>")
 @pytest.mark.parametrize("kind", [3, 4])
 @pytest.mark.parametrize("image", ["JPEG", "PNG", "WEBP"])
-def test_orientation_however_it_is_written(image: str, kind: int, order: str) -> None:
+def test_decode_reads_every_encoding_of_orientation(image: str, kind: int, order: str) -> None:
     block = exif(FIELD, FIELD, (EXIF_ORIENTATION, kind, 1, 6), FIELD, order=order)
     assert probe(encoded(quarters(), image, exif=block)) == Size(256, 192)
     read = Image.Exif()
@@ -313,7 +317,7 @@ def test_orientation_however_it_is_written(image: str, kind: int, order: str) ->
     assert read[EXIF_ORIENTATION] == 6
 
 
-def test_orientation_in_a_png_s_text() -> None:
+def test_decode_reads_orientation_in_png_text() -> None:
     block = exif((EXIF_ORIENTATION, 3, 1, 6))
     digits = block.hex()
     text = f"\nexif\n{len(block):8}\n{digits[:72]}\n{digits[72:]}\n"
@@ -327,7 +331,7 @@ def test_orientation_in_a_png_s_text() -> None:
 
 
 @pytest.mark.parametrize("image", ["JPEG", "PNG", "WEBP"])
-def test_exif_is_never_read_by_pillow(image: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decode_never_uses_pillow_exif(image: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It makes an object of each of as many values as a field says it has."""
     data = encoded(quarters(), image, exif=exif((EXIF_ORIENTATION, 3, 1, 6)))
 
@@ -339,7 +343,7 @@ def test_exif_is_never_read_by_pillow(image: str, monkeypatch: pytest.MonkeyPatc
     assert decode(data).size == (192, 256)
 
 
-def test_no_more_than_some_fields_are_looked_at() -> None:
+def test_decode_bounds_exif_fields() -> None:
     last = (EXIF_ORIENTATION, 3, 1, 6)
     assert probe(encoded(quarters(), "JPEG", exif=exif(*[FIELD] * 1023, last))) == Size(256, 192)
     assert probe(encoded(quarters(), "JPEG", exif=exif(*[FIELD] * 1024, last))) == Size(192, 256)
@@ -362,7 +366,7 @@ RUBBISH_EXIF = (
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("exif", RUBBISH_EXIF)
-def test_rubbish_in_exif_does_not_cost_the_image(kind: str, exif: bytes) -> None:
+def test_decode_ignores_broken_exif(kind: str, exif: bytes) -> None:
     data = encoded(quarters(), kind, exif=exif, quality=95)
     assert_quarters(prepare(data, RULE).canvas, Size(96, 128), tolerance=6)
 
@@ -370,7 +374,7 @@ def test_rubbish_in_exif_does_not_cost_the_image(kind: str, exif: bytes) -> None
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @settings(max_examples=60, deadline=None)
 @given(st.binary(max_size=60))
-def test_any_exif_does_not_cost_the_image(body: bytes) -> None:
+def test_decode_ignores_any_exif(body: bytes) -> None:
     for head in (b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01", b"Exif\0\0MM\0*"):
         data = encoded(quarters(16, 12), "JPEG", exif=head + body)
         assert sorted(probe(data)) == [12, 16]
@@ -381,7 +385,7 @@ def test_any_exif_does_not_cost_the_image(body: bytes) -> None:
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("size", [(1, 1), (4000, 1), (1, 4000), (3, 2000), (17, 5), (129, 97)])
-def test_tiny_and_extreme_images(kind: str, size: tuple[int, int]) -> None:
+def test_decode_handles_extreme_sizes(kind: str, size: tuple[int, int]) -> None:
     data = encoded(Image.new("RGB", size, (90, 90, 90)), kind)
     prepared = prepare(data, RULE)
     height, width = prepared.letterbox.resized
@@ -394,7 +398,7 @@ def test_tiny_and_extreme_images(kind: str, size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
-def test_a_box_on_the_canvas_maps_back_to_the_object(orientation: int) -> None:
+def test_box_on_the_canvas_maps_back_to_the_object(orientation: int) -> None:
     upright = Image.new("RGB", (640, 400))
     upright.paste((255, 255, 255), (200, 100, 360, 220))
     data = encoded(STORED[orientation](upright), "PNG", exif=oriented(orientation))
@@ -413,7 +417,7 @@ def test_a_box_on_the_canvas_maps_back_to_the_object(orientation: int) -> None:
     )
 
 
-def test_draft_scaling_agrees_with_a_full_decode() -> None:
+def test_jpeg_draft_agrees_with_full_decode() -> None:
     """DCT scaling is another filter than resizing alone: a few grey levels at edges, not more."""
     image, _ = draw_smear(1, width=1600, height=1200)
     data = encoded(image, "JPEG", quality=92)
@@ -427,7 +431,7 @@ def test_draft_scaling_agrees_with_a_full_decode() -> None:
     assert difference.max() > 0
 
 
-def test_a_image_is_prepared_as_pillow_resizes_it() -> None:
+def test_prepare_resizes_as_pillow_does() -> None:
     image, _ = draw_smear(2, width=300, height=200)
     prepared = prepare(encoded(image, "PNG"), ShortSide(short=100, long=140))
     assert prepared.letterbox.resized == Size(93, 140)
@@ -438,14 +442,14 @@ def test_a_image_is_prepared_as_pillow_resizes_it() -> None:
 
 
 @pytest.mark.parametrize("size", [(128, 96), (256, 192), (100, 96)])
-def test_a_canvas_may_be_written(size: tuple[int, int]) -> None:
+def test_prepared_canvas_is_writable(size: tuple[int, int]) -> None:
     """torch takes no other; also where the image fills it, scaled or not."""
     rule = Buckets(sizes=(Size(96, 128),))
     assert prepare(encoded(quarters(*size), "JPEG"), rule).canvas.flags.writeable
 
 
 @pytest.mark.parametrize("wrap", [bytes, memoryview, lambda data: memoryview(bytearray(data))])
-def test_bytes_and_views_of_bytes(wrap: Callable[[bytes], bytes | memoryview]) -> None:
+def test_decode_accepts_bytes_and_memoryviews(wrap: Callable[[bytes], bytes | memoryview]) -> None:
     data = encoded(quarters(), "JPEG", quality=95)
     assert np.array_equal(prepare(wrap(data), RULE).canvas, prepare(data, RULE).canvas)
     assert media_type(wrap(data)) == "image/jpeg"
@@ -474,13 +478,13 @@ def svg() -> bytes:
         b"%PDF-1.7",
     ],
 )
-def test_what_is_no_accepted_type(data: bytes) -> None:
+def test_decode_rejects_other_types(data: bytes) -> None:
     for function in (lambda: prepare(data, RULE), lambda: decode(data), lambda: probe(data)):
         with pytest.raises(UnsupportedMedia, match="JPEG, PNG or WebP"):
             function()
 
 
-def test_no_bytes() -> None:
+def test_decode_rejects_empty_input() -> None:
     with pytest.raises(MalformedImage, match="empty"):
         prepare(b"", RULE)
 
@@ -490,7 +494,7 @@ def test_no_bytes() -> None:
     [("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("WEBP", {})],
 )
 @pytest.mark.parametrize("share", [0.02, 0.1, 0.5, 0.9])
-def test_truncated(kind: str, options: dict[str, Any], share: float) -> None:
+def test_decode_rejects_truncated_images(kind: str, options: dict[str, Any], share: float) -> None:
     image, _ = draw_smear(3, width=320, height=240)
     data = encoded(image, kind, **options)
     part = data[: max(20, int(len(data) * share))]
@@ -502,7 +506,7 @@ def test_truncated(kind: str, options: dict[str, Any], share: float) -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @settings(max_examples=80, deadline=None)
 @given(st.sampled_from(["JPEG", "PNG", "WEBP"]), st.data())
-def test_flipped_bytes_give_a_image_or_a_refusal(kind: str, data: st.DataObject) -> None:
+def test_decode_survives_flipped_bytes(kind: str, data: st.DataObject) -> None:
     body = bytearray(encoded(quarters(32, 24), kind))
     places = data.draw(st.lists(st.integers(0, len(body) - 1), min_size=1, max_size=8))
     for place in places:
@@ -537,13 +541,13 @@ def lossy_webp(width: int, height: int) -> bytes:
     ],
     ids=["png", "animated webp", "animated webp of 64 Mpx", "lossless webp", "lossy webp"],
 )
-def test_a_huge_image_is_refused_by_its_header(data: bytes) -> None:
+def test_decode_rejects_huge_image_by_header(data: bytes) -> None:
     for function in (lambda: prepare(data, RULE), lambda: decode(data), lambda: probe(data)):
         with pytest.raises(TooLarge, match="at most 50000000 are accepted"):
             function()
 
 
-def test_the_limit_is_inclusive_and_counts_pixels() -> None:
+def test_pixel_limit_is_inclusive() -> None:
     for kind in ("JPEG", "PNG", "WEBP"):
         data = encoded(quarters(40, 20), kind)
         assert prepare(data, RULE, max_pixels=800).letterbox.original == Size(20, 40)
@@ -551,7 +555,7 @@ def test_the_limit_is_inclusive_and_counts_pixels() -> None:
             prepare(data, RULE, max_pixels=799)
 
 
-def test_a_bomb_of_text_is_refused() -> None:
+def test_decode_rejects_text_bomb() -> None:
     bomb = zlib.compress(bytes(PngImagePlugin.MAX_TEXT_CHUNK * 4))
     data = png(1, 1, 8, 0, (b"zTXt", b"key\0\0" + bomb), (b"IDAT", zlib.compress(bytes(2))))
     with pytest.raises(MalformedImage):
@@ -559,22 +563,22 @@ def test_a_bomb_of_text_is_refused() -> None:
 
 
 @pytest.mark.parametrize("size", [(0, 5), (5, 0)])
-def test_a_image_without_pixels_is_refused(size: tuple[int, int]) -> None:
+def test_decode_rejects_image_without_pixels(size: tuple[int, int]) -> None:
     with pytest.raises(MalformedImage):
         prepare(png(*size, 8, 2, (b"IDAT", zlib.compress(b""))), RULE)
 
 
-def test_a_webp_beyond_what_the_decoder_takes_is_too_large_whatever_the_limit() -> None:
+def test_decode_rejects_webp_beyond_the_decoder_limit() -> None:
     with pytest.raises(TooLarge, match="too large to decode"):
         probe(webp_canvas(16_000, 16_000), max_pixels=10**9)
 
 
-def test_a_png_that_breaks_off_before_its_exif_may_come_is_not_measured() -> None:
+def test_open_rejects_png_truncated_before_exif() -> None:
     data = encoded(quarters(), "PNG")
     with pytest.raises(MalformedImage, match="truncated"):
         probe(data[: len(data) // 2])
 
 
-def test_a_webp_of_no_known_kind_is_refused() -> None:
+def test_decode_rejects_unknown_webp_chunk() -> None:
     with pytest.raises(MalformedImage):
         probe(b"RIFF\x10\0\0\0WEBPVP9 " + bytes(20))

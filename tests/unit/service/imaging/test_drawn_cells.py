@@ -39,7 +39,7 @@ def detect(detector: Detector, image: bytes) -> Detections:
     return select(raw, prepared.letterbox, selection)
 
 
-def test_drawn_cells_are_found_and_little_else(detector: Detector) -> None:
+def test_bundled_model_finds_drawn_cells(detector: Detector) -> None:
     classes = detector.metadata.classes
     drawn = hits = seen = 0
     for seed in range(12):
@@ -54,7 +54,7 @@ def test_drawn_cells_are_found_and_little_else(detector: Detector) -> None:
     assert hits / seen >= 0.85
 
 
-def test_the_sample_on_the_page_is_counted_right(detector: Detector) -> None:
+def test_bundled_model_counts_the_sample(detector: Detector) -> None:
     detections = detect(detector, sample_jpeg())
     counts = Counter(detector.metadata.classes[label] for label in detections.labels)
     assert counts == {RED: 13, WHITE: 1, PLATELET: 3}

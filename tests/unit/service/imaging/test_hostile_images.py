@@ -95,7 +95,7 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_bomb_stays_small(name: str) -> None:
+def test_decompression_bombs_stay_small(name: str) -> None:
     data = HOSTILE[name]()
     tracemalloc.start()
     with contextlib.suppress(MalformedImage, TooLarge):
@@ -138,7 +138,7 @@ COUNTLESS: dict[str, Callable[[int], bytes]] = {
 
 
 @pytest.mark.parametrize("name", COUNTLESS)
-def test_more_parts_than_anybody_needs(name: str) -> None:
+def test_images_of_too_many_parts_are_refused(name: str) -> None:
     prepare(COUNTLESS[name](20), RULE)
     with pytest.raises(MalformedImage, match=r"more than|at most"):
         prepare(COUNTLESS[name](64), RULE)
@@ -146,7 +146,7 @@ def test_more_parts_than_anybody_needs(name: str) -> None:
 
 @pytest.mark.parametrize("between", [b"", b"\x00", b"\xff" * 131_068, b"\xda" * 131_069])
 @pytest.mark.parametrize("before", [b"", b"\xff"])
-def test_scans_are_counted_wherever_they_stand(before: bytes, between: bytes) -> None:
+def test_jpeg_scans_are_counted_everywhere(before: bytes, between: bytes) -> None:
     scan = START_OF_SCAN + b"\x00" + between
     JpegReader(before + scan * MOST_SCANS)
     with pytest.raises(MalformedImage, match=f"{MOST_SCANS + 1} scans"):
@@ -167,7 +167,7 @@ COLOURED = encoded(one_red(), "JPEG")
         encoded(one_red().convert("CMYK"), "JPEG"),
     ],
 )
-def test_an_ordinary_jpeg_is_read_unwatched(data: bytes) -> None:
+def test_baseline_jpeg_is_decoded_without_scan_limit(data: bytes) -> None:
     assert type(jpeg_file(data)) is io.BytesIO
 
 
@@ -189,11 +189,11 @@ def test_an_ordinary_jpeg_is_read_unwatched(data: bytes) -> None:
         COLOURED[:2],
     ],
 )
-def test_any_other_is_watched(data: bytes) -> None:
+def test_progressive_jpeg_is_decoded_with_scan_limit(data: bytes) -> None:
     assert isinstance(jpeg_file(data), JpegReader)
 
 
-def test_scans_behind_the_one_that_holds_all_colours_are_never_decoded() -> None:
+def test_scans_after_the_complete_one_are_not_decoded() -> None:
     """The decoder says that it expected the end, however many there are."""
     scan = GREY[GREY.index(START_OF_SCAN) : -2]
     with pytest.raises(MalformedImage, match="does not decode"):
@@ -215,7 +215,7 @@ class CountedDecoder:
         return self._decoder.decode(data)
 
 
-def test_filling_is_not_gone_through_over_and_over(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jpeg_fill_bytes_are_scanned_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The decoder leaves filling until it ends, and so gets it again with whatever comes next."""
     decoders: list[CountedDecoder] = []
     make = Image._getdecoder
@@ -248,12 +248,12 @@ POLYGLOTS: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("name", POLYGLOTS)
-def test_only_three_kinds_by_their_first_bytes(name: str) -> None:
+def test_only_three_decoders_are_ever_tried(name: str) -> None:
     with pytest.raises(UnsupportedMedia):
         prepare(POLYGLOTS[name], RULE)
 
 
-def test_what_hangs_behind_or_beside_a_image_does_not_matter() -> None:
+def test_trailing_data_is_ignored() -> None:
     plain = prepare(encoded(one_red()), RULE).canvas
     assert (prepare(encoded(one_red()) + b"PK\x03\x04 a zip file", RULE).canvas == plain).all()
     # What a camera's film holds is as good as random: the two bytes of a marker, hundreds of times.
@@ -264,7 +264,7 @@ def test_what_hangs_behind_or_beside_a_image_does_not_matter() -> None:
 
 
 @pytest.mark.parametrize("data", [png()[:-40], png()[:60], encoded(one_red(), "WEBP")[:90]])
-def test_errors_tell_nothing_of_the_machine(data: bytes) -> None:
+def test_image_errors_reveal_no_paths(data: bytes) -> None:
     with pytest.raises(MalformedImage) as raised:
         prepare(data, RULE)
     assert "/" not in str(raised.value)
@@ -291,7 +291,7 @@ def palette(*extra: bytes, depth: int = 8) -> bytes:
     ids=["no palette", "only transparency", "empty", "cut", "more transparency than colours"],
 )
 @pytest.mark.parametrize("whole", [False, True])
-def test_what_a_decoder_asserts_is_the_files_fault(data: bytes, whole: bool) -> None:
+def test_decoder_assertions_are_image_errors(data: bytes, whole: bool) -> None:
     memory = DecodeMemory(1 << 30)
     # Such a file is refused, or its colours are black: never an error of another kind.
     with contextlib.suppress(MalformedImage):

@@ -31,7 +31,7 @@ def needed(data: bytes, rule: Buckets | None) -> int:
         return memory.held
 
 
-def test_room_is_held_and_given_back() -> None:
+def test_decode_memory_is_held_and_freed() -> None:
     memory = DecodeMemory(1 << 30)
     assert prepare(encoded(one_red()), RULE, memory=memory).canvas.shape == (96, 128, 3)
     assert decode(encoded(one_red()), memory=memory).size == (128, 96)
@@ -42,7 +42,7 @@ def test_room_is_held_and_given_back() -> None:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
-def test_what_does_not_fit_even_alone_is_refused(kind: str) -> None:
+def test_decode_memory_refuses_what_never_fits(kind: str) -> None:
     data = encoded(noise((1000, 800)), kind)
     memory = DecodeMemory(1_000_000)
     with pytest.raises(TooLarge, match="875000"):
@@ -51,7 +51,7 @@ def test_what_does_not_fit_even_alone_is_refused(kind: str) -> None:
     assert prepare(encoded(one_red(), kind), RULE, memory=memory).canvas.any()
 
 
-def test_a_large_jpeg_takes_what_it_is_scaled_to() -> None:
+def test_decode_memory_of_a_jpeg_is_its_scaled_size() -> None:
     data = encoded(noise((1600, 1200)), "JPEG")
     sides = 40 * (1600 + 1200)
     assert needed(data, RULE) == 200 * 150 * (4 + COPY_BYTES) + sides
@@ -60,19 +60,19 @@ def test_a_large_jpeg_takes_what_it_is_scaled_to() -> None:
     assert needed(progressive, RULE) == 200 * 150 * (4 + COPY_BYTES) + 1600 * 1200 * 6 + sides
 
 
-def test_a_bomb_is_known_by_its_header() -> None:
+def test_decode_memory_refuses_bombs_by_header() -> None:
     scaled = LARGEST_COPIED * COPY_BYTES + STRIP + 40 * 16_000
     assert needed(huge_png(8000), RULE) == 8000 * 8000 * 5 + scaled
 
 
 @pytest.mark.parametrize("size", [(50_000_000, 1), (1, 50_000_000)])
-def test_sides_of_millions_of_pixels_do_not_fit(size: tuple[int, int]) -> None:
+def test_decode_memory_refuses_sides_of_millions_of_pixels(size: tuple[int, int]) -> None:
     memory = DecodeMemory(1 << 30)
     with pytest.raises(TooLarge, match="decoding the image takes"):
         prepare(png_header(*size), RULE, memory=memory, max_pixels=50_000_000)
 
 
-def test_large_images_wait_in_order_and_small_ones_behind_none() -> None:
+def test_decode_memory_queues_large_images_in_order() -> None:
     memory = DecodeMemory(160)
     order: list[str] = []
     inside, leave = threading.Event(), threading.Event()
@@ -133,7 +133,7 @@ print(json.dumps(result))
 """
 
 
-def test_no_image_takes_more_than_was_held_for_it(tmp_path: Path) -> None:
+def test_decode_memory_is_never_underestimated(tmp_path: Path) -> None:
     """Measured: a process of its own for each, and the most memory that it ever had."""
     plain = noise((100, 75)).resize((1600, 1200), Image.Resampling.NEAREST)
     turned = Image.Exif()

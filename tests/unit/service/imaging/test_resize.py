@@ -34,7 +34,7 @@ def pillow(image: Image.Image, size: Size) -> NDArray[np.int64]:
     sys.platform == "linux" and platform.machine() != "x86_64",
     reason="nobody builds the vectorised way for Linux on this processor",
 )
-def test_this_machine_has_the_vectorised_build() -> None:
+def test_vectorised_resizer_is_installed() -> None:
     """Or nothing here is compared. Where there is none the other tests hold as well."""
     assert resizing.vectorised is not None
 
@@ -42,7 +42,7 @@ def test_this_machine_has_the_vectorised_build() -> None:
 @pytest.mark.parametrize(
     "size", [(384, 512), (448, 597), (120, 160), (33, 7), (1, 1), (900, 1300), (480, 200)]
 )
-def test_drawn_cells_at_other_sizes(size: tuple[int, int]) -> None:
+def test_resize_agrees_with_pillow_on_drawn_cells(size: tuple[int, int]) -> None:
     image, _ = draw_smear(3)
     found = resize(image, Size(*size))
     difference = np.abs(found.astype(np.int64) - pillow(image, Size(*size)))
@@ -54,7 +54,7 @@ def test_drawn_cells_at_other_sizes(size: tuple[int, int]) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(SIDES, SIDES, SIDES, SIDES)
-def test_noise_between_any_two_sizes(
+def test_resize_agrees_with_pillow_on_noise(
     width: int, height: int, to_width: int, to_height: int
 ) -> None:
     """The hardest image there is: neighbours have nothing in common."""
@@ -63,25 +63,25 @@ def test_noise_between_any_two_sizes(
     assert difference.max() <= 2
 
 
-def test_a_image_of_the_size_that_is_asked_for_stays_as_it_is() -> None:
+def test_resize_to_the_same_size_is_identity() -> None:
     image = noise(64, 48)
     assert np.array_equal(resize(image, Size(48, 64)), np.asarray(image))
 
 
 @pytest.mark.parametrize("shade", [0, 1, 127, 254, 255])
-def test_a_plain_image_stays_plain(shade: int) -> None:
+def test_resize_keeps_a_uniform_image(shade: int) -> None:
     image = Image.new("RGB", (301, 203), (shade, 255 - shade, shade))
     found = resize(image, Size(96, 128))
     assert np.array_equal(found, np.broadcast_to([shade, 255 - shade, shade], (96, 128, 3)))
 
 
-def test_a_very_large_image_is_scaled_without_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resize_of_a_large_image_makes_no_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resizing, "LARGEST_COPIED", 100 * 100 - 1)
     image = noise(100, 100)
     assert np.array_equal(resize(image, Size(50, 40)), pillow(image, Size(50, 40)))
 
 
-def test_without_the_vectorised_build_it_is_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resize_falls_back_to_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resizing, "vectorised", None)
     image = noise(120, 90)
     assert np.array_equal(resize(image, Size(50, 40)), pillow(image, Size(50, 40)))

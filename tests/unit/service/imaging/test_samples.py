@@ -17,7 +17,7 @@ import service
 from service.imaging.samples import PLATELET, RED, WHITE, draw_smear, sample_jpeg
 
 
-def test_the_same_seed_draws_the_same_image_and_another_seed_another() -> None:
+def test_sample_depends_on_its_seed() -> None:
     first, cells = draw_smear(3)
     again, cells_again = draw_smear(3)
     other, other_cells = draw_smear(4)
@@ -27,7 +27,7 @@ def test_the_same_seed_draws_the_same_image_and_another_seed_another() -> None:
     assert cells != other_cells
 
 
-def test_the_image_does_not_depend_on_global_random_state() -> None:
+def test_sample_ignores_global_random_state() -> None:
     np.random.seed(1)
     first, _ = draw_smear(3)
     np.random.seed(2)
@@ -37,7 +37,7 @@ def test_the_image_does_not_depend_on_global_random_state() -> None:
 @pytest.mark.parametrize(
     ("red", "white", "platelets"), [(12, 1, 2), (0, 0, 0), (0, 2, 0), (25, 1, 6), (1, 0, 0)]
 )
-def test_as_many_cells_as_asked(red: int, white: int, platelets: int) -> None:
+def test_sample_has_the_requested_cells(red: int, white: int, platelets: int) -> None:
     image, cells = draw_smear(9, red=red, white=white, platelets=platelets)
     assert image.mode == "RGB"
     assert image.size == (640, 480)
@@ -46,7 +46,7 @@ def test_as_many_cells_as_asked(red: int, white: int, platelets: int) -> None:
 
 
 @pytest.mark.parametrize("size", [(640, 480), (480, 640), (1280, 960), (333, 251), (64, 64)])
-def test_boxes_lie_inside_the_image_and_scale_with_it(size: tuple[int, int]) -> None:
+def test_sample_boxes_lie_inside_and_scale(size: tuple[int, int]) -> None:
     width, height = size
     image, cells = draw_smear(5, width=width, height=height)
     assert image.size == size
@@ -58,7 +58,7 @@ def test_boxes_lie_inside_the_image_and_scale_with_it(size: tuple[int, int]) -> 
         assert max(x2 - x1, y2 - y1) <= widest[name] * scale + 2
 
 
-def test_cells_have_the_sizes_of_real_ones() -> None:
+def test_sample_cells_have_realistic_sizes() -> None:
     """Box widths of whole cells, against the middle half of a real data set's (640 x 480)."""
     widths: dict[str, list[float]] = {RED: [], WHITE: [], PLATELET: []}
     for seed in range(12):
@@ -71,7 +71,7 @@ def test_cells_have_the_sizes_of_real_ones() -> None:
     assert 36 <= medians[PLATELET] <= 45
 
 
-def test_cells_are_where_their_boxes_are() -> None:
+def test_sample_cells_fill_their_boxes() -> None:
     """Green light is what every stain absorbs: dark inside the boxes, bright between them."""
     image, cells = draw_smear(2)
     green = np.asarray(image)[..., 1].astype(float)
@@ -84,7 +84,7 @@ def test_cells_are_where_their_boxes_are() -> None:
         assert np.percentile(green[int(y1) : int(y2), int(x1) : int(x2)], 20) < background - 12
 
 
-def test_nuclei_and_platelets_are_purple_and_red_cells_are_not() -> None:
+def test_sample_colours_differ_by_class() -> None:
     image, cells = draw_smear(6, red=4, white=1, platelets=2)
     colour = np.asarray(image).astype(float)
     for name, (x1, y1, x2, y2) in cells:
@@ -95,18 +95,18 @@ def test_nuclei_and_platelets_are_purple_and_red_cells_are_not() -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"red": -1}, {"white": -2}, {"platelets": -1}])
-def test_a_negative_count_is_refused(wrong: dict[str, int]) -> None:
+def test_sample_rejects_negative_count(wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="must not be negative"):
         draw_smear(0, **wrong)
 
 
 @pytest.mark.parametrize("wrong", [{"width": 63}, {"height": 0}])
-def test_a_tiny_image_is_refused(wrong: dict[str, int]) -> None:
+def test_sample_rejects_tiny_size(wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="at least 64"):
         draw_smear(0, **wrong)
 
 
-def test_the_page_s_sample_is_what_the_generator_draws() -> None:
+def test_page_sample_is_reproducible() -> None:
     """Pixels within a few grey values: JPEG libraries round differently."""
     stored = Path(service.__file__).with_name("static") / "sample.jpg"
     assert stored.stat().st_size < 100_000
@@ -121,6 +121,6 @@ def test_the_page_s_sample_is_what_the_generator_draws() -> None:
     assert np.percentile(difference, 99.9) <= 12
 
 
-def test_it_needs_no_torch() -> None:
+def test_samples_import_no_torch() -> None:
     code = "import sys, service.imaging.samples; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

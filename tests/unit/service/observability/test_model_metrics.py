@@ -23,7 +23,7 @@ def series(metrics: ModelMetrics) -> dict[tuple[str, frozenset[str]], float]:
     }
 
 
-def test_series_begin_at_load_and_end_at_unload() -> None:
+def test_metric_series_exist_from_load_to_unload() -> None:
     metrics = ModelMetrics()
     loaded = {ModelKey("cells", 1): ("RBC", "WBC")}
     metrics.watch(loaded.items)
@@ -50,7 +50,7 @@ def test_series_begin_at_load_and_end_at_unload() -> None:
     assert not {"1", "WBC"} & labels
 
 
-def test_other_classes_under_the_same_version_begin_new_series() -> None:
+def test_metric_series_restart_with_other_classes() -> None:
     metrics = ModelMetrics()
     metrics.of(ModelKey("cells", 1), ("RBC",)).count("answered")
     assert metrics.of(ModelKey("cells", 1), ("RBC",)) is metrics.of(ModelKey("cells", 1), ("RBC",))

@@ -20,10 +20,10 @@ def files_left_at_home(home: Path, code: str, **variables: str) -> list[str]:
     return [path.name for path in home.rglob("*") if path.is_file()]
 
 
-def test_the_service_leaves_no_device_id(tmp_path: Path) -> None:
+def test_onnxruntime_telemetry_is_off(tmp_path: Path) -> None:
     assert files_left_at_home(tmp_path, "import service.runtime.detector") == []
 
 
-def test_an_operator_may_ask_for_the_reports(tmp_path: Path) -> None:
+def test_onnxruntime_telemetry_can_be_enabled(tmp_path: Path) -> None:
     code = "import os, service; assert os.environ['ORT_DISABLE_TELEMETRY'] == '0'"
     files_left_at_home(tmp_path, code, ORT_DISABLE_TELEMETRY="0")

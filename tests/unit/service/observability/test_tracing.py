@@ -28,11 +28,11 @@ ENDPOINT = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:4318"}
         ({"OTEL_EXPORTER_OTLP_ENDPOINT": ""}, False),
     ],
 )
-def test_the_standard_variables_decide(environment: dict[str, str], asked: bool) -> None:
+def test_tracing_follows_otel_variables(environment: dict[str, str], asked: bool) -> None:
     assert asked_for(environment) is asked
 
 
-def test_asked_for_but_not_installed(
+def test_tracing_without_sdk_names_the_extra(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.resources", None)
@@ -49,7 +49,7 @@ def test_asked_for_but_not_installed(
         ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc", "http/protobuf"),
     ],
 )
-def test_what_it_cannot_do_is_said_once_and_does_no_harm(
+def test_tracing_warns_about_unsupported_options(
     name: str, value: str, remedy: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert open_tracing({**ENDPOINT, name: value}, version="1") is None
@@ -58,7 +58,7 @@ def test_what_it_cannot_do_is_said_once_and_does_no_harm(
     assert remedy in line.getMessage()
 
 
-def test_off_it_needs_no_sdk_and_imports_none() -> None:
+def test_tracing_off_imports_no_sdk() -> None:
     code = (
         "import sys; sys.modules['opentelemetry.sdk'] = None\n"
         "import service.http.app; from service.observability.tracing import open_tracing\n"

@@ -163,9 +163,7 @@ def test_read_artifact_refuses_a_file_that_cannot_serve(
 
 
 @pytest.mark.parametrize("names", [["red"], ["red", "green"], ["a", "b", "c", "d"]])
-def test_the_number_of_classes_is_that_of_the_graph_where_candidates_are_chosen_before(
-    tmp_path: Path, names: list[str]
-) -> None:
+def test_read_artifact_counts_classes_before_top_k(tmp_path: Path, names: list[str]) -> None:
     path = seam_model.save(tmp_path)
     described(classes=names)(path)
     with pytest.raises(
@@ -174,7 +172,7 @@ def test_the_number_of_classes_is_that_of_the_graph_where_candidates_are_chosen_
         read_artifact(path)
 
 
-def test_one_class_too_few_is_found_in_an_exported_file(tmp_path: Path) -> None:
+def test_read_artifact_rejects_one_class_too_few(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(scan_repository(bundled_models())[0].path.read_bytes())
     described(classes=["RBC", "WBC"])(path)
@@ -197,7 +195,7 @@ def test_commands_refuse_a_file_with_fewer_names_than_classes(
     assert result.stderr.count("\n") == 1
 
 
-def test_what_is_within_the_bounds_is_read(tmp_path: Path) -> None:
+def test_read_artifact_accepts_canvases_within_bounds(tmp_path: Path) -> None:
     path = tiny_model.save(tmp_path)
     sizes = [[4096, 4096], *[[32 * i, 32] for i in range(1, MAX_CANVASES)]]
     described(
@@ -211,7 +209,7 @@ def test_what_is_within_the_bounds_is_read(tmp_path: Path) -> None:
     assert read_artifact(path).metadata.canvas.largest() == Size(800, 1344)
 
 
-def test_the_bounds_hold_wherever_a_rule_comes_from() -> None:
+def test_canvas_bounds_apply_to_every_source() -> None:
     for rule in (
         lambda: Buckets(sizes=(Size(102_400, 102_400),)),
         lambda: ShortSide(short=8192, long=8192),
@@ -256,9 +254,7 @@ MISTAKEN: dict[str, tuple[Spoil, str]] = {
 
 
 @pytest.mark.parametrize(("spoil", "why"), MISTAKEN.values(), ids=MISTAKEN)
-def test_a_trial_run_finds_answers_that_no_response_could_be_made_of(
-    tmp_path: Path, spoil: Spoil, why: str
-) -> None:
+def test_trial_run_rejects_unusable_outputs(tmp_path: Path, spoil: Spoil, why: str) -> None:
     path = tiny_model.save(tmp_path)
     canvas = tiny_model.SIZES[0]
     opened(path).prove(canvas, 2)
@@ -267,7 +263,7 @@ def test_a_trial_run_finds_answers_that_no_response_could_be_made_of(
         opened(path).prove(canvas)
 
 
-def test_a_trial_run_of_a_batch_looks_at_the_image_index(tmp_path: Path) -> None:
+def test_trial_run_checks_the_image_index(tmp_path: Path) -> None:
     path = tiny_model.save(tmp_path)
     answered_by(
         "image_index",
@@ -287,7 +283,7 @@ NO_VERSIONS = ("", "0", "01", "v1", "1.0.0", "-1", "+1", " 1", "1 ", "1\n", "1_0
 NO_VERSIONS += ("9" * 19, "9" * 5000, "\u0661", "\uff11", "\u00b2", "latest")
 
 
-def test_versions_are_written_in_one_way_everywhere() -> None:
+def test_version_has_one_spelling() -> None:
     text, plain = TypeAdapter(VersionText), TypeAdapter(Version)
     for written in VERSIONS:
         assert parse_version(written) == int(written)
@@ -304,7 +300,7 @@ def test_versions_are_written_in_one_way_everywhere() -> None:
             plain.validate_python(beyond, strict=True)
 
 
-def test_commands_follow_the_same_rule(tmp_path: Path) -> None:
+def test_commands_use_the_same_version_spelling(tmp_path: Path) -> None:
     settings = Settings(models_dir=tmp_path)
     content = tiny_model.save(tmp_path, version=12).read_bytes()
     assert find_model(settings, "tiny@12").version == 12
@@ -348,7 +344,7 @@ SKIPPED = {
 }
 
 
-def test_a_scan_takes_what_has_its_place_and_names_the_rest(tmp_path: Path) -> None:
+def test_scan_lists_models_and_names_skipped_files(tmp_path: Path) -> None:
     touch(tmp_path, "tiny/1/model.onnx", "tiny/1/other.onnx", f"big/{10**17}/model.onnx")
     touch(tmp_path, ".git/1/model.onnx", "tiny/.tmp/model.onnx", "tiny/2/notes.txt")
     assert skipped_files(tmp_path) == {}
@@ -360,7 +356,7 @@ def test_a_scan_takes_what_has_its_place_and_names_the_rest(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("place", "why"), SKIPPED.items(), ids=SKIPPED)
-def test_an_empty_repository_names_the_file_that_was_skipped(
+def test_empty_repository_error_names_the_skipped_file(
     tmp_path: Path, place: str, why: str
 ) -> None:
     touch(tmp_path, place)
@@ -369,7 +365,7 @@ def test_an_empty_repository_names_the_file_that_was_skipped(
     assert repr(place) in str(caught.value)
 
 
-def test_an_empty_repository_names_a_few_of_many(tmp_path: Path) -> None:
+def test_empty_repository_error_names_a_few_of_many(tmp_path: Path) -> None:
     touch(tmp_path, *(f"tiny/v{i}/model.onnx" for i in range(50)))
     with pytest.raises(ArtifactError, match=", 42 more") as caught:
         scan_repository(tmp_path)

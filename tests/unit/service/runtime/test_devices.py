@@ -15,14 +15,14 @@ from service.runtime.devices import Device, Hardware, open_detector, resolve
 from tests import tiny_model
 
 
-def test_a_driver_shows_in_proc(tmp_path: Path) -> None:
+def test_nvidia_driver_is_read_from_proc(tmp_path: Path) -> None:
     version = tmp_path / "proc/driver/nvidia/version"
     version.parent.mkdir(parents=True)
     version.write_text("NVRM version: ...\n")
     assert "NVIDIA driver" in (devices.nvidia_driver(tmp_path) or "")
 
 
-def test_auto_without_a_driver_is_the_cpu_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_without_driver_falls_back_to_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "nvidia_driver", lambda: None)
     assert resolve("auto") == Hardware((Device("cpu"),), fallback="no NVIDIA driver was found")
     assert resolve("cpu") == Hardware((Device("cpu"),))
@@ -32,7 +32,7 @@ def test_auto_without_a_driver_is_the_cpu_and_says_why(monkeypatch: pytest.Monke
 
 @pytest.mark.skipif(devices.nvidia_driver() is not None, reason="CUDA may work on this machine")
 @pytest.mark.parametrize("asked", ["auto", "cuda", "cuda:0,cuda:1"])
-def test_a_driver_without_cuda_is_an_error_that_names_what_is_missing(
+def test_driver_without_cuda_names_the_missing_library(
     monkeypatch: pytest.MonkeyPatch, asked: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(devices, "nvidia_driver", lambda: "an NVIDIA driver (libcuda.so.1)")
@@ -43,17 +43,17 @@ def test_a_driver_without_cuda_is_an_error_that_names_what_is_missing(
 
 
 @pytest.mark.parametrize("asked", ["tpu", "cuda:x", "cuda:0,cpu", ""])
-def test_an_unknown_device(asked: str) -> None:
+def test_unknown_device_is_refused(asked: str) -> None:
     with pytest.raises(DeviceError, match="cuda:0,cuda:1"):
         resolve(asked)
 
 
-def test_names() -> None:
+def test_device_names_are_parsed() -> None:
     assert Hardware((Device("cuda", 0), Device("cuda", 1))).name == "cuda:0,cuda:1"
     assert Device("cpu").name == "cpu"
 
 
-def test_a_detector_on_the_cpu(tmp_path: Path) -> None:
+def test_cpu_detector_opens(tmp_path: Path) -> None:
     detector = open_detector(read_artifact(tiny_model.save(tmp_path)), Device("cpu"))
     assert detector.providers == ["CPUExecutionProvider"]
     canvas = np.zeros((1, 96, 128, 3), dtype=np.uint8)
@@ -63,13 +63,13 @@ def test_a_detector_on_the_cpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(devices.nvidia_driver() is not None, reason="CUDA may work on this machine")
-def test_a_session_that_landed_on_the_cpu_is_refused(tmp_path: Path) -> None:
+def test_silent_cpu_fallback_is_refused(tmp_path: Path) -> None:
     artifact = read_artifact(tiny_model.save(tmp_path))
     with pytest.raises((DeviceError, ArtifactError), match=r"cuda:0|CUDA"):
         open_detector(artifact, Device("cuda", 0))
 
 
-def test_the_probe_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_probe_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     session = ort.InferenceSession(devices._probe_model(), providers=["CPUExecutionProvider"])
     (result,) = session.run(None, {})
     assert result.shape == (1, 4, 6, 6)
@@ -79,7 +79,7 @@ def test_the_probe_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.gpu
-def test_cuda_proves_itself_and_agrees_with_the_cpu(tmp_path: Path) -> None:
+def test_cuda_agrees_with_cpu(tmp_path: Path) -> None:
     hardware = resolve("auto")
     assert hardware == Hardware((Device("cuda", 0),))
     artifact = read_artifact(tiny_model.save(tmp_path))
@@ -99,6 +99,6 @@ def test_cuda_proves_itself_and_agrees_with_the_cpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_a_gpu_that_does_not_exist() -> None:
+def test_missing_gpu_is_refused() -> None:
     with pytest.raises(DeviceError, match="cuda:63 cannot be used"):
         resolve("cuda:63")

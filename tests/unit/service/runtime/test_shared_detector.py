@@ -70,14 +70,14 @@ def shared() -> SharedDetector:
     return SharedDetector(alone, beside)
 
 
-def test_calls_one_after_the_other_have_all_threads(shared: SharedDetector) -> None:
+def test_sequential_calls_use_all_threads(shared: SharedDetector) -> None:
     for _ in range(3):
         call = Call(shared)
         call.end()
         assert call.took == "alone"
 
 
-def test_calls_beside_it_have_few(shared: SharedDetector) -> None:
+def test_concurrent_calls_use_few_threads(shared: SharedDetector) -> None:
     calls = [Call(shared) for _ in range(3)]
     assert [call.took for call in calls] == ["alone", "beside", "beside"]
     # As long as there are others, nobody has all threads.
@@ -91,7 +91,7 @@ def test_calls_beside_it_have_few(shared: SharedDetector) -> None:
     assert last.took == "alone"
 
 
-def test_who_knows_of_other_work_may_choose(shared: SharedDetector) -> None:
+def test_caller_may_choose_the_session(shared: SharedDetector) -> None:
     for lone, name in ((True, "alone"), (False, "beside")):
         call = Call(shared.suited(lone=lone))
         call.end()
@@ -100,7 +100,7 @@ def test_who_knows_of_other_work_may_choose(shared: SharedDetector) -> None:
     assert plain.suited(lone=True) is plain.suited(lone=False) is plain
 
 
-def test_a_call_that_fails_has_ended(shared: SharedDetector) -> None:
+def test_failed_call_is_not_counted_as_running(shared: SharedDetector) -> None:
     calls = [Call(shared, fails=True) for _ in range(2)]
     for call in calls:
         call.end()
@@ -109,7 +109,7 @@ def test_a_call_that_fails_has_ended(shared: SharedDetector) -> None:
     assert last.took == "alone"
 
 
-def test_both_sessions_give_the_same_answers() -> None:
+def test_both_sessions_give_the_same_detections() -> None:
     artifact = read_artifact(BUNDLED)
     alone, beside = (open_detector(artifact, Device("cpu", threads=count)) for count in (4, 1))
     file = io.BytesIO()

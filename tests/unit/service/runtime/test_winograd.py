@@ -79,7 +79,7 @@ one (float[n, c, h, w] x) => (float[n, k, h, w] y)
     ("height", "width"), [(8, 12), (13, 9), (1, 1), (2, 7), (4, 5), (3, 16), (17, 4)]
 )
 @pytest.mark.parametrize("count", [1, 3])
-def test_a_map_of_any_size(height: int, width: int, count: int) -> None:
+def test_winograd_handles_any_map_size(height: int, width: int, count: int) -> None:
     content = model(ONE, {"w1": (144, 128, 3, 3), "b1": (144,)})
 
     network = compared(content, {"x": drawn(count, 128, height, width)})
@@ -88,19 +88,19 @@ def test_a_map_of_any_size(height: int, width: int, count: int) -> None:
 
 
 @pytest.mark.parametrize("opset", [13, 15, 17, 18, 19, 21])
-def test_every_opset_from_13_on(opset: int) -> None:
+def test_winograd_handles_every_opset_from_13(opset: int) -> None:
     content = model(ONE, {"w1": (128, 128, 3, 3), "b1": (128,)}, opset=opset)
 
     assert convolutions(compared(content, {"x": drawn(1, 128, 10, 11)})) == 0
 
 
-def test_many_channels_are_as_exact() -> None:
+def test_winograd_stays_exact_with_many_channels() -> None:
     content = model(ONE, {"w1": (256, 512, 3, 3), "b1": (256,)})
 
     compared(content, {"x": 1000 * drawn(1, 512, 9, 9)})
 
 
-def test_one_after_the_other_stay_in_tiles() -> None:
+def test_winograd_keeps_tiles_between_convolutions() -> None:
     content = model(
         """
         tower (float[n, c, h, w] x) => (float[n, k, h, w] y)
@@ -125,7 +125,7 @@ def test_one_after_the_other_stay_in_tiles() -> None:
     assert sum(node.op_type == "Transpose" for node in network.graph.node) == 5
 
 
-def test_heads_with_one_trunk_and_shared_weights() -> None:
+def test_winograd_handles_heads_with_shared_weights() -> None:
     """What a RetinaNet does: two towers on each of several maps, the weights the same on each."""
     content = model(
         """
@@ -156,7 +156,7 @@ def test_heads_with_one_trunk_and_shared_weights() -> None:
     assert len(weights) == 5, "shared ones are there once"
 
 
-def test_a_value_that_others_read_too() -> None:
+def test_winograd_keeps_values_read_elsewhere() -> None:
     """An output, another operator, a branch: each finds the map under its name."""
     content = model(
         """
@@ -181,7 +181,7 @@ def test_a_value_that_others_read_too() -> None:
     assert convolutions(compared(content, {"x": drawn(2, 128, 7, 10)})) == 0
 
 
-def test_an_activation_whose_bounds_come_later() -> None:
+def test_winograd_handles_activation_bounds_computed_later() -> None:
     content = model(
         """
         late (float[n, c, h, w] x) => (float[n, k, h, w] y)
@@ -197,7 +197,7 @@ def test_an_activation_whose_bounds_come_later() -> None:
     assert convolutions(compared(content, {"x": drawn(1, 128, 6, 6)})) == 0
 
 
-def test_what_was_rewritten_is_not_rewritten_again() -> None:
+def test_winograd_rewrite_is_idempotent() -> None:
     content = model(ONE, {"w1": (128, 128, 3, 3), "b1": (128,)})
     once = winograd.rewrite(content, LARGE)
     assert once is not None
@@ -205,7 +205,7 @@ def test_what_was_rewritten_is_not_rewritten_again() -> None:
     assert winograd.rewrite(once.content, LARGE) is None
 
 
-def test_the_same_padding_beyond_the_map_in_every_layer() -> None:
+def test_winograd_pads_beyond_the_map_in_every_layer() -> None:
     """A bias reaches into the padding of the tiles, and must not reach the next layer."""
     text = """
     deep (float[n, c, h, w] x) => (float[n, c, h, w] y)
@@ -234,7 +234,7 @@ def test_the_same_padding_beyond_the_map_in_every_layer() -> None:
         "Conv <pads = [2, 2, 2, 2]> (x, five)",
     ],
 )
-def test_other_convolutions_stay(convolution: str) -> None:
+def test_winograd_keeps_other_convolutions(convolution: str) -> None:
     text = f"""
     other (float[n, c, h, w] x) => (float[n, k, i, j] y)
     {{ unused = Add (w1, w1)  y = {convolution} }}
@@ -245,7 +245,7 @@ def test_other_convolutions_stay(convolution: str) -> None:
     assert winograd.rewrite(model(text, shapes), LARGE) is None
 
 
-def test_weights_that_a_caller_may_replace_stay() -> None:
+def test_winograd_keeps_replaceable_weights() -> None:
     text = """
     given (float[n, c, h, w] x, float[k, c, 3, 3] w1) => (float[n, k, h, w] y)
     { y = Conv <pads = [1, 1, 1, 1]> (x, w1) }
@@ -254,7 +254,7 @@ def test_weights_that_a_caller_may_replace_stay() -> None:
     assert winograd.rewrite(model(text, {"w1": (128, 128, 3, 3)}), LARGE) is None
 
 
-def test_weights_in_half_precision_stay() -> None:
+def test_winograd_keeps_half_precision_weights() -> None:
     parsed = onnx.load_model_from_string(model(ONE, {"w1": (128, 128, 3, 3), "b1": (128,)}))
     for each in parsed.graph.initializer:
         half = onnx.numpy_helper.to_array(each).astype(np.float16)
@@ -265,7 +265,7 @@ def test_weights_in_half_precision_stay() -> None:
     assert winograd.rewrite(parsed.SerializeToString(), LARGE) is None
 
 
-def test_files_with_functions_or_an_old_opset_stay() -> None:
+def test_winograd_keeps_files_with_functions_or_old_opsets() -> None:
     shapes = {"w1": (128, 128, 3, 3), "b1": (128,)}
     old = model(ONE, shapes, opset=12)
     functions = onnx.load_model_from_string(model(ONE, shapes))
@@ -291,13 +291,15 @@ def test_files_with_functions_or_an_old_opset_stay() -> None:
         (512, 512, Size(8, 8), False),
     ],
 )
-def test_only_what_gains(filters: int, channels: int, canvas: Size, worth: bool) -> None:
+def test_winograd_rewrites_only_what_gains(
+    filters: int, channels: int, canvas: Size, worth: bool
+) -> None:
     content = model(ONE, {"w1": (filters, channels, 3, 3), "b1": (filters,)})
 
     assert (winograd.rewrite(content, canvas) is not None) == worth
 
 
-def test_the_gain_is_reckoned_for_the_size_of_the_map() -> None:
+def test_winograd_gain_depends_on_the_map_size() -> None:
     """Strides make it smaller; what was enlarged again has the size of what it is added to."""
     content = model(
         """
@@ -330,7 +332,7 @@ def test_the_gain_is_reckoned_for_the_size_of_the_map() -> None:
 
 
 @pytest.mark.parametrize(("channels", "worth"), [(64, False), (128, True)])
-def test_beside_wide_vectors_few_channels_are_left_alone(channels: int, worth: bool) -> None:
+def test_winograd_keeps_few_channels_with_wide_vectors(channels: int, worth: bool) -> None:
     text = """
     tower (float[n, c, h, w] x) => (float[n, c, h, w] y)
     {
@@ -350,7 +352,7 @@ def bundled() -> Artifact:
     return read_artifact(scan_repository(bundled_models())[0].path)
 
 
-def test_the_bundled_model_answers_as_its_file_does(
+def test_winograd_keeps_detections_of_the_bundled_model(
     bundled: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(devices, "has_wide_vectors", lambda: False)
@@ -368,7 +370,7 @@ def test_the_bundled_model_answers_as_its_file_does(
             np.testing.assert_array_equal(one.labels, other.labels)
 
 
-def test_the_bundled_model_has_less_to_multiply(
+def test_winograd_reduces_multiplications_of_the_bundled_model(
     bundled: Artifact, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(devices, "has_wide_vectors", lambda: False)
@@ -383,7 +385,7 @@ def test_the_bundled_model_has_less_to_multiply(
     assert made.sha256 == bundled.sha256
 
 
-def test_people_are_not_shown_the_filters(bundled: Artifact) -> None:
+def test_winograd_filters_are_not_listed_as_inputs(bundled: Artifact) -> None:
     assert [line.split()[0] for line in open_detector(bundled, CPU).inputs()] == [
         "images",
         "image_sizes",
@@ -393,7 +395,7 @@ def test_people_are_not_shown_the_filters(bundled: Artifact) -> None:
     ]
 
 
-def test_a_file_that_gains_nothing_is_opened_as_it_is(
+def test_winograd_leaves_a_file_without_gain(
     bundled: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(devices, "rewrite", lambda *_, **__: None)
@@ -404,7 +406,7 @@ def test_a_file_that_gains_nothing_is_opened_as_it_is(
     assert fitted(made, CPU) is made, "it is not looked through again"
 
 
-def test_an_operator_may_forbid_it(bundled: Artifact) -> None:
+def test_winograd_can_be_disabled(bundled: Artifact) -> None:
     settings = Settings(device="cpu", cpu_winograd=False)
 
     assert open_models(settings).hardware.devices == (

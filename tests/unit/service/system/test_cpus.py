@@ -87,11 +87,13 @@ def write(root: Path, files: dict[str, str]) -> Path:
         ),
     ],
 )
-def test_cpu_count(tmp_path: Path, files: dict[str, str], count: int) -> None:
+def test_cpu_count_respects_cgroup_limits(
+    tmp_path: Path, files: dict[str, str], count: int
+) -> None:
     assert cpu_count(write(tmp_path, files)) == count
 
 
-def test_affinity_counts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_count_respects_affinity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3})
     files = {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "400000 100000\n"}
     assert cpu_count(write(tmp_path, files)) == 1
@@ -108,7 +110,7 @@ def test_affinity_counts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         pytest.param("arm64", None, False, id="a mac"),
     ],
 )
-def test_wide_vectors(
+def test_wide_vectors_are_detected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: str, known: str | None, wide: bool
 ) -> None:
     monkeypatch.setattr(platform, "machine", lambda: machine)

@@ -36,14 +36,14 @@ def run(**environment: str) -> list[str]:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's settings")
-def test_freed_images_are_not_fetched_from_the_kernel_again() -> None:
+def test_allocator_keeps_freed_images() -> None:
     done, *faults = run()
     assert done == "True"
     # Each of the 50 would cost a fault for every 4 KiB.
     assert all(int(each) < 50 for each in faults)
 
 
-def test_whoever_set_the_allocator_up_keeps_his_settings() -> None:
+def test_allocator_settings_of_the_user_are_kept() -> None:
     done, *faults = run(MALLOC_TRIM_THRESHOLD_="131072", MALLOC_MMAP_THRESHOLD_="131072")
     assert done == "False"
     assert int(faults[0]) > 50

@@ -26,7 +26,7 @@ SECONDS = 60.0
 CPU = Device("cpu")
 
 
-def test_a_job_that_fails_keeps_no_other_from_its_turn(caplog: pytest.LogCaptureFixture) -> None:
+def test_failed_load_does_not_block_the_next(caplog: pytest.LogCaptureFixture) -> None:
     order: list[int] = []
     done = threading.Event()
     loader = Loader()
@@ -42,7 +42,7 @@ def test_a_job_that_fails_keeps_no_other_from_its_turn(caplog: pytest.LogCapture
     assert "ZeroDivisionError" in caplog.text
 
 
-def test_closing_does_not_wait_for_ever() -> None:
+def test_close_has_a_timeout() -> None:
     go = threading.Event()
     loader = Loader()
     loader.start()
@@ -59,11 +59,11 @@ def assert_waited(go: threading.Event) -> None:
 @pytest.mark.parametrize(
     ("largest", "sizes"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (16, [1, 2, 4, 8, 16])]
 )
-def test_batches_to_warm(largest: int, sizes: list[int]) -> None:
+def test_warm_up_batch_sizes(largest: int, sizes: list[int]) -> None:
     assert batch_buckets(largest) == sizes
 
 
-def test_elsewhere_than_on_a_cpu_every_canvas_runs_on_every_device(
+def test_warm_up_runs_every_canvas_on_every_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     artifact = read_artifact(tiny_model.save(tmp_path))
@@ -86,7 +86,7 @@ def test_elsewhere_than_on_a_cpu_every_canvas_runs_on_every_device(
     ("output", "why"),
     [("labels", "labels are 2 to 4"), ("image_index", "image_index is 2 to 3 in a batch of 2")],
 )
-def test_what_a_file_answers_is_looked_at_before_it_serves(
+def test_load_checks_outputs_before_serving(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: Device, output: str, why: str
 ) -> None:
     path = tiny_model.save(tmp_path)
@@ -113,7 +113,7 @@ def opened(path: Path, concurrency: CpuConcurrency) -> Servable:
     return open_servable(entry, artifact, devices=(CPU,), batch=1, cpu_concurrency=concurrency)
 
 
-def test_the_second_session_is_opened_beside_the_first_and_once(
+def test_load_opens_both_sessions_concurrently(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tiny_model.save(tmp_path)
@@ -131,7 +131,7 @@ def test_the_second_session_is_opened_beside_the_first_and_once(
     assert len(servable.detectors) == 2
 
 
-def test_a_large_file_is_opened_once_at_a_time(
+def test_load_opens_large_files_one_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tiny_model.save(tmp_path)
@@ -147,7 +147,7 @@ def test_a_large_file_is_opened_once_at_a_time(
     assert opening == [threading.current_thread()] * 2
 
 
-def test_what_a_first_run_sets_up_both_sessions_set_up_side_by_side(
+def test_load_warms_both_sessions_concurrently(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tiny_model.save(tmp_path)
@@ -174,9 +174,7 @@ def test_what_a_first_run_sets_up_both_sessions_set_up_side_by_side(
     assert runs.count(runs[4]) == 2, "then the lone one runs by itself, and is timed"
 
 
-def test_a_file_that_does_not_load_ends_both(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_load_failure_ends_both_sessions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tiny_model.save(tmp_path)
     begun = threading.Event()
     ended = threading.Event()

@@ -71,7 +71,7 @@ def best_score(servable: Servable) -> float:
     return float(found.scores[0])
 
 
-def test_the_highest_ready_version_serves(opened: Open, tmp_path: Path) -> None:
+def test_highest_ready_version_serves(opened: Open, tmp_path: Path) -> None:
     tiny_model.save(tmp_path, version=1)
     tiny_model.save(tmp_path, version=10, white=510.0)
     tiny_model.save(tmp_path, version=11).write_bytes(b"no model")
@@ -88,7 +88,7 @@ def test_the_highest_ready_version_serves(opened: Open, tmp_path: Path) -> None:
         registry.get("cells")
 
 
-def test_a_version_that_comes_later_is_found_and_serves(opened: Open, tmp_path: Path) -> None:
+def test_later_version_is_found_and_serves(opened: Open, tmp_path: Path) -> None:
     tiny_model.save(tmp_path)
     registry = opened()
     path = tiny_model.save(tmp_path, version=2, white=510.0)
@@ -107,7 +107,7 @@ def test_a_version_that_comes_later_is_found_and_serves(opened: Open, tmp_path: 
     assert path.exists()
 
 
-def test_another_model_becomes_the_default(opened: Open, tmp_path: Path) -> None:
+def test_default_model_can_change(opened: Open, tmp_path: Path) -> None:
     tiny_model.save(tmp_path, name="a")
     registry = opened()
     tiny_model.save(tmp_path, name="b")
@@ -121,7 +121,7 @@ def test_another_model_becomes_the_default(opened: Open, tmp_path: Path) -> None
     assert states(registry, "a") == {1: "unloaded"}
 
 
-def test_a_chosen_version_serves_until_another_is_chosen(opened: Open, tmp_path: Path) -> None:
+def test_selected_version_serves_until_changed(opened: Open, tmp_path: Path) -> None:
     for version in (1, 2):
         tiny_model.save(tmp_path, version=version)
     registry = opened()
@@ -138,7 +138,7 @@ def test_a_chosen_version_serves_until_another_is_chosen(opened: Open, tmp_path:
     assert registry.unload("tiny", 1) == [1]
 
 
-def test_what_cannot_be_unloaded(opened: Open, tmp_path: Path) -> None:
+def test_unload_keeps_the_last_version_of_the_default(opened: Open, tmp_path: Path) -> None:
     tiny_model.save(tmp_path, version=1)
     tiny_model.save(tmp_path, version=2)
     registry = opened()
@@ -213,7 +213,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("spoil", "why"), FAULTS)
-def test_an_unusable_file_never_serves_and_says_why(
+def test_unusable_file_fails_with_reason(
     opened: Open, tmp_path: Path, spoil: Callable[[Path], None], why: str
 ) -> None:
     tiny_model.save(tmp_path)
@@ -244,7 +244,7 @@ def test_an_unusable_file_never_serves_and_says_why(
 
 
 @pytest.mark.parametrize("spoil", [with_fewer_names_than_classes, with_labels_beyond_the_names])
-def test_an_unusable_file_fails_at_the_start_too(
+def test_unusable_file_fails_at_start(
     opened: Open, tmp_path: Path, spoil: Callable[[Path], None]
 ) -> None:
     spoil(tiny_model.save(tmp_path))
@@ -255,7 +255,7 @@ def test_an_unusable_file_fails_at_the_start_too(
         registry.get()
 
 
-def test_skipped_folders_are_named_once_for_each_change(
+def test_skipped_folders_are_logged_once_per_change(
     opened: Open, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def named() -> list[str]:
@@ -283,7 +283,7 @@ def test_skipped_folders_are_named_once_for_each_change(
     assert states(registry) == {1: "ready"}
 
 
-def test_new_content_of_a_loaded_version_is_a_swap(opened: Open, tmp_path: Path) -> None:
+def test_new_content_of_a_loaded_version_is_swapped_in(opened: Open, tmp_path: Path) -> None:
     tiny_model.save(tmp_path)
     registry = opened()
     (before,) = registry.versions("tiny")
@@ -298,7 +298,7 @@ def test_new_content_of_a_loaded_version_is_a_swap(opened: Open, tmp_path: Path)
     assert best_score(registry.get()) == pytest.approx(0.5)
 
 
-def test_a_version_whose_file_is_gone_serves_on(opened: Open, tmp_path: Path) -> None:
+def test_version_without_its_file_serves_on(opened: Open, tmp_path: Path) -> None:
     gone = tiny_model.save(tmp_path)
     registry = opened()
     gone.unlink()
@@ -312,7 +312,7 @@ def test_a_version_whose_file_is_gone_serves_on(opened: Open, tmp_path: Path) ->
     assert states(registry) == {2: "ready"}, "forgotten once nothing holds it"
 
 
-def test_every_batch_of_the_largest_canvas_is_warm_and_what_the_others_cost_is_known(
+def test_warm_up_covers_batches_and_canvas_costs(
     opened: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     warmed: set[tuple[Size, int]] = set()
@@ -334,7 +334,7 @@ def test_every_batch_of_the_largest_canvas_is_warm_and_what_the_others_cost_is_k
     assert costs.of(largest).fastest > 0
 
 
-def test_an_old_version_goes_with_its_last_request(opened: Open, tmp_path: Path) -> None:
+def test_old_version_is_released_after_its_last_request(opened: Open, tmp_path: Path) -> None:
     tiny_model.save(tmp_path)
     registry = opened()
     held: Servable | None = registry.get()
@@ -388,7 +388,7 @@ class Gate:
         return open_servable(entry, artifact, **given)
 
 
-def test_who_asks_for_the_same_load_shares_it(
+def test_concurrent_loads_of_a_version_are_shared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = Gate(monkeypatch)
@@ -420,9 +420,7 @@ def test_who_asks_for_the_same_load_shares_it(
     registry.close(SECONDS)
 
 
-def test_whoever_waits_hears_that_the_service_stops(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pending_load_fails_at_shutdown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate(monkeypatch)
     tiny_model.save(tmp_path)
     tiny_model.save(tmp_path, version=2)

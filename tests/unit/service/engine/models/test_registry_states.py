@@ -166,7 +166,7 @@ Machine.TestCase.settings = settings(max_examples=25, stateful_step_count=25, de
 TestRegistry = Machine.TestCase
 
 
-def test_threads_that_change_everything_at_once(tmp_path: Path) -> None:
+def test_registry_survives_concurrent_changes(tmp_path: Path) -> None:
     with without_sessions():
         for version in (1, 2, 3):
             write(tmp_path, "a", version, b"1")

@@ -99,7 +99,7 @@ def memory_of(runtime: Runtime, index: int = 0) -> CudaMemory:
     return CudaMemory(index, CaptureGate(), runtime)
 
 
-def test_bytes_go_to_the_device_and_back() -> None:
+def test_cuda_copies_to_the_device_and_back() -> None:
     runtime = Runtime()
     memory = memory_of(runtime, 3)
     sent = memory.staging(48).view(np.float32).reshape(3, 4)
@@ -114,7 +114,7 @@ def test_bytes_go_to_the_device_and_back() -> None:
     assert {device for _, device in runtime.calls} == {3}
 
 
-def test_everything_is_given_back_once() -> None:
+def test_cuda_frees_everything_once() -> None:
     runtime = Runtime()
     memory = memory_of(runtime)
     before = runtime.room
@@ -130,7 +130,7 @@ def test_everything_is_given_back_once() -> None:
     assert runtime.room == before
 
 
-def test_too_little_memory_is_told_from_other_failures() -> None:
+def test_cuda_out_of_memory_differs_from_other_errors() -> None:
     runtime = Runtime(room=1000)
     memory = memory_of(runtime, 1)
     with pytest.raises(OutOfMemory, match=r"CUDA failure 2: out of memory in cudaMalloc on cuda:1"):
@@ -142,13 +142,13 @@ def test_too_little_memory_is_told_from_other_failures() -> None:
     assert runtime.errors_taken == 2
 
 
-def test_a_missing_runtime_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "_LIBRARIES", ("libcudart.so.0",))
     with pytest.raises(DeviceError, match=r"none of libcudart\.so\.0 can be loaded"):
         cuda.runtime_library()
 
 
-def test_a_capture_is_alone() -> None:
+def test_cuda_capture_excludes_other_calls() -> None:
     gate = CaptureGate()
     order: list[str] = []
     captured = threading.Event()
@@ -176,7 +176,7 @@ def test_a_capture_is_alone() -> None:
     assert order == ["early use", "capture", "late use"]
 
 
-def test_captures_take_turns() -> None:
+def test_cuda_captures_take_turns() -> None:
     gate = CaptureGate()
     inside: list[int] = []
     most: list[int] = []
@@ -206,7 +206,7 @@ def options_of(device: Device) -> dict[str, str]:
     return options
 
 
-def test_the_options_say_what_was_asked_for() -> None:
+def test_cuda_provider_options_follow_settings() -> None:
     options = options_of(Device("cuda", 2, memory_limit=1 << 30, tf32=False))
     assert options["device_id"] == "2"
     assert options["gpu_mem_limit"] == str(1 << 30)
@@ -219,7 +219,7 @@ def test_the_options_say_what_was_asked_for() -> None:
     assert with_cuda_graphs(providers(Device("cpu"))) == [devices.CPU_PROVIDER]
 
 
-def test_onnxruntime_knows_every_option_and_value() -> None:
+def test_cuda_provider_options_are_known_to_onnxruntime() -> None:
     """An unknown one fails only where there is a GPU, so the names are looked up in its code."""
     library = Path(ort.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
     if not library.exists():
@@ -232,13 +232,11 @@ def test_onnxruntime_knows_every_option_and_value() -> None:
             assert code.find(b"\0" + word.encode() + b"\0") > 0, word
 
 
-def test_run_options_take_the_graphs_number() -> None:
+def test_cuda_run_options_hold_the_graph_id() -> None:
     assert run_options(7).get_run_config_entry("gpu_graph_id") == "7"
 
 
-def test_a_gpu_is_opened_as_its_device_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gpu_opens_the_named_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything but the GPU itself: the runtime library and the provider stand in for it."""
     artifact = read_artifact(seam_model.save(tmp_path))
     runtime = Runtime()
@@ -268,7 +266,7 @@ def _keep_device(memory: CudaMemory, name: str, value: Any) -> None:
         object.__setattr__(memory, name, value)
 
 
-def test_a_gpu_that_is_too_small_says_what_to_lower(
+def test_gpu_out_of_memory_names_the_setting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     artifact = read_artifact(seam_model.save(tmp_path))
@@ -286,7 +284,7 @@ def test_a_gpu_that_is_too_small_says_what_to_lower(
 
 
 @pytest.mark.parametrize("broken", ["library", "network"])
-def test_a_gpu_where_the_parts_do_not_run_gets_the_whole_file(
+def test_gpu_falls_back_to_the_whole_file(
     broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     artifact = read_artifact(seam_model.save(tmp_path))
@@ -324,7 +322,7 @@ def open_whole(artifact: Artifact, gate: CaptureGate) -> WholeDetector:
     )
 
 
-def test_a_gpu_runs_the_whole_file_unless_graphs_are_asked_for(
+def test_gpu_runs_the_whole_file_by_default(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(devices, "providers", lambda _: [devices.CPU_PROVIDER])
@@ -333,7 +331,7 @@ def test_a_gpu_runs_the_whole_file_unless_graphs_are_asked_for(
     assert isinstance(detector, WholeDetector)
 
 
-def test_bound_inputs_and_outputs_give_the_same_detections(tmp_path: Path) -> None:
+def test_gpu_io_binding_gives_the_same_detections(tmp_path: Path) -> None:
     artifact = read_artifact(seam_model.save(tmp_path))
     plain, bound = open_detector(artifact, Device("cpu")), open_whole(artifact, CaptureGate())
     canvas = Size(96, 128)
@@ -343,7 +341,7 @@ def test_bound_inputs_and_outputs_give_the_same_detections(tmp_path: Path) -> No
         assert same(found(bound, list(canvases), sizes), found(plain, canvases, sizes))
 
 
-def test_a_whole_file_that_does_not_fit_says_what_to_lower(
+def test_gpu_whole_file_out_of_memory_names_the_setting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     detector = open_whole(read_artifact(seam_model.save(tmp_path)), CaptureGate())
@@ -360,7 +358,7 @@ class Full:
         raise RuntimeError("Failed to allocate memory for requested buffer of size 1\nStack: ...")
 
 
-def test_a_whole_file_on_a_gpu_waits_for_captures(tmp_path: Path) -> None:
+def test_gpu_whole_file_waits_for_captures(tmp_path: Path) -> None:
     """Whatever else the process does with CUDA would break them, and be broken by them."""
     gate = CaptureGate()
     artifact = read_artifact(seam_model.save(tmp_path))

@@ -79,7 +79,7 @@ def agree(one: list[Detections], other: list[Detections]) -> None:
         assert nearest.max() < 1.0
 
 
-def test_the_network_runs_as_cuda_graphs(
+def test_gpu_runs_cuda_graphs(
     bundled: Artifact, gpu: Device, canvas: Size, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
@@ -90,7 +90,7 @@ def test_the_network_runs_as_cuda_graphs(
     assert detector.providers[0] == "CUDAExecutionProvider"
 
 
-def test_a_replay_answers_as_the_first_run(warm: SplitDetector, bundled: Artifact) -> None:
+def test_gpu_replay_equals_first_run(warm: SplitDetector, bundled: Artifact) -> None:
     canvases, sizes = images(bundled, 4)
     first = found(warm, canvases, sizes, score=0.3)
     for _ in range(3 * SLOTS):
@@ -100,16 +100,14 @@ def test_a_replay_answers_as_the_first_run(warm: SplitDetector, bundled: Artifac
     assert same(found(warm, canvases, sizes, score=0.3), first)
 
 
-def test_split_on_the_gpu_answers_as_the_whole_file_on_the_cpu(
-    warm: SplitDetector, bundled: Artifact
-) -> None:
+def test_gpu_split_agrees_with_cpu(warm: SplitDetector, bundled: Artifact) -> None:
     whole = open_detector(bundled, Device("cpu"))
     for count in (1, 3, 4, 6):
         canvases, sizes = images(bundled, count)
         agree(found(warm, canvases, sizes, score=0.3), found(whole, canvases, sizes, score=0.3))
 
 
-def test_without_tf32_it_is_nearer(bundled: Artifact, canvas: Size) -> None:
+def test_gpu_without_tf32_is_closer_to_cpu(bundled: Artifact, canvas: Size) -> None:
     exact = resolve("cuda", tf32=False, graphs=True).devices[0]
     canvases, sizes = images(bundled, 2)
     expected = found(open_detector(bundled, Device("cpu")), canvases, sizes, score=0.3)
@@ -120,7 +118,7 @@ def test_without_tf32_it_is_nearer(bundled: Artifact, canvas: Size) -> None:
         assert np.abs(a.boxes - b.boxes).max() < 0.5
 
 
-def test_companions_change_no_answer(warm: SplitDetector, bundled: Artifact) -> None:
+def test_gpu_detections_are_batch_invariant(warm: SplitDetector, bundled: Artifact) -> None:
     canvases, sizes = images(bundled, 4)
     together = found(warm, canvases, sizes, score=0.3)
     for index in range(4):
@@ -128,7 +126,7 @@ def test_companions_change_no_answer(warm: SplitDetector, bundled: Artifact) -> 
         agree([alone], [together[index]])
 
 
-def test_memory_stays_flat_over_a_thousand_calls(
+def test_gpu_memory_is_flat_over_a_thousand_calls(
     warm: SplitDetector, gpu: Device, canvas: Size
 ) -> None:
     memory = CudaMemory(gpu.index, gpu.gate, runtime_library())
@@ -145,7 +143,7 @@ def test_memory_stays_flat_over_a_thousand_calls(
     assert before - run(1000) < 16 * MEBIBYTE
 
 
-def test_two_threads_never_share_the_session(
+def test_gpu_threads_never_share_the_session(
     warm: SplitDetector, bundled: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: set[str] = set()
@@ -170,7 +168,7 @@ def test_two_threads_never_share_the_session(
     assert len(seen) == 1
 
 
-def test_another_model_is_made_ready_while_one_serves(
+def test_gpu_loads_a_model_while_another_serves(
     warm: SplitDetector, bundled: Artifact, gpu: Device, canvas: Size
 ) -> None:
     """Captures are CUDA's own business with every thread of the process: see CaptureGate."""
@@ -198,16 +196,14 @@ def test_another_model_is_made_ready_while_one_serves(
 
 
 @pytest.mark.parametrize("graphs", [False, True])
-def test_too_little_memory_is_an_error_that_says_what_to_do(
-    bundled: Artifact, graphs: bool
-) -> None:
+def test_gpu_out_of_memory_names_the_remedy(bundled: Artifact, graphs: bool) -> None:
     small = resolve("cuda", memory_limit=24 * MEBIBYTE, graphs=graphs).devices[0]
     with pytest.raises(DeviceError, match="RETINASERVE_GPU_MEMORY_BYTES") as caught:
         open_detector(bundled, small, batch=16).warm(Size(448, 448), 16)
     assert "RETINASERVE_MAX_BATCH_SIZE (now 16)" in str(caught.value)
 
 
-def test_the_whole_file_on_the_gpu_answers_as_on_the_cpu(bundled: Artifact, canvas: Size) -> None:
+def test_gpu_whole_file_agrees_with_cpu(bundled: Artifact, canvas: Size) -> None:
     on_gpu = open_detector(bundled, resolve("cuda").devices[0], batch=4)
     assert isinstance(on_gpu, WholeDetector)
     on_gpu.warm(canvas, 4)
@@ -224,7 +220,7 @@ def test_the_whole_file_on_the_gpu_answers_as_on_the_cpu(bundled: Artifact, canv
                 agree(answer, expected)
 
 
-def test_a_small_model_is_exact(tmp_path: Path, gpu: Device) -> None:
+def test_gpu_small_model_is_exact(tmp_path: Path, gpu: Device) -> None:
     """Squares have no products to round, so the GPU's answer is the CPU's to the last digits."""
     artifact = read_artifact(seam_model.save(tmp_path))
     on_gpu: Detector = open_detector(artifact, gpu, batch=4)

@@ -92,7 +92,7 @@ def parts_of(artifact: Artifact) -> Parts:
 
 @pytest.mark.parametrize("canvas", [*tiny_model.SIZES, Size(64, 160), Size(32, 32)])
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 11])
-def test_it_answers_as_the_whole_file(
+def test_split_detector_agrees_with_the_whole_file(
     whole: Detector, halves: SplitDetector, canvas: Size, count: int
 ) -> None:
     for seed, less, score, iou, most in (
@@ -111,7 +111,7 @@ def test_it_answers_as_the_whole_file(
 
 
 @pytest.mark.parametrize("canvas", [Size(384, 512), Size(96, 64)])
-def test_the_bundled_model_too(canvas: Size) -> None:
+def test_split_detector_agrees_on_the_bundled_model(canvas: Size) -> None:
     bundled = read_artifact(scan_repository(bundled_models())[0].path)
     detector = open_on_host(bundled, batch=2)
     count = 3 if canvas.area < 10_000 else 2
@@ -124,7 +124,9 @@ def test_the_bundled_model_too(canvas: Size) -> None:
     assert any(map(len, expected))
 
 
-def test_warming_changes_no_answer(whole: Detector, halves: SplitDetector) -> None:
+def test_split_detector_warm_up_changes_no_detection(
+    whole: Detector, halves: SplitDetector
+) -> None:
     for count in (1, 2, 4):
         halves.warm(SMALL, count)
         halves.warm(SMALL, count)
@@ -134,7 +136,7 @@ def test_warming_changes_no_answer(whole: Detector, halves: SplitDetector) -> No
             assert same(found(halves, canvases, sizes), found(whole, canvases, sizes))
 
 
-def test_what_lay_in_the_buffers_is_in_no_answer(whole: Detector, halves: SplitDetector) -> None:
+def test_split_detector_ignores_old_buffer_contents(whole: Detector, halves: SplitDetector) -> None:
     white = np.full((4, *SMALL, 3), 255, dtype=np.uint8)
     for _ in range(SLOTS):
         assert all(len(each) for each in found(halves, white, sizes_of(4, SMALL)))
@@ -145,7 +147,7 @@ def test_what_lay_in_the_buffers_is_in_no_answer(whole: Detector, halves: SplitD
     assert same(answers, found(whole, black, sizes_of(3, SMALL)))
 
 
-def test_later_answers_leave_earlier_ones_alone(halves: SplitDetector) -> None:
+def test_split_detector_results_are_not_overwritten(halves: SplitDetector) -> None:
     first = found(halves, noise(1, 2, SMALL), sizes_of(2, SMALL))
     before = [(each.boxes.copy(), each.scores.copy(), each.labels.copy()) for each in first]
     for seed in range(2, 2 + 2 * SLOTS):
@@ -156,7 +158,7 @@ def test_later_answers_leave_earlier_ones_alone(halves: SplitDetector) -> None:
         assert np.array_equal(each.labels, labels)
 
 
-def test_canvases_of_clients_come_and_go(
+def test_split_detector_evicts_client_canvases(
     artifact: Artifact, whole: Detector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine, "RECENT_SHAPES", 2)
@@ -184,7 +186,7 @@ class FullMemory(HostMemory):
         return super().allocate(size)
 
 
-def test_shapes_of_the_past_make_way_where_memory_is_short(
+def test_split_detector_evicts_shapes_when_memory_is_short(
     artifact: Artifact, whole: Detector
 ) -> None:
     memory = FullMemory()
@@ -198,7 +200,7 @@ def test_shapes_of_the_past_make_way_where_memory_is_short(
         assert same(found(detector, canvases, sizes), found(whole, canvases, sizes))
 
 
-def test_once_warm_nothing_is_allocated(artifact: Artifact) -> None:
+def test_split_detector_allocates_nothing_once_warm(artifact: Artifact) -> None:
     memory = CountingMemory()
     detector = open_on_host(artifact, memory=memory)
     for count in (1, 2, 4):
@@ -209,7 +211,7 @@ def test_once_warm_nothing_is_allocated(artifact: Artifact) -> None:
     assert memory.allocations == before
 
 
-def test_a_short_side_model_is_ready_for_any_of_its_canvases(tmp_path: Path) -> None:
+def test_split_detector_serves_every_short_side_canvas(tmp_path: Path) -> None:
     rule = ShortSide(short=64, long=160)
     artifact = read_artifact(seam_model.save(tmp_path, rule))
     detector, whole = open_on_host(artifact), open_detector(artifact, CPU)
@@ -219,7 +221,7 @@ def test_a_short_side_model_is_ready_for_any_of_its_canvases(tmp_path: Path) -> 
         assert same(found(detector, canvases, sizes), found(whole, canvases, sizes))
 
 
-def test_a_canvas_larger_than_any_of_the_model(halves: SplitDetector) -> None:
+def test_split_detector_serves_larger_canvases(halves: SplitDetector) -> None:
     canvas = Size(320, 320)
     with pytest.raises(ValueError, match="4 canvases of 320x320 are larger than"):
         found(halves, noise(1, 4, canvas), sizes_of(4, canvas))
@@ -264,7 +266,7 @@ class CountingMemory(HostMemory):
         return len(self._blocks)
 
 
-def test_many_callers_one_thread_runs_the_network(artifact: Artifact, whole: Detector) -> None:
+def test_split_detector_serialises_callers(artifact: Artifact, whole: Detector) -> None:
     sessions: list[Session] = []
 
     def open_watched(content: bytes) -> Any:
@@ -286,7 +288,7 @@ def test_many_callers_one_thread_runs_the_network(artifact: Artifact, whole: Det
 
 
 @pytest.mark.parametrize("fault", ["refused", "raises", "stale"])
-def test_without_cuda_graphs_it_goes_on(
+def test_split_detector_works_without_cuda_graphs(
     artifact: Artifact, whole: Detector, caplog: pytest.LogCaptureFixture, fault: str
 ) -> None:
     def open_graphs(content: bytes) -> Any:
@@ -311,7 +313,7 @@ def test_without_cuda_graphs_it_goes_on(
         assert same(found(detector, canvases, sizes), found(whole, canvases, sizes))
 
 
-def test_graphs_are_captured_once_for_each_slot_and_known_shape(artifact: Artifact) -> None:
+def test_split_detector_captures_once_per_slot_and_shape(artifact: Artifact) -> None:
     captured: list[ort.IOBinding] = []
 
     def note(binding: ort.IOBinding) -> bool:
@@ -346,7 +348,7 @@ class SmallMemory(HostMemory):
 
 
 @pytest.mark.parametrize("size", [1000, 2 * 4 * 96 * 128 * 3 + 2000])
-def test_too_little_memory_names_the_setting_and_the_size(artifact: Artifact, size: int) -> None:
+def test_split_detector_out_of_memory_names_setting_and_size(artifact: Artifact, size: int) -> None:
     with pytest.raises(DeviceError) as caught:
         open_on_host(artifact, memory=SmallMemory(size)).warm(Size(96, 128), 4)
     for part in (
@@ -358,7 +360,7 @@ def test_too_little_memory_names_the_setting_and_the_size(artifact: Artifact, si
         assert part in str(caught.value)
 
 
-def test_a_detector_that_nobody_uses_gives_everything_back(artifact: Artifact) -> None:
+def test_split_detector_releases_its_memory(artifact: Artifact) -> None:
     memory = CountingMemory()
     detector = open_on_host(artifact, memory=memory)
     detector.warm(SMALL, 2)
@@ -378,7 +380,9 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
-def test_what_it_says_of_itself(artifact: Artifact, whole: Detector, halves: SplitDetector) -> None:
+def test_split_detector_describes_itself(
+    artifact: Artifact, whole: Detector, halves: SplitDetector
+) -> None:
     assert halves.metadata == whole.metadata
     assert halves.providers == whole.providers
     # Their order is the parts'.
@@ -386,7 +390,7 @@ def test_what_it_says_of_itself(artifact: Artifact, whole: Detector, halves: Spl
     assert halves.outputs() == whole.outputs()
 
 
-def test_a_file_without_a_seam_runs_whole(
+def test_file_without_candidates_is_not_split(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     artifact = read_artifact(tiny_model.save(tmp_path))
@@ -420,11 +424,11 @@ def broken(name: str) -> bytes:
 @pytest.mark.parametrize(
     "name", ["selection reads pixels", "network reads a threshold", "a name is missing"]
 )
-def test_what_cannot_be_cut_stays_whole(name: str) -> None:
+def test_file_that_cannot_be_split_stays_whole(name: str) -> None:
     assert split(broken(name)) is None
 
 
-def test_the_network_holds_nothing_that_follows_from_the_canvas_alone(artifact: Artifact) -> None:
+def test_split_network_excludes_canvas_constants(artifact: Artifact) -> None:
     parts = parts_of(artifact)
     network = onnx.load_model_from_string(parts.network)
     operators = {node.op_type for node in network.graph.node}
@@ -434,7 +438,7 @@ def test_the_network_holds_nothing_that_follows_from_the_canvas_alone(artifact: 
     assert hosted == {"kept": True, "table_float": False, "canvas": False}
 
 
-def test_two_callers_of_one_detector_serve_a_pipeline(
+def test_split_detector_serves_a_pipeline(
     artifact: Artifact, whole: Detector, halves: SplitDetector
 ) -> None:
     servable = Servable("seam", 1, artifact, (halves,) * SLOTS)
