@@ -35,7 +35,7 @@ _WRAPPERS: Final = ("model", "state_dict", "model_state_dict")
 
 
 class Description(BaseModel):
-    """What a checkpoint says of itself."""
+    """Metadata of a checkpoint."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -54,7 +54,7 @@ class Checkpoint:
     weights: dict[str, Tensor]
 
     def build(self) -> RetinaNet:
-        """The network, in evaluation mode."""
+        """Return the network, in evaluation mode."""
         network = RetinaNet(self.description.model, classes=len(self.description.classes))
         try:
             network.load_state_dict(self.weights)
@@ -64,7 +64,7 @@ class Checkpoint:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint of either kind, whatever its name. Raises DataError."""
+    """Read a checkpoint of either kind, judged by its content. Raises DataError."""
     try:
         if _is_safetensors(path):
             text, weights = _read_safetensors(path)
@@ -147,7 +147,7 @@ def load_backbone(network: RetinaNet, path: Path) -> None:
 
 
 def read_state_dict(path: Path) -> dict[Any, Any]:
-    """What `torch.save` wrote of a state dict, or of a training loop's dict around one.
+    """Read a state dict that `torch.save` wrote, or the one in a training loop's dict.
 
     Nothing in the file is executed. Raises DataError.
     """
@@ -203,7 +203,7 @@ def fetch_imagenet(backbone: str, cache: Path) -> Path:
 
 
 def _is_safetensors(path: Path) -> bool:
-    """Does a file begin with the length of a JSON object, eight bytes, and the object?"""
+    """Return whether a file begins with eight bytes of length and a JSON object."""
     with path.open("rb") as file:
         return file.read(9)[8:] == b"{"
 
@@ -226,6 +226,6 @@ def _read_lightning(path: Path) -> tuple[str, dict[str, Tensor]]:
 
 
 def _one_line(error: Exception) -> str:
-    """The error's kind and the beginning of what it says."""
+    """Return the error's kind and the beginning of what it says."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {' '.join(lines[:2])}" if lines else type(error).__name__

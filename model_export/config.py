@@ -1,4 +1,4 @@
-"""Everything that a training run is told, as one pydantic model; YAML is read at the edge only."""
+"""The settings of a training run, as one pydantic model, and their YAML files."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class _Config(BaseModel):
 
 
 class DataConfig(_Config):
-    """How a labelled folder is read, and what of it is used."""
+    """Format of a labelled folder, and the classes that are used."""
 
     format: FormatName = "auto"
     classes: tuple[str, ...] | None = None
-    """Objects of these, by their new names, are used, in this order; left open: all of them."""
+    """Classes that are used, by their new names, in this order; None: all."""
     remap: dict[str, str] = Field(default_factory=dict)
-    """New names of classes by those that are written."""
+    """New names of classes by their names in the annotations."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -45,7 +45,7 @@ class DataConfig(_Config):
 
 
 class MatchingConfig(_Config):
-    """Which anchors learn which objects."""
+    """Thresholds of matching anchors with objects."""
 
     foreground: float = Field(default=0.5, gt=0, le=1)
     background: float = Field(default=0.4, ge=0, le=1)
@@ -62,7 +62,7 @@ class MatchingConfig(_Config):
 
 
 class LossConfig(_Config):
-    """What training minimises: a loss of classes plus a loss of boxes."""
+    """The loss: a classification loss plus a box loss."""
 
     classification: ClassificationLoss = Focal()
     box: BoxLoss = SmoothL1()
@@ -107,7 +107,8 @@ class TrainConfig(_Config):
     batch_size: int = Field(default=8, ge=1)
     """Images per step, over all processes together: several share them."""
     accumulate: int = Field(default=1, ge=1)
-    """Each process walks its share of a batch in so many parts: less memory, the same gradient."""
+    """Number of parts in which a process computes its share of a batch: less memory, the same
+    gradient."""
     freeze_norms: bool = True
     """Keep batch norm statistics as the weights brought them, which is right for small batches.
 
@@ -129,7 +130,7 @@ class TrainConfig(_Config):
 
 
 def load_config(path: Path | None, overrides: Mapping[str, Any]) -> TrainConfig:
-    """A config from a YAML file (or the defaults) with dotted overrides on top.
+    """Return a config from a YAML file (or the defaults) with dotted overrides on top.
 
     `overrides` maps e.g. "optimiser.lr" to a value. Raises DataError that names the file and the
     field.
@@ -154,7 +155,7 @@ def load_config(path: Path | None, overrides: Mapping[str, Any]) -> TrainConfig:
 
 
 def apply_overrides(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> TrainConfig:
-    """A config from a mapping of settings with dotted overrides on top, both left as they are.
+    """Return a config from a mapping of settings and dotted overrides; neither is modified.
 
     Raises DataError that names the field.
     """
@@ -176,7 +177,7 @@ def dump_config(config: TrainConfig, path: Path) -> None:
 
 
 def describe(error: ValidationError) -> str:
-    """A pydantic error as one line: "optimiser.lr: Input should be greater than 0; …"."""
+    """Return a pydantic error as one line: "optimiser.lr: Input should be greater than 0; …"."""
     return "; ".join(
         f"{'.'.join(str(part) for part in item['loc'])}: {_message(item)}"
         for item in error.errors()

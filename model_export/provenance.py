@@ -1,4 +1,4 @@
-"""Where a model comes from, for its checkpoint and its file."""
+"""Provenance of a model, for its checkpoint and its file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def provenance(
     init: Path | None,
     licences: Sequence[str],
 ) -> dict[str, Any]:
-    """What a run is made of. Files are told by name and hash: folders are of one machine only."""
+    """Return the inputs of a run. Files are named with their hash, without their folders."""
     return {
         "retinaserve": _version(),
         "git_commit": git_commit(),
@@ -40,7 +40,7 @@ def provenance(
 
 
 def imported(*, source: Path, config: Mapping[str, Any], licences: Sequence[str]) -> dict[str, Any]:
-    """What a checkpoint is made of whose weights another program has trained."""
+    """Return the provenance of a checkpoint whose weights another program trained."""
     return {
         "retinaserve": _version(),
         "git_commit": git_commit(),
@@ -52,13 +52,13 @@ def imported(*, source: Path, config: Mapping[str, Any], licences: Sequence[str]
 
 
 def resumed(before: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a resumed run is made of: what it began with, under the settings it goes on with."""
+    """Return the provenance of a resumed run: its original inputs and its current settings."""
     again = {"retinaserve": _version(), "git_commit": git_commit(), "command": command(sys.argv)}
     return {**before, "config": dict(config), "resumed": [*before.get("resumed", []), again]}
 
 
 def command(arguments: Sequence[str]) -> str:
-    """A command line for a shell, absolute paths cut to their last part.
+    """Return a command line for a shell, absolute paths cut to their last part.
 
     >>> command(["/usr/bin/retinaserve", "train", "--data=/home/me/cells", "--set", "epochs=3"])
     'retinaserve train --data=cells --set epochs=3'
@@ -67,12 +67,12 @@ def command(arguments: Sequence[str]) -> str:
 
 
 def git_commit(source: Path | None = None) -> str | None:
-    """Commit of the sources that run, marked "-dirty" if changed; None outside of a checkout.
+    """Return the commit of the sources, marked "-dirty" if changed; None without a checkout.
 
     `source` is the file whose repository is asked, by default this one.
     """
     path = source or Path(__file__)
-    # An installed package may lie inside somebody else's repository, without being part of it.
+    # An installed package may lie inside another repository, without being part of it.
     if _git(path.parent, "ls-files", "--error-unmatch", path.name) is None:
         return None
     # Without tags to go by, `describe` names a commit by its hash.

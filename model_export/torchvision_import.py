@@ -1,4 +1,4 @@
-"""torchvision's RetinaNet checkpoints as ours.
+"""Conversion of torchvision's RetinaNet checkpoints.
 
 What torchvision does differently is settings of the model (`ARCHITECTURES`); what is left is to
 give each tensor its name here.
@@ -86,12 +86,12 @@ _BLOCK: Final = re.compile(r"(\w+_head\.conv)\.(\d+)\.([01])\.(\w+)")
 
 @dataclass(frozen=True, slots=True)
 class Imported:
-    """What a state dict turned into."""
+    """A converted state dict."""
 
     architecture: str
     checkpoint: Checkpoint
     notes: tuple[str, ...]
-    """What is to be known of it, a sentence each."""
+    """Remarks for the user, a sentence each."""
 
 
 def convert(
@@ -104,9 +104,9 @@ def convert(
     canvas: CanvasRule,
     provenance: Mapping[str, Any],
 ) -> Imported:
-    """A checkpoint of ours from a state dict that was read from `path`.
+    """Return a checkpoint of ours from a state dict that was read from `path`.
 
-    Left open, `architecture` and `eps` are told from the keys. Where there is nothing but a
+    Left open, `architecture` and `eps` are detected from the keys. Where there is nothing but a
     backbone, the rest starts fresh. Raises DataError if the state dict is not what it should be.
     """
     _refuse_strangers(state, path)
@@ -143,7 +143,7 @@ def convert(
 
 
 def rename(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors under our keys; the classifier of an ImageNet network is left out."""
+    """Return the tensors under our keys; the classifier of an ImageNet network is left out."""
     normed = any(re.search(r"_head\.conv\.\d\.1\.", key) for key in state)
     renamed = {}
     for key, value in state.items():
@@ -157,7 +157,7 @@ def rename(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def norm_eps(state: Iterable[str]) -> float:
-    """What torchvision adds to the variance in the batch norms of a state dict, by its keys.
+    """Return the eps of the batch norms of a state dict, by its keys.
 
     Frozen norms count no batches. Those of an ImageNet classifier are ordinary ones, even where
     an old file lacks the count.
@@ -169,7 +169,7 @@ def norm_eps(state: Iterable[str]) -> float:
 
 
 def class_names(count: int, labels: Sequence[str] | None) -> tuple[str, ...]:
-    """The names of `count` classes: `labels`, or COCO's if there are 91, or numbers."""
+    """Return the names of `count` classes: `labels`, or COCO's if there are 91, or numbers."""
     if labels is not None:
         return tuple(labels)
     if count == len(COCO_CLASSES):
@@ -178,7 +178,7 @@ def class_names(count: int, labels: Sequence[str] | None) -> tuple[str, ...]:
 
 
 def read_labels(path: Path) -> tuple[str, ...]:
-    """Class names from a file, one a line; "N/A", torchvision's unused class, is class_<i>.
+    """Read class names, one a line; "N/A", torchvision's unused class, becomes class_<i>.
 
     Raises DataError that names the line.
     """
@@ -203,13 +203,13 @@ def read_labels(path: Path) -> tuple[str, ...]:
 
 
 def _flat(found: re.Match[str], *, normed: bool) -> str:
-    """Of blocks of convolution (and norm) and ReLU, the place in one flat sequence."""
+    """Return the key in a flat sequence for one in blocks of convolution (and norm) and ReLU."""
     block, part = int(found[2]), int(found[3])
     return f"{found[1]}.{block * (3 if normed else 2) + part}.{found[4]}"
 
 
 def _class_count(state: Mapping[str, Tensor], labels: Sequence[str] | None, path: Path) -> int:
-    """How many classes the classifier tells apart, the background's channel included."""
+    """Return the number of the classifier's classes, the background included."""
     if _CLASSIFIER not in state:
         return len(COCO_CLASSES) if labels is None else len(labels)
     per_cell = ANCHORS.per_cell
@@ -230,7 +230,7 @@ def _class_count(state: Mapping[str, Tensor], labels: Sequence[str] | None, path
 
 
 def _architecture(state: Mapping[str, Tensor], asked: str | None, count: int, path: Path) -> str:
-    """The architecture that a state dict is of."""
+    """Return the architecture that a state dict is of."""
     wrong = {name: _differences(state, model, count) for name, model in ARCHITECTURES.items()}
     fitting = [name for name in ARCHITECTURES if not wrong[name]]
     if asked is None and len(fitting) > 1:
@@ -247,7 +247,7 @@ def _architecture(state: Mapping[str, Tensor], asked: str | None, count: int, pa
 
 
 def _differences(state: Mapping[str, Tensor], model: ModelConfig, count: int) -> list[str]:
-    """What keeps a state dict, or the parts of the network that it has, from fitting."""
+    """Return the reasons for which a state dict, or the parts that it has, does not fit."""
     with torch.device("meta"):
         wanted = RetinaNet(model, classes=count).state_dict()
     parts = _parts(state)
@@ -266,7 +266,7 @@ def _differences(state: Mapping[str, Tensor], model: ModelConfig, count: int) ->
 
 
 def _counted(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights in full precision, and the counts of batches that frozen norms do not have."""
+    """Return the weights in float32, with the batch counts that frozen norms lack."""
     weights = {
         key.replace("running_var", _COUNT): torch.tensor(0)
         for key in state
@@ -285,7 +285,7 @@ def _fresh_weights(model: ModelConfig, count: int) -> dict[str, Tensor]:
 
 
 def _parts(state: Iterable[str]) -> list[str]:
-    """Which parts of the network a state dict under our keys has anything of."""
+    """Return the parts of the network that occur in a state dict under our keys."""
     keys = {key.partition(".")[0] for key in state}
     return [part for part in PARTS if part in keys]
 

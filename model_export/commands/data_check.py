@@ -1,4 +1,4 @@
-"""`retinaserve data check`: a labelled folder to counts, problems and a recommendation."""
+"""`retinaserve data check`: counts, problems and a recommendation for a labelled folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Final
 import click
 
 from model_export.commands.export import parse_canvas
-from model_export.commands.labelled_data import used
+from model_export.commands.labelled_data import data_config
 from model_export.config import DataConfig, TrainConfig, load_config
 from model_export.data import datasets
 from model_export.data.datasets import Dataset
@@ -33,8 +33,8 @@ def run(
     config_file: Path | None,
     json_file: Path | None,
 ) -> None:
-    """Print what is in a folder. Raises DataError if something in it stops training."""
-    used(labels)
+    """Print a summary of a folder. Raises DataError if a problem in it stops training."""
+    data_config(labels)
     refuse_to_replace(filter(None, (json_file,)), filter(None, (root, config_file)))
     overrides = {f"data.{key}": value for key, value in labels.items()}
     if canvas is not None:
@@ -55,13 +55,13 @@ def run(
 
 
 class _Found:
-    """The splits that could be read, and what stopped the others."""
+    """The splits that were read, and the problems of the others."""
 
     def __init__(self) -> None:
         self.datasets: list[Dataset] = []
         self.fatal: list[Problem] = []
         self.errors: list[str] = []
-        """What else stopped a split: the first line says it, the rest lists problems."""
+        """Other errors that stopped a split: the first line is the reason."""
 
 
 def _read_all(root: Path, splits: Sequence[str], choice: DataConfig) -> _Found:
@@ -89,7 +89,7 @@ def _read_all(root: Path, splits: Sequence[str], choice: DataConfig) -> _Found:
 
 
 def _refuse(root: Path, found: _Found) -> None:
-    """Raise DataError if something stops training; all of it is listed on stderr before."""
+    """List the problems that stop training on stderr, then raise DataError if there are any."""
     if found.fatal:
         click.echo(describe_all(found.fatal, limit=len(found.fatal)), err=True)
         count = len(found.fatal)
@@ -107,7 +107,7 @@ def _splits_of(root: Path, choice: DataConfig) -> list[str]:
 
 
 def _advice(found: Sequence[Dataset], config: TrainConfig) -> Recommendation | None:
-    """From the train split, which `train --anchors auto` looks at."""
+    """Recommend from the train split, as `train --anchors auto` does."""
     training = next((each for each in found if each.split == "train"), None)
     if training is None or not any(len(sample.boxes) for sample in training.samples):
         return None

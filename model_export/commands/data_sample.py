@@ -1,4 +1,4 @@
-"""`retinaserve data sample`: a labelled folder to try everything with, drawn from a seed."""
+"""`retinaserve data sample`: a labelled folder of drawn images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`retinaserve evaluate`: a model file and a labelled folder to a table and to files."""
+"""`retinaserve evaluate`: metrics of a model file on a labelled folder, as table and files."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 import click
 import numpy as np
 
-from model_export.commands.labelled_data import load, used
+from model_export.commands.labelled_data import data_config, load
 from model_export.config import DataConfig
 from model_export.data.datasets import Dataset
 from model_export.evaluation.bootstrap import Comparison, Difference, compare
 from model_export.evaluation.coco_metrics import Evaluation, Timing
 from model_export.evaluation.inference import evaluate_file
-from model_export.evaluation.json_report import answer
+from model_export.evaluation.json_report import to_json
 from model_export.evaluation.reliability import MIN_SCORE, Reliability
 from model_export.evaluation.results import Baseline, EvaluationResults, describe_file, measure
 from service.errors import DataError
@@ -39,9 +39,9 @@ def run(
     plots: Path | None,
     report: Path | None,
 ) -> None:
-    """Measure a file and show what was found. Raises RetinaserveError."""
+    """Evaluate a file, print the metrics and write the files. Raises RetinaserveError."""
     refuse_to_replace(filter(None, (json_file, report)), filter(None, (model, against, data)))
-    dataset = load_for(model, data, split, used(labels))
+    dataset = load_for(model, data, split, data_config(labels))
     measured = measure(model, dataset, device=device, batch_size=batch_size)
     click.echo(f"{model} on {data}, split {split!r}")
     for line in table(measured.evaluation, measured):
@@ -63,13 +63,13 @@ def _write(
     plots: Path | None,
     report: Path | None,
 ) -> Iterator[Path]:
-    """Write what is asked for; the paths as they are written."""
+    """Write the requested files; yield each path after it is written."""
     if plots is not None:
         from model_export.evaluation.plots import save_plots
 
         yield from save_plots(measured, plots)
     if json_file is not None:
-        text = json.dumps(answer(measured, against), indent=2, allow_nan=False)
+        text = json.dumps(to_json(measured, against), indent=2, allow_nan=False)
         yield _write_text(json_file, text + "\n")
     if report is not None:
         from model_export.evaluation.html_report import render
@@ -97,7 +97,7 @@ def load_for(model: Path, data: Path, split: str, choice: DataConfig | None = No
 
 
 def table(evaluation: Evaluation, measured: EvaluationResults | None = None) -> Iterator[str]:
-    """The metrics as lines of text, with what follows from the detections where they are given."""
+    """Return the metrics as lines of text; `measured` adds thresholds and calibration."""
     yield f"{evaluation.images} images, {evaluation.boxes} objects"
     for figures in _overall(evaluation):
         yield "  ".join(f"{name:>6}" for name in figures)
@@ -164,7 +164,7 @@ def _latency(timing: Timing) -> str:
 
 
 def comparison_lines(against: Path, comparison: Comparison) -> Iterator[str]:
-    """The differences as lines of text."""
+    """Return the differences as lines of text."""
     yield ""
     yield f"minus {against}, with the 95 % interval of a paired bootstrap over images"
     figures = {"AP": comparison.ap, "AP50": comparison.ap50, "D-ECE": comparison.d_ece}

@@ -1,4 +1,4 @@
-"""`retinaserve export`: a checkpoint to a finished model file."""
+"""`retinaserve export`: write a checkpoint as a model file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from model_export.checkpoints import Checkpoint, load_checkpoint, save_weights
 from model_export.commands.evaluate import table
-from model_export.commands.labelled_data import load, used
+from model_export.commands.labelled_data import data_config, load
 from model_export.config import DataConfig, describe
 from model_export.data import datasets
 from model_export.data.datasets import Dataset, Sample
@@ -69,9 +69,9 @@ def run(
     classes = checkpoint.description.classes
     held_out = calibration_data = None
     if data is not None:
-        held_out = load(data, split, used(labels), classes=classes)
+        held_out = load(data, split, data_config(labels), classes=classes)
     if calibrate_on is not None:
-        calibration_data = load(calibrate_on, calibrate_split, used(labels), classes=classes)
+        calibration_data = load(calibrate_on, calibrate_split, data_config(labels), classes=classes)
     images = _images(held_out)
     done = release(
         checkpoint,
@@ -82,7 +82,7 @@ def run(
         held_out=held_out,
         images=images,
         calibrate_on=calibration_data,
-        reduction=_reduction(target, held_out, used(labels), images, max_loss),
+        reduction=_reduction(target, held_out, data_config(labels), images, max_loss),
     )
     click.echo(f"wrote {output}, {output.stat().st_size / 1e6:.1f} MB")
     click.echo(str(done.report))
@@ -106,7 +106,7 @@ def run(
 
 
 def calibration_lines(calibration: Calibration, classes: Sequence[str]) -> Iterator[str]:
-    """What the calibration did, as lines of text."""
+    """Return the effect of the calibration as lines of text."""
     yield (
         f"calibrated on {calibration.detections} detections of {calibration.images} images; "
         f"calibration error {calibration.before:.4f}, afterwards {calibration.after:.4f} by "
@@ -118,7 +118,7 @@ def calibration_lines(calibration: Calibration, classes: Sequence[str]) -> Itera
 
 
 def parse_canvas(text: str) -> Buckets | ShortSide:
-    """A canvas rule: "384x512,512x384" (height x width) or "short-side:800,1333".
+    """Return a canvas rule: "384x512,512x384" (height x width) or "short-side:800,1333".
 
     Raises click.BadParameter.
     """
@@ -159,7 +159,7 @@ def check_repository_path(output: Path) -> None:
 
 
 def default_name(output: Path) -> str:
-    """The name that a file's place gives it: NAME/VERSION/model.onnx in a repository, else its own.
+    """Return the model name by a file's path: NAME/VERSION/model.onnx in a repository, or its stem.
 
     >>> default_name(Path("models/cells/1/model.onnx")), default_name(Path("cells.onnx"))
     ('cells', 'cells')
@@ -183,7 +183,7 @@ def _reduction(
     images: Sequence[bytes],
     max_loss: float | None,
 ) -> PrecisionOptions | None:
-    """What a smaller precision needs: for int8 images of the kind that it will see."""
+    """Return the options of a smaller precision; int8 is calibrated on training images."""
     if precision is Precision.FP32:
         return None
     if precision is Precision.INT8 and held_out is not None:
@@ -192,7 +192,7 @@ def _reduction(
 
 
 def range_images(held_out: Dataset, choice: DataConfig) -> list[bytes]:
-    """Images of the train split, evenly spread; where there is none, the measured ones."""
+    """Return images of the train split, evenly spread; where there is none, the measured ones."""
     try:
         samples = datasets.load(
             held_out.root,
@@ -209,7 +209,7 @@ def range_images(held_out: Dataset, choice: DataConfig) -> list[bytes]:
 
 
 def _images(held_out: Dataset | None) -> list[bytes]:
-    """Images to verify on: the data's own, filled up with drawn ones, lying and upright."""
+    """Return images to verify on: the data's own, then drawn ones, landscape and portrait."""
     images: list[bytes] = []
     if held_out is not None:
         images = _read(held_out.samples[:VERIFIED_IMAGES])

@@ -1,4 +1,4 @@
-"""`retinaserve import-torchvision`: a state dict of torchvision's to a checkpoint."""
+"""`retinaserve import-torchvision`: convert a state dict of torchvision's to a checkpoint."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run(
     max_size: int,
     licences: Sequence[str],
 ) -> None:
-    """Read, convert and write; say what was found. Raises DataError."""
+    """Convert a state dict and print a summary. Raises DataError."""
     if architecture is not None and architecture not in ARCHITECTURES:
         raise DataError(f"--arch {architecture}: expected one of {', '.join(ARCHITECTURES)}")
     if norm_eps is not None and not 0 <= norm_eps < 1:

@@ -23,7 +23,7 @@ def load(
     *,
     classes: Sequence[str] | None = None,
 ) -> Dataset:
-    """Read one split. What stops it is listed on stderr; DataError then says it in one line."""
+    """Read one split. Problems that stop it are listed on stderr before DataError is raised."""
     choice = choice or DataConfig()
     try:
         return datasets.load(
@@ -41,16 +41,16 @@ def load(
         raise DataError(reason) from error
 
 
-def used(labels: Mapping[str, Any]) -> DataConfig:
-    """What --format, --classes and --remap say. Raises click.UsageError."""
+def data_config(labels: Mapping[str, Any]) -> DataConfig:
+    """Return the settings of --format, --classes and --remap. Raises click.UsageError."""
     try:
         return DataConfig.model_validate(dict(labels))
     except ValidationError as error:
         raise click.UsageError(describe(error).lstrip(": ")) from error
 
 
-def options(choice: DataConfig) -> str:
-    """The same as options of a command line, with a space behind, for a line to copy."""
+def as_options(choice: DataConfig) -> str:
+    """Return the settings as options of a command line, with a trailing space."""
     words = [] if choice.format == "auto" else ["--format", choice.format]
     if choice.classes is not None:
         words += ["--classes", ",".join(choice.classes)]

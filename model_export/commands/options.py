@@ -13,7 +13,7 @@ _RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 class Recipe(click.ParamType[Path]):
-    """A YAML file, or the name of one of those in a folder that comes with the package."""
+    """A YAML file, or the name of one that ships with the package."""
 
     name = "recipe"
 
@@ -21,7 +21,7 @@ class Recipe(click.ParamType[Path]):
         self._folder = folder
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Path:
-        """The file's path."""
+        """Return the file's path."""
         if isinstance(value, Path):
             return value
         known = {path.stem: path for path in sorted(self._folder.glob("*.yaml"))}
@@ -53,7 +53,7 @@ def _pair_names(_context: Any, _parameter: Any, value: tuple[str, ...]) -> dict[
 
 
 def label_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add --format, --classes and --remap; they come as `labels`, settings of a DataConfig."""
+    """Add --format, --classes and --remap, passed on as `labels`: settings of a DataConfig."""
 
     @click.option(
         "--format",

@@ -1,4 +1,4 @@
-"""`retinaserve study`: the exhibits of the paper, each a figure, a CSV and a line of text."""
+"""`retinaserve study`: the exhibits of the paper, each as figure, CSV and text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from service.errors import DataError
 
 
 def curves(output: Path) -> None:
-    """Figure 1 and FL*."""
+    """Write figure 1 and FL*."""
     for path in loss_curves.write(loss_curves.compute(), output):
         click.echo(f"wrote {path}")
     for line in loss_curves.describe():
@@ -35,7 +35,7 @@ def curves(output: Path) -> None:
 def cdf(
     checkpoint_file: Path, *, data: Path, split: str, output: Path, merge: bool, device: str
 ) -> None:
-    """Figure 4. Raises RetinaserveError."""
+    """Write figure 4. Raises RetinaserveError."""
     chosen = torch.device(accelerator_for(device, 1)[0])
     checkpoint = load_checkpoint(checkpoint_file)
     description = checkpoint.description
@@ -85,7 +85,7 @@ def ablate(
     only: Sequence[str],
     device: str,
 ) -> None:
-    """Run what is left of a study, then write its table. Raises RetinaserveError."""
+    """Execute the unfinished runs of a study and write its table. Raises RetinaserveError."""
     accelerator_for(device, 1)
     study = ablation.load_study(config_file)
     runs = ablation.plan(study, output, dict(map(parse_setting, settings)))
@@ -138,7 +138,7 @@ def _choose(runs: Sequence[ablation.Run], only: Sequence[str]) -> list[ablation.
 def _write(
     study: ablation.StudyConfig, runs: Sequence[ablation.Run], output: Path
 ) -> list[ablation_report.Summary]:
-    """The table of what there is, after every run: the next one may be killed."""
+    """Write the table of all finished runs; called after every run, as the next may be killed."""
     results = [result for run in runs if (result := ablation.finished(run)) is not None]
     summaries = ablation_report.summarise(ablation.expand(study.rows), results)
     ablation_report.write_results(results, output / "ablation.csv")
@@ -148,7 +148,7 @@ def _write(
 
 
 def _trained_with(provenance: Mapping[str, Any]) -> TrainConfig:
-    """Matching and choice of classes of a checkpoint's own run; the defaults if it names none."""
+    """Return matching and classes of a checkpoint's own run, or the defaults."""
     config = provenance.get("config", {})
     known = {key: config[key] for key in ("matching", "data") if key in config}
     if "matching" not in known:

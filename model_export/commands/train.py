@@ -1,4 +1,4 @@
-"""`retinaserve train`: a labelled folder and settings to a run's folder."""
+"""`retinaserve train`: train on a labelled folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import yaml
 from tqdm import tqdm
 
 from model_export.checkpoints import Checkpoint, fetch_imagenet, load_checkpoint
-from model_export.commands.labelled_data import load, options
+from model_export.commands.labelled_data import as_options, load
 from model_export.config import DataConfig, TrainConfig, dump_config, load_config
 from model_export.data.datasets import Dataset
 from model_export.data.report import summarise
@@ -105,25 +105,25 @@ def run(
         )
     _say(
         f"best AP {best:.4f}; next:\n  retinaserve export {output / BEST} --data {data} "
-        f"{options(config.data)}--output models/{output.name}/1/{MODEL_FILE}"
+        f"{as_options(config.data)}--output models/{output.name}/1/{MODEL_FILE}"
     )
 
 
 def _start_processes(count: int, device: str) -> None:
-    """This command as `count` processes, each of which finds that it is one of them."""
+    """Run this command as `count` processes that train together."""
     if world().size > 1:
         raise DataError(
             f"--devices {count}: torchrun has started {world().local_size} processes on this "
             "machine; leave the option out"
         )
     accelerator_for(device, count)
-    # Processes that each take all cores only get into each other's way.
+    # Processes that each use all cores slow each other down.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     launch(count, this_command())
 
 
 def _say(text: str) -> None:
-    """Print, once for all processes."""
+    """Print in the first process only."""
     if world().is_first:
         click.echo(text)
 
@@ -151,7 +151,7 @@ def _provenance(
 
 
 def adopt(config: TrainConfig, checkpoint: Checkpoint) -> TrainConfig:
-    """Take the checkpoint's network, and its canvas where the config names none.
+    """Return the config with the checkpoint's network, and its canvas if the config names none.
 
     Raises DataError if the config asks for another network.
     """
@@ -169,7 +169,7 @@ def adopt(config: TrainConfig, checkpoint: Checkpoint) -> TrainConfig:
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
-    """KEY=VALUE of --set, the value as YAML has it. Raises click.BadParameter."""
+    """Parse KEY=VALUE of --set, the value as YAML. Raises click.BadParameter."""
     key, separator, value = text.partition("=")
     if not separator or not key:
         raise click.BadParameter(f"{text!r}: expected KEY=VALUE, such as optimiser.lr=0.005")
@@ -208,7 +208,7 @@ def _load_init(init: str | None) -> Checkpoint | None:
 
 
 def bundled_checkpoint() -> Path:
-    """The checkpoint of the bundled model."""
+    """Return the checkpoint of the bundled model."""
     found = sorted(bundled_models().glob("*/*/*.safetensors"))
     if not found:
         raise DataError(f"no checkpoint is bundled below {bundled_models()}; name a file")
@@ -218,7 +218,7 @@ def bundled_checkpoint() -> Path:
 def _training_data(
     data: Path, used: DataConfig, known: Checkpoint | None, *, resume: bool
 ) -> Dataset:
-    """The train split; with the class order of a checkpoint that has the same classes."""
+    """Read the train split, in the class order of a checkpoint that has the same classes."""
     training = load(data, "train", used)
     if known is None or training.classes == known.description.classes:
         return training
@@ -255,7 +255,7 @@ class _BesideBars(logging.Handler):
 
 @contextmanager
 def messages() -> Iterator[None]:
-    """Show the project's own messages on stderr, and of Lightning's only warnings."""
+    """Show the project's log messages on stderr, and only warnings of Lightning's."""
     handler = _BesideBars()
     handler.setFormatter(logging.Formatter("%(message)s"))
     ours = logging.getLogger("model_export")

@@ -1,1 +1,1 @@
-"""Labelled images: formats to samples, splits, problems, anchors that fit."""
+"""Labelled images: formats, samples, splits, problems, anchor fit, batches."""

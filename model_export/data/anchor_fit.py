@@ -1,4 +1,4 @@
-"""How well anchors fit boxes, and the anchors that fit best: a search on a lattice of log sizes.
+"""Fit of anchors to boxes, and a search for the best anchors on a lattice of log sizes.
 
 Sizes and boxes are in canvas pixels.
 """
@@ -41,7 +41,7 @@ _ROUNDS: Final = 50
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """How well anchors fit a set of boxes."""
+    """Fit of anchors to a set of boxes."""
 
     reached: float
     """Share of the boxes that some anchor overlaps by FOREGROUND_IOU."""
@@ -89,14 +89,14 @@ def best_ious(
 
 
 def fit_of(ious: NDArray[np.float64], weights: NDArray[np.float64]) -> Fit:
-    """The fit of boxes with these best IoUs, each counted by its weight."""
+    """Return the fit of boxes with these best IoUs, each counted by its weight."""
     total = max(float(weights.sum()), np.finfo(np.float64).tiny)
     reached = float(weights[ious >= FOREGROUND_IOU].sum()) / total
     return Fit(reached=reached, overlap=float((ious * weights).sum()) / total)
 
 
 def search(groups: Sequence[Boxes], like: AnchorConfig) -> AnchorConfig:
-    """The fewest anchors per cell that fit about as well as any; all but their shapes as `like`.
+    """Return the fewest anchors per cell that fit about as well as any; other settings as `like`.
 
     Each level has 1 to 3 sizes at equal steps within a doubling, and doubles those below; ratios
     are the means of 1 to 3 clusters of log(height / width), or the usual ones. "About as well":
@@ -110,14 +110,14 @@ def search(groups: Sequence[Boxes], like: AnchorConfig) -> AnchorConfig:
     reach = max(fit.reached for fit, _ in found) - _REACH_SLACK
     overlap = max(fit.overlap for fit, _ in found) - _OVERLAP_SLACK
     good = [each for each in found if each[0].reached >= reach and each[0].overlap >= overlap]
-    # Nothing need have both: reach decides.
+    # Possibly none has both: reach decides.
     good = good or [each for each in found if each[0].reached >= reach]
     chosen = min(good, key=lambda each: (each[1].per_cell, -each[0].overlap))[1]
     return like.model_copy(update={"sizes": chosen.sizes, "ratios": chosen.ratios})
 
 
 def cluster(values: NDArray[np.float64], weights: NDArray[np.float64], count: int) -> list[float]:
-    """Means of `count` clusters of numbers, rising; k-means from evenly spread quantiles.
+    """Return means of `count` clusters of numbers, rising; k-means from evenly spread quantiles.
 
     >>> cluster(np.array([0.0, 0.1, 5.0, 5.1]), np.ones(4), 2)
     [0.05, 5.05]
@@ -211,7 +211,7 @@ def _best_start(
     ratios: tuple[float, ...],
     count: int,
 ) -> tuple[Fit, Shapes]:
-    """The best smallest size for `count` sizes per level and these ratios."""
+    """Return the best smallest size for `count` sizes per level and these ratios."""
     steps = [round(STEPS * number / count) for number in range(count)]
     best: tuple[Fit, int] | None = None
     for start in range(_DOUBLINGS * STEPS + 1):

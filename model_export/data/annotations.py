@@ -1,4 +1,4 @@
-"""What annotation files say, in one form whatever the format: the readers' common language."""
+"""The content of annotation files in one form for all formats."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Edges = tuple[float, float, float, float]
 
 @dataclass(frozen=True, slots=True)
 class LabelledObject:
-    """One object as it is written, unchecked but for being finite."""
+    """One object as annotated; only finiteness is checked."""
 
     name: str
     """Its class."""
@@ -24,34 +24,34 @@ class LabelledObject:
     """Line of the class; None where entries have ids, as in JSON."""
     box_line: int | None = None
     crowd: bool = False
-    """Not one object, but a region of many that are not told apart."""
+    """Whether it is a region of many objects (COCO's iscrowd)."""
     tag: str = ""
-    """What finds the object within a line, such as "annotation 17: "; begins a problem's text."""
+    """Prefix of problems that finds the entry, such as "annotation 17: "."""
 
 
 @dataclass(frozen=True, slots=True)
 class LabelledImage:
-    """One image that is there, and what is written about it."""
+    """One image that exists, and its annotations."""
 
     image: Path
     annotation: Path
     """File that holds the labels, and which problems name."""
     objects: tuple[LabelledObject, ...]
     size: tuple[float, float] | None = None
-    """(height, width) as written; None where nothing usable is."""
+    """(height, width) as annotated; None if unusable."""
     size_line: int | None = None
     size_fields: str = ""
-    """What the format calls the size."""
+    """The format's name of the size."""
     relative: bool = False
     """Boxes are fractions of the upright image's sides, not pixels."""
 
 
 @dataclass(frozen=True, slots=True)
 class SplitAnnotations:
-    """One split of a folder, as its format's reader found it."""
+    """The annotations of one split."""
 
     images: tuple[LabelledImage, ...]
     names: Mapping[str, int] = field(default_factory=dict)
     """Objects of each class in the images that name the classes: train's, or all of them where
-    nobody chose the splits. Empty where it was not asked for."""
+    the split is by hash. Empty unless requested."""
     problems: Sequence[Problem] = ()

@@ -1,4 +1,4 @@
-"""Varied views of an image on its canvas: crops, zooms, flips, colour, mosaics.
+"""Augmentation of an image on its canvas: crops, zooms, flips, colour, mosaics.
 
 Boxes are x1, y1, x2, y2 in canvas pixels, continuous edges, and follow the pixels exactly.
 """
@@ -42,7 +42,7 @@ class Example:
 
 
 class Augmentation(BaseModel):
-    """How images are varied in training; the defaults suit a few hundred images."""
+    """Augmentation settings; the defaults suit a few hundred images."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -80,7 +80,7 @@ class Augmentation(BaseModel):
 
     @classmethod
     def none(cls) -> Self:
-        """Every image as it is."""
+        """Return settings without augmentation."""
         return cls(
             horizontal_flip=0,
             scale=(1, 1),
@@ -100,7 +100,7 @@ def augment(
     *,
     others: Callable[[], Example],
 ) -> Example:
-    """A varied copy of `example` on a canvas of the same size; `others` gives mosaic partners.
+    """Return an augmented copy of `example` on a canvas of equal size; `others` gives mosaic tiles.
 
     The whole-batch transpose is not done here.
     """
@@ -158,7 +158,7 @@ def _span(length: int, zoom: float, *, cut: float, place: float) -> _Span:
 
 
 def _resize(image: NDArray[np.uint8], x: _Span, y: _Span) -> Image.Image:
-    """The window (x, y) of the image, resized to (y.out, x.out)."""
+    """Return the window (x, y) of the image, resized to (y.out, x.out)."""
     window = (x.start, y.start, x.stop, y.stop)
     whole = Image.fromarray(np.ascontiguousarray(image))
     return whole.resize((x.out, y.out), Image.Resampling.BILINEAR, box=window)
@@ -173,7 +173,7 @@ def _map_boxes(
     clipped = np.clip(moved, 0, np.array([x.out, y.out] * 2))
     sides = clipped[:, 2:] - clipped[:, :2]
     visible = sides.prod(axis=1) >= min_visible * (moved[:, 2:] - moved[:, :2]).prod(axis=1)
-    # However little of a crowd is left, it is no background.
+    # A crowd stays a crowd, however little of it is visible.
     keep = (visible | (example.labels == CROWD)) & (sides >= MIN_SIDE).all(axis=1)
     return clipped[keep].astype(np.float32), example.labels[keep]
 
@@ -214,7 +214,7 @@ def _crop(length: int, span: float, place: float, out: int) -> _Span:
 def _jitter_colour(
     image: Image.Image, augmentation: Augmentation, rng: np.random.Generator
 ) -> Image.Image:
-    """Everything is linear in RGB, so that it is one 3 x 4 matrix and one pass over the pixels."""
+    """Jitter the colours by one 3 x 4 matrix in RGB, in one pass over the pixels."""
     drawn = rng.uniform(-1, 1, size=4)
     brightness = 1 + drawn[0] * augmentation.brightness
     contrast = 1 + drawn[1] * augmentation.contrast

@@ -1,4 +1,4 @@
-"""The training-time view of samples: canvases in memory, augmentation, batches of equal canvas.
+"""Training batches: canvases in memory, augmentation, batches of equal canvas.
 
 Canvases come from `service.imaging.decode.prepare`, the one imaging path, so that an image that is
 not augmented reaches the network exactly as it does in the service. Boxes are x1, y1, x2, y2 in
@@ -91,7 +91,7 @@ class CanvasCache(Sequence[Example]):
 
     @property
     def on_demand(self) -> int:
-        """How many samples did not fit into the memory budget."""
+        """Number of samples beyond the memory budget."""
         return len(self._samples) - self._held
 
     def __len__(self) -> int:
@@ -104,7 +104,7 @@ class CanvasCache(Sequence[Example]):
         return self._decode(index)
 
     def _try_decode(self, index: int) -> Example | str | None:
-        """The example; the failure in words; None if it decodes but is not to be held."""
+        """Return the example, an error message, or None if it decodes but is not held."""
         try:
             example = self._decode(index)
         except DataError as error:
@@ -143,8 +143,7 @@ class Batch:
     labels: list[torch.Tensor]
     """B times (N,) int64."""
     counted: bool = True
-    """False where this process has no share of a batch: its image is another's, and teaches
-    nothing."""
+    """False if this process has no share of a batch: its image is another's, and has no loss."""
     smallest_share: int | None = None
     """Images of the process that has the fewest, where several share a batch."""
 
@@ -152,11 +151,11 @@ class Batch:
         return int(self.images.shape[0])
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
-        """A copy on `device`."""
+        """Return a copy on `device`."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
-        """A copy in page-locked memory."""
+        """Return a copy in page-locked memory."""
         return self._map(torch.Tensor.pin_memory)
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
@@ -170,7 +169,7 @@ class Batch:
         )
 
     def split(self, parts: int) -> list[Batch]:
-        """At most `parts` batches of nearly as many images each; as many on every process."""
+        """Split into at most `parts` batches of nearly equal length, as many in every process."""
         count = len(self)
         parts = min(parts, count if self.smallest_share is None else self.smallest_share)
         edges = [count * part // parts for part in range(parts + 1)]
@@ -213,7 +212,7 @@ def transpose(batch: Batch) -> Batch:
 
 
 class Key(NamedTuple):
-    """Which sample, in which epoch: with the seed, all that its random state depends on."""
+    """A sample in an epoch; with the seed it determines the random state."""
 
     epoch: int
     sample: int
@@ -272,7 +271,7 @@ class CanvasBatchSampler(Sampler[list[Key]]):
 
 
 class TrainingBatches(TorchDataset[Batch]):
-    """Augmented batches by the keys of a CanvasBatchSampler.
+    """Augmented batches, indexed by the keys of a CanvasBatchSampler.
 
     For `DataLoader(batches, sampler=sampler, batch_size=None)`: a batch depends on its keys and
     the seed alone, so that any number of workers and a resumed run give the same ones. Of several
@@ -311,7 +310,7 @@ class TrainingBatches(TorchDataset[Batch]):
         return transpose(batch) if rng.random() < self._augmentation.transpose else batch
 
     def example(self, key: Key) -> Example:
-        """One augmented example."""
+        """Return one augmented example."""
         rng = np.random.default_rng([self._seed, key.epoch, key.sample])
 
         def other() -> Example:

@@ -40,7 +40,7 @@ class CocoImage:
 
 @dataclass(frozen=True, slots=True)
 class CocoFile:
-    """What one file says; fatal problems leave out what they are about."""
+    """The content of one file without the entries of fatal problems."""
 
     path: Path
     images: tuple[CocoImage, ...]
@@ -82,7 +82,7 @@ def _unusable(path: Path, line: int | None, what: str) -> CocoFile:
 
 
 class _Wrong(ValueError):
-    """An entry cannot be used; the message names the remedy."""
+    """An invalid entry; the message names the remedy."""
 
 
 class _Reader:
@@ -258,7 +258,7 @@ class _Layout:
     root: Path
     by_split: Mapping[str, Path]
     whole: Path | None
-    """One file for all, which nobody split; then `by_split` is empty."""
+    """One file for all splits; `by_split` is then empty."""
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -266,7 +266,7 @@ class _Layout:
 
 
 def evidence(root: Path) -> str | None:
-    """What in a folder speaks for this format; None if nothing does."""
+    """Return the files that indicate this format, or None."""
     found = [path.relative_to(root).as_posix() for path in _candidates(root)]
     if not found:
         return None
@@ -274,7 +274,7 @@ def evidence(root: Path) -> str | None:
 
 
 def split_names(root: Path) -> tuple[str, ...]:
-    """The splits that there are. Raises DataError."""
+    """Return the names of the splits. Raises DataError."""
     return _lay_out(root).splits
 
 
@@ -303,7 +303,7 @@ def read(root: Path, split: str, *, naming: bool) -> SplitAnnotations:
 
 
 def _hashed(root: Path, content: CocoFile, split: str) -> tuple[list[LabelledImage], list[Problem]]:
-    """The images of a split that nobody chose."""
+    """Return the images of a split by hash."""
     if not content.images:
         return [], _no_images(content)
     stems = (each.relative.stem for each in content.images)
@@ -313,7 +313,7 @@ def _hashed(root: Path, content: CocoFile, split: str) -> tuple[list[LabelledIma
 def _listed(
     root: Path, content: CocoFile, train: CocoFile | None
 ) -> tuple[list[LabelledImage], list[Problem]]:
-    """All images of a file; those that train has too are among the problems."""
+    """Return all images of a file, and a problem for each that is in train, too."""
     images, problems = _find_images(root, content, None)
     problems += _no_images(content)
     if train is not None and train is not content:
@@ -387,7 +387,7 @@ def _lay_out(root: Path) -> _Layout:
 
 
 def _candidates(root: Path) -> list[Path]:
-    """The .json files that hold annotations: in annotations/, in a split's folder, at the top."""
+    """Return the annotation files: in annotations/, in a split's folder, or at the top."""
     folder = root / "annotations"
     if folder.is_dir():
         inside = [path for path in files(folder, {".json"}) if path.is_file()]
@@ -406,7 +406,7 @@ def _candidates(root: Path) -> list[Path]:
 
 
 def _is_coco(path: Path) -> bool:
-    """By name, or by two of the words that such a file has: it need not be whole."""
+    """Return whether a file is COCO's, by its name or by two of its keys; it may be truncated."""
     if path.name.lower().endswith(".coco.json") or split_called(path.stem):
         return True
     try:
@@ -423,7 +423,7 @@ def _is_coco(path: Path) -> bool:
 def _find_images(
     root: Path, content: CocoFile, members: frozenset[str] | None
 ) -> tuple[list[LabelledImage], list[Problem]]:
-    """The images that are there, of the stems in `members` or all, and the missing ones."""
+    """Return the existing images, of the stems in `members` or all, and the missing ones."""
     bases = [base for base in _bases(root, content.path) if base.is_dir()]
     images: list[LabelledImage] = []
     problems: list[Problem] = []
@@ -450,7 +450,7 @@ def _find_images(
 
 
 def _bases(root: Path, annotations: Path) -> list[Path]:
-    """Where images may lie, the likeliest first."""
+    """Return the folders that may hold the images, the likeliest first."""
     stem = annotations.stem.removeprefix("instances_")
     split = split_called(stem)
     names = [stem, *([split] if split else []), *(["valid"] if split == "val" else [])]
@@ -462,7 +462,7 @@ def _bases(root: Path, annotations: Path) -> list[Path]:
 
 
 def _find_image(name: PurePosixPath, bases: list[Path]) -> Path | None:
-    # A path of the machine that labelled says nothing here but its last part.
+    # Of an absolute path of another machine only the file name is of use.
     inside = not name.is_absolute() and ".." not in name.parts
     last = PurePosixPath(name.name)
     for each in dict.fromkeys([name, last] if inside else [last]):

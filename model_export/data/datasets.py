@@ -1,4 +1,4 @@
-"""Labelled folders of any format to one sample type; bad data is found here, before training.
+"""Load labelled folders of any format as samples; bad data is found here, before training.
 
 Boxes are x1, y1, x2, y2 in pixels of the upright image, continuous edges from 0 to the
 image's side: VOC's xmin..xmax are taken as they are written.
@@ -62,8 +62,8 @@ def load(
     """Read one split of a labelled folder in any of the formats.
 
     `remap` gives classes new names, `keep` leaves out the objects of all others. Without `classes`
-    they are `keep`, or else the names found in the train split (in all of the folder where nobody
-    chose the splits), whichever split is read, by falling count and then by name: the same in
+    they are `keep`, or else the names found in the train split (in the whole folder where the
+    split is by hash), whichever split is read, by falling count and then by name: the same in
     every format. Images without objects are negatives. Raises DataError with every problem that
     stops training.
     """
@@ -99,12 +99,12 @@ def load_voc(root: Path, split: str, *, classes: Sequence[str] | None = None) ->
 
 
 def split_names(root: Path, *, format: str = "auto") -> tuple[str, ...]:  # noqa: A002 - as above
-    """The splits of a labelled folder. Raises DataError."""
+    """Return the splits of a labelled folder. Raises DataError."""
     return choose_format(root, format).split_names(root)
 
 
 def _find_classes(root: Path, reading: SplitAnnotations, choice: ClassSelection) -> tuple[str, ...]:
-    """The class list that the labels themselves give. Raises DataError if a chosen one is not."""
+    """Return the classes of the labels. Raises DataError if a selected one is missing."""
     written = reading.names
     # Where annotations could not be read the names are not all there, and that is what to report.
     sound = not any(problem.fatal for problem in reading.problems)

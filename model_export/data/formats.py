@@ -1,4 +1,4 @@
-"""Which format a labelled folder is in."""
+"""The formats of labelled folders, and their detection."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _LISTED: Final = 12
 
 
 class Format(Protocol):
-    """What a module that reads a format offers."""
+    """Interface of a module that reads a format."""
 
     LOOKED_FOR: str
-    """What marks a folder of the format, in words."""
+    """Description of the files that mark the format."""
 
     def evidence(self, root: Path) -> str | None:
-        """What in a folder speaks for the format; None if nothing does."""
+        """Return the files that indicate the format, or None."""
 
     def split_names(self, root: Path) -> tuple[str, ...]:
-        """The splits that there are. Raises DataError."""
+        """Return the names of the splits. Raises DataError."""
 
     def read(self, root: Path, split: str, *, naming: bool) -> SplitAnnotations:
         """Read one split; `naming`: also count the classes. Raises DataError."""
@@ -37,7 +37,7 @@ _FORMATS: Final[dict[str, Format]] = {"voc": voc, "coco": coco, "yolo": yolo}
 
 
 def choose_format(root: Path, name: str) -> Format:
-    """The format called `name`, or the one that a folder is in if that is "auto".
+    """Return the format called `name`, or the one that a folder is in if that is "auto".
 
     Raises DataError if there is no such folder, or if nothing or more than one format fits it.
     """
@@ -61,7 +61,7 @@ def choose_format(root: Path, name: str) -> Format:
 
 
 def _contents(root: Path) -> Iterator[str]:
-    """What lies in a folder, in a few words: folders by name, files by how many of a kind."""
+    """Return a short description of a folder: its folders by name, its files counted by suffix."""
     paths = sorted(path for path in root.iterdir() if not path.name.startswith("."))
     folders = [f"{path.name}/" for path in paths if path.is_dir()]
     kinds = Counter(path.suffix.lower() or "without suffix" for path in paths if path.is_file())

@@ -1,4 +1,4 @@
-"""What is wrong with labelled data: by file and line, with the remedy."""
+"""Problems of labelled data, each with its place and the remedy."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any, Final
 from service.errors import DataError
 
 LISTED_PROBLEMS: Final = 20
-"""So many problems are spelled out in an error; the rest are counted."""
+"""Number of problems that an error lists; the rest are counted."""
 
 
 class Kind(StrEnum):
-    """What sort of thing is wrong; the value is what a count of them is called."""
+    """Kind of a problem; the value is its name in counts."""
 
     UNUSABLE = "unusable"
     UNKNOWN_CLASS = "unknown class"
@@ -34,7 +34,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something wrong with the data, and the remedy."""
+    """One problem of the data, with the remedy."""
 
     file: Path
     line: int | None
@@ -47,7 +47,7 @@ class Problem:
         return f"{place}: {self.what}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return {
             "file": str(self.file),
             "line": self.line,
@@ -65,7 +65,7 @@ class BadData(DataError):
 
 
 def describe_all(problems: Sequence[Problem], *, limit: int = LISTED_PROBLEMS) -> str:
-    """One line per problem; what exceeds `limit` is counted."""
+    """Return one line per problem; those beyond `limit` are counted."""
     lines = [str(problem) for problem in problems[:limit]]
     if len(problems) > limit:
         lines.append(f"... and {len(problems) - limit} more")
@@ -73,7 +73,7 @@ def describe_all(problems: Sequence[Problem], *, limit: int = LISTED_PROBLEMS) -
 
 
 def refuse_fatal(problems: Iterable[Problem], *, what: str) -> None:
-    """Raise BadData if any problem stops training; `what` says what was read."""
+    """Raise BadData if any problem stops training; `what` names the data."""
     fatal = [problem for problem in problems if problem.fatal]
     if fatal:
         counted = "1 problem stops" if len(fatal) == 1 else f"{len(fatal)} problems stop"
@@ -81,7 +81,7 @@ def refuse_fatal(problems: Iterable[Problem], *, what: str) -> None:
 
 
 def problem_listing(problems: Sequence[Problem], *, limit: int = LISTED_PROBLEMS) -> str:
-    """How many there are of each kind, then one line each up to `limit`."""
+    """Return the count of each kind, then one line per problem up to `limit`."""
     counts = Counter(problem.kind for problem in problems)
     lines = [f"{count} x {kind.value}" for kind, count in counts.most_common()]
     return "\n".join([*lines, describe_all(problems, limit=limit)])

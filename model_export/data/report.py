@@ -1,4 +1,4 @@
-"""What is in a data set, in words: classes, box sizes, what no anchor reaches, what is wrong."""
+"""Summary of a data set: classes, box sizes, objects that no anchor reaches, problems."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class DataReport:
     """Smallest first."""
 
     def warnings(self) -> list[str]:
-        """What somebody should look at before training."""
+        """Return the warnings to check before training."""
         warnings = [
             f"warning: no {item.name!r} in the split {self.split!r}; label some, or leave the "
             "class out"
@@ -126,7 +126,7 @@ class DataReport:
         return [warning]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return {
             "pictures": self.images,
             "pictures_without_objects": self.negatives,
@@ -227,7 +227,7 @@ def _name_missed(
     missed: NDArray[np.bool_],
     classes: Sequence[str],
 ) -> Iterator[Missed]:
-    """The missed objects of the images on one canvas; `missed` goes through all their objects."""
+    """Yield the missed objects of the images on one canvas; `missed` covers all their objects."""
     first = 0
     for sample, there in members:
         for index in np.flatnonzero(missed[first : first + len(there)]):

@@ -22,7 +22,7 @@ CLIP_TOLERANCE: Final = 2.0
 """Pixels. Tools that count from 1 or round put edges this far outside; not worth a line each."""
 
 MIN_SIDE: Final = 1.0
-"""Pixels. A box with a shorter side is taken as a slip of the mouse, not as an object."""
+"""Pixels. A box with a shorter side is dropped as a slip of the mouse."""
 
 CROWD: Final = -1
 """Label of a crowd's region among the objects that a network learns from."""
@@ -42,14 +42,14 @@ class Sample:
     labels: NDArray[np.int64]
     """(N,) index into the data set's classes."""
     crowds: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 4), dtype=np.float32))
-    """(C, 4) regions of many objects that are not told apart: not trained on, and detections
-    inside count neither as hits nor as mistakes (COCO's iscrowd)."""
+    """(C, 4) regions of many objects (COCO's iscrowd): not trained on, and detections inside
+    count neither as hits nor as mistakes."""
     crowd_labels: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     """(C,) index into the data set's classes."""
 
 
 class SampleReader:
-    """Turns what is written about one image into a sample; collects what is wrong with it."""
+    """Turns the annotations of one image into a sample and collects their problems."""
 
     def __init__(
         self, labelled: LabelledImage, classes: tuple[str, ...], choice: ClassSelection
@@ -59,12 +59,12 @@ class SampleReader:
         self._choice = choice
         self.problems: list[Problem] = []
         self.left_out: Counter[str] = Counter()
-        """Objects of each class, as it is written, that the choice of classes leaves out."""
+        """Objects of each annotated class that the selection leaves out."""
         self.emptied = False
-        """Whether the choice of classes left no object of some."""
+        """Whether the selection left none of the image's objects."""
 
     def read(self) -> Sample | None:
-        """None if the image is left out or unusable."""
+        """Return the sample, or None if the image is left out or unusable."""
         path = self._labelled.image
         try:
             size = _probe(path)
@@ -159,7 +159,7 @@ class SampleReader:
 
 
 def nearest(name: str, known: Collection[str]) -> str | None:
-    """The known name that somebody may have meant, or None."""
+    """Return the most similar known name, or None."""
     near = difflib.get_close_matches(name.lower(), [each.lower() for each in known], n=1)
     return next((each for each in known if [each.lower()] == near), None)
 
@@ -176,7 +176,7 @@ def _probe(path: Path) -> Size:
 
 @dataclass(frozen=True, slots=True)
 class ClassSelection:
-    """New names for classes, then a subset of them."""
+    """A mapping of class names and a subset of the new names."""
 
     keep: tuple[str, ...] | None = None
     """Classes, by their new names, whose objects are used; None: all of them."""
@@ -184,7 +184,7 @@ class ClassSelection:
     """New name of a class by the one that is written. Several may become one."""
 
     def name(self, written: str) -> str | None:
-        """The class of an object by the one that is written; None if it is left out.
+        """Return the new name of an annotated class; None if it is left out.
 
         >>> choice = ClassSelection(keep=("cat",), remap={"kitten": "cat"})
         >>> choice.name("cat"), choice.name("kitten"), choice.name("dog")
@@ -194,7 +194,7 @@ class ClassSelection:
         return name if self.keep is None or name in self.keep else None
 
     def count(self, written: Mapping[str, int]) -> Counter[str]:
-        """Objects of each class that is used, from those of each that is written."""
+        """Return the objects of each new class from those of the annotated ones."""
         counts: Counter[str] = Counter()
         for each, number in written.items():
             name = self.name(each)

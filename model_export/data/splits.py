@@ -1,4 +1,4 @@
-"""Which images belong to a split: names of splits, a hash where nobody chose, leaks."""
+"""Splits: their names, the split by hash, leaks between splits."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _AROUND: Final = re.compile(r"^instances[_-]|[_-]annotations$|[_-]?\d+$")
 
 
 def split_called(name: str) -> str | None:
-    """The split that a file or folder is named after, or None.
+    """Return the split that a file or folder is named after, or None.
 
     >>> split_called("instances_train2017"), split_called("valid"), split_called("labels")
     ('train', 'val', None)
@@ -41,7 +41,7 @@ def split_called(name: str) -> str | None:
 
 
 def files(folder: Path, suffixes: Iterable[str]) -> list[Path]:
-    """Files of a folder by name, with one of the lower-case suffixes. Raises DataError."""
+    """Return a folder's files with one of the lower-case suffixes, sorted. Raises DataError."""
     wanted = frozenset(suffixes)
     try:
         # Files whose name begins with a dot are leftovers of editors and of macOS archives.
@@ -55,7 +55,7 @@ def files(folder: Path, suffixes: Iterable[str]) -> list[Path]:
 
 
 def split_by_hash(root: Path, stems: Iterable[str], split: str, *, unsplit: str) -> frozenset[str]:
-    """The file stems in a split that nobody chose: a fifth is "val", the rest "train".
+    """Return the file stems of a split by hash: a fifth is "val", the rest "train".
 
     Adding images moves no image from one side to the other, tiny folders aside. `unsplit`
     says what would have chosen the splits. Raises DataError if none is left.
@@ -78,7 +78,7 @@ def split_by_hash(root: Path, stems: Iterable[str], split: str, *, unsplit: str)
 def leaks(
     members: Mapping[Path, tuple[Path, int | None]], training: Sequence[Path]
 ) -> list[Problem]:
-    """A problem for each image of a split that train has too.
+    """Return a problem for each image of a split that train has too.
 
     `members` maps an image to the file and line that put it into the split. Images are the same
     if their paths are, or their names and their bytes.

@@ -33,7 +33,7 @@ _TEXTS: Final = frozenset(
 
 
 class AnnotationError(ValueError):
-    """The text at `line` is not a VOC annotation; the message names the remedy."""
+    """An invalid annotation at `line`; the message names the remedy."""
 
     def __init__(self, line: int, message: str) -> None:
         super().__init__(message)
@@ -42,7 +42,7 @@ class AnnotationError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Annotation:
-    """What one file says."""
+    """The content of one file."""
 
     filename: str
     """<filename>, or "" without it."""
@@ -79,7 +79,7 @@ class _Field:
 
 @dataclass(slots=True)
 class _Reader:
-    """Collects the few texts that matter; memory does not grow with anything else."""
+    """Expat handlers that keep only the relevant elements in memory."""
 
     parser: expat.XMLParserType
     path: list[str] = field(default_factory=list)
@@ -179,7 +179,7 @@ LOOKED_FOR: Final = "VOC: Annotations/*.xml with JPEGImages/*, or NAME.xml besid
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """An image that belongs to the split, before anything of it was read."""
+    """An image of the split, not yet read."""
 
     stem: str
     annotation: Path
@@ -189,7 +189,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """What lies in a labelled folder, by name alone."""
+    """The files of a labelled folder, by name alone."""
 
     root: Path
     annotations: Mapping[str, Path]
@@ -201,7 +201,7 @@ class Folder:
 
 
 def evidence(root: Path) -> str | None:
-    """What in a folder speaks for this format; None if nothing does."""
+    """Return the files that indicate this format, or None."""
     for name in ("Annotations", ""):
         count = len(files(root / name, {".xml"})) if (root / name).is_dir() else 0
         if count:
@@ -213,7 +213,7 @@ def evidence(root: Path) -> str | None:
 
 
 def split_names(root: Path) -> tuple[str, ...]:
-    """The splits that there are. Raises DataError."""
+    """Return the names of the splits. Raises DataError."""
     by_split = _split_folders(root)
     if by_split:
         return tuple(by_split)
@@ -321,7 +321,7 @@ def _image(folder: Folder, entry: Entry, annotation: Annotation) -> Path | None:
 
 
 def open_folder(root: Path) -> Folder:
-    """Look into a folder. Raises DataError if it is not laid out as Pascal VOC, nor flat."""
+    """List a folder. Raises DataError if it is neither laid out as Pascal VOC nor flat."""
     annotations, images, lists = (
         root / "Annotations",
         root / "JPEGImages",
@@ -351,7 +351,7 @@ def open_folder(root: Path) -> Folder:
 
 
 def _split_folders(root: Path) -> dict[str, Path]:
-    """Folders named after splits that hold .xml files, where the root holds none itself."""
+    """Return the folders named after splits that hold .xml files, if the root holds none itself."""
     if (root / "Annotations").is_dir() or files(root, {".xml"}):
         return {}
     return {
@@ -362,7 +362,7 @@ def _split_folders(root: Path) -> dict[str, Path]:
 
 
 def find_entries(folder: Folder, split: str) -> tuple[list[Entry], list[Problem]]:
-    """The images of one split and what is wrong with their list. Raises DataError if empty."""
+    """Return the images of one split and the problems of their list. Raises DataError if empty."""
     if folder.lists is not None:
         return _listed_entries(folder, folder.lists, split)
     members = split_by_hash(folder.root, folder.annotations, split, unsplit="ImageSets/Main")
@@ -388,10 +388,10 @@ def _unlabelled(folder: Folder) -> list[Problem]:
 
 
 def find_naming_entries(folder: Folder) -> tuple[list[Entry], list[Problem]]:
-    """The images whose objects name the classes: train's, so that every split agrees."""
+    """Return the images whose objects name the classes: train's, so that every split agrees."""
     if folder.lists is not None:
         return find_entries(folder, "train")
-    # Nobody chose these splits, so a class may well have fallen into one of them alone.
+    # With a split by hash a class may have fallen into one of the splits alone.
     return _all_entries(folder), []
 
 
@@ -438,7 +438,7 @@ def _read_list(file: Path) -> list[tuple[int, str]]:
 
 
 def leaked(folder: Folder, entries: Iterable[Entry], split: str) -> list[Problem]:
-    """A problem for each listed image of another split that train has too."""
+    """Return a problem for each listed image of another split that train has too."""
     train = folder.lists / "train.txt" if folder.lists else None
     if split == "train" or train is None or not train.is_file():
         return []

@@ -26,7 +26,7 @@ _LINE: Final = "class x y width height, the last four as fractions of the image'
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What the YAML says."""
+    """The content of the YAML file."""
 
     path: Path
     names: Mapping[int, str]
@@ -39,11 +39,11 @@ class Description:
 
 
 class _Wrong(ValueError):
-    """A label line cannot be used; the message names the remedy."""
+    """An invalid label line; the message names the remedy."""
 
 
 def read_labels(path: Path, description: Description) -> tuple[list[LabelledObject], list[Problem]]:
-    """Objects of one label file, boxes in fractions of the image, and what is wrong with it."""
+    """Return the objects of one label file, boxes as fractions of the image, and its problems."""
     try:
         lines = path.read_bytes().decode("utf-8-sig").splitlines()
     except OSError as error:
@@ -81,7 +81,7 @@ def _object(words: list[str], line: int, description: Description) -> LabelledOb
     for number in (max(numbers), min(places)):
         if not -_TOLERANCE <= number <= 1 + _TOLERANCE:
             raise _Wrong(
-                f"{number:g} is no fraction of the image's side; divide pixels by its width or "
+                f"{number:g} is not a fraction of the image's side; divide pixels by its width or "
                 "height"
             )
     if len(numbers) == 4:
@@ -99,7 +99,7 @@ def _class_name(word: str, description: Description) -> str:
     except (ValueError, OverflowError):
         number, index = math.nan, -1
     if index != number:
-        raise _Wrong(f"{word[:40]!r} is no class index; a line is {_LINE}")
+        raise _Wrong(f"{word[:40]!r} is not a class index; a line is {_LINE}")
     if index not in description.names:
         known = ", ".join(f"{key} {name}" for key, name in [*description.names.items()][:12])
         raise _Wrong(
@@ -115,7 +115,7 @@ def _number(word: str) -> float:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise _Wrong(f"{word[:40]!r} is no number; a line is {_LINE}")
+        raise _Wrong(f"{word[:40]!r} is not a number; a line is {_LINE}")
     return number
 
 
@@ -170,7 +170,7 @@ def read_description(path: Path) -> Description:
 
 
 def read_class_list(path: Path) -> Description:
-    """The description that a classes.txt gives: a name on each line. Raises DataError."""
+    """Return the description that a classes.txt gives: a name on each line. Raises DataError."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -182,7 +182,7 @@ def read_class_list(path: Path) -> Description:
 
 
 def mentions_classes(path: Path) -> bool:
-    """Whether a YAML file has the keys of a data set, readable or not."""
+    """Return whether a YAML file has the keys of a data set, readable or not."""
     try:
         with path.open("rb") as file:
             text = file.read(_MAX_YAML_BYTES)
@@ -231,7 +231,7 @@ _CLASS_LIST: Final = "classes.txt"
 
 @dataclass(frozen=True, slots=True)
 class _Member:
-    """An image of a split and what put it there."""
+    """An image of a split, and the file that lists it."""
 
     image: Path
     label: Path
@@ -245,7 +245,7 @@ class _Layout:
     root: Path
     description: Description
     sources: Mapping[str, tuple[tuple[Path, int], ...]]
-    """Folders or .txt lists of each split, with the line of the YAML; "" where nobody split."""
+    """Folders or .txt lists of each split, with the line of the YAML; "" for a split by hash."""
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -253,7 +253,7 @@ class _Layout:
 
 
 def evidence(root: Path) -> str | None:
-    """What in a folder speaks for this format; None if nothing does."""
+    """Return the files that indicate this format, or None."""
     described = _descriptions(root)
     if described:
         return ", ".join(path.name for path in described)
@@ -270,7 +270,7 @@ def evidence(root: Path) -> str | None:
 
 
 def split_names(root: Path) -> tuple[str, ...]:
-    """The splits that there are. Raises DataError."""
+    """Return the names of the splits. Raises DataError."""
     return _lay_out(root).splits
 
 
@@ -353,7 +353,7 @@ def _read_members(
 
 
 def _descriptions(root: Path) -> list[Path]:
-    """The YAML files that describe a data set; data.yaml alone where there is one."""
+    """Return the YAML files that describe a data set; data.yaml alone where there is one."""
     usual = root / "data.yaml"
     if usual.is_file():
         return [usual]
@@ -382,7 +382,7 @@ def _lay_out(root: Path) -> _Layout:
 
 
 def _undeclared(root: Path) -> dict[str, tuple[tuple[Path, int], ...]]:
-    """Folders by their usual names: images/train, train/images or images."""
+    """Return folders by their usual names: images/train, train/images or images."""
     images = root / "images"
     candidates = [*_folders(images), *(path / "images" for path in _folders(root))]
     sources: dict[str, tuple[tuple[Path, int], ...]] = {}
@@ -400,7 +400,7 @@ def _folders(folder: Path) -> list[Path]:
 def _declared(
     root: Path, description: Description
 ) -> Iterator[tuple[str, tuple[tuple[Path, int], ...]]]:
-    """The folders and lists that the YAML names. Raises DataError if one is not there."""
+    """Return the folders and lists that the YAML names. Raises DataError if one is not there."""
     bases = [root]
     if description.root is not None:
         # Written on another machine, or relative to a place that only its tool knows.
@@ -435,7 +435,7 @@ def _resolve(text: str, bases: Iterable[Path]) -> Path | None:
 
 
 def _members(layout: _Layout, split: str) -> tuple[list[_Member], list[Problem]]:
-    """The images of a split, and what is wrong with its lists and folders."""
+    """Return the images of a split, and what is wrong with its lists and folders."""
     members: dict[Path, _Member] = {}
     problems: list[Problem] = []
     for source, line in layout.sources[split]:
@@ -478,7 +478,7 @@ def _in_folder(layout: _Layout, folder: Path) -> tuple[list[_Member], list[Probl
 
 
 def _holds_labels(path: Path) -> bool:
-    """Whether a .txt begins as labels do: read-me files and class lists lie beside them."""
+    """Return whether a .txt begins as labels do: read-me files and class lists lie beside them."""
     if path.name == _CLASS_LIST:
         return False
     try:
@@ -513,7 +513,7 @@ def _in_list(layout: _Layout, file: Path) -> tuple[list[_Member], list[Problem]]
 
 
 def label_of(image: Path, root: Path) -> Path:
-    """The label file of an image: in labels/ if that is in images/ below `root`, else beside.
+    """Return the label file of an image: in labels/ if it is in images/ below `root`, else beside.
 
     >>> label_of(Path("images/cells/images/val/a.png"), Path("images/cells")).as_posix()
     'images/cells/labels/val/a.txt'

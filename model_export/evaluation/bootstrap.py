@@ -1,4 +1,4 @@
-"""Two models on the same images: the differences, with paired bootstrap intervals.
+"""Differences of two models on the same images, with paired bootstrap intervals.
 
 Images are drawn with replacement, the same for both models. Matching does not cross images,
 so it is done once; a draw only weighs each image's matches by how often it was drawn.
@@ -37,7 +37,7 @@ class Difference:
 
     @property
     def beyond_chance(self) -> bool:
-        """Whether the interval leaves 0 out."""
+        """Whether the interval excludes 0."""
         return self.low > 0 or self.high < 0
 
 
@@ -60,7 +60,7 @@ def compare(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Comparison:
-    """How much better `first` is than `second`. Raises DataError if the truth has no object."""
+    """Return the metrics of `first` minus those of `second`. Raises DataError without objects."""
     matched = [match(truth, found, classes) for found in (first, second)]
     if not any(each.objects.any() for each in matched[0]):
         raise DataError("no object is labelled in these images: there is nothing to compare on")

@@ -1,4 +1,4 @@
-"""Scores that mean what they say: of the detections that score p, a share p hits an object.
+"""Calibration of scores: of the detections that score p, a share p should hit an object.
 
 Per class a calibrated score is sigmoid(a z + b) of the logit z, a > 0 (Platt scaling; for detectors
 Küppers et al., arXiv 2004.13546, without the box). Every class is fitted by maximum likelihood and
@@ -44,7 +44,7 @@ _STEPS: Final = 60
 
 @dataclass(frozen=True, slots=True)
 class Outcomes:
-    """One class's detections and what became of them."""
+    """One class's detections and whether they hit."""
 
     logits: Array
     """(D,)"""
@@ -54,7 +54,7 @@ class Outcomes:
     """(D,) index of the image."""
 
     def pick(self, chosen: NDArray[np.bool_]) -> Outcomes:
-        """The detections that a (D,) mask chooses."""
+        """Return the detections that a (D,) mask chooses."""
         return Outcomes(self.logits[chosen], self.hits[chosen], self.images[chosen])
 
 
@@ -72,13 +72,13 @@ class ScoreMap:
         return _sigmoid(self.scales[labels] * logits(scores) + self.offsets[labels])
 
     def detections(self, found: Detections) -> Detections:
-        """The same detections with calibrated scores, in falling score."""
+        """Return the same detections with calibrated scores, in falling score."""
         scores = self.scores(found.scores, found.labels).astype(np.float32)
         order = np.argsort(-scores, kind="stable")
         return Detections(found.boxes[order], scores[order], found.labels[order])
 
     def fold(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Of a network's weights those that change when its logits are to be the calibrated ones.
+        """Return the weights that change when the map is folded into a network.
 
         The map is affine, and so is the last classification convolution: it costs nothing there.
         """
@@ -95,7 +95,7 @@ class ScoreMap:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """A score map, and what it does to images that it was not fitted on."""
+    """A score map, and its effect on images that it was not fitted on."""
 
     score_map: ScoreMap
     strength: float
@@ -109,7 +109,7 @@ class Calibration:
 
 
 def logits(scores: NDArray[np.floating[Any]]) -> Array:
-    """The float64 logits of float32 scores.
+    """Return the float64 logits of float32 scores.
 
     >>> logits(np.array([0.5, 1.0], np.float32)).round(2).tolist()
     [0.0, 17.33]
@@ -145,7 +145,7 @@ def calibrate(
 
 
 def outcomes(matches: Iterable[Matches]) -> list[Outcomes]:
-    """What the fit needs of each class's matches."""
+    """Return logits and hits of each class's matches."""
     judged = [each.at_50() for each in matches]
     return [
         Outcomes(logits(each.scores), each.hits.astype(np.float64), each.images) for each in judged
@@ -164,7 +164,7 @@ def check_enough(classes: Sequence[Outcomes], images: int) -> None:
 
 
 def fit(classes: Sequence[Outcomes], strength: float) -> ScoreMap:
-    """The score map of highest likelihood, each class pulled towards the shared map."""
+    """Return the score map of highest likelihood, each class pulled towards the shared map."""
     shared = _fit_one(
         np.concatenate([each.logits for each in classes]),
         np.concatenate([each.hits for each in classes]),
@@ -176,7 +176,7 @@ def fit(classes: Sequence[Outcomes], strength: float) -> ScoreMap:
 
 
 def choose_strength(classes: Sequence[Outcomes], *, seed: int = 0) -> float:
-    """The pull of least log loss on images that the map was not fitted on."""
+    """Return the pull of least log loss on images that the map was not fitted on."""
     folds = _folds(classes, seed)
     losses = [
         sum(
@@ -190,7 +190,7 @@ def choose_strength(classes: Sequence[Outcomes], *, seed: int = 0) -> float:
 
 
 def cross_validated(classes: Sequence[Outcomes], *, seed: int = 0) -> list[Array]:
-    """Each class's scores by maps that have not seen their image.
+    """Return each class's scores by maps that were fitted without their image.
 
     The choice of the strength is part of what is repeated without it.
     """
@@ -204,7 +204,7 @@ def cross_validated(classes: Sequence[Outcomes], *, seed: int = 0) -> list[Array
 
 
 def log_loss(scores: Sequence[Array], classes: Sequence[Outcomes]) -> float:
-    """The sum over all detections of -log(probability of what became of it)."""
+    """Return the sum over all detections of -log(probability of the outcome)."""
     total = 0.0
     for own, each in zip(scores, classes, strict=True):
         right = np.where(each.hits > 0, own, 1 - own)
@@ -227,7 +227,7 @@ def _fit_class(outcomes: Outcomes, shared: Array, strength: float) -> Array:
 
 
 def _least(line: Callable[[float], Array], loss: Callable[[Array], float]) -> Array:
-    """The point of a curve at which a loss with one minimum along it is least (golden section)."""
+    """Return the point of a curve with the least loss, by golden-section search (one minimum)."""
     low, high = -5.0, 5.0
     ratio = (np.sqrt(5) - 1) / 2
     for _ in range(_STEPS):
@@ -280,7 +280,7 @@ def _apply(score_map: ScoreMap, classes: Sequence[Outcomes]) -> list[Array]:
 
 
 def _folds(classes: Sequence[Outcomes], seed: int) -> NDArray[np.int64]:
-    """The fold of every image; one image's detections stand and fall together."""
+    """Return the fold of every image; an image's detections share its fold."""
     images = 1 + max(int(each.images.max(initial=0)) for each in classes)
     folds = np.arange(images) % FOLDS
     return np.random.default_rng(seed).permutation(folds)
@@ -289,7 +289,7 @@ def _folds(classes: Sequence[Outcomes], seed: int) -> NDArray[np.int64]:
 def _splits(
     classes: Sequence[Outcomes], folds: NDArray[np.int64]
 ) -> Iterable[tuple[list[Outcomes], list[Outcomes]]]:
-    """For each fold the detections outside and inside of it."""
+    """Yield the detections outside and inside of each fold."""
     for fold in range(FOLDS):
         inside = [folds[each.images] == fold for each in classes]
         yield (

@@ -28,7 +28,7 @@ KEPT_DETECTIONS: Final = 300
 """Per image, over all classes."""
 
 _FEW: Final = (1, 10)
-"""COCO also tells the recall with so few detections per image and class."""
+"""Detections per image and class at which COCO also reports the recall."""
 
 _AREAS: Final = 4
 """All, small, medium, large."""
@@ -53,7 +53,7 @@ class Timing:
     session: float
     """Median of the session alone, one image per call, at the file's own thresholds."""
     session_p95: float
-    """What one call in twenty takes longer than."""
+    """95th percentile of the same."""
     batch: float
     """The session alone, `batch_size` images per call."""
     pipeline: float
@@ -106,12 +106,12 @@ class Matches:
     hits: NDArray[np.bool_]
     """(T, D) whether the detection matched an object at IoU 0.50, 0.55 .. 0.95."""
     ignored: NDArray[np.bool_]
-    """(T, D) neither hit nor miss: it lies where the truth does not tell objects apart."""
+    """(T, D) neither hit nor miss: it lies in a crowd."""
     objects: NDArray[np.int64]
     """(I,) objects in each image."""
 
     def at_50(self) -> MatchesAt50:
-        """The detections that count at IoU 0.50."""
+        """Return the detections that count at IoU 0.50."""
         counted = ~self.ignored[0]
         return MatchesAt50(self.scores[counted], self.hits[0, counted], self.images[counted])
 
@@ -132,7 +132,7 @@ def coco_metrics(
     *,
     max_detections: int = MAX_DETECTIONS,
 ) -> Evaluation:
-    """COCO metrics of detections in original pixels, found[i] being those of truth[i].
+    """Return COCO metrics of detections in original pixels, found[i] being those of truth[i].
 
     The same numbers as pycocotools' own summary, to the last digit, if each object's area is that
     of its box. `max_detections`, at least 10, counts per image and class. Images without
@@ -250,7 +250,7 @@ Boxes = NDArray[np.floating[Any]]
 def evaluator(
     truth: Sequence[Sample], found: Sequence[Detections], classes: Sequence[str]
 ) -> COCOeval:
-    """A run over detections in original pixels, found[i] being those of truth[i].
+    """Return a COCOeval over detections in original pixels, found[i] being those of truth[i].
 
     Image i has id i, class k has id k. Raises ValueError if the counts differ.
     """
@@ -292,7 +292,7 @@ def shares_inside(boxes: Boxes, crowds: Boxes) -> NDArray[np.float64]:
 
 
 def silence() -> contextlib.redirect_stdout[io.StringIO]:
-    """pycocotools prints its progress."""
+    """Suppress stdout, to which pycocotools prints its progress."""
     return contextlib.redirect_stdout(io.StringIO())
 
 

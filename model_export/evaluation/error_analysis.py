@@ -1,10 +1,10 @@
-"""What each detection turned out to be at the thresholds that a file recommends, and the worst.
+"""Error analysis: the outcome of each detection at the file's thresholds, and the worst mistakes.
 
 Detections and objects of an image are paired at IoU 0.50 in falling score, as COCO does: each
-detection takes the free object of its class that it overlaps most. What is left over is told apart
-by the first of these that fits:
+detection takes the free object of its class that it overlaps most. The rest is
+classified by the first of these that fits:
 
-- ignored: at least half of it lies in a region of its class that tells no objects apart;
+- ignored: at least half of it lies in a crowd of its class;
 - confused: it overlaps a free object of another class by at least 0.50;
 - duplicate: it overlaps an object that is taken by at least 0.50;
 - misplaced: it overlaps a free object of its class by at least 0.10, but less than 0.50;
@@ -30,11 +30,11 @@ from service.runtime.detector import Detections
 
 HIT_IOU: Final = 0.5
 NEAR_IOU: Final = 0.1
-"""Less than this says nothing about what a detection was meant for."""
+"""Below this overlap a detection is not related to an object."""
 
 
 class Outcome(StrEnum):
-    """What became of a detection, or of an object."""
+    """Outcome of a detection, or of an object."""
 
     HIT = "hit"
     IGNORED = "ignored"
@@ -56,7 +56,7 @@ MISTAKES: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """What the detections of one image turned out to be."""
+    """The outcomes of the detections of one image."""
 
     shown: Detections
     """Those above the thresholds."""
@@ -86,13 +86,13 @@ class Mistake:
 
 
 def shown(found: Detections, selection: Selection) -> Detections:
-    """The detections that pass the thresholds, of those in original pixels."""
+    """Return the detections that pass the thresholds, of those in original pixels."""
     kept = found.pick(found.scores > selection.scores[found.labels])
     return kept.pick(slice(selection.max_detections))
 
 
 def judge(sample: Sample, found: Detections, selection: Selection) -> Judgement:
-    """Tell what each detection of an image is. `found` is in falling score."""
+    """Classify each detection of an image. `found` is in falling score."""
     passing = shown(found, selection)
     iou = overlaps(passing.boxes, sample.boxes)
     own = passing.labels[:, np.newaxis] == sample.labels
@@ -118,7 +118,7 @@ def judge(sample: Sample, found: Detections, selection: Selection) -> Judgement:
 
 
 def find_mistakes(samples: Sequence[Sample], judgements: Sequence[Judgement]) -> list[Mistake]:
-    """All mistakes, the worst first.
+    """Return all mistakes, the worst first.
 
     A wrong detection is the worse the higher it scores; a missed object the worse the less any
     detection held back speaks for it, and then the larger it is.
@@ -163,7 +163,7 @@ def _claim(
     objects: NDArray[np.int64],
     free: NDArray[np.bool_],
 ) -> None:
-    """Let the detections left over, in falling score, each take the free object it overlaps most.
+    """Match each remaining detection, in falling score, with the free object it overlaps most.
 
     `iou` (D, N) is 0 where a pair is not allowed. Writes into the other three.
     """
@@ -178,7 +178,7 @@ def _claim(
 
 
 def _in_crowd(sample: Sample, found: Detections) -> NDArray[np.bool_]:
-    """(D,) whether each detection lies in a region that does not tell objects of its class."""
+    """(D,) whether each detection lies in a crowd of its class."""
     own = found.labels[:, np.newaxis] == sample.crowd_labels
     there: NDArray[np.bool_] = own & (shares_inside(found.boxes, sample.crowds) >= HIT_IOU)
     return np.asarray(there.any(axis=1))
@@ -196,7 +196,7 @@ def _best_scores(
 
 @dataclass(frozen=True, slots=True)
 class Confusion:
-    """Objects by what they are and what they were detected as.
+    """Confusion matrix: objects by labelled and by detected class.
 
     A detection is paired with an object at IoU 0.50, of its own class first, each with one at most
     (`model_export.evaluation.error_analysis`). The diagonal are therefore COCO's hits.
@@ -226,7 +226,7 @@ class Confusion:
 def confusion(
     samples: Sequence[Sample], judgements: Sequence[Judgement], classes: int
 ) -> Confusion:
-    """Count over all images. `samples` and `judgements` are of the same images."""
+    """Return the matrix over all images. `samples` and `judgements` are of the same images."""
     counts = np.zeros((classes + 1, classes + 1), dtype=np.int64)
     for sample, judgement in zip(samples, judgements, strict=True):
         paired = np.isin(judgement.outcomes, (Outcome.HIT, Outcome.CONFUSED))

@@ -1,4 +1,4 @@
-"""Mistakes as images: what is around them, with what is labelled and what was detected."""
+"""Crops around mistakes, with the labelled and the detected boxes."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from service.imaging import decode as imaging
 
 LABELLED: Final = "#1d9bf0"
 DETECTED: Final = "#ff7a1a"
-"""Blue and orange: told apart by everybody, and rare in images of cells or runways."""
+"""Blue and orange: distinct to colour-blind readers, and rare in images of cells or runways."""
 
 _SIZE: Final = (400, 300)
 _CONTEXT: Final = 2.6
-"""The crop is so many times as wide and as high as what it is about."""
+"""Ratio of the crop's sides to those of its box."""
 _SMALLEST: Final = 48.0
 """Pixels of the original. Less would show nothing but interpolation."""
 _QUALITY: Final = 78
@@ -33,7 +33,7 @@ Box = tuple[float, float, float, float]
 def draw_all(
     mistakes: Sequence[Mistake], samples: Sequence[Sample], judgements: Sequence[Judgement]
 ) -> dict[Mistake, str]:
-    """A JPEG of each mistake as a data URI. One image is in memory at a time.
+    """Return a JPEG of each mistake as a data URI. One image is in memory at a time.
 
     Raises DataError if an image can no longer be read.
     """
@@ -48,7 +48,7 @@ def draw_all(
 
 
 def crop_box(about: Box, width: int, height: int) -> Box:
-    """The part of an image of `width` x `height` to show around a box, in its pixels.
+    """Return the part of an image of `width` x `height` to show around a box, in its pixels.
 
     It has the aspect of the crops where the image is large enough.
     """
@@ -63,7 +63,7 @@ def crop_box(about: Box, width: int, height: int) -> Box:
 
 
 def data_uri(image: Image.Image) -> str:
-    """An image as a JPEG inside of a URI."""
+    """Return an image as a JPEG inside of a URI."""
     target = io.BytesIO()
     image.save(target, "JPEG", quality=_QUALITY)
     return "data:image/jpeg;base64," + base64.b64encode(target.getvalue()).decode("ascii")

@@ -1,7 +1,7 @@
-"""One evaluation as one HTML page: no other file, no script, nothing fetched.
+"""One evaluation as a self-contained HTML page: no script, nothing fetched.
 
-Whatever comes from a model file or from a data set (class names, file names, provenance) is
-escaped by the template, and the page's own policy lets nothing run.
+Values from a model file or a data set (class names, file names, provenance) are escaped by the
+template, and the page's content security policy forbids scripts.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _CONFUSED: Final = 8
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """One mistake as it is shown."""
+    """One mistake with its crop and captions."""
 
     source: str
     title: str
@@ -60,8 +60,8 @@ class Gallery:
 _MEANINGS: Final = {
     Outcome.MISSED: "Labelled, but nothing was detected there. First those that not even a low "
     "score speaks for, large before small.",
-    Outcome.FALSE: "Detected where nothing is labelled. The highest-scoring ones are often labels "
-    "that somebody forgot.",
+    Outcome.FALSE: "Detected where nothing is labelled. The highest-scoring ones are often missing "
+    "labels.",
     Outcome.CONFUSED: f"The right place (IoU at least {HIT_IOU:g}), the wrong class.",
     Outcome.MISPLACED: f"The right class, but the boxes overlap by {NEAR_IOU:g} to {HIT_IOU:g} "
     "only.",
@@ -70,7 +70,7 @@ _MEANINGS: Final = {
 
 
 def render(measured: EvaluationResults, against: Baseline | None = None) -> str:
-    """The page. Raises DataError if an image can no longer be read."""
+    """Return the page. Raises DataError if an image can no longer be read."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("model_export"),
         autoescape=True,
@@ -191,7 +191,7 @@ def _svg_uri(figure: Figure) -> str:
 
 
 def _confusion(measured: EvaluationResults) -> list[tuple[str | None, list[tuple[int, float]]]]:
-    """Rows of counts and shares; the name of the last is None: no object there."""
+    """Return rows of counts and shares; the name of the last is None: no object there."""
     counts, shares = measured.confusion.counts, measured.confusion.row_shares()
     return [
         (name, list(zip(row.tolist(), share.tolist(), strict=True)))
@@ -238,7 +238,7 @@ def _galleries(measured: EvaluationResults) -> list[Gallery]:
 def _within_budget(
     groups: Iterable[Sequence[Mistake]], drawn: Mapping[Mistake, str]
 ) -> set[Mistake]:
-    """The worst of each kind, then the second of each, as far as the budget goes."""
+    """Return the worst of each kind, then the second of each, up to the budget."""
     left = BUDGET
     fitting = set()
     ranked = [(rank, each) for group in groups for rank, each in enumerate(group)]
@@ -293,7 +293,7 @@ def _verdict(difference: Difference, sign: int) -> str:
 
 
 def _provenance(provenance: dict[str, Any]) -> list[tuple[str, str]]:
-    """One line for each thing but the configuration, which is long."""
+    """Return key and text of each entry except the configuration, which is long."""
     return [
         (key.replace("_", " "), _in_words(value))
         for key, value in provenance.items()

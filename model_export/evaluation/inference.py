@@ -75,7 +75,7 @@ def evaluate_file(
 def detect(
     detector: Detector, samples: Sequence[Sample], *, batch_size: int, score: float = SCORE
 ) -> list[Detections]:
-    """Detections of every image in original pixels, above a score, at most 300 each.
+    """Return detections of every image in original pixels, above a score, at most 300 each.
 
     Images with equal canvases share a batch, as in the service. Raises DataError for an image that
     cannot be read.

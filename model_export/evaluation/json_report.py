@@ -1,11 +1,11 @@
-"""An evaluation as JSON, for machines. Numbers are in [0, 1], None is what cannot be measured.
+"""An evaluation as JSON. Numbers are in [0, 1]; None is a value that cannot be measured.
 
 `schema` 1; keys are only ever added under the same number:
 
 - `model`: `name`, `file`, `sha256`, `bytes`, `calibrated`, `provenance` as in the file;
 - `data`: `name`, `split`, `pictures`, `objects`, `classes` in the order of the labels, and `sha256`
   over file names, sizes and labels;
-- `metrics`: all fields of `evaluation.runner.Evaluation`: the twelve COCO figures (`ap`,
+- `metrics`: all fields of `evaluation.coco_metrics.Evaluation`: the twelve COCO figures (`ap`,
   `ap50`, `ap75`, `ap_small` … `ar1`, `ar10`, `ar100`, `ar_small` …), `per_class`, `timing` in
   milliseconds per image;
 - `thresholds`: by class, the score threshold of highest F1 at IoU 0.50;
@@ -35,8 +35,8 @@ from model_export.evaluation.thresholds import RECALLS, OperatingPoints
 SCHEMA: Final = 1
 
 
-def answer(measured: EvaluationResults, against: Baseline | None = None) -> dict[str, Any]:
-    """Plain values, as the module says."""
+def to_json(measured: EvaluationResults, against: Baseline | None = None) -> dict[str, Any]:
+    """Return plain values in the module's schema."""
     dataset, evaluation = measured.dataset, measured.evaluation
     kinds = Counter(each.outcome for each in measured.mistakes)
     written: dict[str, Any] = {

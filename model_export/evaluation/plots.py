@@ -109,7 +109,7 @@ def reliability_diagram(calibration: Reliability) -> Figure:
 
 
 def reliability_by_class(calibrations: dict[str, Reliability]) -> Figure:
-    """A reliability diagram for each class."""
+    """Return a reliability diagram for each class."""
     figure, grid = _panels(len(calibrations), "Precision over score at IoU 0.50, class by class")
     for axes, (name, calibration) in zip(grid, calibrations.items(), strict=True):
         _draw_bins(axes, calibration)

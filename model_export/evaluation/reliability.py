@@ -1,4 +1,4 @@
-"""Whether a score means what it says: detection calibration error and the bins behind it.
+"""Reliability of scores: detection calibration error and its bins.
 
 D-ECE is the expected calibration error of detections (Küppers et al., "Multivariate Confidence
 Calibration for Object Detection", arXiv 2004.13546; the case that looks at the confidence alone):
@@ -24,7 +24,7 @@ arXiv 1708.02002, section 4). A tail of near-zero scores is always right and wou
 
 @dataclass(frozen=True, slots=True)
 class Reliability:
-    """What the detections of each bin promise by their score, and what they keep.
+    """Mean score and precision of the detections of each score bin.
 
     Bin i holds scores in (edges[i], edges[i + 1]].
     """

@@ -1,4 +1,4 @@
-"""Everything that one evaluation of a model file finds, measured once for all who show it."""
+"""The results of evaluating a model file, shared by table, JSON, plots and report."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class ModelFile:
 
 @dataclass(frozen=True)
 class EvaluationResults:
-    """A model file on a data set. What is derived from the detections is derived when asked for."""
+    """Results of a model file on a data set; derived values are computed on first access."""
 
     model: ModelFile
     dataset: Dataset
@@ -57,7 +57,7 @@ class EvaluationResults:
 
     @property
     def data_digest(self) -> str:
-        """SHA-256 over file names, sizes and labels: equal where the same was measured on."""
+        """SHA-256 over file names, sizes and labels: equal for equal data."""
         digest = hashlib.sha256(repr(self.classes).encode())
         for each in self.dataset.samples:
             digest.update(repr((each.path.name, tuple(each.size))).encode())
@@ -95,7 +95,7 @@ class EvaluationResults:
 
     @property
     def selection(self) -> results.Selection:
-        """The thresholds that the file recommends, which a request gets that names none."""
+        """The file's recommended thresholds: the service's defaults."""
         return results.resolve(self.model.metadata)
 
     @cached_property
@@ -120,7 +120,7 @@ class EvaluationResults:
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
-    """Another file on the same images."""
+    """Results of another file on the same images."""
 
     model: ModelFile
     evaluation: Evaluation
@@ -137,6 +137,6 @@ def measure(
 
 
 def describe_file(model: Path) -> ModelFile:
-    """What a model file says of itself. Raises ArtifactError."""
+    """Read a model file's metadata, size and hash. Raises ArtifactError."""
     artifact = read_artifact(model)
     return ModelFile(model, artifact.sha256, len(artifact.content), artifact.metadata)

@@ -1,4 +1,4 @@
-"""What a score threshold buys: precision, recall and F1 of each class at every possible one."""
+"""Precision, recall and F1 of each class over the score threshold."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class OperatingPoints:
         return np.asarray(envelope[np.searchsorted(self.recall, RECALLS, side="left")])
 
     def best_threshold(self) -> float | None:
-        """The score threshold of highest F1; None where no detection ever hits.
+        """Return the score threshold of highest F1; None where no detection ever hits.
 
         Detections are kept strictly above a threshold, so it lies midway between the last score
         kept and the next, where small changes of the scores change least.
@@ -71,7 +71,7 @@ class OperatingPoints:
 
 
 def operating_points(matches: Matches) -> OperatingPoints | None:
-    """Precision and recall after each distinct score; None where the truth has no object."""
+    """Return precision and recall after each distinct score; None where the truth has no object."""
     total = int(matches.objects.sum())
     if total == 0:
         return None

@@ -46,7 +46,7 @@ class Row:
 def side_by_side(
     files: dict[Precision, Path], held_out: Dataset | None, images: Sequence[bytes]
 ) -> tuple[list[Row], dict[Precision, tuple[Evaluation, list[Detections]]]]:
-    """Rows for files of one network, and what was found in `held_out`, if it is given.
+    """Return rows for files of one network, and what was found in `held_out`, if it is given.
 
     On the device that `auto` chooses. The session is timed on the images, the files in turn.
     """
@@ -73,7 +73,7 @@ def side_by_side(
 
 
 def table(rows: Sequence[Row]) -> Iterator[str]:
-    """Rows as lines of text, AP in points of 100."""
+    """Return rows as lines of text, AP in points of 100."""
     yield f"{'':4}  {'AP':>6}  {'AP50':>6}  {'MB':>6}  session ms  core ms"
     for row in rows:
         ap, ap50 = (

@@ -1,4 +1,4 @@
-"""What stands around the network in the model file, written in ONNX itself.
+"""The parts of the model file around the network, written in ONNX itself.
 
 Before it the normalisation of the image; behind it, level by level, the best anchors and boxes.
 All of that depends on the canvas, whose size the file leaves open: torch's exporter takes several
@@ -193,7 +193,7 @@ LEVELS
 
 
 def map_names() -> list[str]:
-    """The network's outputs: of each level its class maps, then its box maps."""
+    """Return the network's outputs: of each level its class maps, then its box maps."""
     return [f"p{level}_{kind}_maps" for level in LEVELS for kind in ("class", "box")]
 
 
@@ -247,7 +247,7 @@ def _candidates(network: RetinaNet, classes: int) -> str:
 
 
 def _constants(network: RetinaNet) -> dict[str, NDArray[Any]]:
-    """What the text leaves out: numbers that have to be exact."""
+    """Return the constants that must be exact, which the text leaves out."""
     return {
         "input_mean": network.mean.numpy(),
         "input_std": network.std.numpy(),

@@ -88,7 +88,7 @@ def replace_weights(path: Path, weights: Mapping[str, Tensor], metadata: Metadat
 
 
 def build(network: RetinaNet, *, classes: int) -> onnx.ModelProto:
-    """The model file's graph, without metadata."""
+    """Return the model file's graph, without metadata."""
     model = _export_network(network.eval())
     surround(model, network, classes=classes)
     append_selection(model, classes=classes)

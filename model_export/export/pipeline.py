@@ -36,18 +36,18 @@ VERIFIED_IMAGES: Final = 6
 
 @dataclass(frozen=True, slots=True)
 class PrecisionOptions:
-    """A smaller precision, and what it needs."""
+    """Options of a smaller precision."""
 
     precision: Precision
     images: Sequence[bytes]
-    """Compressed; they show which activations there are."""
+    """Compressed images from which the ranges of activations are taken."""
     accepted_loss: float | None = None
     """AP in points of 100; None: the precision's own."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExportResult:
-    """What came of `release`."""
+    """The result of `release`."""
 
     report: Report
     evaluation: Evaluation | None
@@ -74,8 +74,8 @@ def release(
 
     With `held_out` the file says how well it detects there, and its thresholds are the ones of
     highest F1 for each class; `score` replaces these. `calibrate_on` gives data to calibrate the
-    scores on, before all of that. Raises VerificationError. The file comes to its place when all
-    of this is done: whatever fails, a file that was there stays as it was.
+    scores on, before all of that. Raises VerificationError. The file is
+    moved into place at the end: if anything fails, an existing file stays unchanged.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=output.parent) as folder:
@@ -112,14 +112,14 @@ def _open(model: Path) -> Detector:
 
 
 def _calibrate(model: Path, data: Dataset) -> tuple[Calibration, list[Detections]]:
-    """A score map fitted on a file's detections, and these with calibrated scores."""
+    """Return a score map fitted on a file's detections, and these with calibrated scores."""
     found = detect(_open(model), data.samples, batch_size=1)
     calibration = calibrate(data.samples, found, data.classes)
     return calibration, [calibration.score_map.detections(each) for each in found]
 
 
 def _describe_calibration(metadata: Metadata, calibration: Calibration, data: Dataset) -> Metadata:
-    told: dict[str, Any] = {
+    entry: dict[str, Any] = {
         "data": data.root.resolve().name,
         "split": data.split,
         "pictures": calibration.images,
@@ -129,12 +129,12 @@ def _describe_calibration(metadata: Metadata, calibration: Calibration, data: Da
         "scale": dict(zip(data.classes, calibration.score_map.scales.round(4), strict=True)),
         "offset": dict(zip(data.classes, calibration.score_map.offsets.round(4), strict=True)),
     }
-    provenance = {**metadata.provenance, "calibration": told}
+    provenance = {**metadata.provenance, "calibration": entry}
     return metadata.model_copy(update={"calibrated": True, "provenance": provenance})
 
 
 def _with_thresholds(metadata: Metadata, data: Dataset, found: Sequence[Detections]) -> Metadata:
-    """The thresholds of highest F1 on labelled images."""
+    """Return the thresholds of highest F1 on labelled images."""
     per_class = best_thresholds(data.samples, found, metadata.classes)
     rounded = {label: round(value, 2) for label, value in per_class.items()}
     thresholds = metadata.thresholds.model_copy(update={"per_class": rounded})
@@ -149,7 +149,7 @@ def _describe_measured(
     *,
     choose_thresholds: bool,
 ) -> None:
-    """Write into a file what was measured of it."""
+    """Write the measured metrics into a file."""
     metadata = read_artifact(model).metadata
     if choose_thresholds:
         metadata = _with_thresholds(metadata, held_out, found)

@@ -1,4 +1,4 @@
-"""Does a written model file do what the network does, alone and in company?"""
+"""Verification of a model file against its network, alone and in batches."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ NO_DIFFERENCE: Final = Difference(boxes=0.0, scores=0.0, detections=0, unpaired=
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What `verify` found."""
+    """The result of `verify`."""
 
     against: Difference
     """The file against what it was written from."""
@@ -86,7 +86,7 @@ class Report:
     canvases: tuple[Size, ...]
     images: int
     origin: str = "torch"
-    """What the file was written from."""
+    """The source of the file."""
 
     def __str__(self) -> str:
         canvases = ", ".join(f"{c.height}x{c.width}" for c in self.canvases)
@@ -208,20 +208,20 @@ def compare(a: Detections, b: Detections) -> Difference:
 
 
 def _above_the_cut(alone: Detections, other: Detections) -> Detections:
-    """Those that are not so low that the other list may have ended before them."""
+    """Return the detections above the score at which the other list may have been cut."""
     full = len(other) >= MAX_DETECTIONS
     cut = max(SCORE, float(other.scores[-1])) if full else SCORE
     return alone.pick(alone.scores > cut + NEAR)
 
 
 def _tied(alone: Detections, other: Detections) -> NDArray[np.bool_]:
-    """Whether the other list has a box that overlaps as much as NMS allows, give or take `NEAR`."""
+    """Return whether the other list has a box whose overlap is within `NEAR` of NMS's threshold."""
     close = np.abs(_overlaps(alone, other) - IOU) < NEAR
     return np.asarray(close.any(axis=1))
 
 
 def _let_in_by(missing: Detections, alone: Detections) -> NDArray[np.bool_]:
-    """Whether it takes one of the boxes that the list misses to suppress the detection."""
+    """Return whether one of the boxes that the list misses suppresses the detection."""
     return np.asarray((_overlaps(alone, missing) > IOU).any(axis=1))
 
 

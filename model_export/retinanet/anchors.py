@@ -25,7 +25,7 @@ _STRIDES: Final[Mapping[str, Callable[[int, int, int], int]]] = {
 
 
 class AnchorConfig(BaseModel):
-    """Which anchors a model has."""
+    """The anchors of a model."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -1,4 +1,4 @@
-"""Online hard example mining (arXiv 1604.03540): which anchors of an image are the hardest."""
+"""Online hard example mining (arXiv 1604.03540): the hardest anchors of an image."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def hard_examples(
     nms_iou: float | None,
     always: Tensor | None = None,
 ) -> Tensor:
-    """Indices of one image's hardest anchors, by falling loss.
+    """Return indices of one image's hardest anchors, by falling loss.
 
     Out of the `pool` anchors of highest loss (A,) among those `used` (A,), and of those that
     `always` (A,) names, an anchor (A, 4) goes when a harder one that stays overlaps it by an IoU

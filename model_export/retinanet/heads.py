@@ -13,7 +13,7 @@ _PAPER_WIDTH = 256
 
 
 def prior_bias(prior: float = PRIOR) -> float:
-    """The bias b with sigmoid(b) = prior.
+    """Return the bias b with sigmoid(b) = prior.
 
     >>> round(prior_bias(0.01), 4)
     -4.5951
@@ -24,8 +24,8 @@ def prior_bias(prior: float = PRIOR) -> float:
 class Head(nn.Module):
     """`depth` 3x3 convolutions with ReLU, then one 3x3 convolution to `anchors * outputs` maps.
 
-    With `groups` a group norm (arXiv 1803.08494) of so many comes before each ReLU, and its bias
-    replaces the convolution's.
+    With `groups` a group norm (arXiv 1803.08494) of that many groups precedes each ReLU, and its
+    bias replaces the convolution's.
     """
 
     def __init__(

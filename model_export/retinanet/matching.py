@@ -1,4 +1,4 @@
-"""Which anchor learns which object."""
+"""Matching of anchors with objects."""
 
 from __future__ import annotations
 

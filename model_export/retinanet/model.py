@@ -1,4 +1,4 @@
-"""RetinaNet put together: pixels in, one set of logits and deltas per pyramid level out."""
+"""RetinaNet: pixels in, one set of logits and deltas per pyramid level out."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from model_export.retinanet.heads import PRIOR, Head, prior_bias
 
 
 class ModelConfig(BaseModel):
-    """What the network looks like. Stored in every checkpoint."""
+    """Architecture of the network. Stored in every checkpoint."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -146,7 +146,7 @@ class RetinaNet(nn.Module):
         ]
 
     def maps(self, pixels: Tensor) -> list[Tensor]:
-        """What the heads' convolutions make of normalised pixels (B, 3, H, W).
+        """Return the heads' maps of normalised pixels (B, 3, H, W).
 
         For P3 to P7 (B, anchors * K, H, W) and (B, anchors * 4, H, W).
         """

@@ -20,9 +20,9 @@ TOP_K: Final = 1000
 """(anchor, class) pairs kept per level (Focal Loss, section 4)."""
 
 MANY_CLASSES: Final = 8
-"""From so many on, the best pairs are found in two steps. onnxruntime's TopK on CUDA reads a row
-about seven times with one of the GPU's many blocks: 8 million pairs would take it longer than the
-network."""
+"""Number of classes from which on the best pairs are found in two steps. onnxruntime's TopK on
+CUDA reads a row about seven times with one of the GPU's many blocks: 8 million pairs would take it
+longer than the network."""
 
 
 class CandidateNetwork(nn.Module):
@@ -39,7 +39,7 @@ class CandidateNetwork(nn.Module):
 
 
 def candidates(levels: Sequence[Level], image_sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Boxes (B, N, 4), scores (B, N) and labels (B, N) of each level's best pairs.
+    """Return boxes (B, N, 4), scores (B, N) and labels (B, N) of each level's best pairs.
 
     Scores are sigmoid(logit); boxes are clipped to the image's (B, 2) height and width.
     """
@@ -82,7 +82,7 @@ def suppress(
     iou_threshold: float,
     max_detections: int,
 ) -> Tensor:
-    """Indices (D,) of one image's detections, by falling score.
+    """Return indices (D,) of one image's detections, by falling score.
 
     Of boxes (N, 4) with score strictly above `score_threshold`, a box goes when a better one of
     its own class overlaps it by strictly more than `iou_threshold`.

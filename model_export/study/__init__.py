@@ -1,1 +1,1 @@
-"""The exhibits of the paper, drawn from this code and from the user's data."""
+"""The exhibits of the Focal Loss paper from this code and the user's data."""

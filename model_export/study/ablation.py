@@ -66,7 +66,7 @@ class RowConfig(_Config):
 
 
 class StudyConfig(_Config):
-    """A study: what all runs share, and in what they differ."""
+    """A study: the settings that all runs share, and the rows that differ."""
 
     title: str = "Ablation"
     pictures: int | None = Field(default=None, ge=1)
@@ -118,7 +118,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a run came to."""
+    """The result of a run."""
 
     row: str
     seed: int
@@ -131,7 +131,7 @@ class Result:
 
 
 def expand(rows: Sequence[RowConfig]) -> list[Row]:
-    """Rows with their grids multiplied out, in the order of the config.
+    """Return rows with their grids multiplied out, in the order of the config.
 
     >>> [row.name for row in expand([RowConfig(name="FL", grid={"loss.gamma": [0, 2]})])]
     ['FL, gamma 0', 'FL, gamma 2']
@@ -163,7 +163,7 @@ def load_study(path: Path) -> StudyConfig:
 
 
 def plan(study: StudyConfig, output: Path, overrides: Mapping[str, Any]) -> list[Run]:
-    """All runs, seed by seed, so that a study that is stopped has whole columns.
+    """Return all runs, seed by seed, so that a stopped study has complete seeds.
 
     Every config is checked here, before the first run. `overrides` go over all of them, but not
     over what makes the rows differ. Raises DataError.
@@ -211,7 +211,7 @@ def subset(dataset: Dataset, pictures: int | None, *, seed: int) -> Dataset:
 
 
 def merge_classes(dataset: Dataset, name: str | None) -> Dataset:
-    """The data set with all its classes as one called `name`; None leaves it as it is."""
+    """Return the data set with all its classes as one called `name`; None leaves it as it is."""
     if name is None:
         return dataset
     samples = tuple(
@@ -228,7 +228,7 @@ def merge_classes(dataset: Dataset, name: str | None) -> Dataset:
 def run_inputs(
     run: Run, training: Dataset, validation: Dataset, weights: Path | None
 ) -> dict[str, Any]:
-    """What a run's result hangs on: its settings, the images, the weights, as JSON has them."""
+    """Return the inputs that determine a run's result: settings, images and weights."""
 
     def pictures(dataset: Dataset) -> str:
         names = "\n".join(sample.path.name for sample in dataset.samples)
@@ -246,11 +246,11 @@ def run_inputs(
 
 
 def check_folder(run: Run, content: Mapping[str, Any]) -> None:
-    """Refuse a folder that holds a run made of something else. Raises DataError."""
+    """Raise DataError if a folder holds a run of other inputs."""
     path = run.folder / MADE_OF
     if not path.exists():
         if (run.folder / RESULT).exists() or (run.folder / LAST).exists():
-            raise DataError(f"{run.folder}: does not say what it was made of; delete it")
+            raise DataError(f"{run.folder}: has no {MADE_OF}, so its inputs are unknown; delete it")
         return
     try:
         before = json.loads(path.read_text())
@@ -267,7 +267,7 @@ def check_folder(run: Run, content: Mapping[str, Any]) -> None:
 def execute(
     run: Run, training: Dataset, validation: Dataset, *, weights: Path | None, device: str
 ) -> Result:
-    """Train one run, or go on with it, and leave its result in its folder."""
+    """Train or resume one run and write its result into its folder."""
     started = time.monotonic()
     content = run_inputs(run, training, validation, weights)
     run.folder.mkdir(parents=True, exist_ok=True)
@@ -298,13 +298,13 @@ def execute(
     result = Result(run.row.name, run.seed, ap, ap50, minutes, diverged)
     text = json.dumps(dataclasses.asdict(result), indent=2, allow_nan=False)
     replace_file(run.folder / RESULT, text + "\n")
-    # best.ckpt stays, for `study cdf`; this one is as large and has had its day.
+    # best.ckpt stays, for `study cdf`; this one is as large and no longer needed.
     (run.folder / LAST).unlink(missing_ok=True)
     return result
 
 
 def finished(run: Run) -> Result | None:
-    """The result that an earlier call left, if there is one. Raises DataError."""
+    """Return the result of a finished run, or None. Raises DataError."""
     path = run.folder / RESULT
     if not path.exists():
         return None

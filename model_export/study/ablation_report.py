@@ -16,7 +16,7 @@ from model_export.study.figures import panels, save
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """One row over its seeds, AP in points; runs that diverged have no part in its figures."""
+    """One row over its seeds, AP in points; diverged runs are left out of the figures."""
 
     name: str
     runs: int
@@ -33,7 +33,7 @@ class Summary:
 
 
 def summarise(rows: Sequence[Row], results: Sequence[Result]) -> list[Summary]:
-    """Each row that has a result, in the order of the rows."""
+    """Return each row that has a result, in the order of the rows."""
     summaries = []
     for row in rows:
         own = [result for result in results if result.row == row.name]
@@ -59,7 +59,7 @@ def summarise(rows: Sequence[Row], results: Sequence[Result]) -> list[Summary]:
 
 
 def table(summaries: Sequence[Summary]) -> Iterator[str]:
-    """The rows as lines of Markdown."""
+    """Return the rows as lines of Markdown."""
     yield "| row | runs | AP | sd | min to max | AP50 | minutes | paper's AP |"
     yield "|---|---|---|---|---|---|---|---|"
     for each in summaries:
@@ -70,7 +70,7 @@ def table(summaries: Sequence[Summary]) -> Iterator[str]:
 
 
 def write_results(results: Sequence[Result], path: Path) -> None:
-    """One line a run; AP in [0, 1]."""
+    """Write one CSV line per run; AP in [0, 1]."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, [field.name for field in dataclasses.fields(Result)])
     writer.writeheader()
@@ -99,9 +99,11 @@ def write_plot(
         ours.plot([100 * result.ap], [rows[result.row]], mark, color="tab:blue", markersize=4)
     ours.set(title=title, xlabel="AP (dots: seeds, crosses: diverged)")
     if known:
-        told = [each for each in summaries if each.paper is not None]
-        places = [rows[each.name] for each in told]
-        axes[1].barh(places, [each.paper or 0.0 for each in told], color="tab:gray", alpha=0.5)
+        with_paper = [each for each in summaries if each.paper is not None]
+        places = [rows[each.name] for each in with_paper]
+        axes[1].barh(
+            places, [each.paper or 0.0 for each in with_paper], color="tab:gray", alpha=0.5
+        )
         axes[1].set(title="The paper, on COCO", xlabel="AP")
     for each in axes:
         each.set_yticks(list(rows.values()), list(rows), parse_math=False)

@@ -1,4 +1,4 @@
-"""What the exhibits share: figures without a screen, and CSV columns."""
+"""Helpers of the exhibits: figures without a screen, and CSV columns."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _DPI: Final = 110
 
 
 def panels(count: int, *, width: float = 5.2, height: float = 4.2) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels side by side."""
+    """Return a figure of `count` panels side by side."""
     figure = Figure(figsize=(width * count, height), layout="constrained")
     # Not pyplot: that keeps every figure in memory and asks for a screen.
     FigureCanvasAgg(figure)

@@ -69,7 +69,7 @@ def compute(
 
 
 def describe(gamma: float = 2.0) -> Iterator[str]:
-    """The paper's statements about gamma in numbers that are computed here."""
+    """Return the paper's statements about gamma in numbers that are computed here."""
     for p_t in (0.1, 0.5, 0.9, 0.968):
         x = torch.tensor([p_t], dtype=torch.float64).logit()
         one = torch.ones(1)

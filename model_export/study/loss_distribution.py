@@ -1,4 +1,4 @@
-"""Which examples carry the loss of a trained model (Focal Loss, figure 4).
+"""Distribution of a trained model's loss over its examples (Focal Loss, figure 4).
 
 An example is one logit: (anchor, its class) is foreground, every (anchor, class) of a background
 anchor is background. With one class that is the paper's anchor. alpha scales all of a kind alike
@@ -29,7 +29,7 @@ from service.errors import DataError
 
 GAMMAS: Final = (0.0, 0.5, 1.0, 2.0)
 HARDEST: Final = (0.01, 0.2)
-"""Shares of the examples whose share of the loss is told."""
+"""Shares of the examples whose share of the loss is printed."""
 
 _LIMIT: Final = 64.0
 _BINS: Final = 1 << 15
@@ -52,7 +52,7 @@ class Histogram:
 
     @property
     def examples(self) -> int:
-        """How many were counted."""
+        """Number of counted examples."""
         return int(self.counts.sum())
 
     def losses(self, gamma: float) -> NDArray[np.float64]:
@@ -73,7 +73,7 @@ class Distribution:
     """(P,) share of the loss that they carry together."""
 
     def hardest(self, share: float) -> float:
-        """Share of the loss that this share of the examples, the hardest, carries."""
+        """Return the share of the loss that this share of the examples, the hardest, carries."""
         return float(1 - np.interp(1 - share, self.examples, self.loss))
 
 
@@ -101,7 +101,7 @@ def collect(
     matching: MatchingConfig,
     device: torch.device,
 ) -> tuple[Histogram, Histogram]:
-    """Logits of a data set's foreground and of its background."""
+    """Return logits of a data set's foreground and of its background."""
     foreground, background = Histogram(), Histogram()
     network.eval()
     for index in tqdm(range(len(examples)), desc="logits", unit="image", disable=None):
@@ -111,7 +111,7 @@ def collect(
         anchors = torch.cat([level.anchors for level in levels])
         [matched] = assign(anchors, batch.boxes, batch.labels, matching)
         if not logits.isfinite().all():
-            raise DataError("the network's logits are not finite; its checkpoint is of no use")
+            raise DataError("the network's logits are not finite; use another checkpoint")
         positive = matched >= 0
         foreground.add(logits[positive, batch.labels[0][matched[positive]]])
         background.add(-logits[matched == BACKGROUND])

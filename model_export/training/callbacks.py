@@ -53,7 +53,7 @@ class Recorder(lightning.Callback):
         self._examples = examples
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        """Validate the averaged weights, not the current ones: they are what is kept."""
+        """Validate the averaged weights, which are the ones that are saved."""
         module: RetinaNetModule = pl_module
         config = module.config
         epoch = trainer.current_epoch + 1
@@ -104,7 +104,7 @@ class Recorder(lightning.Callback):
 
 
 class ResumeSamplerEpoch(lightning.Callback):
-    """Tells the sampler in which epoch a resumed run goes on.
+    """Sets the sampler's epoch in a resumed run.
 
     Lightning begins to iterate over the loader before it tells the sampler the epoch, and after
     a resume it does not begin again: the first epoch would repeat the order of epoch 0.
@@ -116,7 +116,7 @@ class ResumeSamplerEpoch(lightning.Callback):
     def on_load_checkpoint(
         self, trainer: lightning.Trainer, pl_module: Any, checkpoint: dict[str, Any]
     ) -> None:
-        """A checkpoint names the epoch that it ends."""
+        """Continue with the epoch after the checkpoint's."""
         self._sampler.set_epoch(int(checkpoint["epoch"]) + 1)
 
 
@@ -158,7 +158,7 @@ def validate(
     *,
     device: torch.device,
 ) -> Evaluation | None:
-    """COCO metrics of a network as it stands, in torch, at score 0.01 and 300 detections.
+    """Return COCO metrics of a network, run in torch, at score 0.01 and 300 detections.
 
     `examples` is this process's `share`; the first process gets the metrics, the others None.
     """
@@ -178,7 +178,7 @@ def validate(
 def detect_example(
     network: torch.nn.Module, example: Example, placed: Letterbox, *, device: torch.device
 ) -> Detections:
-    """One image's detections in original pixels, by torch alone."""
+    """Return one image's detections in original pixels, computed in torch."""
     batch = collate([example])
     sizes = batch.image_sizes.to(device)
     boxes, scores, labels = (

@@ -1,4 +1,4 @@
-"""What training minimises: a loss of classes over anchors plus box regression of the foreground."""
+"""Targets and loss of a batch: classification over anchors, box regression of the foreground."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from model_export.retinanet.model import Level
 from model_export.training.distributed import all_reduce_sum, processes
 
 CROWD_SHARE: Final = 0.5
-"""Of an anchor's area; with so much of it in a crowd it is no background."""
+"""Share of an anchor's area in a crowd from which on it is not background."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +31,9 @@ class Losses:
 def assign(
     anchors: Tensor, boxes: Sequence[Tensor], labels: Sequence[Tensor], matching: MatchingConfig
 ) -> list[Tensor]:
-    """For each image with objects `boxes` [(n, 4)] what `match` says of anchors (A, 4).
+    """Return the targets of anchors (A, 4), as `match` has them, for images with `boxes` [(n, 4)].
 
-    What is labelled CROWD claims no anchor, and those that lie in it by half and would be
-    background are ignored: there are objects in it.
+    A CROWD claims no anchor, and background anchors of which half lies in one are ignored.
     """
     return [
         _assign(anchors, objects, classes == CROWD, matching)
@@ -54,7 +53,7 @@ def _assign(anchors: Tensor, boxes: Tensor, crowd: Tensor, matching: MatchingCon
 
 
 def normaliser(assigned: Sequence[Tensor]) -> Tensor:
-    """What the sums over all anchors are multiplied by, a float32 scalar.
+    """Return the factor of the sums over all anchors, a float32 scalar.
 
     1 / the number of foreground anchors in the whole batch, over all processes, and at least 1
     (Focal Loss, section 4), times the number of processes: their gradients are averaged.
@@ -88,7 +87,7 @@ def assigned_loss(
     loss: LossConfig,
     scale: Tensor,
 ) -> Losses:
-    """The sums over all anchors, as `assign` gave them their objects, times `scale`."""
+    """Return the sums over all anchors, as `assign` gave them their objects, times `scale`."""
     logits = torch.cat([level.logits for level in levels], dim=1)
     deltas = torch.cat([level.deltas for level in levels], dim=1)
     anchors = torch.cat([level.anchors for level in levels])

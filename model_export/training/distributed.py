@@ -1,7 +1,7 @@
-"""Many processes, one run: who takes part, what they share, and how one machine starts them.
+"""Training in several processes: their ranks, collectives and launch.
 
-torchrun tells every process its place by environment variables; a run that it did not start has
-one process, for which everything here is free.
+torchrun sets every process's rank by environment variables. A run that it did not start has one
+process, for which the functions here do nothing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class ProcessLost(RetinaserveError):
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """One process's place among those of the run."""
+    """Rank of this process and number of processes."""
 
     rank: int = 0
     size: int = 1
@@ -39,7 +39,7 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the one process that writes files and talks."""
+        """Whether this process writes files and messages."""
         return self.rank == 0
 
     @property
@@ -49,7 +49,7 @@ class World:
 
 
 def world() -> World:
-    """This process's place, as torchrun tells it."""
+    """Return this process's place from torchrun's environment variables."""
     if not (dist.is_available() and dist.is_torchelastic_launched()):
         return World()
     names = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
@@ -60,16 +60,16 @@ T = TypeVar("T")
 
 
 def share(items: Sequence[T]) -> Sequence[T]:
-    """This process's part of what all processes go through together."""
+    """Return this process's share of items that all processes work through together."""
     place = world()
     return items[place.rank :: place.size]
 
 
-# --- what processes share ------------------------------------------------------------------------
+# --- collectives ------------------------------------------------------------------------
 
 
 def processes() -> int:
-    """How many processes train together; 1 where no process group is up."""
+    """Return the number of processes that train together; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -81,7 +81,7 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 
 def gather(value: Any) -> list[Any] | None:
-    """Every process's value, by rank, on the first process; None on the others."""
+    """Return every process's value, by rank, on the first process; None on the others."""
     if processes() == 1:
         return [value]
     gathered: list[Any] | None = [None] * processes() if dist.get_rank() == 0 else None
@@ -90,7 +90,7 @@ def gather(value: Any) -> list[Any] | None:
 
 
 def broadcast(value: Any) -> Any:
-    """The first process's value, on every process."""
+    """Return the first process's value, on every process."""
     if processes() == 1:
         return value
     values = [value]
@@ -111,7 +111,7 @@ def launch(count: int, command: Sequence[str]) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # What failed has said why; torch's report of it is a page long.
+    # The failed process has printed its reason; torch's report of it is a page long.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     settings = LaunchConfig(
         min_nodes=1,
@@ -136,7 +136,7 @@ def launch(count: int, command: Sequence[str]) -> None:
 
 
 def _culprit(codes: Mapping[int, int]) -> int:
-    """Which process has ended the run, by exit codes as `subprocess` gives them.
+    """Return the process that ended the run, by exit codes as `subprocess` gives them.
 
     Others are then ended by SIGTERM, or fail because they miss the one that a signal ended.
 
@@ -147,13 +147,13 @@ def _culprit(codes: Mapping[int, int]) -> int:
 
 
 def this_command() -> list[str]:
-    """What starts this process once more."""
+    """Return the command line of this process."""
     return [sys.executable, *sys.argv]
 
 
 @contextmanager
 def lost_processes_named() -> Iterator[None]:
-    """Turn torch's account of a connection that broke off into one line. Raises ProcessLost."""
+    """Raise ProcessLost in place of torch's errors of broken connections."""
     try:
         yield
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""What a run asks of the machine: devices, precision, a compiler, processes for the data."""
+"""Hardware of a run: devices, precision, compiler, loader workers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _log = logging.getLogger(__name__)
 
 
 def accelerator_for(device: str, count: int) -> tuple[str, int | list[int]]:
-    """Lightning's accelerator, and the devices of `count` processes on this machine.
+    """Return Lightning's accelerator and the devices of `count` processes on this machine.
 
     Raises DeviceError.
     """
@@ -42,7 +42,7 @@ def accelerator_for(device: str, count: int) -> tuple[str, int | list[int]]:
 
 
 def precision_for(asked: str, accelerator: str) -> Any:
-    """Lightning's name of a precision. Raises DataError if the device lacks it."""
+    """Return Lightning's name of a precision. Raises DataError if the device lacks it."""
     if asked == "fp16" and accelerator == "cpu":
         raise DataError("precision fp16 needs a GPU; on a CPU use bf16, 32 or auto")
     if asked == "auto":
@@ -55,19 +55,19 @@ def precision_for(asked: str, accelerator: str) -> Any:
 
 
 def workers_for(asked: int | None, accelerator: str, processes: int) -> int:
-    """How many workers prepare batches for each of so many processes on this machine."""
+    """Return the number of loader workers for each of `processes` on this machine."""
     if asked is not None:
         return asked
     return 0 if accelerator == "cpu" else min(8, max(1, (os.cpu_count() or 1) // processes))
 
 
 def compiler_works(accelerator: str) -> bool:
-    """Whether torch.compile gets anywhere here; says so if not."""
+    """Return whether torch.compile works here; log a warning if not."""
     try:
         torch.compile(torch.add)(torch.ones(8, device=accelerator), 1)
     except Exception as error:
         # Without a compiler or with a broken one, anything may come.
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        _log.warning("compile: torch.compile does not work here, goes on without it (%s)", reason)
+        _log.warning("torch.compile does not work here (%s); training continues without it", reason)
         return False
     return True

@@ -1,4 +1,4 @@
-"""What learns: the network, its running average, the optimiser and the schedule."""
+"""The LightningModule: the network, its running average, the optimiser and the schedule."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 class TrainingError(RetinaserveError):
-    """Training cannot go on."""
+    """Training cannot continue."""
 
     title = "Training failed"
 
@@ -74,11 +74,11 @@ class RetinaNetModule(lightning.LightningModule):
         self._anchors: dict[torch.Size, Tensor] = {}
 
     def minutes(self) -> float:
-        """Time spent on this run, over all its resumptions."""
+        """Return the minutes spent on this run, over all its resumptions."""
         return self._minutes_before + (time.monotonic() - self._started) / 60
 
     def progress(self) -> float:
-        """Share of the schedule that is over: by steps or by time, whichever is further."""
+        """Return the share of the schedule that is done: by steps or by time, the larger one."""
         total = self.config.epochs * self.trainer.num_training_batches
         done = self._steps / total
         if self.config.max_minutes is not None:
@@ -96,7 +96,7 @@ class RetinaNetModule(lightning.LightningModule):
         self._first_minutes = self._minutes_before
 
     def on_train_epoch_start(self) -> None:
-        """Choose the modes anew: validation has left the average as it wants it."""
+        """Set the modes of the modules again, which validation has changed."""
         self.network.train()
         self.average.eval()
         if self._norms_frozen:
@@ -159,7 +159,7 @@ class RetinaNetModule(lightning.LightningModule):
         return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum)
 
     def _agreed_minutes(self) -> float:
-        """`minutes` of the first process, for all: else each had its own learning rate."""
+        """Return the first process's `minutes`, so that all have the same learning rate."""
         return self.minutes() if processes() == 1 else self._first_minutes
 
     def _backward(self, batch: Batch) -> Tensor:
@@ -188,14 +188,14 @@ class RetinaNetModule(lightning.LightningModule):
         return figures
 
     def _unshared(self) -> AbstractContextManager[None]:
-        """Within it, processes do not exchange gradients: they do that once for all parts."""
+        """Return a context without gradient exchange, which happens once for all parts."""
         strategy = self.trainer.strategy
         if isinstance(strategy, ParallelStrategy):
             return strategy.block_backward_sync()
         return nullcontext()
 
     def _share_figures(self, figures: Tensor) -> list[float]:
-        """Both losses of the whole batch; and all processes read the first one's clock."""
+        """Return both losses of the whole batch, and share the first process's clock."""
         if processes() == 1:
             return figures.tolist()
         clock = self.minutes() if dist.get_rank() == 0 else 0.0
@@ -214,7 +214,7 @@ class RetinaNetModule(lightning.LightningModule):
         return self._anchors[size]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put in what a reader of the checkpoint and a resumed run need."""
+        """Add the description and the progress of the run."""
         checkpoint[DESCRIPTION_KEY] = self.description.model_dump(mode="json")
         checkpoint["progress"] = {
             "minutes": self.minutes(),
@@ -224,7 +224,7 @@ class RetinaNetModule(lightning.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on where the run stopped."""
+        """Restore the progress of the run."""
         progress = checkpoint["progress"]
         self._minutes_before = float(progress["minutes"])
         # Older checkpoints leave the count to Lightning.
@@ -242,7 +242,7 @@ class RetinaNetModule(lightning.LightningModule):
 
 
 def schedule(settings: OptimiserConfig, step: int, progress: float) -> float:
-    """Share of the peak learning rate: linear warm-up by step, half a cosine by progress.
+    """Return the share of the peak rate: linear warm-up by step, half a cosine by progress.
 
     >>> settings = OptimiserConfig(warmup_steps=4, final_lr_share=0.0)
     >>> [schedule(settings, step, progress) for step, progress in ((0, 0.0), (3, 0.0), (9, 0.5))]
@@ -254,7 +254,7 @@ def schedule(settings: OptimiserConfig, step: int, progress: float) -> float:
 
 
 def peak_rate(settings: OptimiserConfig, *, batch_size: int) -> float:
-    """The learning rate that the schedule rises to: `lr`, in proportion to the batch if asked for.
+    """Return the peak learning rate: `lr`, in proportion to the batch with `lr_batch`.
 
     As in "Accurate, Large Minibatch SGD", arXiv 1706.02677, section 2.1.
 
@@ -284,7 +284,7 @@ def parameter_groups(
 
 
 def averaging(decay: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:
-    """An exponential average that forgets its random start quickly: the decay rises to `decay`.
+    """Return an exponential average whose decay rises to `decay`: it forgets its start.
 
     It is taken of all weights at once: on a GPU one by one would cost more than the step.
     """

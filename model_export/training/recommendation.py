@@ -1,4 +1,4 @@
-"""Canvas and anchors for a data set, and what they improve."""
+"""Recommendation of canvas and anchors for a data set."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _SEARCHED: Final = 2000
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """Canvas and anchors, and how they suit the data."""
+    """Canvas and anchors, and their fit to the data."""
 
     canvas: Buckets | ShortSide
     anchors: AnchorConfig
@@ -49,7 +49,7 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Recommendation:
-    """What a data set asks for, beside what was set."""
+    """The recommended setup beside the configured one."""
 
     before: Setup
     after: Setup
@@ -59,7 +59,7 @@ class Recommendation:
     """The smallest one that shows the objects clearly, or the images' own size."""
 
     def settings(self) -> dict[str, Any]:
-        """The part of a config that is recommended."""
+        """Return the part of a config that is recommended."""
         anchors = self.after.anchors.model_dump(mode="json", include={"sizes", "ratios"})
         return {
             "canvas": self.after.canvas.model_dump(mode="json", include={"rule", "sizes"})
@@ -69,12 +69,12 @@ class Recommendation:
         }
 
     def apply(self, config: TrainConfig) -> TrainConfig:
-        """The config with the recommendation in it."""
+        """Return the config with the recommendation in it."""
         model = config.model.model_copy(update={"anchors": self.after.anchors})
         return config.model_copy(update={"canvas": self.after.canvas, "model": model})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return {
             "settings": self.settings(),
             "canvas_kept": self.canvas_kept,
@@ -114,7 +114,7 @@ class Recommendation:
 
 
 def recommend(training: Dataset, config: TrainConfig) -> Recommendation:
-    """Canvas and anchors for a train split; a canvas that the config names is kept.
+    """Recommend canvas and anchors for a train split; a canvas that the config names is kept.
 
     The canvas is the smallest that shows CLEAR_SHARE of the objects at CLEAR_SIDE, and no larger
     than the images, which enlarging makes no clearer. Raises DataError without objects.
@@ -139,7 +139,7 @@ def recommend(training: Dataset, config: TrainConfig) -> Recommendation:
 
 
 def choose_canvas(samples: Sequence[Sample]) -> Buckets:
-    """The smallest canvases, by the shapes of the images, that show the objects clearly."""
+    """Return the smallest canvases, by the shapes of the images, that show the objects clearly."""
     sides = np.array([sample.size for sample in samples], dtype=np.float64)
     own = float(np.percentile(sides.min(axis=1), 90))
     largest = min(_up(own), _LARGEST_CANVAS)
@@ -153,7 +153,7 @@ def choose_canvas(samples: Sequence[Sample]) -> Buckets:
 
 
 def _buckets(sides: NDArray[np.float64], short: int) -> Buckets:
-    """A canvas for lying, upright and square images, as far as they occur, commonest first."""
+    """Return canvases for landscape, portrait and square images that occur, commonest first."""
     aspects = sides[:, 1] / sides[:, 0]
     kinds = np.sign(np.log(aspects)) * (np.abs(np.log(aspects)) > np.log(_SQUARE))
     sizes: dict[Size, int] = {}
@@ -173,7 +173,7 @@ def _up(side: float) -> int:
 
 
 def _on_canvas(samples: Sequence[Sample], rule: Buckets | ShortSide) -> list[Boxes]:
-    """The boxes of each canvas; a class's weights sum up to 1 over all of them."""
+    """Return the boxes of each canvas; a class's weights sum up to 1 over all of them."""
     counts = np.bincount(np.concatenate([sample.labels for sample in samples]))
     members: dict[Size, list[tuple[NDArray[np.float32], NDArray[np.float64]]]] = {}
     for sample in samples:
@@ -209,7 +209,7 @@ def _clear_share(groups: Sequence[Boxes]) -> float:
 
 
 def _sample(groups: Sequence[Boxes]) -> list[Boxes]:
-    """At most about _SEARCHED of the boxes, drawn so that rare classes stay; the same each time."""
+    """Draw about _SEARCHED boxes by weight, so that rare classes stay; deterministic."""
     weights = np.concatenate([group.weights for group in groups])
     if len(weights) <= _SEARCHED:
         return list(groups)

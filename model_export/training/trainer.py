@@ -1,4 +1,4 @@
-"""Training: a Lightning loop around what learns, on one device or on many."""
+"""Training with Lightning, on one device or on several."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ __all__ = ["BEST", "CONFIG", "LAST", "train"]
 CONFIG: Final = "config.yaml"
 
 _PATIENCE: Final = timedelta(minutes=30)
-"""How long a process waits for the others, which may still be decoding or validating."""
+"""Timeout of collectives: the other processes may still be decoding or validating."""
 
 # The recorder keeps what Lightning would, and the batches know the processes themselves.
 _QUIET: Final[dict[str, Any]] = {
@@ -130,7 +130,7 @@ def train(
 
 
 def _together(place: World, accelerator: str) -> dict[str, Any]:
-    """Lightning's settings for the processes of a run."""
+    """Return Lightning's settings for the processes of a run."""
     if place.size == 1:
         return {}
     strategy = DDPStrategy(
@@ -158,7 +158,7 @@ def _network(
 def _batches(
     config: TrainConfig, training: Dataset, place: World, accelerator: str
 ) -> tuple[CanvasBatchSampler, DataLoader[Batch]]:
-    """All processes walk the same batches, and each makes its own share of them."""
+    """Return the batch sampler, the same in all processes, and this process's loader."""
     examples = _cache(training.samples, config, place, title="train images")
     sampler = CanvasBatchSampler(
         examples.canvases, batch_size=config.batch_size, seed=config.seed, drop_last=True

@@ -12,7 +12,7 @@ import yaml
 from click.testing import CliRunner, Result
 
 from model_export.checkpoints import load_checkpoint
-from model_export.commands.labelled_data import options
+from model_export.commands.labelled_data import as_options
 from model_export.config import DataConfig, TrainConfig
 from model_export.data.datasets import load
 from model_export.training.recommendation import recommend
@@ -221,9 +221,9 @@ def test_evaluate_reads_other_formats_and_names(
 
 
 def test_options_that_can_be_copied() -> None:
-    assert options(DataConfig()) == ""
+    assert as_options(DataConfig()) == ""
     choice = DataConfig(format="coco", classes=("a b", "c"), remap={"x": "c"})
-    assert options(choice) == "--format coco --classes 'a b,c' --remap x=c "
+    assert as_options(choice) == "--format coco --classes 'a b,c' --remap x=c "
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from model_export.evaluation import error_images
 from model_export.evaluation import html_report as report
 from model_export.evaluation.bootstrap import compare
 from model_export.evaluation.coco_metrics import Timing
-from model_export.evaluation.json_report import answer
+from model_export.evaluation.json_report import to_json
 from model_export.evaluation.results import Baseline
 from service.errors import DataError
 from tests.unit.model_export.cases import (
@@ -257,9 +257,9 @@ def test_answer_has_the_keys_that_are_promised():
     comparison = compare(
         measured.dataset.samples, measured.found, measured.found, measured.classes, resamples=3
     )
-    written = answer(measured, Baseline(measured.model, measured.evaluation, comparison))
+    written = to_json(measured, Baseline(measured.model, measured.evaluation, comparison))
     again = json.loads(json.dumps(written, allow_nan=False))
-    promised = re.findall(r"^- `(\w+)`", answer.__globals__["__doc__"], re.MULTILINE)
+    promised = re.findall(r"^- `(\w+)`", to_json.__globals__["__doc__"], re.MULTILINE)
     assert ["schema", *promised] == list(again)
     assert again["schema"] == 1
     assert again["confusion"]["labels"] == ["cell", "speck", None]
@@ -284,7 +284,7 @@ def test_digest_tells_data_apart():
 
 
 def test_answer_of_nothing_is_json():
-    written = json.loads(json.dumps(answer(measurement([EMPTY], [NOTHING])), allow_nan=False))
+    written = json.loads(json.dumps(to_json(measurement([EMPTY], [NOTHING])), allow_nan=False))
     assert written["curves"] == {"cell": None, "speck": None}
     assert "against" not in written
 
