@@ -1,4 +1,4 @@
-"""What every test shares: tiers by folder, who runs what, and the data sets that live outside."""
+"""Test tiers by folder, distribution over workers, and data sets outside the repository."""
 
 from __future__ import annotations
 
@@ -21,26 +21,28 @@ _UNIT = "tests/unit/model_export"
 ONE_EXPORT = tuple(
     f"{_UNIT}/export/test_{name}.py" for name in ("graph", "precision", "pipeline", "verify")
 )
-"""These files share one exported network, so one worker runs them all: an export takes long."""
+"""These files share one exported network, so one worker runs them all."""
 
 LONGEST_FIRST = (
     "tests/e2e/test_whole_path.py",
     "tests/e2e/test_tutorials.py",
-    f"{_UNIT}/commands/test_cli.py",
-    *ONE_EXPORT,
-    "tests/e2e/test_page.py",
-    "tests/reliability/test_load.py",
-    f"{_UNIT}/test_torchvision_parity.py",
     f"{_UNIT}/training/test_distributed.py",
-    "tests/reliability/test_promises.py",
+    *ONE_EXPORT,
+    f"{_UNIT}/commands/test_cli.py",
     "tests/reliability/test_connections.py",
     f"{_UNIT}/training/test_trainer.py",
+    f"{_UNIT}/test_study.py",
+    "tests/e2e/test_page.py",
+    "tests/reliability/test_stop.py",
+    f"{_UNIT}/test_torchvision_parity.py",
+    "tests/unit/service/http/oip/test_memory.py",
+    "tests/reliability/test_load.py",
 )
-"""A long file that began last would leave all but one worker idle at the end."""
+"""These files start first: a long file that started last would leave the other workers idle."""
 
 
 class FileScheduling(LoadFileScheduling):
-    """A file is one worker's, and so are the files of `ONE_EXPORT` together."""
+    """Send each file, and all files of `ONE_EXPORT` together, to one worker."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = super()._split_scope(nodeid)
@@ -49,12 +51,12 @@ class FileScheduling(LoadFileScheduling):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> FileScheduling:
-    """For every way of distributing: a module's fixtures are made once."""
+    """Distribute by file for every --dist, so that the fixtures of a module are made once."""
     return FileScheduling(config, log)
 
 
 def pytest_configure() -> None:
-    """Let property tests take their time: a busy machine is no failure."""
+    """Turn the deadlines of property tests off: a busy machine is not a failure."""
     hypothesis.settings.register_profile("patient", deadline=None)
     hypothesis.settings.load_profile("patient")
 

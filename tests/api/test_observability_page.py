@@ -22,7 +22,7 @@ ELSEWHERE = {"trace_id", "span_id", "exception", "code"}
 
 
 def rows(columns: int) -> list[list[str]]:
-    """The cells of every table row of so many columns; a pipe within a cell is escaped."""
+    """The cells of every table row with `columns` columns; a pipe within a cell is escaped."""
     lines = [line for line in PAGE.read_text().splitlines() if line.startswith("| `")]
     cells = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines]
     return [[cell.strip() for cell in row] for row in cells if len(row) == columns]

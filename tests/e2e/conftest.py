@@ -24,7 +24,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chro
 
 @pytest.fixture(scope="session")
 def bundled(browser: webdriver.Chrome) -> Iterator[str]:
-    """A server with the bundled model. Asks for the browser first: without one it is no use."""
+    """A server with the bundled model. Requires the browser, so that it does not start without one."""
     with server() as url:
         yield url
 

@@ -236,7 +236,7 @@ def by_request(client: httpx.Client, model: Model, samples: Sequence[Sample]) ->
 def by_batch(
     client: httpx.Client, model: Model, samples: Sequence[Sample], order: Sequence[int | None]
 ) -> list[tuple[int, Detections]]:
-    """Images by their index in `samples`; None is a file that is no image."""
+    """Images by their index in `samples`; None stands for a file that is not an image."""
     contents = [b"no image" if i is None else samples[i].path.read_bytes() for i in order]
     answer = client.post(
         "v1/detect/batch",

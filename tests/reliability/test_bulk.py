@@ -35,7 +35,7 @@ def arguments(tmp_path: Path) -> list[str]:
 
 
 def begin(arguments: list[str], output: Path, parts: int) -> subprocess.Popen[str]:
-    """The command, once so many more parts are there."""
+    """Start the command and return it once `parts` more parts are written."""
     wanted = len(list(output.glob("part-*"))) + parts
     process = subprocess.Popen(
         arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

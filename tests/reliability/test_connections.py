@@ -1,4 +1,4 @@
-"""Rude connections: headers that never end, bodies that nobody wants, requests inside requests."""
+"""Hostile connections: endless headers, unwanted bodies, request smuggling."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def test_early_response_reaches_a_sending_client(port: int, length: int) -> None
             except ConnectionError:
                 assert length > 1_000_000, "a small rest of a body is taken"
             else:
-                assert length < 1_000_000, "nobody reads megabytes for nothing"
+                assert length < 1_000_000, "megabytes are not read for a response that is known"
     assert_serving(port)
 
 

@@ -1,4 +1,4 @@
-"""A batch that never ends, a device that is lost, a thread that dies: nobody is left waiting."""
+"""A batch that never ends, a lost device, a dead thread: every request gets its response."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def post_many(process: Process, bodies: list[bytes]) -> list[httpx.Response]:
 
     def post(body: bytes) -> None:
         with process.client() as client:
-            # Whoever comes when the process has ended finds nobody, and that is as it should be.
+            # A client that connects after the process has ended is refused, as it should be.
             assert client.get("/healthz").status_code == 200
             connected.wait(60)
             answers.append(client.post("/v1/detect", content=body))

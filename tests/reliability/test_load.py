@@ -1,4 +1,4 @@
-"""Overload, slow and rude clients, memory."""
+"""Overload, slow clients, disconnects, memory."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_slow_body_is_408(serve: Serve, quick_models: Path) -> None:
 
 
 def test_unsent_body_after_413_closes_the_connection(serve: Serve, quick_models: Path) -> None:
-    """The client keeps its body back: what comes next on that connection is no body."""
+    """The client withholds its body, so the next bytes on that connection are not a body."""
     process = serve(quick_models, max_body_bytes=1000)
     with socket.create_connection(("127.0.0.1", process.port), timeout=30) as connection:
         connection.sendall(

@@ -1,4 +1,4 @@
-"""Models are swapped under load: nobody notices but by the version in the answer."""
+"""Model swaps under load: only the version in the response changes."""
 
 from __future__ import annotations
 

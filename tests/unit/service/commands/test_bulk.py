@@ -62,7 +62,7 @@ def rows(output: Path) -> list[dict[str, Any]]:
     return found
 
 
-def test_a_row_for_each_image_good_or_bad(folder: Path, tmp_path: Path) -> None:
+def test_bulk_writes_a_row_per_image(folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     found = summary(bulk(folder, "--output", output, "--part-size", 4))
     assert found["pictures"] == 10
@@ -91,7 +91,7 @@ def test_a_row_for_each_image_good_or_bad(folder: Path, tmp_path: Path) -> None:
     assert bomb["width"] is bomb["boxes"] is bomb["labels"] is None
 
 
-def test_every_part_says_what_it_is_of(folder: Path, tmp_path: Path, models: Path) -> None:
+def test_bulk_parts_describe_their_run(folder: Path, tmp_path: Path, models: Path) -> None:
     output = tmp_path / "out"
     summary(bulk(folder, "--output", output, "--score-threshold", "0.9", "--classes", "red,blue"))
     manifest = json.loads((output / "_run" / "manifest.json").read_bytes())
@@ -106,9 +106,7 @@ def test_every_part_says_what_it_is_of(folder: Path, tmp_path: Path, models: Pat
     assert {label for row in rows(output) for label in row["labels"] or ()} == {"red"}
 
 
-def test_a_finished_run_is_left_alone_and_missing_parts_are_done_again(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_bulk_redoes_only_missing_parts(folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     command = (folder, "--output", output, "--part-size", 2)
     summary(bulk(*command))
@@ -126,7 +124,7 @@ def test_a_finished_run_is_left_alone_and_missing_parts_are_done_again(
     assert again == {parts[1], parts[3]}
 
 
-def test_a_run_of_other_arguments_is_refused_and_says_what_differs(
+def test_bulk_refuses_a_run_of_other_arguments(
     folder: Path, tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "out"
@@ -151,7 +149,7 @@ def test_a_run_of_other_arguments_is_refused_and_says_what_differs(
     assert rows(output) == before
 
 
-def test_images_that_come_or_go_meanwhile_are_noticed(folder: Path, tmp_path: Path) -> None:
+def test_bulk_notices_changed_input(folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     command = (folder, "--output", output, "--part-size", 4)
     summary(bulk(*command))
@@ -165,7 +163,7 @@ def test_images_that_come_or_go_meanwhile_are_noticed(folder: Path, tmp_path: Pa
     assert len(rows(output)) == 10
 
 
-def test_failed_images_get_another_try(folder: Path, tmp_path: Path) -> None:
+def test_bulk_retries_failed_images(folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     command = (folder, "--output", output, "--part-size", 4)
     summary(bulk(*command))
@@ -182,13 +180,13 @@ def test_failed_images_get_another_try(folder: Path, tmp_path: Path) -> None:
     assert after[changed]["labels"] == ["red"]
 
 
-def test_strict_tells_of_failed_images(folder: Path, tmp_path: Path) -> None:
+def test_bulk_strict_fails_on_failed_images(folder: Path, tmp_path: Path) -> None:
     assert bulk(folder, "--output", tmp_path / "out", "--strict").exit_code == 1
     assert bulk(folder / "*.png", "--output", tmp_path / "o", "--strict").exit_code == 1
     assert bulk(folder / "[0-9].png", "--output", tmp_path / "p", "--strict").exit_code == 0
 
 
-def test_images_and_results_may_lie_behind_urls(tmp_path: Path) -> None:
+def test_bulk_reads_and_writes_urls(tmp_path: Path) -> None:
     system = fsspec.filesystem("memory")
     for i in range(5):
         system.pipe_file(f"/store/in/{i}.png", encoded(one_red()))
@@ -205,7 +203,7 @@ def test_images_and_results_may_lie_behind_urls(tmp_path: Path) -> None:
     assert all(row["labels"] == ["red"] for row in found)
 
 
-def test_images_out_of_parquet(tmp_path: Path) -> None:
+def test_bulk_reads_images_from_parquet(tmp_path: Path) -> None:
     good = encoded(one_red())
     images = [good, b"", None, *[good] * 17]
     table = pa.table({"jpeg": pa.array(images, pa.binary()), "id": [f"id{i}" for i in range(20)]})
@@ -218,7 +216,7 @@ def test_images_out_of_parquet(tmp_path: Path) -> None:
     assert all(row["labels"] == ["red"] for row in found if row["error"] is None)
 
 
-def test_one_process_at_a_time(folder: Path, tmp_path: Path) -> None:
+def test_bulk_locks_its_output(folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     summary(bulk(folder, "--output", output))
     with (output / "_run" / "lock").open("wb") as file:
@@ -239,7 +237,7 @@ def test_one_process_at_a_time(folder: Path, tmp_path: Path) -> None:
         (("images", "--max-detections", "0"), "is not in the range"),
     ],
 )
-def test_bad_arguments(
+def test_bulk_rejects_bad_arguments(
     folder: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], says: str
 ) -> None:
     monkeypatch.chdir(folder.parent)
@@ -249,7 +247,7 @@ def test_bad_arguments(
     assert not list(Path("out").glob("part*"))
 
 
-def test_parts_of_nobody_knows_what_are_not_mixed_with(folder: Path, tmp_path: Path) -> None:
+def test_bulk_refuses_output_without_manifest(folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     summary(bulk(folder, "--output", output))
     (output / "_run" / "manifest.json").unlink()
@@ -259,7 +257,7 @@ def test_parts_of_nobody_knows_what_are_not_mixed_with(folder: Path, tmp_path: P
     assert read_counts(str(output / "part-0000000.parquet"), "another run") is None
 
 
-def test_an_output_that_cannot_be_written_ends_the_run(folder: Path, tmp_path: Path) -> None:
+def test_bulk_ends_on_unwritable_output(folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     command = (folder, "--output", output, "--part-size", 4)
     summary(bulk(*command))
@@ -272,7 +270,7 @@ def test_an_output_that_cannot_be_written_ends_the_run(folder: Path, tmp_path: P
     assert summary(bulk(*command))["pictures"] == 10
 
 
-def test_a_device_that_fails_ends_the_run_and_not_the_images(
+def test_bulk_ends_on_failing_device(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "out"
@@ -298,9 +296,7 @@ def test_a_device_that_fails_ends_the_run_and_not_the_images(
 
 
 @pytest.mark.parametrize("tile", ["off", "auto", "64"])
-def test_an_image_that_its_decoder_fails_on_costs_its_row_alone(
-    folder: Path, tmp_path: Path, tile: str
-) -> None:
+def test_bulk_decoder_failure_costs_one_row(folder: Path, tmp_path: Path, tile: str) -> None:
     # Of the palette kind, without a palette: Pillow asserts that there is one.
     whole = encoded(one_red().convert("P"))
     begin = whole.index(b"PLTE") - 4
@@ -327,7 +323,7 @@ def test_an_image_that_its_decoder_fails_on_costs_its_row_alone(
         ("images --output images/found", False),
     ],
 )
-def test_results_among_the_input_are_refused(
+def test_bulk_refuses_output_inside_the_input(
     folder: Path, monkeypatch: pytest.MonkeyPatch, arguments: str, refused: bool
 ) -> None:
     monkeypatch.chdir(folder.parent)
@@ -341,7 +337,7 @@ def test_results_among_the_input_are_refused(
     assert refused == (not list(Path().rglob("part-*.parquet")))
 
 
-def test_only_what_bulk_left_unfinished_is_removed(folder: Path, tmp_path: Path) -> None:
+def test_bulk_removes_only_its_unfinished_files(folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     (output / "_run").mkdir(parents=True)
     (output / "thesis.unfinished").write_bytes(b"mine")
@@ -367,7 +363,7 @@ def test_bulk_refuses_a_glob_that_matches_nothing(folder: Path, tmp_path: Path) 
         ("fsspec", ("s3://bucket/x",), "pip install 'retinaserve[bulk]'"),
     ],
 )
-def test_what_an_extra_brings_is_asked_for(
+def test_bulk_names_the_missing_extra(
     folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -389,7 +385,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def test_progress_in_a_log_is_a_line_now_and_then(
+def test_bulk_progress_in_a_log_is_rare(
     told: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
     progress = Progress(100, done=20, failed=1)

@@ -68,7 +68,7 @@ def entry(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setattr(cli, "entry_points", lambda *, group: [point])
 
 
-def test_commands_of_entry_points_are_listed_without_loading(
+def test_entry_point_commands_are_listed_without_loading(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     entry(monkeypatch, "train", "no_such_package.cli:train")
@@ -81,7 +81,7 @@ def test_commands_of_entry_points_are_listed_without_loading(
     assert "pip install 'retinaserve[train]'" in result.output
 
 
-def test_a_command_of_an_entry_point_gets_its_arguments_and_exit_code(
+def test_entry_point_command_gets_arguments_and_exit_code(
     monkeypatch: pytest.MonkeyPatch, models: Path
 ) -> None:
     # Any command will do; this one is at hand.
@@ -97,7 +97,7 @@ def test_a_command_of_an_entry_point_gets_its_arguments_and_exit_code(
     assert run("look", "--nonsense").exit_code == 2
 
 
-def test_one_image_has_the_shape_of_detect(models: Path, tmp_path: Path) -> None:
+def test_detect_one_image_prints_the_detect_schema(models: Path, tmp_path: Path) -> None:
     path = tmp_path / "odd name.bin"
     path.write_bytes(rotated(one_red(), 3))
     result = run("detect", path)
@@ -109,9 +109,7 @@ def test_one_image_has_the_shape_of_detect(models: Path, tmp_path: Path) -> None
     ]
 
 
-def test_a_folder_has_the_shape_of_a_batch_and_bad_images_are_reported(
-    models: Path, folder: Path
-) -> None:
+def test_detect_folder_prints_the_batch_schema(models: Path, folder: Path) -> None:
     result = run("detect", folder)
     assert result.exit_code == 2
     answer = BatchAnswer.model_validate_json(result.stdout)
@@ -122,7 +120,7 @@ def test_a_folder_has_the_shape_of_a_batch_and_bad_images_are_reported(
     assert f"{folder}/b.JPG: not an accepted image type" in result.stderr
 
 
-def test_many_images_come_in_order(models: Path, tmp_path: Path) -> None:
+def test_detect_keeps_the_order_of_images(models: Path, tmp_path: Path) -> None:
     for number in range(30):
         colour = RED if number % 2 else GREEN
         (tmp_path / f"{number:02}.png").write_bytes(encoded(squares((0, 0, colour))))
@@ -130,7 +128,7 @@ def test_many_images_come_in_order(models: Path, tmp_path: Path) -> None:
     assert [labels(each)[0] for each in results] == ["green", "red"] * 15
 
 
-def test_coco_and_csv(models: Path, folder: Path) -> None:
+def test_detect_prints_coco_and_csv(models: Path, folder: Path) -> None:
     rows = json.loads(run("detect", folder, "--output", "coco").stdout)
     assert [(row["image_id"], row["category_id"]) for row in rows] == [(0, 0), (2, 1)]
     assert rows[0]["bbox"] == [32.0, 16.0, 32.0, 32.0]
@@ -140,15 +138,13 @@ def test_coco_and_csv(models: Path, folder: Path) -> None:
     assert (table[0]["x1"], table[0]["y2"]) == ("32.0", "48.0")
 
 
-def test_score_threshold(models: Path, folder: Path) -> None:
+def test_detect_applies_score_threshold(models: Path, folder: Path) -> None:
     result = run("detect", folder / "a.png", "--score-threshold", "1")
     assert json.loads(result.stdout)["detections"] == []
     assert run("detect", folder, "--score-threshold", "1.5").exit_code == 2
 
 
-def test_annotated_images_keep_their_names_and_types(
-    models: Path, folder: Path, tmp_path: Path
-) -> None:
+def test_save_dir_keeps_names_and_types(models: Path, folder: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     (other / "a.png").write_bytes(encoded(one_red()))
@@ -196,7 +192,7 @@ def test_save_dir_never_replaces_an_image_that_is_read(
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_copies_of_an_earlier_run_are_replaced_and_links_are_not_written_through(
+def test_save_dir_replaces_copies_and_does_not_follow_links(
     models: Path, folder: Path, tmp_path: Path
 ) -> None:
     mine = tmp_path / "mine.png"
@@ -211,9 +207,7 @@ def test_copies_of_an_earlier_run_are_replaced_and_links_are_not_written_through
     assert not (drawn / "a.png").is_symlink()
 
 
-def test_two_images_whose_copies_would_be_one_file_are_told_apart(
-    models: Path, folder: Path, tmp_path: Path
-) -> None:
+def test_save_dir_rejects_colliding_names(models: Path, folder: Path, tmp_path: Path) -> None:
     (folder / "c.png").write_bytes(encoded(one_red()))
     drawn = tmp_path / "drawn"
     drawn.mkdir()
@@ -225,14 +219,14 @@ def test_two_images_whose_copies_would_be_one_file_are_told_apart(
         assert image.getpixel((60, 40)) == RED
 
 
-def test_the_longest_name_has_a_copy(models: Path, tmp_path: Path) -> None:
+def test_save_dir_handles_the_longest_name(models: Path, tmp_path: Path) -> None:
     path = tmp_path / f"{'x' * 251}.png"
     path.write_bytes(encoded(one_red()))
     assert run("detect", path, "--save-dir", tmp_path / "drawn").exit_code == 0
     assert (tmp_path / "drawn" / path.name).is_file()
 
 
-def test_csv_has_no_cell_that_a_spreadsheet_computes(
+def test_detect_csv_holds_no_formulas(
     models: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = models / "tiny" / "1" / "model.onnx"
@@ -253,7 +247,7 @@ def test_csv_has_no_cell_that_a_spreadsheet_computes(
     assert {row["label"] for row in table} == {f"'{classes[0]}"}
 
 
-def test_what_is_raised_around_an_image_costs_that_image_alone(
+def test_detect_failure_costs_one_image(
     models: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def breaks(self: Reader, path: Path) -> bytes:
@@ -270,7 +264,7 @@ def test_what_is_raised_around_an_image_costs_that_image_alone(
     assert "a.png: the image could not be processed" in result.stderr
 
 
-def test_json_that_an_error_cuts_short_does_not_look_whole(
+def test_detect_error_leaves_json_incomplete(
     models: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def breaks(*given: object) -> None:
@@ -295,7 +289,7 @@ def test_json_that_an_error_cuts_short_does_not_look_whole(
         (("--tile", "0"), "32 to 65535"),
     ],
 )
-def test_what_cannot_start_is_one_line(
+def test_detect_start_errors_are_one_line(
     models: Path, folder: Path, arguments: tuple[str, ...], text: str
 ) -> None:
     result = run("detect", folder, *arguments)
@@ -305,14 +299,14 @@ def test_what_cannot_start_is_one_line(
     assert result.stdout == ""
 
 
-def test_an_empty_folder(models: Path, tmp_path: Path) -> None:
+def test_detect_rejects_empty_folder(models: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     result = run("detect", tmp_path / "empty")
     assert result.exit_code == 2
     assert "no image in this folder" in result.stderr
 
 
-def test_a_model_by_name_by_version_and_by_file(models: Path, folder: Path) -> None:
+def test_detect_selects_model_by_name_version_or_file(models: Path, folder: Path) -> None:
     tiny_model.save(models, version=2)
     image = folder / "a.png"
 
@@ -326,7 +320,7 @@ def test_a_model_by_name_by_version_and_by_file(models: Path, folder: Path) -> N
     assert used("--model", alone) == {"name": "tiny", "version": None}
 
 
-def test_several_models_need_a_name(models: Path, folder: Path) -> None:
+def test_detect_requires_a_name_among_models(models: Path, folder: Path) -> None:
     tiny_model.save(models, name="other")
     result = run("detect", folder)
     assert result.exit_code == 2
@@ -334,7 +328,7 @@ def test_several_models_need_a_name(models: Path, folder: Path) -> None:
     assert run("detect", folder / "a.png", "--model", "other").exit_code == 0
 
 
-def test_inspect(models: Path) -> None:
+def test_inspect_describes_the_model_file(models: Path) -> None:
     output = run("inspect", models / "tiny" / "1" / "model.onnx").output
     for text in (
         "images (uint8) ['batch', 'height', 'width', 3]",
@@ -368,7 +362,7 @@ def test_set_threshold_refuses_and_leaves_the_file_alone(models: Path, change: s
     assert path.read_bytes() == before
 
 
-def test_a_file_that_cannot_be_changed_is_one_line(models: Path) -> None:
+def test_set_threshold_write_error_is_one_line(models: Path) -> None:
     path = next(models.glob("*/*/model.onnx"))
     # The place of the new file is taken: unlike a file's mode, that stops root too.
     path.with_name("model.onnx.part").mkdir()
@@ -378,7 +372,7 @@ def test_a_file_that_cannot_be_changed_is_one_line(models: Path) -> None:
     assert len(result.output.splitlines()) == 1
 
 
-def test_inspect_of_something_else(tmp_path: Path) -> None:
+def test_inspect_rejects_other_files(tmp_path: Path) -> None:
     path = tmp_path / "x.onnx"
     path.write_bytes(b"PK\x03\x04 not a model")
     result = run("inspect", path)
@@ -386,7 +380,7 @@ def test_inspect_of_something_else(tmp_path: Path) -> None:
     assert "not an ONNX file" in result.stderr
 
 
-def test_doctor(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_lists_hardware_and_models(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_model.save(models, version=2).write_bytes(b"broken")
     result = run("doctor")
     assert result.exit_code == 0

@@ -24,7 +24,7 @@ Run = Callable[..., list[str]]
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Run:
-    """Run the command, which serves nobody; its warnings."""
+    """Run the command without serving and return its warnings."""
     monkeypatch.setattr(process, "configure_logging", lambda *_: None)
     monkeypatch.setattr(serve, "leave", lambda _: None)
     monkeypatch.setattr(Server, "run", lambda self, sockets: None)

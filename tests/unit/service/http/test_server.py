@@ -18,7 +18,7 @@ from tests import tiny_model
 
 
 class Witness:
-    """Notes what it is told and whether the service could still work then."""
+    """Records its calls and whether the service was still open then."""
 
     def __init__(self, service: Service) -> None:
         self.service = service

@@ -59,7 +59,7 @@ def exif(entries: int, size: int) -> bytes:
 
 
 def segments(count: int) -> bytes:
-    """A JPEG with so many full application segments before its image."""
+    """Return a JPEG with `count` full application segments before its image."""
     good = encoded(one_red(), "JPEG")
     return (
         good[:2]
@@ -107,13 +107,13 @@ def test_decompression_bombs_stay_small(name: str) -> None:
 
 
 def in_front(piece: bytes, count: int) -> bytes:
-    """A JPEG with so many pieces before its image."""
+    """Return a JPEG with `count` segments before its image."""
     good = encoded(one_red(), "JPEG")
     return good[:2] + piece * count + good[2:]
 
 
 def scans(count: int) -> bytes:
-    """A progressive JPEG whose last scan comes so many times more."""
+    """Return a progressive JPEG whose last scan is repeated."""
     good = encoded(Image.new("L", (64, 64)), "JPEG", progressive=True)
     begin = good.rindex(b"\xff\xc4")
     return good[:-2] + good[begin:-2] * count + good[-2:]

@@ -32,7 +32,7 @@ def pillow(image: Image.Image, size: Size) -> NDArray[np.int64]:
 
 @pytest.mark.skipif(
     sys.platform == "linux" and platform.machine() != "x86_64",
-    reason="nobody builds the vectorised way for Linux on this processor",
+    reason="cykooz-resizer has no build for Linux on this processor",
 )
 def test_vectorised_resizer_is_installed() -> None:
     """Or nothing here is compared. Where there is none the other tests hold as well."""

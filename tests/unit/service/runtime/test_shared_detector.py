@@ -80,7 +80,7 @@ def test_sequential_calls_use_all_threads(shared: SharedDetector) -> None:
 def test_concurrent_calls_use_few_threads(shared: SharedDetector) -> None:
     calls = [Call(shared) for _ in range(3)]
     assert [call.took for call in calls] == ["alone", "beside", "beside"]
-    # As long as there are others, nobody has all threads.
+    # While other calls run, none has all threads.
     calls[0].end()
     calls += [Call(shared), Call(shared)]
     assert [call.took for call in calls[3:]] == ["beside", "beside"]

@@ -176,7 +176,7 @@ def test_split_detector_evicts_client_canvases(
 
 
 class FullMemory(HostMemory):
-    """Where there is room for so many blocks at a time."""
+    """Memory with room for a number of blocks at a time."""
 
     most = 1 << 30
 
@@ -331,7 +331,7 @@ def test_split_detector_captures_once_per_slot_and_shape(artifact: Artifact) -> 
 
 
 class SmallMemory(HostMemory):
-    """Room for so many bytes; a GPU's."""
+    """Limit the memory of a GPU to a number of bytes."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
