@@ -24,7 +24,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chro
 
 @pytest.fixture(scope="session")
 def bundled(browser: webdriver.Chrome) -> Iterator[str]:
-    """A server with the bundled model. Requires the browser, so that it does not start without one."""
+    """A server with the bundled model; not started without a browser."""
     with server() as url:
         yield url
 
