@@ -209,13 +209,6 @@ class BatchQueue(Generic[Item]):
                 self._give_back()
             return batch
 
-    def add_places(self, count: int) -> None:
-        """Let `count` more batches be out at a time. Any thread."""
-        with self._condition:
-            assert self._places is not None, "its takers are not counted"
-            self._places += count
-            self._condition.notify_all()
-
     def close(self) -> None:
         """Take nothing more in; those who wait in `take` get what is left, then an empty list."""
         with self._condition:

@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import logging
 import math
-import threading
 import time
 from collections.abc import Callable, Hashable
 from functools import partial
@@ -89,9 +88,6 @@ class Pipeline:
         self._devices = [self._device(i) for i in range(devices * callers)]
         """Threads, those of the first device first."""
         self._device_count = devices
-        self._started = False
-        self._lock = threading.Lock()
-        """Held while threads are added or started."""
         self._watchdog = Watchdog(self._workers, on_death=self._died, on_wedge=self._wedged)
         self.prediction = Prediction(
             arrived=self._arrived,
@@ -113,28 +109,9 @@ class Pipeline:
 
     def start(self) -> None:
         """Start the threads."""
-        with self._lock:
-            self._started = True
-            for worker in self._workers:
-                worker.start()
+        for worker in self._workers:
+            worker.start()
         self._watchdog.start()
-
-    def widen(self, callers: int) -> None:
-        """Let `callers` threads use the only device, side by side, or as many as did. Any thread.
-
-        Before a model serves that has its detector as often.
-        """
-        assert self._device_count == 1, "several devices have their threads from the start"
-        with self._lock:
-            if self._decoders_infer:
-                self._ready.add_places(max(0, callers - len(self._devices)))
-            for number in range(len(self._devices), callers):
-                worker = self._device(number)
-                self._devices.append(worker)
-                if self._started:
-                    worker.start()
-                # Only now: a thread that has not begun looks like one that died.
-                self._watchdog.add(worker)
 
     def abort(self, reason: str, word: str) -> None:
         """Answer everyone who waits with Unavailable; `word` is its reason. On the event loop.

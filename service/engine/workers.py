@@ -93,10 +93,6 @@ class Watchdog(Generic[Held]):
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def add(self, worker: Worker[Held]) -> None:
-        """Look after one more. Any thread."""
-        self._workers = (*self._workers, worker)
-
     def start(self) -> None:
         """Start watching."""
         self._thread.start()

@@ -334,8 +334,6 @@ def test_queue_places_bound_concurrent_batches() -> None:
     queue.done()
     taker.join(60)
     assert taken == [1]
-    queue.add_places(1)
-    assert numbers(queue.take()) == [2]
 
 
 def test_queue_offer_runs_inline_when_idle() -> None:

@@ -20,7 +20,7 @@ from service.engine import pipeline as module
 from service.engine.batch_queue import Policy
 from service.engine.pipeline import Pipeline
 from service.engine.work import Outcome, Servable, Work, as_it_is
-from service.engine.workers import Watchdog, Worker
+from service.engine.workers import Worker
 from service.errors import DeadlineExceeded, InferenceFailed, MalformedImage, Unavailable
 from service.imaging.canvas import Letterbox, Size
 from service.imaging.decode import Prepared
@@ -254,9 +254,8 @@ async def test_pipeline_uses_both_devices(load: Callable[..., Servable]) -> None
     assert set(used) == {0, 1}
 
 
-@pytest.mark.parametrize("begun", [False, True])
-async def test_pipeline_added_threads_share_the_device(
-    begun: bool, load: Callable[..., Servable], monkeypatch: pytest.MonkeyPatch
+async def test_pipeline_callers_share_the_device(
+    load: Callable[..., Servable], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alone = load()
     model = alone_twice(alone)
@@ -268,24 +267,15 @@ async def test_pipeline_added_threads_share_the_device(
         return real(self, *args, **kwargs)
 
     monkeypatch.setattr(Detector, "__call__", meet)
-    line = Pipeline(devices=1, decode_threads=2, policy=Policy(), on_batch=lambda *_: None)
-    if begun:
-        line.start()
-        line.widen(2)
-    else:
-        line.widen(2)
-        line.start()
-    try:
+    async with started(callers=2) as line:
         answers = await asyncio.gather(*(detect(line, model, encoded(one_red())) for _ in range(4)))
-    finally:
-        line.close()
     assert len({answer.detections.boxes.tobytes() for answer in answers}) == 1
     # Each took the whole time, and half of the device.
     took = min(answer.timing.inference for answer in answers)
     assert 0 < model.costs.fastest < took
 
 
-async def test_pipeline_watches_added_threads(load: Callable[..., Servable]) -> None:
+async def test_pipeline_replaces_a_dead_caller(load: Callable[..., Servable]) -> None:
     alone = load()
     died = threading.Event()
 
@@ -298,8 +288,7 @@ async def test_pipeline_watches_added_threads(load: Callable[..., Servable]) -> 
         alone.artifact, providers=providers(Device("cpu")), options=session_options(Device("cpu"))
     )
     model = replace(alone, detectors=(gone, gone))
-    async with started() as line:
-        line.widen(2)
+    async with started(callers=2) as line:
         with pytest.raises(InferenceFailed, match="log says why"):
             await detect(line, model, encoded(one_red()))
         answers = [detect(line, alone_twice(alone), encoded(one_red())) for _ in range(8)]
@@ -402,8 +391,7 @@ async def test_pipeline_bounds_concurrent_inferences(load: Callable[..., Servabl
     model, _ = where(load(), slow)
     for callers in (1, 2):
         most = 0
-        async with started(decode_threads=4, decoders_infer=True) as line:
-            line.widen(callers)
+        async with started(decode_threads=4, decoders_infer=True, callers=callers) as line:
             await asyncio.gather(*(detect(line, model, encoded(one_red())) for _ in range(40)))
         assert most == callers
 
@@ -611,16 +599,3 @@ async def test_pipeline_lost_device_reason_hides_paths_and_hosts(
     assert "CUDA failure 700: an illegal memory access was encountered" in str(refused.value)
     assert "/" not in str(refused.value)
     assert "inner" not in str(refused.value)
-
-
-async def test_pipeline_new_thread_is_not_reported_dead(monkeypatch: pytest.MonkeyPatch) -> None:
-    add = Watchdog.add
-
-    def look_at_once(watchdog: Watchdog[Work], worker: Worker[Work]) -> None:
-        add(watchdog, worker)
-        watchdog.tick()
-
-    monkeypatch.setattr(Watchdog, "add", look_at_once)
-    async with started() as line:
-        line.widen(3)
-        assert len(line._devices) == 3
