@@ -16,7 +16,7 @@ PARALLEL := --numprocesses $$(($(CORES) + 1)) --maxprocesses 4 --no-loadscope-re
 # What must be covered to 90 %: the detection maths, the imaging path, the batching.
 DETECTION := model_export/retinanet/anchors.py,model_export/retinanet/box_coding.py,model_export/retinanet/matching.py,model_export/retinanet/losses.py,service/runtime/detector.py,service/engine/postprocessing.py
 IMAGING := service/imaging/decode.py,service/imaging/exif.py,service/imaging/canvas.py,service/imaging/limits.py
-BATCHING := service/engine/batch_queue.py,service/engine/inference.py,service/engine/admission.py,service/engine/cost.py,service/engine/prediction.py,service/engine/workers.py,service/http/middleware/overload.py
+BATCHING := service/engine/batch_queue.py,service/engine/inference.py,service/engine/admission.py,service/engine/cost.py,service/engine/prediction.py,service/engine/workers.py,service/http/middleware.py
 SCALE_TESTS := tests/reliability/test_ray.py tests/reliability/test_bulk_ray.py
 COVERED_90 = $(TEST_VENV)/bin/python -m coverage report --fail-under=90 --include=
 
