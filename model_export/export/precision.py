@@ -232,6 +232,7 @@ def to_fp16(model: onnx.ModelProto, network: Network) -> onnx.ModelProto:
         for name in float_tensors(model, nodes)
     )
     names = {node.name for node in nodes}
+    _separate_constants(graph, names)
     with warnings.catch_warnings():
         # It warns of weights that float16 rounds to its smallest number.
         warnings.simplefilter("ignore")
@@ -244,6 +245,24 @@ def to_fp16(model: onnx.ModelProto, network: Network) -> onnx.ModelProto:
     reduced.graph.input.extend(inputs)
     reduced.graph.output.extend(outputs)
     return _finish(reduced, model)
+
+
+def _separate_constants(graph: onnx.GraphProto, names: set[str]) -> None:
+    """Give the nodes called `names` copies of the constants that they share with other nodes.
+
+    The converter would cast such a constant back before each other node, always under one name.
+    """
+    network = [node for node in graph.node if node.name in names]
+    used = {name for node in network for name in node.input}
+    others = {name for node in graph.node if node.name not in names for name in node.input}
+    for initializer in list(graph.initializer):
+        if initializer.name not in used & others:
+            continue
+        copy = graph.initializer.add()
+        copy.CopyFrom(initializer)
+        copy.name = f"{initializer.name}_network"
+        for node in network:
+            node.input[:] = [copy.name if name == initializer.name else name for name in node.input]
 
 
 def _check_weight(initializer: onnx.TensorProto) -> None:

@@ -33,9 +33,10 @@ from service.errors import DataError
 from service.imaging.decode import prepare
 from service.imaging.samples import draw_smear
 from service.runtime import devices
-from service.runtime.artifact import read_artifact
+from service.runtime.artifact import read_artifact, scan_repository
 from service.runtime.detector import INPUTS, OUTPUTS, Detector
 from service.runtime.gpu.graph_split import split
+from service.settings import bundled_models
 from tests.unit.model_export.random_model import CANVAS, RandomModel
 
 # Two convolutions with what lies between, and values on both sides that are no part of it.
@@ -210,6 +211,14 @@ def weights(path: Path) -> list[NDArray[Any]]:
 
 def test_all_of_the_network_is_in_half(files: dict[Precision, Path]) -> None:
     assert {each.dtype for each in weights(files[Precision.FP16])} == {np.dtype(np.float16)}
+
+
+def test_fp16_converts_the_bundled_model(tmp_path: Path, images: list[bytes]) -> None:
+    """Its activations share the constant 0 with what stays in float32."""
+    source, target = scan_repository(bundled_models())[-1].path, tmp_path / "model.onnx"
+    write_reduced(source, target, Precision.FP16, images[:1])
+    full, half = (candidate_scores(path, images[0]) for path in (source, target))
+    assert np.abs(full - half).max() < 0.01
 
 
 def test_int8_leaves_the_first_and_the_last_convolutions(files: dict[Precision, Path]) -> None:
