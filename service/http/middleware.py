@@ -24,7 +24,7 @@ from service.http.connections.client import ClientDisconnected
 from service.http.paths import PROBES, route_path
 from service.http.problems import error_response, http_problem, respond
 from service.observability.record import Record, current
-from service.observability.request_id import ID, new_id, request_id
+from service.observability.request_id import request_id, valid_or_new
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
@@ -284,10 +284,8 @@ def _write_line(exchange: _Exchange, level: int, template: str, milliseconds: fl
 def _request_id(scope: Scope) -> str:
     for name, value in scope["headers"]:
         if name == b"x-request-id":
-            if ID.fullmatch(value):
-                return bytes(value).decode()
-            break
-    return new_id()
+            return valid_or_new(value.decode("latin-1"))
+    return valid_or_new(None)
 
 
 class RequestGuard:

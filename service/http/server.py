@@ -21,8 +21,9 @@ import uvicorn
 from fastapi import FastAPI
 
 from service.engine.service import Service
-from service.http.connections.bounds import HEAD_SECONDS, Bounded
+from service.http.connections.bounds import HEAD_SECONDS
 from service.http.connections.descriptors import DescriptorLimit
+from service.http.connections.httptools_protocol import HttpTools
 from service.observability.metrics import Metrics
 from service.system.process import stop_signals
 
@@ -59,7 +60,7 @@ def configuration(
         ssl_keyfile=key,
         loop=_available("uvloop"),
         # Annotated as a class, but called.
-        http=cast("type[asyncio.Protocol]", partial(_http_protocol(), limit=limit)),
+        http=cast("type[asyncio.Protocol]", partial(HttpTools, limit=limit)),
         ws="none",
         # `Server.serve` runs it, around the companions too.
         lifespan="off",
@@ -193,17 +194,6 @@ async def _all_of(*ends: Coroutine[Any, Any, None]) -> None:
     for result in await asyncio.gather(*ends, return_exceptions=True):
         if isinstance(result, Exception):
             _log.error("a server failed to stop", exc_info=result)
-
-
-def _http_protocol() -> type[Bounded]:
-    """Return the protocol of the fastest installed parser."""
-    if importlib.util.find_spec("httptools") is None:
-        from service.http.connections.h11_protocol import H11
-
-        return H11
-    from service.http.connections.httptools_protocol import HttpTools
-
-    return HttpTools
 
 
 def _available(package: Literal["uvloop"]) -> Literal["uvloop", "auto"]:

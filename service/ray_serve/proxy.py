@@ -15,7 +15,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.http.problems import http_problem, respond
-from service.observability.request_id import ID, new_id
+from service.observability.request_id import valid_or_new
 
 _RAYS_OWN: Final = "/-/"
 """Paths of the proxies' own endpoints."""
@@ -119,4 +119,4 @@ def _without_second_id(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, 
 def _request_id(scope: Scope) -> str:
     """Return the client's request id if it is valid, else a new one."""
     given = next((value for name, value in scope["headers"] if name == _REQUEST_ID), b"")
-    return bytes(given).decode() if ID.fullmatch(given) else new_id()
+    return valid_or_new(given.decode("latin-1"))

@@ -16,26 +16,22 @@ import uvicorn
 
 from service.http.app import create_app
 from service.http.connections import bounds as connection
-from service.http.connections.h11_protocol import H11
 from service.http.connections.httptools_protocol import HttpTools
 from service.settings import Settings
 from tests.images import encoded, one_red
 from tests.reliability.conftest import Serve, until
 
 GOOD = encoded(one_red())
-PROTOCOLS = (HttpTools, H11)
 
 
-@pytest.fixture(scope="module", params=PROTOCOLS, ids=lambda each: each.__name__)
-def port(request: pytest.FixtureRequest, quick_models: Path) -> Iterator[int]:
+@pytest.fixture(scope="module")
+def port(quick_models: Path) -> Iterator[int]:
     """A server in a thread of this process, with short times."""
     settings = Settings(
         models_dir=quick_models, device="cpu", cpu_inferences=1, max_body_bytes=4_000_000
     )
     app = create_app(settings)
-    server = uvicorn.Server(
-        uvicorn.Config(app, port=0, http=request.param, ws="none", log_config=None)
-    )
+    server = uvicorn.Server(uvicorn.Config(app, port=0, http=HttpTools, ws="none", log_config=None))
     thread = threading.Thread(target=server.run, daemon=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(connection, "HEAD_SECONDS", 1.0)

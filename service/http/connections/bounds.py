@@ -1,4 +1,4 @@
-"""Bounds on an HTTP connection, for both of uvicorn's parsers.
+"""Bounds on an HTTP connection.
 
 uvicorn waits for a request's headers without a timeout, accepts any number and size of them, and
 keeps reading the rest of a body after the response. Here each of these has a bound.
@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import orjson
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.utils import is_ssl
 
 from service.http.connections.client import Client, set_client
@@ -62,36 +63,18 @@ def refusal(status: int, detail: str) -> bytes:
     return head.encode() + content
 
 
-class Cycle(Protocol):
-    """The parts of uvicorn's RequestResponseCycle that are used here."""
+class Bounded(HttpToolsProtocol):
+    """uvicorn's protocol with bounds on what happens around a request."""
 
-    scope: Any
-    body: bytearray
-    more_body: bool
-    disconnected: bool
-    response_started: bool
-    response_complete: bool
-    chunked_encoding: bool | None
-    expected_content_length: int
-    transport: Any
-    send: Any
-
-
-class Bounded(asyncio.Protocol):
-    """A mixin for uvicorn's protocols, which pass each request's cycle to `track`."""
-
-    transport: asyncio.Transport
-    loop: asyncio.AbstractEventLoop
-    app: Any
+    # A RequestResponseCycle, of which `track` replaces parts.
     cycle: Any
-    flow: Any
     server_state: Any
 
     def __init__(self, *args: Any, limit: DescriptorLimit | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._limit = limit
         self._idle_since = time.monotonic()
-        self._requests: list[tuple[Cycle, Client]] = []
+        self._requests: list[tuple[Any, Client]] = []
         """Requests without a complete response; several where a client pipelines them."""
         self._one_request = False
         self._head_timer: asyncio.TimerHandle | None = None
@@ -108,7 +91,9 @@ class Bounded(asyncio.Protocol):
         """Return whether the last `received` bytes began headers and did not complete them."""
         raise NotImplementedError
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+    def connection_made(  # type: ignore[override]
+        self, transport: asyncio.Transport
+    ) -> None:
         """Start the timer of the headers."""
         super().connection_made(transport)
         if self._limit is not None:
@@ -165,7 +150,7 @@ class Bounded(asyncio.Protocol):
         self._probe_timer = self.loop.call_later(_PROBE_SECONDS, self._probe, _PROBE_SECONDS)
         return True
 
-    def track(self, cycle: Cycle) -> None:
+    def track(self, cycle: Any) -> None:
         """Add a Client to the scope, and close the connection after a last response."""
         client = Client(cycle)
         set_client(cycle.scope, client)
@@ -238,7 +223,7 @@ class Bounded(asyncio.Protocol):
         if self._lingering:
             self.server_state.total_requests += 1
             return
-        super().on_response_complete()  # type: ignore[misc]
+        super().on_response_complete()
         if self._half_closed and not self._unanswered():
             self.transport.close()
 
@@ -254,7 +239,7 @@ class Bounded(asyncio.Protocol):
             self._stall_timer.cancel()
             self._stall_timer = None
 
-    def _unanswered(self) -> list[tuple[Cycle, Client]]:
+    def _unanswered(self) -> list[tuple[Any, Client]]:
         return [each for each in self._requests if not each[0].response_complete]
 
     def _probe(self, waited: float) -> None:
@@ -283,7 +268,7 @@ class Bounded(asyncio.Protocol):
             self._linger_timer.cancel()
             self._linger_timer = self.loop.call_later(_LAST_SECONDS, self.transport.close)
 
-    def _count_framing(self, cycle: Cycle | None, before: int, received: int) -> None:
+    def _count_framing(self, cycle: Any, before: int, received: int) -> None:
         if cycle is None or cycle is not self.cycle or not cycle.more_body:
             self._framing = self._body = 0
             return
@@ -311,7 +296,7 @@ class _Transport:
     the request's body has arrived becomes lingering.
     """
 
-    def __init__(self, connection: Bounded, cycle: Cycle) -> None:
+    def __init__(self, connection: Bounded, cycle: Any) -> None:
         self._connection = connection
         self._cycle = cycle
         self._held = b""

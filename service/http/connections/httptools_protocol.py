@@ -1,4 +1,4 @@
-"""uvicorn's protocol on httptools, whose parser bounds nothing itself."""
+"""Bounds on the parsing of requests, which httptools does not have itself."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class _Refused(Exception):
     """Ends the parsing; `_wrong` has the response."""
 
 
-class HttpTools(Bounded, HttpToolsProtocol):
+class HttpTools(Bounded):
     """Parses with llhttp."""
 
     _wrong: tuple[int, str] | None = None

@@ -15,7 +15,6 @@ from service.http.oip import tensors
 from service.http.oip.data_plane import InferRequest, check_id, check_outputs
 from service.http.oip.tensors import (
     IMAGES,
-    INPUTS,
     MAX_RANK,
     OUTPUTS,
     Buffer,
@@ -143,14 +142,10 @@ def _built(content: bytes, kind: Any) -> Any:
 def parse(message: Any, limits: Limits) -> Parsed:
     """Parse a ModelInferRequest. Raises MalformedRequest or TooLarge."""
     inputs, raw = message.inputs, message.raw_input_contents
-    if not 0 < len(inputs) <= len(INPUTS):
-        raise MalformedRequest(f"inputs: {len(inputs)} are given; there are 1 to {len(INPUTS)}")
-    declared = [
-        # One side above the limit, for the error.
-        tensors.declare(each.name, each.datatype, list(each.shape[: MAX_RANK + 1]), limits)
-        for each in inputs
-    ]
-    tensors.check_together(declared)
+    # One side above the limit, for the error.
+    declared = tensors.declare_all(
+        [(each.name, each.datatype, list(each.shape[: MAX_RANK + 1])) for each in inputs], limits
+    )
     outputs = check_outputs([each.name for each in message.outputs])
     for each in (*inputs, *message.outputs):
         if "shared_memory_region" in each.parameters or "classification" in each.parameters:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import re
 import socket
 import time
-import uuid
 from collections.abc import AsyncIterator, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -26,7 +24,7 @@ from service.http.oip.grpc_methods import GrpcMethods
 from service.http.oip.grpc_streams import Arrivals, Watches
 from service.http.problems import headers_of
 from service.observability.record import Record, current
-from service.observability.request_id import request_id
+from service.observability.request_id import request_id, valid_or_new
 
 if TYPE_CHECKING:
     import grpc
@@ -61,7 +59,6 @@ _GRACE: Final = 1.0
 """Seconds after the drain in which late calls get their error."""
 _MAX_DETAIL: Final = 2048
 """Characters. The detail is sent as a header, of which clients accept 8 KiB."""
-_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
 class GrpcServer:
@@ -196,7 +193,7 @@ async def _watch(
         async for state in watches.states(messages):
             yield state
     except RetinaserveError as error:
-        await _abort(context, error, Record(uuid.uuid4().hex))
+        await _abort(context, error, Record(valid_or_new(None)))
 
 
 def _pem(certificate: Path, key: Path) -> tuple[bytes, bytes]:
@@ -231,7 +228,7 @@ class _Call:
     ) -> Any:
         """Handle one call."""
         metadata = {str(name): value for name, value in context.invocation_metadata() or ()}
-        record = Record(_request_id(metadata))
+        record = Record(valid_or_new(metadata.get("x-request-id")))
         request_id.set(record.request_id)
         current.set(record)
         span = self._begin_span(record, metadata)
@@ -336,13 +333,6 @@ async def _abort(
         detail = f"{detail}; the server's log has it under request {record.request_id}"
     trailing["x-request-id"] = record.request_id
     await context.abort(code, detail, tuple(trailing.items()))
-
-
-def _request_id(metadata: dict[str, Any]) -> str:
-    given = metadata.get("x-request-id")
-    if isinstance(given, str) and _REQUEST_ID.fullmatch(given):
-        return given
-    return uuid.uuid4().hex
 
 
 def _presented(metadata: dict[str, Any]) -> Iterator[str]:

@@ -19,7 +19,6 @@ from service.http.oip import tensors
 from service.http.oip.data_plane import InferRequest, check_id, check_outputs
 from service.http.oip.tensors import (
     IMAGES,
-    INPUTS,
     OUTPUT_NAMES,
     OUTPUTS,
     Buffer,
@@ -55,13 +54,9 @@ def parse(body: Body, header_length: str | None, limits: Limits) -> Parsed:
     header, binary = _split(body, header_length)
     document = _load(header, limits)
     inputs = _list_of_objects(document, "inputs")
-    if not 0 < len(inputs) <= len(INPUTS):
-        raise MalformedRequest(f"inputs: {len(inputs)} are given; there are 1 to {len(INPUTS)}")
-    declared = [
-        tensors.declare(each.get("name"), each.get("datatype"), each.get("shape"), limits)
-        for each in inputs
-    ]
-    tensors.check_together(declared)
+    declared = tensors.declare_all(
+        [(each.get("name"), each.get("datatype"), each.get("shape")) for each in inputs], limits
+    )
     parameters = _parameters(document, "the request")
     numbers, images = _read(inputs, declared, binary)
     outputs, raw = _requested(document, parameters)

@@ -89,7 +89,29 @@ class Declared:
         return math.prod(self.shape)
 
 
-def declare(name: object, datatype: object, shape: object, limits: Limits) -> Declared:
+def declare_all(inputs: Sequence[tuple[object, object, object]], limits: Limits) -> list[Declared]:
+    """Check (name, datatype, shape) of all inputs. Raises MalformedRequest or TooLarge."""
+    if not 0 < len(inputs) <= len(INPUTS):
+        raise MalformedRequest(f"inputs: {len(inputs)} are given; there are 1 to {len(INPUTS)}")
+    declared = [_declare(*each, limits) for each in inputs]
+    names = [each.name for each in declared]
+    for name in names:
+        if names.count(name) > 1:
+            raise MalformedRequest(f"the input {name} is given more than once")
+    if ("images" in names) == (IMAGES in names):
+        raise MalformedRequest(f"give one of the inputs images and {IMAGES}, not both or neither")
+    if IMAGES in names and "image_sizes" in names:
+        raise MalformedRequest(f"image_sizes goes with images, not with {IMAGES}")
+    shapes = {each.name: each.shape for each in declared}
+    if "image_sizes" in shapes and shapes["image_sizes"][0] not in (1, shapes["images"][0]):
+        raise MalformedRequest(
+            f"image_sizes: {shapes['image_sizes'][0]} rows for {shapes['images'][0]} images; "
+            "give one for each, or one for all"
+        )
+    return declared
+
+
+def _declare(name: object, datatype: object, shape: object, limits: Limits) -> Declared:
     """Check the declaration of an input. Raises MalformedRequest or TooLarge."""
     if not isinstance(name, str) or name not in _BY_NAME:
         raise MalformedRequest(f"unknown input {shown(name)}; there is {', '.join(_BY_NAME)}")
@@ -112,24 +134,6 @@ def declare(name: object, datatype: object, shape: object, limits: Limits) -> De
     if name in ("images", IMAGES) and sides[0] > limits.batch:
         raise TooLarge(f"{name}: {sides[0]} images; at most {limits.batch} in one request")
     return Declared(name, expected.datatype, sides)
-
-
-def check_together(declared: Sequence[Declared]) -> None:
-    """Check the inputs of a request against each other. Raises MalformedRequest."""
-    names = [each.name for each in declared]
-    for name in names:
-        if names.count(name) > 1:
-            raise MalformedRequest(f"the input {name} is given more than once")
-    if ("images" in names) == (IMAGES in names):
-        raise MalformedRequest(f"give one of the inputs images and {IMAGES}, not both or neither")
-    if IMAGES in names and "image_sizes" in names:
-        raise MalformedRequest(f"image_sizes goes with images, not with {IMAGES}")
-    shapes = {each.name: each.shape for each in declared}
-    if "image_sizes" in shapes and shapes["image_sizes"][0] not in (1, shapes["images"][0]):
-        raise MalformedRequest(
-            f"image_sizes: {shapes['image_sizes'][0]} rows for {shapes['images'][0]} images; "
-            "give one for each, or one for all"
-        )
 
 
 def from_raw(declared: Declared, raw: memoryview) -> NDArray[Any]:

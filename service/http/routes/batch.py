@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Final, NamedTuple
 
 import orjson
@@ -14,11 +15,8 @@ from starlette.responses import StreamingResponse
 from service.engine import postprocessing as results
 from service.engine.batch_queue import Urgency
 from service.engine.detection import detect
-from service.engine.postprocessing import Selection
 from service.engine.request import DetectRequest
 from service.engine.service import Service
-from service.engine.tiling import Tile
-from service.engine.work import Servable
 from service.errors import (
     InvalidParameter,
     MalformedRequest,
@@ -76,7 +74,8 @@ class BatchRoute:
         images = await self._images(request.headers.get("content-type", ""), body)
         # Base64 has been copied out of it.
         del body
-        run = _Run(service, model, selection, times.deadline, query.tile, request.scope["path"])
+        template = DetectRequest(b"", model, selection, times.deadline, query.tile, Urgency.BULK)
+        run = _Run(service, template, request.scope["path"])
         if NDJSON in request.headers.get("accept", "").lower():
             return StreamingResponse(run.lines(images, size), media_type=NDJSON)
         with service.places.body(size), CancelOnDisconnect(request):
@@ -123,24 +122,14 @@ def add_routes(app: FastAPI, service: Service) -> None:
 class _Run:
     """Detection on the images of one request, a window of them at a time."""
 
-    def __init__(
-        self,
-        service: Service,
-        model: Servable,
-        selection: Selection,
-        deadline: float,
-        tile: Tile,
-        path: str,
-    ) -> None:
+    def __init__(self, service: Service, template: DetectRequest, path: str) -> None:
+        """`template` lacks the image."""
         self._service = service
-        self._model = model
-        self._selection = selection
-        self._deadline = deadline
-        self._tile = tile
+        self._template = template
         self._path = path
         # A tiled image fills the window alone, and images of one request must not take the
         # places that the tiles of another need.
-        self._window = asyncio.Semaphore(service.batch_window if tile == "off" else 1)
+        self._window = asyncio.Semaphore(service.batch_window if template.tile == "off" else 1)
 
     async def results(self, images: Sequence[Image]) -> AsyncIterator[dict[str, Any]]:
         """Yield the result of each image as it finishes."""
@@ -176,18 +165,15 @@ class _Run:
         return entry | {"status": failure.status, "error": document}
 
     async def _detect(self, image: Image) -> dict[str, Any]:
-        service, model = self._service, self._model
-        content = image.content
+        service, content = self._service, image.content
         with service.places.slot(urgency=Urgency.BULK):
             if not isinstance(content, memoryview):
                 content = memoryview(await service.off_loop(decode_base64, content))
-            request = DetectRequest(
-                content, model, self._selection, self._deadline, self._tile, Urgency.BULK
-            )
+            request = replace(self._template, image=content)
             detected = await detect(service, request)
             return {
                 "image": results.image(detected.image, detected.canvases),
-                "detections": results.native(detected.found, model.metadata.classes),
+                "detections": results.native(detected.found, request.model.metadata.classes),
             }
 
 
