@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import uvicorn
 
-from service.http.connections.h11_protocol import H11
 from service.http.connections.httptools_protocol import HttpTools
 from tests.reliability.conftest import until
 
@@ -47,12 +46,12 @@ class App:
 
 
 class Served:
-    def __init__(self, protocol: type[asyncio.Protocol]) -> None:
+    def __init__(self) -> None:
         self.app = App()
         config = uvicorn.Config(
             self.app,  # type: ignore[arg-type]
             port=0,
-            http=protocol,
+            http=HttpTools,
             ws="none",
             lifespan="off",
             log_config=None,
@@ -66,9 +65,9 @@ class Served:
         )
 
 
-@pytest.fixture(scope="module", params=[HttpTools, H11], ids=lambda each: each.__name__)
-def served(request: pytest.FixtureRequest) -> Iterator[Served]:
-    served = Served(request.param)
+@pytest.fixture(scope="module")
+def served() -> Iterator[Served]:
+    served = Served()
     served.thread.start()
     until(lambda: served.server.started)
     yield served
