@@ -1,9 +1,9 @@
-// Calls to the service, and what to tell a person when one fails. Every URL is relative to the
-// page, so that the service may live below any path.
+// Requests to the service, and the texts for those that fail. Every URL is relative to the page,
+// so that the service works below any path.
 
 import { keyHeaders } from "./key.js";
 
-/** What stands in a problem's status where the service has not given one. */
+/** The status of a problem without a response. */
 export const NO_ANSWER = 0;
 export const UNREADABLE = -1;
 export const CUT_OFF = -2;
@@ -72,7 +72,7 @@ export async function detect(file, query, signal) {
   }
 }
 
-/** A browser tells nothing of a connection that broke; the file and the service's health do. */
+/** Browsers do not say why a connection broke; the file and the service's health tell. */
 async function whyNoAnswer(file) {
   try {
     await file.slice(0, 1).arrayBuffer();
@@ -80,7 +80,7 @@ async function whyNoAnswer(file) {
     return new Problem(UNREADABLE, "File cannot be read");
   }
   const alive = await fetch("healthz", { cache: "no-store" }).then((r) => r.ok, () => false);
-  // A service that refuses a body unread closes the connection, often before its answer is read.
+  // A service that refuses a body unread closes the connection, often before its response is read.
   return alive ? new Problem(CUT_OFF, "Connection closed") : new Problem(NO_ANSWER, "No answer");
 }
 
@@ -124,5 +124,5 @@ export function explain(problem, file) {
 
 const PASSING = [CANCELLED, CUT_OFF, NO_ANSWER, 401, 408, 429, 500, 503, 504];
 
-/** Whether the same request may well succeed later without anything being changed. */
+/** Return whether the same request may succeed later. */
 export const isPassing = (problem) => PASSING.includes(problem.status);

@@ -1,5 +1,5 @@
-// The page: images in a row, one shown at a time; the service is asked once per image at a low
-// threshold, and everything after that (score, classes) is chosen here.
+// The page: a row of images, one shown at a time. Each image is one request at a low threshold;
+// scores and classes are filtered here.
 
 import { Problem, models, readiness } from "./api.js";
 import { save, stem, toCsv, toJson } from "./downloads.js";
@@ -87,7 +87,7 @@ async function copy({ currentTarget: button }) {
     await navigator.clipboard.writeText(source.textContent);
     toast("Copied");
   } catch {
-    // Browsers keep the clipboard from pages without HTTPS; the selection is one key from it.
+    // Browsers deny the clipboard to pages without HTTPS; the selected text can be copied by a key.
     getSelection().selectAllChildren(source);
     toast("Selected: press Ctrl+C to copy");
   }
@@ -195,7 +195,7 @@ function smallestAt(x, y) {
   return shown(state.current).filter(around).sort((a, b) => area(a) - area(b))[0] ?? null;
 }
 
-/** Left and right go through the images, up and down through the table of detections. */
+/** Left and right select an image, up and down a detection. */
 function moveByKey(event) {
   const { key, target } = event;
   if (!state.current || event.altKey || event.ctrlKey || event.metaKey) return;
@@ -247,7 +247,7 @@ async function untilReady() {
 
 let reconnecting = false;
 
-/** Say that the service is gone, until it answers again. */
+/** Show that the service is unreachable, until it responds again. */
 async function reconnect() {
   if (reconnecting) return;
   reconnecting = true;
@@ -285,7 +285,7 @@ const isSame = (a) => (b) => a.name === b.name && a.version === b.version && a.s
 const summaryOf = (found) =>
   JSON.stringify(found.map(({ name, version, state: is, sha256 }) => [name, version, is, sha256]));
 
-/** Show what models there are; keep the chosen one for as long as it is ready. */
+/** Show the models; keep the chosen one while it is ready. */
 function offer(found) {
   const options = found.map((model) => {
     const isReady = model.state === "ready";
@@ -310,11 +310,11 @@ function offer(found) {
 
 let refreshing = null;
 
-/** Ask which models there are; whether that went well. */
+/** Request the models; return whether that succeeded. */
 function refreshBy(ask) {
   refreshing ??= ask()
     .then((found) => {
-      // An open list of models would close under a person's hands.
+      // Replacing the options would close an open list.
       if (summaryOf(found) !== summaryOf(state.models)) offer(found);
       return true;
     })
@@ -330,7 +330,7 @@ function refreshBy(ask) {
 
 const refresh = () => refreshBy(() => unlocked(models));
 
-/** Without a dialog that nobody called for. */
+/** Refresh without opening the key dialog. */
 const refreshQuietly = () => refreshBy(models);
 
 async function modelGone() {
@@ -338,7 +338,7 @@ async function modelGone() {
   return (await refresh()) && state.model !== model;
 }
 
-/** Models may come and go while the page is open. */
+/** Models may be loaded and unloaded while the page is open. */
 function wireModels() {
   $("model").addEventListener("change", ({ target }) => choose(state.models[target.selectedIndex]));
   document.addEventListener("visibilitychange", () => {
@@ -351,7 +351,7 @@ function wireModels() {
   }, 3000);
 }
 
-/** Until there are models to ask, or nobody has a key. */
+/** Retry until the models are known or a key is missing. */
 async function connect() {
   for (;;) {
     const ready = await untilReady();

@@ -1,14 +1,13 @@
-// Results to take along: what is chosen on the page, in the shapes that the service and its command
-// line have for them.
+// Downloads: the detections chosen on the page, in the formats of the service and its command line.
 
 import { shown, state } from "./state.js";
 
 const COLUMNS = ["file", "label", "class_id", "score", "x1", "y1", "x2", "y2"];
 
-/** The answer as the service would give it at what is chosen now. */
+/** The response of the service at the chosen thresholds. */
 export const chosenAnswer = (image) => ({ ...image.answer, detections: shown(image) });
 
-/** One image as POST /v1/detect answers, several as POST /v1/detect/batch does. */
+/** One image as POST /v1/detect responds, several as POST /v1/detect/batch does. */
 export function toJson(images) {
   if (images.length === 1) return JSON.stringify(chosenAnswer(images[0]), null, 2);
   const results = images.flatMap((image, index) => {

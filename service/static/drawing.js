@@ -1,6 +1,6 @@
-// What is painted: the image, boxes with their labels, the histogram of scores.
+// Painting: the image, boxes with their labels, the histogram of scores.
 
-// Those of service/annotate.py: far apart in hue, dark enough for white text.
+// Those of service/engine/drawing.py: far apart in hue, dark enough for white text.
 const PALETTE = ["#00796f", "#c65500", "#b0175e", "#1565c0", "#4d7c0f", "#7b3fb5", "#8d5a3b"];
 
 export function colourOf(classIndex) {
@@ -31,7 +31,7 @@ export function resize(canvas, width, height) {
  */
 export function drawBoxes(context, detections, { scale, unit, labels, active }) {
   context.lineJoin = "round";
-  // The surest last, so that its label lies on top.
+  // The highest score last, so that its label is on top.
   for (const detection of [...detections].reverse()) {
     if (detection !== active) drawBox(context, detection, scale, unit, active ? 0.45 : 1, false);
   }
@@ -70,7 +70,7 @@ function drawLabel(context, { box, class_id: index, label, score }, scale, unit)
   context.font = `600 ${12 * unit}px system-ui, sans-serif`;
   context.textBaseline = "middle";
   const full = `${label} ${score.toFixed(2)}`;
-  // A label that dwarfs its box hides others; there the colour has to say the class.
+  // A label larger than its box would hide others; there only the colour shows the class.
   const isDwarfed = context.measureText(full).width > 2.2 * (box.x2 - box.x1) * scale;
   const text = isDwarfed ? score.toFixed(2) : full;
   const [width, height] = [context.measureText(text).width + 10 * unit, 18 * unit];

@@ -1,4 +1,4 @@
-// Files out of a drop or a paste, folders with everything below them.
+// Files from a drop or a paste, and from folders with their subfolders.
 
 const IMAGE = /\.(jpe?g|png|webp)$/i;
 const MOST = 1000;
@@ -13,7 +13,7 @@ export async function imagesOf(transfer) {
   });
   const found = [];
   for (const entry of entries.filter(Boolean)) {
-    // What was picked one by one is sent whatever its name: the service judges by content.
+    // Files picked one by one are sent whatever their name: the service judges by content.
     if (entry instanceof File) found.push({ file: entry, name: entry.name });
     else for await (const image of below(entry)) found.push(image);
   }

@@ -1,4 +1,4 @@
-// What the browser itself makes of an image. One is decoded at a time, the one on show first, and
+// Images decoded by the browser. One is decoded at a time, the one on show first, and
 // few are kept large: a folder of photographs would fill the memory.
 
 import { state } from "./state.js";
@@ -37,7 +37,7 @@ function run(job) {
 
 let looking = false;
 
-/** Decode whatever the page can show now; `changed` is called with each image that came. */
+/** Decode the images that the page shows; `changed` is called with each decoded image. */
 export async function lookAtAll(changed) {
   if (looking) return;
   looking = true;

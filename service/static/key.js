@@ -1,5 +1,5 @@
 // The API key, and the dialog that asks for one. It is kept in sessionStorage: a reload keeps it,
-// closing the tab drops it, and unlike a cookie nothing sends it along by itself.
+// closing the tab drops it, and unlike a cookie it is not sent automatically.
 
 const $ = (id) => document.getElementById(id);
 const PLACE = `retinaserve-key ${new URL(".", document.baseURI).pathname}`;
@@ -30,10 +30,10 @@ function use(text) {
 
 export const currentKey = () => key;
 
-/** The headers that let a request in. */
+/** The headers of authentication. */
 export const keyHeaders = () => (key === null ? {} : { "X-API-Key": key });
 
-/** Do something that may need a key, asking for one until it is done or nobody has a key. */
+/** Run an action that may need a key; ask for keys until it succeeds or the dialog is cancelled. */
 export async function unlocked(action) {
   for (let wasAsked = false; ; wasAsked = true) {
     const used = key;
@@ -44,7 +44,7 @@ export async function unlocked(action) {
     } catch (problem) {
       if (problem.status !== 401) throw problem;
       wanted = true;
-      // Another request may have got a better key in the meantime.
+      // Another request may have got a valid key in the meantime.
       if (key !== used) continue;
       use(null);
       if (!(await ask(used !== null))) throw problem;
@@ -52,7 +52,7 @@ export async function unlocked(action) {
   }
 }
 
-/** Ask a person for a key; whether there is one now. One dialog, however many ask. */
+/** Ask for a key in one dialog for all callers; return whether there is one now. */
 function ask(wasRefused) {
   if (asking) return asking;
   say(wasRefused ? "The service does not accept this key. It may be mistyped, or revoked." : "");
@@ -88,10 +88,10 @@ export function wireKey(hooks) {
   $("key-form").addEventListener("submit", (event) => {
     event.preventDefault();
     const text = $("key").value.trim();
-    // A header can carry nothing else, and the request would fail without a reason.
+    // A header cannot hold other characters, and the request would fail without a reason.
     if (!/^[\x21-\x7e]+$/.test(text)) {
       $("key").select();
-      return say("This is no key: one has letters, digits and signs of ASCII, without spaces.");
+      return say("This is not a key: keys have ASCII letters, digits and signs, without spaces.");
     }
     use(text);
     $("key-dialog").close("use");

@@ -1,4 +1,4 @@
-// Asking the service: few images at a time, all of them held back while it refuses.
+// The request queue: few images at a time, paused while the service refuses.
 
 import {
   CANCELLED, CUT_OFF, NO_ANSWER, Problem, detect, explain, isPassing,
@@ -51,7 +51,7 @@ async function ask(image) {
     const seconds = (performance.now() - started) / 1000;
     change(image, { status: "done", answer, seconds, refusedSince: null, cutOff: 0 });
   } catch (problem) {
-    // Who stopped it has said what becomes of the image.
+    // The caller that cancelled it has set the state of the image.
     if (signal.aborted) return;
     if (!(problem instanceof Problem)) throw problem;
     await refused(image, problem, signal);
@@ -74,7 +74,7 @@ async function refused(image, problem, signal) {
   change(image, { status: "failed", problem });
 }
 
-/** Ask for nothing until the service said that it takes something again. */
+/** Pause until the Retry-After of the service. */
 function hold(image, problem, seconds) {
   const until = performance.now() + 1000 * Math.max(1, seconds);
   const isNew = state.hold === null;
@@ -93,7 +93,7 @@ function tick() {
   setTimeout(tick, 250);
 }
 
-/** Do not wait any longer. */
+/** End the pause. */
 export function goOn() {
   state.hold = null;
   page.changed(null);
@@ -107,7 +107,7 @@ export function holdText() {
   return `${heading}. Trying again in ${left} s.`;
 }
 
-/** Stop whatever is under way and ask again for every image: model or tiles are others now. */
+/** Cancel all requests and repeat them, after a change of model or tiles. */
 export function askAnew() {
   for (const image of state.images) {
     image.controller?.abort();
@@ -127,7 +127,7 @@ export function cancelAll() {
 export const passing = () =>
   state.images.filter(({ status, problem }) => status === "failed" && isPassing(problem));
 
-/** Once more for every image that failed for a reason that may have passed. */
+/** Retry every image whose failure may have been temporary. */
 export function retryAll() {
   state.offline = false;
   for (const image of passing()) change(image, { status: "waiting", problem: null });

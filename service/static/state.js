@@ -1,4 +1,4 @@
-// What the page knows, and what of an answer is shown at the thresholds chosen.
+// The state of the page, and the detections shown at the chosen thresholds.
 
 const LOWEST_SCORE = 0.05;
 
@@ -24,7 +24,7 @@ export function useModel(model) {
   state.hidden.clear();
 }
 
-/** What the service is asked for: everything that any choice made here can show. */
+/** The query of a request: all detections that any choice on the page can show. */
 export const lowestScore = () => Math.min(LOWEST_SCORE, ...Object.values(state.own));
 
 export const isAbove = ({ label, score }) => score > (state.score ?? state.own[label] ?? 0.3);

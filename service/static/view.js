@@ -1,4 +1,4 @@
-// Everything that is on the page follows from the state; these functions put it there.
+// These functions render the state.
 
 import { detectUrl, explain, isPassing } from "./api.js";
 import { chosenAnswer } from "./downloads.js";
@@ -237,7 +237,7 @@ function buildClasses(names) {
 
 let announcing = 0;
 
-/** Once the slider rests: a screen reader would stumble over every step. */
+/** Announce a value once the slider rests, not at every step. */
 function announce(text) {
   clearTimeout(announcing);
   announcing = setTimeout(() => ($("summary").textContent = text), 400);
@@ -266,7 +266,7 @@ function renderTexts(image) {
   const done = image.status === "done";
   $("answer").hidden = !done;
   if (!done) return;
-  // Never the key itself: the line is there to be copied and shown.
+  // Never the key itself: the line is copied and shared.
   const key = currentKey() === null ? "" : ' -H "X-API-Key: $KEY"';
   const file = quote("@" + image.file.name);
   $("curl-line").textContent = `curl${key} --data-binary ${file} ${quote(chosenUrl())}`;
@@ -300,7 +300,7 @@ export function point(detection) {
   renderReadout();
 }
 
-// ---- small talk
+// ---- notices
 
 let toasting = 0;
 
@@ -310,5 +310,5 @@ export function toast(text) {
   toasting = setTimeout(() => ($("toast").textContent = ""), 5000);
 }
 
-/** For screen readers alone: what others see move. */
+/** Announce a change to screen readers. */
 export const news = (text) => ($("news").textContent = text);

@@ -180,7 +180,7 @@ def test_page_asks_for_a_key(browser: webdriver.Chrome, locked: Locked, squares:
     page.wait(lambda: "does not accept" in page["key-error"].text)
     page.screenshot("key")
     enter_key(page, "schlüssel")
-    page.wait(lambda: "This is no key" in page["key-error"].text)
+    page.wait(lambda: "This is not a key" in page["key-error"].text)
     enter_key(page, key)
     page.wait(lambda: page["status"].get_attribute("data-state") == "ready")
     page.choose(squares)
