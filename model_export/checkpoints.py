@@ -8,12 +8,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Final
-from urllib.request import urlopen
 
 import safetensors
 import safetensors.torch
@@ -182,21 +180,14 @@ def fetch_imagenet(backbone: str, cache: Path) -> Path:
     # torchvision names its files after the first 8 digits of their sha256.
     digits = path.stem.rsplit("-", 1)[1]
     if not path.exists():
+        cache.mkdir(parents=True, exist_ok=True)
         try:
-            with urlopen(url, timeout=60) as response:
-                content = response.read()
-        except (OSError, HTTPException) as error:
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=digits, progress=False)
+        except (OSError, HTTPException, RuntimeError) as error:
             raise DataError(
                 f"cannot download {url} ({error}); fetch it on a machine that can, "
                 "then give it by --weights FILE"
             ) from error
-        if not hashlib.sha256(content).hexdigest().startswith(digits):
-            raise DataError(f"{url}: what came does not have the sha256 {digits}…; try again")
-        cache.mkdir(parents=True, exist_ok=True)
-        # Several processes of a run may fetch it at once.
-        partial = path.with_suffix(f".{os.getpid()}.part")
-        partial.write_bytes(content)
-        partial.replace(path)
     elif not hashlib.sha256(path.read_bytes()).hexdigest().startswith(digits):
         raise DataError(f"{path}: sha256 is not {digits}…; delete the file and try again")
     return path

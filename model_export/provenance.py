@@ -28,9 +28,7 @@ def provenance(
 ) -> dict[str, Any]:
     """Return the inputs of a run. Files are named with their hash, without their folders."""
     return {
-        "retinaserve": _version(),
-        "git_commit": git_commit(),
-        "command": command(sys.argv),
+        **_program(),
         "config": dict(config),
         "data": {"name": data.root.resolve().name, "pictures": len(data.samples)},
         "weights": _file(weights),
@@ -42,9 +40,7 @@ def provenance(
 def imported(*, source: Path, config: Mapping[str, Any], licences: Sequence[str]) -> dict[str, Any]:
     """Return the provenance of a checkpoint whose weights another program trained."""
     return {
-        "retinaserve": _version(),
-        "git_commit": git_commit(),
-        "command": command(sys.argv),
+        **_program(),
         "config": dict(config),
         "weights": _file(source),
         "licences": list(licences),
@@ -53,8 +49,8 @@ def imported(*, source: Path, config: Mapping[str, Any], licences: Sequence[str]
 
 def resumed(before: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the provenance of a resumed run: its original inputs and its current settings."""
-    again = {"retinaserve": _version(), "git_commit": git_commit(), "command": command(sys.argv)}
-    return {**before, "config": dict(config), "resumed": [*before.get("resumed", []), again]}
+    resumptions = [*before.get("resumed", []), _program()]
+    return {**before, "config": dict(config), "resumed": resumptions}
 
 
 def command(arguments: Sequence[str]) -> str:
@@ -87,6 +83,11 @@ def _git(folder: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return found.stdout.strip() or None
+
+
+def _program() -> dict[str, Any]:
+    """Return the version, the commit and the command line of this process."""
+    return {"retinaserve": _version(), "git_commit": git_commit(), "command": command(sys.argv)}
 
 
 def _version() -> str | None:

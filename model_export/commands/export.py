@@ -21,7 +21,7 @@ from model_export.data import datasets
 from model_export.data.datasets import Dataset, Sample
 from model_export.evaluation.calibration import FOLDS, Calibration
 from model_export.export.comparison import table as comparison_table
-from model_export.export.pipeline import VERIFIED_IMAGES, PrecisionOptions, release
+from model_export.export.pipeline import VERIFIED_IMAGES, PrecisionOptions, export_model
 from model_export.export.precision import RANGE_IMAGES, Precision
 from service.errors import DataError
 from service.filenames import refuse_to_replace
@@ -73,7 +73,7 @@ def run(
     if calibrate_on is not None:
         calibration_data = load(calibrate_on, calibrate_split, data_config(labels), classes=classes)
     images = _images(held_out)
-    done = release(
+    done = export_model(
         checkpoint,
         output,
         name=name or default_name(output),

@@ -55,7 +55,7 @@ MISTAKES: Final = (
 
 
 @dataclass(frozen=True, slots=True)
-class Judgement:
+class ImageAnalysis:
     """The outcomes of the detections of one image."""
 
     shown: Detections
@@ -91,7 +91,7 @@ def shown(found: Detections, selection: Selection) -> Detections:
     return kept.pick(slice(selection.max_detections))
 
 
-def judge(sample: Sample, found: Detections, selection: Selection) -> Judgement:
+def analyse(sample: Sample, found: Detections, selection: Selection) -> ImageAnalysis:
     """Classify each detection of an image. `found` is in falling score."""
     passing = shown(found, selection)
     iou = overlaps(passing.boxes, sample.boxes)
@@ -114,10 +114,10 @@ def judge(sample: Sample, found: Detections, selection: Selection) -> Judgement:
     missed = np.flatnonzero(free)
     held_back = found.pick(found.scores <= selection.scores[found.labels])
     faint = _best_scores(held_back, sample, missed)
-    return Judgement(passing, tuple(outcomes), objects, missed, faint)
+    return ImageAnalysis(passing, tuple(outcomes), objects, missed, faint)
 
 
-def find_mistakes(samples: Sequence[Sample], judgements: Sequence[Judgement]) -> list[Mistake]:
+def find_mistakes(samples: Sequence[Sample], analyses: Sequence[ImageAnalysis]) -> list[Mistake]:
     """Return all mistakes, the worst first.
 
     A wrong detection is the worse the higher it scores; a missed object the worse the less any
@@ -132,27 +132,27 @@ def find_mistakes(samples: Sequence[Sample], judgements: Sequence[Judgement]) ->
 
     found = [
         mistake
-        for image, (sample, each) in enumerate(zip(samples, judgements, strict=True))
+        for image, (sample, each) in enumerate(zip(samples, analyses, strict=True))
         for mistake in _of_image(image, sample, each)
     ]
     return sorted(found, key=badness)
 
 
-def _of_image(image: int, sample: Sample, judgement: Judgement) -> Iterator[Mistake]:
-    for index, outcome in enumerate(judgement.outcomes):
+def _of_image(image: int, sample: Sample, analysis: ImageAnalysis) -> Iterator[Mistake]:
+    for index, outcome in enumerate(analysis.outcomes):
         if outcome in (Outcome.HIT, Outcome.IGNORED):
             continue
-        thing = int(judgement.objects[index])
-        box = judgement.shown.boxes[index : index + 1]
+        thing = int(analysis.objects[index])
+        box = analysis.shown.boxes[index : index + 1]
         yield Mistake(
             outcome,
             image,
-            score=float(judgement.shown.scores[index]),
+            score=float(analysis.shown.scores[index]),
             detection=index,
             thing=None if thing < 0 else thing,
             iou=None if thing < 0 else float(overlaps(box, sample.boxes[thing : thing + 1])[0, 0]),
         )
-    for thing, score in zip(judgement.missed, judgement.faint, strict=True):
+    for thing, score in zip(analysis.missed, analysis.faint, strict=True):
         yield Mistake(Outcome.MISSED, image, float(score), None, int(thing), None)
 
 
@@ -224,17 +224,17 @@ class Confusion:
 
 
 def confusion(
-    samples: Sequence[Sample], judgements: Sequence[Judgement], classes: int
+    samples: Sequence[Sample], analyses: Sequence[ImageAnalysis], classes: int
 ) -> Confusion:
-    """Return the matrix over all images. `samples` and `judgements` are of the same images."""
+    """Return the matrix over all images. `samples` and `analyses` are of the same images."""
     counts = np.zeros((classes + 1, classes + 1), dtype=np.int64)
-    for sample, judgement in zip(samples, judgements, strict=True):
-        paired = np.isin(judgement.outcomes, (Outcome.HIT, Outcome.CONFUSED))
+    for sample, analysis in zip(samples, analyses, strict=True):
+        paired = np.isin(analysis.outcomes, (Outcome.HIT, Outcome.CONFUSED))
         true = np.full(len(paired), classes)
-        true[paired] = sample.labels[judgement.objects[paired]]
-        counted = ~np.isin(judgement.outcomes, Outcome.IGNORED)
-        np.add.at(counts, (true[counted], judgement.shown.labels[counted]), 1)
-        left = np.delete(sample.labels, judgement.objects[paired])
+        true[paired] = sample.labels[analysis.objects[paired]]
+        counted = ~np.isin(analysis.outcomes, Outcome.IGNORED)
+        np.add.at(counts, (true[counted], analysis.shown.labels[counted]), 1)
+        left = np.delete(sample.labels, analysis.objects[paired])
         counts[:, classes] += np.bincount(left, minlength=classes + 1)
     return Confusion(counts)
 

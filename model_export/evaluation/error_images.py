@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from model_export.data.samples import Sample
-from model_export.evaluation.error_analysis import Judgement, Mistake
+from model_export.evaluation.error_analysis import ImageAnalysis, Mistake
 from service.errors import DataError, RetinaserveError
 from service.imaging import decode as imaging
 
@@ -31,7 +31,7 @@ Box = tuple[float, float, float, float]
 
 
 def draw_all(
-    mistakes: Sequence[Mistake], samples: Sequence[Sample], judgements: Sequence[Judgement]
+    mistakes: Sequence[Mistake], samples: Sequence[Sample], analyses: Sequence[ImageAnalysis]
 ) -> dict[Mistake, str]:
     """Return a JPEG of each mistake as a data URI. One image is in memory at a time.
 
@@ -43,7 +43,7 @@ def draw_all(
     return {
         mistake: data_uri(drawn)
         for image, group in sorted(wanted.items())
-        for mistake, drawn in _draw_image(samples[image], judgements[image], group)
+        for mistake, drawn in _draw_image(samples[image], analyses[image], group)
     }
 
 
@@ -70,22 +70,22 @@ def data_uri(image: Image.Image) -> str:
 
 
 def _draw_image(
-    sample: Sample, judgement: Judgement, mistakes: Sequence[Mistake]
+    sample: Sample, analysis: ImageAnalysis, mistakes: Sequence[Mistake]
 ) -> Iterator[tuple[Mistake, Image.Image]]:
     try:
         image = imaging.decode(sample.path.read_bytes())
     except (OSError, RetinaserveError) as error:
         raise DataError(f"{sample.path}: {error}; replace the image") from error
     for mistake in mistakes:
-        yield mistake, _crop(image, sample, judgement, mistake)
+        yield mistake, _crop(image, sample, analysis, mistake)
 
 
 def _crop(
-    image: Image.Image, sample: Sample, judgement: Judgement, mistake: Mistake
+    image: Image.Image, sample: Sample, analysis: ImageAnalysis, mistake: Mistake
 ) -> Image.Image:
     main: Mapping[str, Box | None] = {
         LABELLED: _box(sample.boxes, mistake.thing),
-        DETECTED: _box(judgement.shown.boxes, mistake.detection),
+        DETECTED: _box(analysis.shown.boxes, mistake.detection),
     }
     region = crop_box(_around([each for each in main.values() if each]), *image.size)
     width, height = region[2] - region[0], region[3] - region[1]
@@ -93,7 +93,7 @@ def _crop(
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     cut = image.resize(size, Image.Resampling.BICUBIC, box=region)
     pen = ImageDraw.Draw(cut)
-    for colour, boxes in ((LABELLED, sample.boxes), (DETECTED, judgement.shown.boxes)):
+    for colour, boxes in ((LABELLED, sample.boxes), (DETECTED, analysis.shown.boxes)):
         for other in boxes.tolist():
             _outline(pen, _scaled(other, region, scale), colour, width=1)
     for colour, box in main.items():

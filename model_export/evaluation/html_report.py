@@ -219,7 +219,7 @@ def _galleries(measured: EvaluationResults) -> list[Gallery]:
     drawn = error_images.draw_all(
         [each for group in chosen.values() for each in group],
         measured.dataset.samples,
-        measured.judgements,
+        measured.analyses,
     )
     fitting = _within_budget(chosen.values(), drawn)
     return [
@@ -253,13 +253,13 @@ def _within_budget(
 def _caption(measured: EvaluationResults, mistake: Mistake) -> tuple[str, str, str]:
     """Title, explanation and file name."""
     sample = measured.dataset.samples[mistake.image]
-    judgement = measured.judgements[mistake.image]
+    analysis = measured.analyses[mistake.image]
     true = None if mistake.thing is None else measured.classes[sample.labels[mistake.thing]]
     if mistake.detection is None:
         held_back = f"the best detection there scores {mistake.score:.2f}, below the threshold"
         text = held_back if mistake.score else f"no detection there, not even at {SCORE:g}"
         return str(true), text, sample.path.name
-    name = measured.classes[judgement.shown.labels[mistake.detection]]
+    name = measured.classes[analysis.shown.labels[mistake.detection]]
     iou = "" if mistake.iou is None else f"IoU {mistake.iou:.2f}"
     text = {
         Outcome.FALSE: "nothing of the kind is labelled here",

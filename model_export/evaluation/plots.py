@@ -9,7 +9,6 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from model_export.evaluation.coco_metrics import SCORE, Matches
@@ -171,8 +170,6 @@ def _figure(
     title: str, *, across: str, up: str, size: tuple[float, float] = (7, 5)
 ) -> tuple[Figure, Axes]:
     figure = Figure(figsize=size, layout="constrained")
-    # Not pyplot: that keeps every figure in memory and asks for a screen.
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.set(title=title, xlabel=across, ylabel=up)
     axes.grid(alpha=0.3)
@@ -184,7 +181,6 @@ def _panels(count: int, title: str) -> tuple[Figure, list[Axes]]:
     columns = min(_COLUMNS, count)
     rows = -(-count // columns)
     figure = Figure(figsize=(4 * columns, 2.6 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
     figure.suptitle(title)
     grid = list(figure.subplots(rows, columns, squeeze=False).ravel())
     for axes in grid[count:]:

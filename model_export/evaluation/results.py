@@ -15,11 +15,11 @@ from model_export.evaluation.bootstrap import Comparison
 from model_export.evaluation.coco_metrics import Evaluation, Matches, match
 from model_export.evaluation.error_analysis import (
     Confusion,
-    Judgement,
+    ImageAnalysis,
     Mistake,
+    analyse,
     confusion,
     find_mistakes,
-    judge,
 )
 from model_export.evaluation.inference import evaluate_file
 from model_export.evaluation.reliability import Reliability, reliability
@@ -99,23 +99,23 @@ class EvaluationResults:
         return results.resolve(self.model.metadata)
 
     @cached_property
-    def judgements(self) -> list[Judgement]:
+    def analyses(self) -> list[ImageAnalysis]:
         """Of each image, at the recommended thresholds."""
         selection = self.selection
         return [
-            judge(sample, each, selection)
+            analyse(sample, each, selection)
             for sample, each in zip(self.dataset.samples, self.found, strict=True)
         ]
 
     @cached_property
     def confusion(self) -> Confusion:
         """At the recommended thresholds."""
-        return confusion(self.dataset.samples, self.judgements, len(self.classes))
+        return confusion(self.dataset.samples, self.analyses, len(self.classes))
 
     @cached_property
     def mistakes(self) -> list[Mistake]:
         """At the recommended thresholds, the worst first."""
-        return find_mistakes(self.dataset.samples, self.judgements)
+        return find_mistakes(self.dataset.samples, self.analyses)
 
 
 @dataclass(frozen=True, slots=True)

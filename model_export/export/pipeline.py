@@ -47,7 +47,7 @@ class PrecisionOptions:
 
 @dataclass(frozen=True, slots=True)
 class ExportResult:
-    """The result of `release`."""
+    """The result of `export_model`."""
 
     report: Report
     evaluation: Evaluation | None
@@ -58,7 +58,7 @@ class ExportResult:
     """The float32 file and the smaller one side by side."""
 
 
-def release(
+def export_model(
     checkpoint: Checkpoint,
     output: Path,
     *,

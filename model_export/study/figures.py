@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Final
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 _DPI: Final = 110
@@ -17,8 +16,6 @@ _DPI: Final = 110
 def panels(count: int, *, width: float = 5.2, height: float = 4.2) -> tuple[Figure, list[Axes]]:
     """Return a figure of `count` panels side by side."""
     figure = Figure(figsize=(width * count, height), layout="constrained")
-    # Not pyplot: that keeps every figure in memory and asks for a screen.
-    FigureCanvasAgg(figure)
     axes = list(figure.subplots(1, count, squeeze=False).ravel())
     for each in axes:
         each.grid(alpha=0.3)

@@ -13,7 +13,6 @@ from typing import Any, Final
 import lightning
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from model_export.checkpoints import Description
@@ -40,7 +39,7 @@ _IOU: Final = 0.5
 _log = logging.getLogger(__name__)
 
 
-class Recorder(lightning.Callback):
+class EpochRecorder(lightning.Callback):
     """After each epoch: validate if it is due, write metrics and curves, save checkpoints.
 
     Every process validates its share of the images; the first one writes.
@@ -205,7 +204,6 @@ def training_curves(metrics: Path, output: Path) -> None:
         rows = list(csv.DictReader(file))
     epochs = [int(row["epoch"]) for row in rows]
     figure = Figure(figsize=(11, 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
     losses, rates, metric = figure.subplots(1, 3)
     for name in ("classification_loss", "regression_loss"):
         losses.plot(epochs, [float(row[name]) for row in rows], label=name.replace("_", " "))

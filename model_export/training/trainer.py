@@ -29,7 +29,7 @@ from model_export.training.callbacks import (
     BEST,
     LAST,
     AtomicCheckpointIO,
-    Recorder,
+    EpochRecorder,
     ResumeSamplerEpoch,
 )
 from model_export.training.distributed import (
@@ -118,7 +118,10 @@ def train(
         devices=devices,
         precision=precision,
         max_epochs=config.epochs,
-        callbacks=[Recorder(output, validation.samples, held_out), ResumeSamplerEpoch(sampler)],
+        callbacks=[
+            EpochRecorder(output, validation.samples, held_out),
+            ResumeSamplerEpoch(sampler),
+        ],
         plugins=[AtomicCheckpointIO()],
         default_root_dir=output,
         **_together(place, accelerator),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from tests.unit.model_export import random_model, rectangles
 from tests.unit.model_export.random_model import RandomModel
@@ -23,6 +24,11 @@ def rectangles_data(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def exported(untraced_exporter: None, tmp_path_factory: pytest.TempPathFactory) -> RandomModel:
-    """One exported network for all tests: an export takes long."""
-    return random_model.make(tmp_path_factory.mktemp("exported") / "model.onnx")
+def exported(
+    untraced_exporter: None, tmp_path_factory: pytest.TempPathFactory, worker_id: str
+) -> RandomModel:
+    """One exported network for all tests and all workers: an export takes long."""
+    folder = tmp_path_factory.getbasetemp()
+    shared = folder if worker_id == "master" else folder.parent
+    with FileLock(shared / "random-model.lock"):
+        return random_model.make(shared / "random-model" / "model.onnx")

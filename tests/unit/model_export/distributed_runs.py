@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from model_export.checkpoints import Checkpoint, Description
 from model_export.config import OptimiserConfig, TrainConfig
@@ -109,10 +108,10 @@ def main() -> None:
         run(data, output / name, accumulate=2)
     if name == "two":
         run(data, output / name, accumulate=2)
-        # Training has left the processes connected.
-        if dist.get_rank() == 1:
+    if name == "two-killed":
+        if world().rank == 1:
             die_in_epoch(1)
-        run(data, output / "two-killed")
+        run(data, output / name)
 
 
 if __name__ == "__main__":

@@ -243,6 +243,7 @@ def test_a_study_runs_once_and_goes_on_where_it_stopped(
         assert image.width > 600
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_before_its_result_is_not_trained_again(
     rectangles_data: Path, tmp_path: Path
 ) -> None:
@@ -269,6 +270,7 @@ def test_a_run_that_was_killed_before_its_result_is_not_trained_again(
     assert result.diverged is None
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_is_a_row_of_the_table(rectangles_data: Path, tmp_path: Path) -> None:
     """A learning rate of 1e30 leaves nothing finite: the row says so, and the study goes on."""
     rows = [
@@ -452,6 +454,7 @@ def test_a_changed_study_does_not_take_old_rows(rectangles_data: Path, tmp_path:
     assert "holds a run with another val" in str(other.exception)
 
 
+@pytest.mark.slow
 def test_cdf_reads_the_checkpoint_of_a_study_of_one_class(
     rectangles_data: Path, tmp_path: Path
 ) -> None:

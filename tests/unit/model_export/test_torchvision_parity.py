@@ -126,6 +126,7 @@ def test_everything_at_once(number: int) -> None:
     assert agree(found, run), differences(found, run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["v1", "v1_unpublished", "v2"])
 def test_a_random_state_dict_detects_what_it_does_in_torchvision(name: str) -> None:
     golden = parity.load(name)
@@ -195,6 +196,7 @@ def detector(untraced_exporter: None, tmp_path_factory: pytest.TempPathFactory) 
     return devices.open_detector(read_artifact(path), devices.Device("cpu"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_the_exported_file(detector: Detector, number: int) -> None:
     run = parity.load("small").runs[number]

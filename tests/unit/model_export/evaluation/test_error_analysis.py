@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model_export.evaluation.coco_metrics import match
-from model_export.evaluation.error_analysis import Outcome, confusion, find_mistakes, judge
+from model_export.evaluation.error_analysis import Outcome, analyse, confusion, find_mistakes
 from service.engine.postprocessing import Selection, resolve
 from service.runtime.artifact import Thresholds
 from tests.unit.model_export.cases import (
@@ -33,7 +33,7 @@ def at(*scores: float, most: int = 300) -> Selection:
 
 
 def outcomes(truth, found, selection=None) -> list[str]:
-    return [str(each) for each in judge(truth, found, selection or at(0.1, 0.1)).outcomes]
+    return [str(each) for each in analyse(truth, found, selection or at(0.1, 0.1)).outcomes]
 
 
 # --- one image ---------------------------------------------------------------------------------
@@ -48,17 +48,17 @@ def test_one_of_each():
         [500, 0, 600, 30],  # IoU 0.3
         [200, 0, 210, 10],  # nothing there
     ]
-    judgement = judge(truth, detections(boxes, [0.9, 0.8, 0.7, 0.6, 0.5], [0] * 5), at(0.1, 0.1))
-    assert judgement.outcomes == (
+    analysis = analyse(truth, detections(boxes, [0.9, 0.8, 0.7, 0.6, 0.5], [0] * 5), at(0.1, 0.1))
+    assert analysis.outcomes == (
         Outcome.HIT,
         Outcome.DUPLICATE,
         Outcome.CONFUSED,
         Outcome.MISPLACED,
         Outcome.FALSE,
     )
-    assert judgement.objects.tolist() == [0, 0, 1, 2, -1]
-    assert judgement.missed.tolist() == [3]
-    assert judgement.faint.tolist() == [0.0]
+    assert analysis.objects.tolist() == [0, 0, 1, 2, -1]
+    assert analysis.missed.tolist() == [3]
+    assert analysis.faint.tolist() == [0.0]
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_other_class_that_overlaps_less_than_half_is_false():
 
 def test_own_class_goes_before_a_better_overlap_with_another():
     truth = sample([[0, 0, 100, 80], FULL], [0, 1])
-    assert judge(truth, detections([FULL], [0.9], [0]), at(0.1, 0.1)).objects.tolist() == [0]
+    assert analyse(truth, detections([FULL], [0.9], [0]), at(0.1, 0.1)).objects.tolist() == [0]
 
 
 def test_a_hit_that_comes_later_keeps_its_object_from_being_confused():
@@ -85,16 +85,16 @@ def test_a_hit_that_comes_later_keeps_its_object_from_being_confused():
 
 def test_thresholds_are_per_class_and_strict():
     found = detections([FULL, ELSEWHERE], [0.5, 0.5], [0, 1])
-    judgement = judge(sample([FULL, ELSEWHERE], [0, 1]), found, at(0.5, 0.4))
-    assert judgement.shown.labels.tolist() == [1]
-    assert judgement.missed.tolist() == [0]
+    analysis = analyse(sample([FULL, ELSEWHERE], [0, 1]), found, at(0.5, 0.4))
+    assert analysis.shown.labels.tolist() == [1]
+    assert analysis.missed.tolist() == [0]
     # What was held back is told.
-    assert judgement.faint.tolist() == [0.5]
+    assert analysis.faint.tolist() == [0.5]
 
 
 def test_no_more_than_the_file_shows():
     found = detections([FULL, ELSEWHERE], [0.9, 0.8], [0, 0])
-    assert len(judge(EMPTY, found, at(0.1, 0.1, most=1)).shown) == 1
+    assert len(analyse(EMPTY, found, at(0.1, 0.1, most=1)).shown) == 1
 
 
 def test_in_a_crowd_of_its_class_nothing_is_a_mistake():
@@ -111,9 +111,9 @@ def test_in_a_crowd_of_its_class_nothing_is_a_mistake():
 
 
 def test_nothing_at_all():
-    judgement = judge(EMPTY, NOTHING, at(0.1, 0.1))
-    assert judgement.outcomes == ()
-    assert judgement.missed.shape == judgement.faint.shape == (0,)
+    analysis = analyse(EMPTY, NOTHING, at(0.1, 0.1))
+    assert analysis.outcomes == ()
+    assert analysis.missed.shape == analysis.faint.shape == (0,)
 
 
 # --- all images --------------------------------------------------------------------------------
@@ -125,8 +125,8 @@ def test_worst_first():
         detections([[400, 0, 420, 20]], [0.7], [0]),
         detections([[400, 0, 420, 20], ELSEWHERE], [0.8, 0.05], [1, 0]),
     ]
-    judgements = [judge(s, f, at(0.1, 0.1)) for s, f in zip(truth, found, strict=True)]
-    mistakes = find_mistakes(truth, judgements)
+    analyses = [analyse(s, f, at(0.1, 0.1)) for s, f in zip(truth, found, strict=True)]
+    mistakes = find_mistakes(truth, analyses)
     false = [each.score for each in mistakes if each.outcome is Outcome.FALSE]
     assert false == pytest.approx([0.8, 0.7])
     # The large one that nothing speaks for, the small one, the one with a low score.
@@ -140,8 +140,8 @@ def test_confusion_by_hand():
         detections([FULL, ELSEWHERE, [500, 0, 600, 30]], [0.9, 0.8, 0.7], [0, 0, 0]),
         detections([FULL], [0.6], [1]),
     ]
-    judgements = [judge(s, f, at(0.1, 0.1)) for s, f in zip(truth, found, strict=True)]
-    table = confusion(truth, judgements, 2)
+    analyses = [analyse(s, f, at(0.1, 0.1)) for s, f in zip(truth, found, strict=True)]
+    table = confusion(truth, analyses, 2)
     # Detected as: cell, speck, nothing. A misplaced box is a miss and a false detection.
     assert table.counts.tolist() == [[1, 0, 1], [1, 0, 0], [1, 1, 0]]
     assert table.precision().tolist() == [1 / 3, 0.0]
@@ -150,7 +150,7 @@ def test_confusion_by_hand():
 
 
 def test_confusion_of_nothing():
-    table = confusion([EMPTY], [judge(EMPTY, NOTHING, at(0.1, 0.1))], 2)
+    table = confusion([EMPTY], [analyse(EMPTY, NOTHING, at(0.1, 0.1))], 2)
     assert not table.counts.any()
     assert np.isnan(table.precision()).all()
     assert not table.row_shares().any()
@@ -162,14 +162,14 @@ def test_diagonal_is_what_coco_matches(seed, score):
     truth, found = random_case(seed)
     truth = with_crowds(truth, seed)
     selection = at(score, score)
-    judgements = [judge(s, f, selection) for s, f in zip(truth, found, strict=True)]
-    table = confusion(truth, judgements, len(CLASSES))
-    matches = match(truth, [each.shown for each in judgements], CLASSES)
+    analyses = [analyse(s, f, selection) for s, f in zip(truth, found, strict=True)]
+    table = confusion(truth, analyses, len(CLASSES))
+    matches = match(truth, [each.shown for each in analyses], CLASSES)
     assert np.diagonal(table.counts)[:-1].tolist() == [int(each.hits[0].sum()) for each in matches]
     # Every object and every detection is counted once.
     assert table.counts[:-1].sum() == sum(len(each.labels) for each in truth)
-    judged = sum(each.outcomes.count(Outcome.IGNORED) for each in judgements)
-    assert table.counts[:, :-1].sum() == sum(len(each.shown) for each in judgements) - judged
+    judged = sum(each.outcomes.count(Outcome.IGNORED) for each in analyses)
+    assert table.counts[:, :-1].sum() == sum(len(each.shown) for each in analyses) - judged
 
 
 @settings(max_examples=10, deadline=None)

@@ -148,7 +148,7 @@ def test_budget_keeps_the_worst_of_each_kind(image, monkeypatch):
     assert 0 < len(kept) < len(sources)
     kinds = {each.outcome for each in measured.mistakes}
     firsts = [next(each for each in measured.mistakes if each.outcome is kind) for kind in kinds]
-    drawn = error_images.draw_all(firsts, measured.dataset.samples, measured.judgements)
+    drawn = error_images.draw_all(firsts, measured.dataset.samples, measured.analyses)
     assert set(drawn.values()) <= set(kept)
 
 
@@ -212,7 +212,7 @@ def test_labelled_and_detected_are_drawn_where_they_are(tmp_path):
     measured = measurement(truth, found)
     (mistake,) = measured.mistakes
     ((_, source),) = error_images.draw_all(
-        [mistake], measured.dataset.samples, measured.judgements
+        [mistake], measured.dataset.samples, measured.analyses
     ).items()
     left, top, right, _ = error_images.crop_box((100, 100, 200, 200), 640, 480)
     scale = 400 / (right - left)
@@ -228,7 +228,7 @@ def test_a_line_of_pixels_is_drawn_too(tmp_path):
     path = tmp_path / "line.png"
     Image.new("RGB", (3000, 1)).save(path)
     measured = measurement([sample([[0, 0, 3000, 1]], [0], path)], [NOTHING])
-    drawn = error_images.draw_all(measured.mistakes, measured.dataset.samples, measured.judgements)
+    drawn = error_images.draw_all(measured.mistakes, measured.dataset.samples, measured.analyses)
     assert len(drawn) == 1
 
 

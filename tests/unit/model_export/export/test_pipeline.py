@@ -14,9 +14,9 @@ from model_export.checkpoints import Checkpoint
 from model_export.data.datasets import Dataset, Sample
 from model_export.evaluation.calibration import logits
 from model_export.evaluation.inference import detect
-from model_export.export import pipeline as release_module
+from model_export.export import pipeline as pipeline
 from model_export.export.comparison import Row
-from model_export.export.pipeline import PrecisionOptions, release
+from model_export.export.pipeline import PrecisionOptions, export_model
 from model_export.export.precision import Precision
 from model_export.export.verify import VerificationError
 from service.imaging.canvas import Size
@@ -35,13 +35,13 @@ def without_torch_s_exporter(exported: RandomModel, monkeypatch: pytest.MonkeyPa
         shutil.copyfile(exported.path, output)
         return exported.metadata
 
-    monkeypatch.setattr(release_module, "export", export)
+    monkeypatch.setattr(pipeline, "export", export)
 
 
 @pytest.fixture
 def verified_already(monkeypatch: pytest.MonkeyPatch) -> None:
     """The float32 file agrees with its network; another test shows that."""
-    monkeypatch.setattr(release_module, "verify", lambda *_: None)
+    monkeypatch.setattr(pipeline, "verify", lambda *_: None)
 
 
 def opened(path: Path) -> Detector:
@@ -66,14 +66,12 @@ def data(exported: RandomModel, tmp_path_factory: pytest.TempPathFactory) -> Dat
     return Dataset(folder, "val", CLASSES, tuple(samples), ())
 
 
-def go(
-    exported: RandomModel, output: Path, data: Dataset, **options: Any
-) -> release_module.ExportResult:
+def go(exported: RandomModel, output: Path, data: Dataset, **options: Any) -> pipeline.ExportResult:
     given: dict[str, Any] = {
         "name": "random", "canvas": None, "score": None, "held_out": None,
         "images": [each.path.read_bytes() for each in data.samples[:1]], **options,
     }  # fmt: skip
-    return release(exported.checkpoint, output, **given)
+    return export_model(exported.checkpoint, output, **given)
 
 
 def found_in(model: Path, data: Dataset) -> list[Detections]:
@@ -132,7 +130,7 @@ def test_a_release_that_costs_too_much_leaves_the_old_file(
 ) -> None:
     (tmp_path / "model.onnx").write_text("the old one")
     rows = [Row(Precision.FP32, 1, 1, 1, 0.60, 0.9), Row(Precision.INT8, 1, 1, 1, 0.58, 0.9)]
-    monkeypatch.setattr(release_module, "side_by_side", lambda *_: (rows, {}))
+    monkeypatch.setattr(pipeline, "side_by_side", lambda *_: (rows, {}))
     images = [each.path.read_bytes() for each in data.samples[:1]]
     with pytest.raises(VerificationError, match=r"2.00 points of AP"):
         go(

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from model_export.checkpoints import Checkpoint
-from model_export.export import pipeline as release_module
-from model_export.export.pipeline import release
+from model_export.export import pipeline as pipeline
+from model_export.export.pipeline import export_model
 from model_export.export.verify import (
     NO_DIFFERENCE,
     Difference,
@@ -196,7 +196,7 @@ def write_instead(
         write_checksum(output)
         return exported.metadata
 
-    monkeypatch.setattr(release_module, "export", export)
+    monkeypatch.setattr(pipeline, "export", export)
 
 
 def test_a_file_that_fails_leaves_the_old_one_alone(
@@ -206,7 +206,7 @@ def test_a_file_that_fails_leaves_the_old_one_alone(
     for name in ("model.onnx", "model.sha256"):
         (tmp_path / name).write_text(f"the old {name}")
     with pytest.raises(VerificationError):
-        release(
+        export_model(
             exported.checkpoint, tmp_path / "model.onnx", name="random", canvas=None, score=None,
             held_out=None, images=images,
         )  # fmt: skip
@@ -221,7 +221,7 @@ def test_a_file_that_fails_leaves_nothing(
 ) -> None:
     write_instead(monkeypatch, exported, disturbance=0.05)
     with pytest.raises(VerificationError):
-        release(
+        export_model(
             exported.checkpoint, tmp_path / "new" / "model.onnx", name="random", canvas=None,
             score=None, held_out=None, images=images,
         )  # fmt: skip
@@ -233,7 +233,7 @@ def test_a_file_that_agrees_comes_to_its_place(
 ) -> None:
     write_instead(monkeypatch, exported, disturbance=0.0)
     output = tmp_path / "random" / "1" / "model.onnx"
-    done = release(
+    done = export_model(
         exported.checkpoint, output, name="random", canvas=None, score=None, held_out=None,
         images=images,
     )  # fmt: skip

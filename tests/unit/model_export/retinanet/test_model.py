@@ -321,8 +321,11 @@ FAMILY: dict[str, LossConfig] = {
 }
 
 
-@pytest.mark.parametrize("name", FAMILY)
-def test_every_loss_learns_a_image_by_heart(name: str) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if name != "default" else []) for name in FAMILY],
+)
+def test_every_loss_overfits_one_image(name: str) -> None:
     loss = FAMILY[name]
     model = network().train()
     images, boxes, labels = drawn()

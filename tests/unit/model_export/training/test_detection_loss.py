@@ -261,6 +261,7 @@ def _worker(port: int, results: Any) -> None:
     results.put([gradient.tolist() for gradient in _as_process(1, port)])
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_gradient_of_one_big_batch() -> None:
     whole = batch_gradients([0, 1, 2, 3])
     with socket.socket() as free:

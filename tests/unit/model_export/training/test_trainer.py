@@ -118,6 +118,7 @@ def watch_batches(
 # --- learning ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_network_learns_its_own_images(many: Dataset, tmp_path: Path) -> None:
     config = changed(
         model=MODEL.model_copy(update={"backbone": "resnet18"}),
