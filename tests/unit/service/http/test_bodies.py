@@ -78,19 +78,19 @@ async def test_receive_body_returns_the_earlier_deadline(
     assert times.deadline == getattr(times, counts_from) + seconds
 
 
-async def test_reading() -> None:
+async def test_read_body_joins_chunks() -> None:
     assert await read(b"") == b""
     assert await read(b"0123456789") == b"0123456789"
     assert await read(b"012", b"", b"345", b"6789") == b"0123456789"
     assert await read(b"", b"0") == b"0"
 
 
-async def test_one_chunk_is_not_copied() -> None:
+async def test_read_body_does_not_copy_one_chunk() -> None:
     chunk = b"0123456789"
     assert await read_body(Headers(), chunks(chunk), limit=10, timeout=5.0) is chunk
 
 
-async def test_bodies_that_arrive_share_a_bound() -> None:
+async def test_uploads_bound_the_bytes_of_arriving_bodies() -> None:
     uploads = Uploads(10)
 
     async def collect(*bodies: bytes, gone: bool = False) -> bytes:
@@ -110,7 +110,7 @@ async def test_bodies_that_arrive_share_a_bound() -> None:
     assert uploads.held == 4, "whatever happened, it was given back"
 
 
-async def test_limits() -> None:
+async def test_read_body_refuses_large_encoded_and_lost_bodies() -> None:
     with pytest.raises(TooLarge, match="larger than 10 bytes"):
         await read(b"0123456789a")
     with pytest.raises(TooLarge):
@@ -126,7 +126,7 @@ async def test_limits() -> None:
         await read(b"0", b"1", gone=True)
 
 
-async def test_a_body_that_never_ends_in_time() -> None:
+async def test_read_body_times_out() -> None:
     async def receive() -> dict[str, Any]:
         await asyncio.sleep(0.01)
         return {"type": "http.request", "body": b"", "more_body": True}
@@ -152,7 +152,7 @@ names = st.text(st.characters(codec="ascii", categories=("L", "N")), min_size=1,
 @given(
     st.lists(st.tuples(names, st.none() | names, st.binary(max_size=200)), min_size=1, max_size=8)
 )
-def test_multipart_comes_back_as_it_was_sent(
+def test_multipart_round_trip(
     parts: list[tuple[str, str | None, bytes]],
 ) -> None:
     body, content_type = form(parts)
@@ -161,7 +161,7 @@ def test_multipart_comes_back_as_it_was_sent(
         assert [(each.name, each.filename, bytes(each.data)) for each in found] == parts
 
 
-def test_what_looks_like_a_boundary_stays_in_the_image() -> None:
+def test_multipart_keeps_near_boundaries_in_the_data() -> None:
     content = b"\r\n--b\r--b\r\n--\r\n\r\n--bb"[:-1] + b"\r\n-" * 50
     body = (
         b'--boundary\r\nContent-Disposition: form-data; name="file"\r\n\r\n'
@@ -195,7 +195,7 @@ def test_multipart_file_names_may_hold_semicolons_and_need_no_quotes() -> None:
     "data",
     [b"\r\n--ba", b"\r\n--b-", b"\r\n--b\r", b"\r\n--b ", b"\r\n--b\r\n"],
 )
-def test_multipart_lines_that_begin_with_the_boundary_are_no_data(data: bytes) -> None:
+def test_multipart_lines_that_begin_with_the_boundary_are_delimiters(data: bytes) -> None:
     """Each is a delimiter, and no byte behind it is looked at one by one."""
     body = part('form-data; name="file"', data=data * 40_000)
     with pytest.raises((MalformedRequest, InvalidParameter), match=r"malformed|more than 16 parts"):
@@ -209,13 +209,13 @@ def test_multipart_takes_white_space_behind_a_boundary() -> None:
     assert [bytes(each.data) for each in found] == [b"abc", b"abc"]
 
 
-def test_a_large_part_is_a_view_of_the_body() -> None:
+def test_multipart_part_is_a_view_of_the_body() -> None:
     body, content_type = form([("file", "a.jpg", bytes(5_000_000))])
     (part,) = parse_multipart(body, content_type, max_parts=1)
     assert part.data.obj is body
 
 
-def test_too_many_parts() -> None:
+def test_multipart_rejects_too_many_parts() -> None:
     body, content_type = form([("a", None, b"x")] * 5)
     assert len(parse_multipart(body, content_type, max_parts=5)) == 5
     with pytest.raises(InvalidParameter, match="more than 4 parts"):
@@ -243,19 +243,19 @@ def test_too_many_parts() -> None:
         (b"--b\r\n--b--\r\n", "multipart/form-data; boundary=b", "malformed"),
     ],
 )
-def test_broken_multipart(body: bytes, content_type: str, message: str) -> None:
+def test_multipart_rejects_malformed_bodies(body: bytes, content_type: str, message: str) -> None:
     with pytest.raises(MalformedRequest, match=message):
         parse_multipart(body, content_type, max_parts=8)
 
 
 @given(st.binary(max_size=2000), st.sampled_from(["", "\r\n", *" \t\n\r\f\v"]), st.integers(1, 80))
-def test_base64_with_any_line_breaks(content: bytes, separator: str, width: int) -> None:
+def test_base64_accepts_any_line_breaks(content: bytes, separator: str, width: int) -> None:
     text = base64.b64encode(content).decode()
     broken = separator.join(text[i : i + width] for i in range(0, len(text), width))
     assert decode_base64(broken) == content
 
 
-def test_base64_longer_than_one_step() -> None:
+def test_base64_decodes_more_than_one_step() -> None:
     content = bytes(range(256)) * 10_000
     assert decode_base64(base64.b64encode(content).decode()) == content
 
@@ -263,26 +263,26 @@ def test_base64_longer_than_one_step() -> None:
 @pytest.mark.parametrize(
     "text", ["a", "ab=c", "aGk=aGk=", "§§§§", "aG k=!", "data:image/png;base64,aGk="]
 )
-def test_broken_base64(text: str) -> None:
+def test_base64_rejects_malformed_text(text: str) -> None:
     with pytest.raises(MalformedRequest, match="base64"):
         decode_base64(text)
 
 
 @pytest.mark.parametrize("rubbish", [b"{},", b"0,", b'"",', b"[[[[[[[[]]]]]]]],", b'{"":{}},'])
-def test_json_of_many_values_is_refused_before_they_are_made(rubbish: bytes) -> None:
+def test_json_rejects_many_values_before_parsing(rubbish: bytes) -> None:
     # Less than what is parsed on the event loop.
     body = b'{"images":[' + rubbish * (240_000 // len(rubbish)) + b"0]}"
     with pytest.raises(MalformedRequest, match="more than 20000 values"):
         parse_json(body)
 
 
-def test_base64_that_is_no_text() -> None:
+def test_base64_rejects_values_other_than_strings() -> None:
     for value in (None, 7, ["aGk="]):
         with pytest.raises(MalformedRequest, match="missing or no string"):
             decode_base64(value)
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"{", b"\xff", b"null"])
-def test_broken_json(body: bytes) -> None:
+def test_json_rejects_malformed_bodies(body: bytes) -> None:
     with pytest.raises(MalformedRequest, match="JSON"):
         parse_json(body)

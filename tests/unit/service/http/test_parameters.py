@@ -43,7 +43,7 @@ def query(text: str) -> DetectQuery:
         ("image/jpeg;q=high", None),
     ],
 )
-def test_accept(accept: str | None, chosen: str | None) -> None:
+def test_accept_chooses_json_or_image(accept: str | None, chosen: str | None) -> None:
     assert wanted_image(accept) == chosen
 
 
@@ -59,7 +59,7 @@ def test_deadline_header_is_a_bounded_whole_number() -> None:
             of({"X-Deadline-Ms": bad})
 
 
-def test_queries() -> None:
+def test_query_is_parsed_and_described_when_invalid() -> None:
     assert query("") == DetectQuery()
     asked = query("score_threshold=0.25&classes=a,b&classes=c&max_detections=7&format=hf")
     assert asked.score_threshold == 0.25

@@ -51,7 +51,7 @@ class Broken:
         raise OSError("stuck")
 
 
-async def test_the_service_outlives_its_companions(
+async def test_failing_companion_does_not_stop_the_shutdown(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tiny_model.save(tmp_path)
@@ -75,7 +75,7 @@ async def test_the_service_outlives_its_companions(
     assert "a server failed to stop" in caplog.text, "said, and kept nothing else from closing"
 
 
-async def test_a_companion_that_cannot_start_ends_the_server(tmp_path: Path) -> None:
+async def test_companion_that_cannot_start_ends_the_server(tmp_path: Path) -> None:
     class Shut(Broken):
         async def start(self) -> None:
             raise AddressError("no door")
@@ -88,7 +88,7 @@ async def test_a_companion_that_cannot_start_ends_the_server(tmp_path: Path) -> 
     assert not any(worker.thread.is_alive() for worker in service.pipeline._devices)
 
 
-def test_a_busy_port_names_the_way_out() -> None:
+def test_busy_port_names_the_remedy() -> None:
     with listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(AddressError, match=f"port {port}.*set THIS"):

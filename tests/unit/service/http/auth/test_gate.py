@@ -35,7 +35,7 @@ def passed(limiter: RateLimiter, caller: str, calls: int) -> int:
 @pytest.mark.parametrize(
     ("rate", "worth", "period"), [("3/s", 3, 1), ("10/s", 10, 1), ("7/m", 7, 60), ("1/h", 1, 3600)]
 )
-def test_a_period_s_worth_at_once_then_the_rate(
+def test_rate_limit_allows_a_period_at_once_then_the_rate(
     seconds: list[float], rate: str, worth: int, period: float
 ) -> None:
     limiter = RateLimiter(rate)
@@ -46,7 +46,7 @@ def test_a_period_s_worth_at_once_then_the_rate(
     assert passed(limiter, "a", worth + 5) == worth, "a bucket holds no more than one period"
 
 
-def test_retry_after_is_true(seconds: list[float]) -> None:
+def test_rate_limit_allows_a_request_after_retry_after(seconds: list[float]) -> None:
     limiter = RateLimiter("2/m")
     assert passed(limiter, "a", 2) == 2
     seconds[0] += 7
@@ -60,13 +60,13 @@ def test_retry_after_is_true(seconds: list[float]) -> None:
     assert passed(limiter, "a", 2) == 1
 
 
-def test_callers_do_not_share(seconds: list[float]) -> None:
+def test_rate_limit_is_for_each_client(seconds: list[float]) -> None:
     limiter = RateLimiter("2/s")
     assert passed(limiter, "a", 9) == 2
     assert passed(limiter, "b", 9) == 2
 
 
-def test_memory_is_bounded_and_a_busy_caller_is_not_forgotten(seconds: list[float]) -> None:
+def test_rate_limit_drops_the_least_recent_client(seconds: list[float]) -> None:
     limiter = RateLimiter("2/h")
     assert passed(limiter, "busy", 2) == 2
     for number in range(30_000):
@@ -77,16 +77,16 @@ def test_memory_is_bounded_and_a_busy_caller_is_not_forgotten(seconds: list[floa
 
 
 @pytest.mark.parametrize("rate", ["", "5", "5/", "/s", "0/s", "-1/s", "5/d", "5 / s", "5/s\n"])
-def test_what_is_no_rate(rate: str) -> None:
+def test_rate_limit_rejects_malformed_rates(rate: str) -> None:
     with pytest.raises(DataError, match="100/s"):
         RateLimiter(rate)
 
 
-def test_without_keys_anybody_comes_in() -> None:
+def test_gate_without_keys_accepts_every_request() -> None:
     assert Gate(None, None).enter([], "192.0.2.1") is None
 
 
-def test_addresses_stand_for_callers_without_keys(seconds: list[float]) -> None:
+def test_gate_without_keys_limits_by_address(seconds: list[float]) -> None:
     gate = Gate(None, "1/h")
     for address in ("192.0.2.1", "192.0.2.2", "2001:db8:0:1::1", "2001:db8:0:2::1", ""):
         gate.enter([], address)
@@ -98,10 +98,10 @@ def test_addresses_stand_for_callers_without_keys(seconds: list[float]) -> None:
         "no address",
     ):
         with pytest.raises(RateLimited):
-            gate.enter(["a key that nobody asked for"], same)
+            gate.enter(["unused"], same)
 
 
-def test_with_keys_the_address_does_not_matter(tmp_path: Path, seconds: list[float]) -> None:
+def test_gate_with_keys_ignores_addresses(tmp_path: Path, seconds: list[float]) -> None:
     path = tmp_path / "keys.json"
     camera, robot = (new_key(path, name, admin=False) for name in ("camera", "robot"))
     gate = Gate(KeyStore(path), "1/h")

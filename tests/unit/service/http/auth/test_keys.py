@@ -40,7 +40,7 @@ def seconds(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def test_a_new_key_is_found_by_its_value_alone(path: Path) -> None:
+def test_new_key_is_found_by_its_value_alone(path: Path) -> None:
     client = new_key(path, "camera-1", admin=False)
     boss = new_key(path, "boss", admin=True)
     store = KeyStore(path)
@@ -51,12 +51,12 @@ def test_a_new_key_is_found_by_its_value_alone(path: Path) -> None:
     assert store.find("\udce9 no UTF-8") is None
 
 
-def test_the_hash_is_no_key(path: Path) -> None:
+def test_hash_is_not_a_key(path: Path) -> None:
     new_key(path, "a", admin=False)
     assert KeyStore(path).find(read_keys(path)[0].sha256) is None
 
 
-def test_the_file_holds_no_key_and_is_private(path: Path) -> None:
+def test_keys_file_has_hashes_and_mode_0600(path: Path) -> None:
     key = new_key(path, "a", admin=False)
     assert key not in path.read_text()
     assert key.removeprefix("rs_") not in path.read_text()
@@ -67,13 +67,13 @@ def test_the_file_holds_no_key_and_is_private(path: Path) -> None:
     assert names == ["keys.json"], "no temporary file stays behind"
 
 
-def test_keys_differ_and_are_long(path: Path) -> None:
+def test_keys_are_unique_and_long(path: Path) -> None:
     made = {new_key(path, f"key-{i}", admin=False) for i in range(20)}
     assert len(made) == 20
     assert all(len(key) == 46 for key in made)
 
 
-def test_a_revoked_key_is_gone(path: Path, seconds: list[float]) -> None:
+def test_revoked_key_is_not_found(path: Path, seconds: list[float]) -> None:
     gone, stays = new_key(path, "gone", admin=False), new_key(path, "stays", admin=False)
     store = KeyStore(path)
     revoke_key(path, "gone")
@@ -82,7 +82,7 @@ def test_a_revoked_key_is_gone(path: Path, seconds: list[float]) -> None:
     assert store.find(stays) == Key("stays", admin=False)
 
 
-def test_the_file_is_looked_at_once_a_second(path: Path, seconds: list[float]) -> None:
+def test_keys_file_is_read_once_a_second(path: Path, seconds: list[float]) -> None:
     key = new_key(path, "a", admin=False)
     store = KeyStore(path)
     revoke_key(path, "a")
@@ -92,7 +92,7 @@ def test_the_file_is_looked_at_once_a_second(path: Path, seconds: list[float]) -
     assert store.find(key) is None
 
 
-def test_the_last_key_revoked_leaves_the_service_closed(path: Path, seconds: list[float]) -> None:
+def test_service_without_keys_left_refuses_all(path: Path, seconds: list[float]) -> None:
     key = new_key(path, "a", admin=False)
     store = KeyStore(path)
     revoke_key(path, "a")
@@ -102,7 +102,7 @@ def test_the_last_key_revoked_leaves_the_service_closed(path: Path, seconds: lis
 
 
 @pytest.mark.parametrize("broken", ["", '{"keys": [', "[]", '{"keys": [{"name": "a"}]}', None])
-def test_a_file_that_breaks_keeps_the_keys(
+def test_broken_keys_file_keeps_the_keys(
     path: Path,
     seconds: list[float],
     broken: str | None,
@@ -126,9 +126,7 @@ def test_a_file_that_breaks_keeps_the_keys(
     assert store.find(key) == Key("renamed", admin=False)
 
 
-def test_a_swapped_link_is_followed_as_kubernetes_swaps_it(
-    tmp_path: Path, seconds: list[float]
-) -> None:
+def test_keys_file_follows_a_swapped_link(tmp_path: Path, seconds: list[float]) -> None:
     for version in ("..1", "..2"):
         (tmp_path / version).mkdir()
     old = new_key(tmp_path / "..1" / "keys.json", "old", admin=False)
@@ -147,7 +145,7 @@ def test_a_swapped_link_is_followed_as_kubernetes_swaps_it(
     assert store.find(old) is None
 
 
-def test_writing_through_a_link_keeps_the_link(tmp_path: Path) -> None:
+def test_writing_keys_keeps_a_link(tmp_path: Path) -> None:
     (tmp_path / "etc").mkdir()
     real, link = tmp_path / "etc" / "keys.json", tmp_path / "keys.json"
     new_key(real, "a", admin=False)
@@ -177,7 +175,7 @@ def open_path() -> Iterator[Path]:
         yield Path(folder) / "keys.json"
 
 
-def test_a_replaced_file_keeps_owner_group_and_mode(open_path: Path) -> None:
+def test_writing_keys_keeps_owner_group_and_mode(open_path: Path) -> None:
     new_key(open_path, "a", admin=False)
     owner = (NOBODY, NOBODY - 1) if os.geteuid() == 0 else (os.geteuid(), os.getegid())
     os.chown(open_path, *owner)
@@ -190,7 +188,7 @@ def test_a_replaced_file_keeps_owner_group_and_mode(open_path: Path) -> None:
         assert [entry.name for entry in read_keys(open_path)] == ["b"]
 
 
-def test_a_file_that_would_change_hands_stays_as_it_is(
+def test_writing_keys_fails_where_the_owner_would_change(
     open_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     new_key(open_path, "a", admin=False)
@@ -214,7 +212,7 @@ def revoke(path: Path) -> None:
     revoke_key(path, "a")
 
 
-def test_changes_at_the_same_time_are_all_kept(tmp_path: Path) -> None:
+def test_concurrent_changes_of_keys_are_all_kept(tmp_path: Path) -> None:
     real, link = tmp_path / "etc" / "keys.json", tmp_path / "keys.json"
     real.parent.mkdir()
     link.symlink_to(real)
@@ -236,7 +234,7 @@ def test_changes_at_the_same_time_are_all_kept(tmp_path: Path) -> None:
     assert [store.find(key) for key in keys] == [Key(name, admin=False) for name in added]
 
 
-def test_a_process_that_holds_the_folder_is_waited_for(path: Path) -> None:
+def test_writing_keys_waits_for_the_lock(path: Path) -> None:
     folder = os.open(path.parent, os.O_RDONLY)
     fcntl.flock(folder, fcntl.LOCK_EX)
     with ThreadPoolExecutor(1) as pool:
@@ -249,7 +247,7 @@ def test_a_process_that_holds_the_folder_is_waited_for(path: Path) -> None:
     assert KeyStore(path).find(key) == Key("a", admin=False)
 
 
-def test_a_key_revoked_while_the_file_was_unreadable_goes_once_it_is_readable(
+def test_key_revoked_while_unreadable_is_dropped_once_readable(
     open_path: Path, seconds: list[float], caplog: pytest.LogCaptureFixture
 ) -> None:
     gone, stays = (new_key(open_path, name, admin=False) for name in ("gone", "stays"))
@@ -274,7 +272,9 @@ def test_a_key_revoked_while_the_file_was_unreadable_goes_once_it_is_readable(
     assert "read 1 keys" in said[1][1]
 
 
-def test_a_change_that_leaves_time_and_size_alone_is_seen(path: Path, seconds: list[float]) -> None:
+def test_keys_file_change_with_equal_time_and_size_is_read(
+    path: Path, seconds: list[float]
+) -> None:
     key = new_key(path, "aa", admin=False)
     store = KeyStore(path)
     state = path.stat()
@@ -311,7 +311,7 @@ def make_pipe(path: Path) -> None:
     ("spoil", "says"),
     [(remove, "no keys file"), (make_folder, "not a regular"), (make_pipe, "not a regular")],
 )
-def test_a_file_that_comes_back_is_read(
+def test_restored_keys_file_is_read(
     path: Path,
     seconds: list[float],
     spoil: Callable[[Path], None],
@@ -356,19 +356,19 @@ def entry(**changed: Any) -> dict[str, Any]:
         (orjson.dumps({"keys": [entry(), entry(sha256="1" * 64)]}), "two keys"),
     ],
 )
-def test_a_broken_file_names_what_is_wrong(path: Path, content: bytes, says: str) -> None:
+def test_broken_keys_file_is_described(path: Path, content: bytes, says: str) -> None:
     path.write_bytes(content)
     with pytest.raises(DataError, match=says) as raised:
         KeyStore(path)
     assert str(path) in str(raised.value)
 
 
-def test_a_missing_file_names_the_remedy(path: Path) -> None:
+def test_missing_keys_file_names_the_remedy(path: Path) -> None:
     with pytest.raises(DataError, match=f"retinaserve keys new NAME --file {path}"):
         KeyStore(path)
 
 
-def test_a_service_does_not_start_without_the_file_that_it_was_given(path: Path) -> None:
+def test_service_does_not_start_without_its_keys_file(path: Path) -> None:
     with pytest.raises(DataError, match="keys new"):
         create_app(Settings(api_keys_file=path, device="cpu"))
 
@@ -378,7 +378,9 @@ def run(*arguments: object) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.stderr
 
 
-def test_the_command(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_command_creates_lists_and_revokes(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RETINASERVE_API_KEYS_FILE", str(path))
     code, key, hint = run("new", "camera")
     assert code == 0
@@ -395,7 +397,7 @@ def test_the_command(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert KeyStore(path).find(key.strip()) is None
 
 
-def test_mistakes_at_the_command_line(path: Path, tmp_path: Path) -> None:
+def test_keys_command_rejects_bad_arguments(path: Path, tmp_path: Path) -> None:
     assert run("new", "a", "--file", path)[0] == 0
     before = path.read_bytes()
     for arguments, says in (

@@ -31,13 +31,13 @@ def limit(monkeypatch: pytest.MonkeyPatch) -> DescriptorLimit:
     return DescriptorLimit(cast(Any, None))
 
 
-def test_there_is_room(limit: DescriptorLimit) -> None:
+def test_connections_are_kept_while_descriptors_are_left(limit: DescriptorLimit) -> None:
     others = [Connection(1.0)]
     assert limit.has_room(1024 - 65, others)
     assert others[0].there
 
 
-def test_the_longest_idle_connections_are_closed(
+def test_longest_idle_connections_are_closed(
     limit: DescriptorLimit, caplog: pytest.LogCaptureFixture
 ) -> None:
     others = [Connection(None), *(Connection(float(since)) for since in range(10, 0, -1))]
@@ -48,20 +48,22 @@ def test_the_longest_idle_connections_are_closed(
     assert caplog.text.count("file descriptors") == 1, "and it is said once"
 
 
-def test_more_are_closed_where_many_are_idle(limit: DescriptorLimit) -> None:
+def test_more_connections_are_closed_where_many_are_idle(limit: DescriptorLimit) -> None:
     others = [Connection(float(since)) for since in range(6400)]
     assert limit.has_room(1024 - 64, others)
     assert sum(not each.there for each in others) == 100
 
 
-def test_the_last_descriptors_are_for_probes(limit: DescriptorLimit) -> None:
+def test_last_descriptors_are_for_probes(limit: DescriptorLimit) -> None:
     others = [Connection(None), Connection(1.0)]
     assert not limit.has_room(1024 - 32, others)
     assert not others[1].there
     assert not limit.has_room(1024 - 64, [Connection(None)]), "no connection is idle"
 
 
-def test_a_process_with_few(limit: DescriptorLimit, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quarter_of_few_descriptors_is_spared(
+    limit: DescriptorLimit, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "descriptors", lambda: 64)
     assert limit.has_room(64 - 17, [])
     assert not limit.has_room(64 - 16, [])
@@ -78,7 +80,7 @@ def test_a_process_with_few(limit: DescriptorLimit, monkeypatch: pytest.MonkeyPa
         ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), None),
     ],
 )
-def test_the_process_asks_for_more(
+def test_descriptor_limit_is_raised(
     before: tuple[int, int], asked: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limits: list[tuple[int, int]] = []

@@ -208,9 +208,7 @@ def measured() -> dict[str, tuple[str, float]]:
     "name",
     [f"parse_body: {name}" for name in JSON] + [f"parse_message: {name}" for name in GRPC],
 )
-def test_what_a_request_becomes_is_bounded(
-    measured: dict[str, tuple[str, float]], name: str
-) -> None:
+def test_request_memory_is_bounded(measured: dict[str, tuple[str, float]], name: str) -> None:
     told, megabytes = measured[name]
     assert told == REFUSED
     assert megabytes < MOST
@@ -223,7 +221,7 @@ some_fields = st.lists(st.sampled_from([*EMPTY, b"\x78\x00"]), max_size=12).map(
 
 @settings(max_examples=500)
 @given(request=some_fields, tensor=some_fields, contents=some_fields, rest=st.binary(max_size=3))
-def test_no_more_is_built_than_was_counted(
+def test_message_has_no_more_fields_than_counted(
     request: bytes, tensor: bytes, contents: bytes, rest: bytes
 ) -> None:
     content = request + field(5, tensor + field(5, contents)) + rest
@@ -243,7 +241,7 @@ def test_no_more_is_built_than_was_counted(
     assert len(built) <= FIELDS
 
 
-def test_one_of_the_largest_canvases_may_be_numbers() -> None:
+def test_largest_canvas_is_accepted_as_numbers() -> None:
     limits = Limits(batch=64, area=640 * 640)
     image = np.random.default_rng(1).integers(0, 256, (1, 640, 640, 3), np.uint8)
     declared = CANVAS | {"shape": list(image.shape)}
@@ -255,7 +253,7 @@ def test_one_of_the_largest_canvases_may_be_numbers() -> None:
         json_codec.parse(two, None, limits)
 
 
-def test_other_threads_run_while_a_list_becomes_an_array() -> None:
+def test_other_threads_run_while_a_list_is_converted() -> None:
     declared = Declared("images", "UINT8", (1, 608, 448, 3))
     values = [255] * declared.count
     turns, done, interval = 0, threading.Event(), sys.getswitchinterval()
