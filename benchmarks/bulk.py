@@ -79,12 +79,12 @@ class Watched:
         self.looks: list[Look] = []
 
     def watch(self, until: Callable[[int], bool]) -> None:
-        """Look at it until so many parts are there, or it ends."""
+        """Look at it until `until` says so of the number of parts, or it ends."""
         while self.popen.poll() is None:
             parts = len(list(self._output.glob("part-*")))
             resident, times = self.process.memory_info().rss / 1e6, self.process.cpu_times()
             if not resident:
-                # It has ended, and nobody has been told yet.
+                # It has ended, but was not waited for.
                 continue
             seconds = time.monotonic() - self._started
             self.looks.append(Look(seconds, parts, resident, times.user + times.system))

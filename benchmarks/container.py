@@ -72,7 +72,7 @@ class Report:
 
 
 def noise_jpeg(at_least: int) -> bytes:
-    """A JPEG of at least so many bytes: noise hardly compresses."""
+    """Return a JPEG of at least `at_least` bytes: noise hardly compresses."""
     side = 1024
     while True:
         out = io.BytesIO()

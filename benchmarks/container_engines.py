@@ -188,7 +188,7 @@ class Buildah:
         steps.append(f"mount -o remount,bind,ro {root}")
         command = self._inside(*config["Entrypoint"], *config["Cmd"])
         steps.append(f"exec {shlex.join(command)}")
-        # Into a file: a pipe that nobody reads would stop the service once it is full.
+        # Into a file: a pipe that is not read would stop the service once it is full.
         self._output = tempfile.NamedTemporaryFile(prefix="container-")  # noqa: SIM115
         self._process = subprocess.Popen(
             ["unshare", "--mount", "sh", "-ec", "\n".join(steps)],

@@ -12,7 +12,7 @@ the other; ours runs with its defaults. Before anything is measured, every serve
 image what ours finds.
 
 In each round every server is started, warmed up and frozen (SIGSTOP, its whole process tree). Then
-for each number of connections they are loaded one after the other, each thawed for its turn: nobody
+for each number of connections they are loaded one after the other, each thawed for its turn: none
 idles beside another, for some cost CPU even then, and little time lies between those that are
 compared. They have several turns, and the first of them is another one each time: a machine that
 others use is slow for some seconds at a time, and a long turn would meet more or less of that. What

@@ -143,7 +143,7 @@ def one_death(
     good = sorted(each.at for each in load.seen if each.status == 200)
     lost = [each for each in load.seen if each.status != 200]
     if wrong := [each for each in lost if each.status != 503 or each.retry_after is None]:
-        raise SystemExit(f"answers that nobody documents: {wrong[:3]}")
+        raise SystemExit(f"undocumented responses: {wrong[:3]}")
     pause = max(later - earlier for earlier, later in pairwise(good))
     table.row(name, seconds, pause, len(lost), len(load.seen))
     return seconds

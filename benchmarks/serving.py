@@ -107,7 +107,7 @@ def draw_images(folder: Path, count: int = 20) -> Path:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on just now."""
+    """Return a free TCP port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

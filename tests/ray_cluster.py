@@ -47,7 +47,7 @@ class Replica(NamedTuple):
 
 
 class Cluster:
-    """Nodes with so many CPUs each; the first one has the proxy and Ray's own services."""
+    """Nodes with these numbers of CPUs; the first one has the proxy and Ray's own services."""
 
     def __init__(self, cpus: Sequence[int] = (2, 1)) -> None:
         # Ray's sockets have no room for a long path.
@@ -185,7 +185,7 @@ class Cluster:
     def wait_for_replicas(
         self, count: int, *, other_than: Sequence[Replica] = (), seconds: float = PATIENCE
     ) -> list[Replica]:
-        """Return so many running replicas, none of them one of `other_than`, once all is done."""
+        """Return `count` running replicas, none of them one of `other_than`, once all is done."""
 
         def there() -> list[Replica] | None:
             application = self.application()
@@ -231,7 +231,7 @@ class Cluster:
         return sum(node.poll() is None for node in self._nodes)
 
     def _ask(self, path: str) -> Any:
-        """Ray's own JSON; None while nobody answers."""
+        """Ray's own JSON; None while it does not answer."""
         try:
             answer = self._client.get(f"http://127.0.0.1:{self._dashboard}{path}")
         except httpx.TransportError:
@@ -281,7 +281,7 @@ class Load:
             thread.join()
 
     def wait_for_answers(self, count: int, *, seconds: float = PATIENCE) -> None:
-        """Return once so many more images were answered with 200."""
+        """Return once `count` more images were answered with 200."""
         before = self.good()
         wait_for(lambda: self.good() >= before + count, f"{count} good answers", seconds=seconds)
 
@@ -326,7 +326,7 @@ def wait_for(condition: Callable[[], T], what: str, *, seconds: float = PATIENCE
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of loopback that nobody uses just now."""
+    """Free ports of loopback."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:

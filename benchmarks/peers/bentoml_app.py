@@ -1,6 +1,6 @@
 """BentoML: a class with an API, in worker processes that take threads for methods that block.
 
-Its documentation advises workers for each core and `threads` for what lets go of the interpreter's
+Its documentation advises workers for each core and `threads` for what releases the interpreter's
 lock. The access log and metrics are off; both cost. "Mounted" is its way to serve a FastAPI
 application from the same class: it spares the schema that BentoML otherwise derives anew for each
 raw body, at the price of its own limit on threads (it is Starlette's then, 40). Adaptive batching

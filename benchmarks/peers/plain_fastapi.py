@@ -2,7 +2,7 @@
 
 What its documentation and uvicorn's advise: blocking work in threads, uvloop and httptools, no
 access log, the body as raw bytes and the answer as ready JSON, past schemas. The choice is between
-one process with threads, for onnxruntime and the decoder let go of the interpreter's lock, and a
+one process with threads, for onnxruntime and the decoder release the interpreter's lock, and a
 process for each core (`--workers`). Two processes share the socket, not the queue: each works off
 the connections that it happened to accept, which shows in the 99th percentile.
 """
