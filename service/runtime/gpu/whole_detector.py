@@ -76,6 +76,7 @@ class WholeDetector(Detector):
                 # The number of detections follows from the run, so onnxruntime allocates these.
                 binding.bind_output(name, "cpu")
             self._session.run_with_iobinding(binding)
+            binding.synchronize_outputs()
             found = [value.numpy() for value in binding.get_outputs()]
         return by_image(found, len(canvases))
 
