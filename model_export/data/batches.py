@@ -89,11 +89,6 @@ class CanvasCache(Sequence[Example]):
                 + "\n".join(lines)
             )
 
-    @property
-    def on_demand(self) -> int:
-        """Number of samples beyond the memory budget."""
-        return len(self._samples) - self._held
-
     def __len__(self) -> int:
         return len(self._samples)
 
@@ -221,8 +216,8 @@ class Key(NamedTuple):
 class CanvasBatchSampler(Sampler[list[Key]]):
     """Batches of equal canvas, in an order that depends on (seed, epoch) alone.
 
-    With `drop_last` a canvas's short last batch is left out, unless it is its only one: the
-    images of a rare canvas would never be seen.
+    A canvas's short last batch is left out, unless it is its only one: the images of a rare
+    canvas would never be seen.
     """
 
     def __init__(
@@ -231,16 +226,12 @@ class CanvasBatchSampler(Sampler[list[Key]]):
         *,
         batch_size: int,
         seed: int = 0,
-        shuffle: bool = True,
-        drop_last: bool = False,
     ) -> None:
         self._groups: dict[Size, list[int]] = {}
         for index, canvas in enumerate(canvases):
             self._groups.setdefault(canvas, []).append(index)
         self._batch_size = batch_size
         self._seed = seed
-        self._shuffle = shuffle
-        self._drop_last = drop_last
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -255,19 +246,17 @@ class CanvasBatchSampler(Sampler[list[Key]]):
         epoch = self._epoch
         batches: list[list[Key]] = []
         for group in self._groups.values():
-            order = rng.permutation(group).tolist() if self._shuffle else group
+            order = rng.permutation(group).tolist()
             batches += [
                 [Key(epoch, index) for index in order[cut]] for cut in self._cuts(len(group))
             ]
-        if self._shuffle:
-            batches = [batches[position] for position in rng.permutation(len(batches))]
-        return iter(batches)
+        return iter([batches[position] for position in rng.permutation(len(batches))])
 
     def _cuts(self, count: int) -> list[slice]:
         size = self._batch_size
         cuts = [slice(first, first + size) for first in range(0, count, size)]
         short = count % size != 0
-        return cuts[:-1] if self._drop_last and short and len(cuts) > 1 else cuts
+        return cuts[:-1] if short and len(cuts) > 1 else cuts
 
 
 class TrainingBatches(TorchDataset[Batch]):

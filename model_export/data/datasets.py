@@ -32,7 +32,7 @@ from model_export.data.samples import (
 )
 from service.errors import DataError
 
-__all__ = ["CLIP_TOLERANCE", "MIN_SIDE", "Dataset", "Sample", "load", "load_voc", "split_names"]
+__all__ = ["CLIP_TOLERANCE", "MIN_SIDE", "Dataset", "Sample", "load", "split_names"]
 
 _THREADS: Final = 4
 _NAMED: Final = 12
@@ -91,11 +91,6 @@ def load(
         what = f"{root}: no object is labelled in the train split; label some"
         raise DataError("\n".join([what, *map(str, problems[:LISTED_PROBLEMS])]))
     return Dataset(root, split, tuple(classes), kept, tuple(problems))
-
-
-def load_voc(root: Path, split: str, *, classes: Sequence[str] | None = None) -> Dataset:
-    """`load` of a folder that is known to be Pascal VOC."""
-    return load(root, split, format="voc", classes=classes)
 
 
 def split_names(root: Path, *, format: str = "auto") -> tuple[str, ...]:  # noqa: A002 - as above

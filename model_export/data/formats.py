@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final, Literal, Protocol, get_args
+from typing import Final, Literal, Protocol
 
 from model_export.data import coco, voc, yolo
 from model_export.data.annotations import SplitAnnotations
 from service.errors import DataError
 
 FormatName = Literal["auto", "voc", "coco", "yolo"]
-FORMAT_NAMES: Final[tuple[str, ...]] = get_args(FormatName)
 
 _LISTED: Final = 12
 

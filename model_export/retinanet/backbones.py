@@ -13,9 +13,6 @@ from typing import Final
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MOBILENET_V2_LAST: Final = 18
-"""features.18, the 1280-channel convolution for classification, is not part of a detector."""
-
 
 class Backbone(nn.Module):
     """A network that turns (B, 3, H, W) into C3, C4, C5 of `channels` channels."""

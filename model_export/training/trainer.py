@@ -163,9 +163,7 @@ def _batches(
 ) -> tuple[CanvasBatchSampler, DataLoader[Batch]]:
     """Return the batch sampler, the same in all processes, and this process's loader."""
     examples = _cache(training.samples, config, place, title="train images")
-    sampler = CanvasBatchSampler(
-        examples.canvases, batch_size=config.batch_size, seed=config.seed, drop_last=True
-    )
+    sampler = CanvasBatchSampler(examples.canvases, batch_size=config.batch_size, seed=config.seed)
     workers = workers_for(config.workers, accelerator, place.local_size)
     loader: DataLoader[Batch] = DataLoader(
         TrainingBatches(

@@ -27,7 +27,7 @@ from click.testing import CliRunner, Result
 from model_export.checkpoints import load_checkpoint
 from model_export.commands.train import bundled_checkpoint
 from model_export.data.batches import CanvasCache
-from model_export.data.datasets import Sample, load_voc
+from model_export.data.datasets import Sample
 from model_export.evaluation.inference import detect
 from model_export.export.verify import (
     BOX_TOLERANCE,
@@ -48,7 +48,7 @@ from service.runtime.detector import Detections
 from service.settings import bundled_models
 from tests.e2e import tutorial
 from tests.e2e.browser import ROOT, server
-from tests.unit.model_export.voc_folder import annotation
+from tests.unit.model_export.voc_folder import annotation, load_voc
 
 CONFIG: dict[str, Any] = {
     "model": {

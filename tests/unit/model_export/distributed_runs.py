@@ -19,12 +19,13 @@ import torch
 from model_export.checkpoints import Checkpoint, Description
 from model_export.config import OptimiserConfig, TrainConfig
 from model_export.data.batches import Augmentation, Batch, Key, TrainingBatches
-from model_export.data.datasets import Dataset, load_voc
+from model_export.data.datasets import Dataset
 from model_export.retinanet.anchors import AnchorConfig
 from model_export.retinanet.model import ModelConfig, RetinaNet
 from model_export.training.distributed import world
 from model_export.training.trainer import train
 from service.imaging.canvas import Buckets, Size
+from tests.unit.model_export.voc_folder import load_voc
 
 CONFIG = TrainConfig(
     model=ModelConfig(

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from model_export.data.datasets import load_voc
 from model_export.provenance import command, provenance, resumed
 from tests.unit.model_export import rectangles
+from tests.unit.model_export.voc_folder import load_voc
 
 
 @pytest.mark.parametrize(

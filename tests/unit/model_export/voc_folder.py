@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from model_export.data.datasets import load
+
 Box = tuple[float, float, float, float]
 Named = tuple[str, Box]
+
+load_voc = functools.partial(load, format="voc")
 
 
 def annotation(

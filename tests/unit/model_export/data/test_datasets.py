@@ -11,11 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from model_export.data.datasets import Dataset, load_voc
+from model_export.data.datasets import Dataset
 from model_export.data.problems import Kind, Problem
 from service.errors import DataError
 from service.imaging.canvas import Size
-from tests.unit.model_export.voc_folder import VocFolder, annotation, image
+from tests.unit.model_export.voc_folder import VocFolder, annotation, image, load_voc
 
 CELL = ("cell", (10, 10, 40, 40))
 

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from model_export.data.datasets import Dataset, Sample, load_voc
+from model_export.data.datasets import Dataset, Sample
 from model_export.data.problems import Kind, Problem, problem_listing
 from model_export.data.report import DataReport, summarise
 from model_export.retinanet.anchors import AnchorConfig
 from service.imaging.canvas import Buckets, Size
+from tests.unit.model_export.voc_folder import load_voc
 
 
 def boxes(*rows: tuple[float, float, float, float]) -> NDArray[np.float32]:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model_export.data.datasets import Dataset, load_voc
+from model_export.data.datasets import Dataset
 from model_export.evaluation.bootstrap import mean_precisions
 from model_export.evaluation.calibration import (
     STRENGTHS,
@@ -35,6 +35,7 @@ from service.runtime.artifact import read_artifact
 from service.runtime.detector import Detections
 from service.settings import bundled_models
 from tests.unit.model_export import random_model
+from tests.unit.model_export.voc_folder import load_voc
 
 
 def sigmoid(z: Array) -> Array:

@@ -10,7 +10,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from model_export.data.datasets import Dataset, load_voc
+from model_export.data.datasets import Dataset
 from model_export.evaluation.bootstrap import (
     average_precisions,
     calibration_errors,
@@ -32,6 +32,7 @@ from tests.unit.model_export.cases import (
     sample,
     with_crowds,
 )
+from tests.unit.model_export.voc_folder import load_voc
 
 FULL = [0, 0, 100, 100]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from model_export.checkpoints import AVERAGE_PREFIX, Checkpoint, Description, load_checkpoint
 from model_export.config import OptimiserConfig, TrainConfig
 from model_export.data.batches import Augmentation, Batch, Key, TrainingBatches
-from model_export.data.datasets import Dataset, load_voc
+from model_export.data.datasets import Dataset
 from model_export.retinanet.anchors import AnchorConfig
 from model_export.retinanet.model import ModelConfig, RetinaNet
 from model_export.training import lightning_module
@@ -33,6 +33,7 @@ from model_export.training.trainer import train
 from service.errors import DataError, DeviceError
 from service.imaging.canvas import Buckets, Size
 from tests.unit.model_export import rectangles
+from tests.unit.model_export.voc_folder import load_voc
 
 MODEL = ModelConfig(
     backbone="mobilenet_v2",
