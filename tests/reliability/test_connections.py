@@ -162,6 +162,19 @@ def test_disconnect_with_pipelined_requests_logs_no_error(
     assert [each.getMessage() for each in caplog.records if each.levelname == "ERROR"] == []
 
 
+def test_large_invalid_request_is_refused_once(port: int, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(20):
+        with connect(port) as client:
+            client.sendall(b"no request\r\n" + b"x" * 70_000)
+            try:
+                received = read(client)
+            except ConnectionError:
+                received = b""
+        assert statuses(received) in ([], [400], [431])
+    assert_serving(port)
+    assert [each.getMessage() for each in caplog.records if each.levelname == "ERROR"] == []
+
+
 @pytest.mark.parametrize("length", [100_000, 40_000_000])
 def test_early_response_reaches_a_sending_client(port: int, length: int) -> None:
     """Whoever sends all of the body first must find the answer, and not a reset."""

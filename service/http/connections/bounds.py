@@ -128,7 +128,7 @@ class Bounded(HttpToolsProtocol):
         cycle = self.cycle
         before = 0 if cycle is None else len(cycle.body)
         super().data_received(data)
-        if self.transport.is_closing():
+        if self._lingering or self.transport.is_closing():
             return
         self._count_framing(cycle, before, len(data))
         if not self.head_is_open(len(data)):
