@@ -17,6 +17,9 @@ from xdist.scheduler.loadfile import LoadFileScheduling
 ROOT = Path(__file__).resolve().parent.parent
 TIERS = frozenset({"unit", "api", "e2e", "reliability"})
 
+collect_ignore = ["torchvision_golden.py"]
+"""It runs in an environment of its own, which has torchvision."""
+
 _UNIT = "tests/unit/model_export"
 ONE_EXPORT = tuple(
     f"{_UNIT}/export/test_{name}.py" for name in ("graph", "precision", "pipeline", "verify")
