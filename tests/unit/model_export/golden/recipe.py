@@ -49,7 +49,8 @@ def image(seed: int, height: int, width: int) -> NDArray[np.uint8]:
     total = np.zeros((height, width, 3), dtype=np.float32)
     for side in (4, 16, 64, 256):
         rows, columns = -(-height // side), -(-width // side)
-        patches = uniform(f"image {seed} {side}", (rows, columns, 3))
+        # The seed of the recorded numbers: another word draws other images.
+        patches = uniform(f"picture {seed} {side}", (rows, columns, 3))
         total += np.kron(patches, np.ones((side, side, 1), dtype=np.float32))[:height, :width]
     return np.clip(128 + 48 * total, 0, 255).astype(np.uint8)
 

@@ -323,7 +323,7 @@ def test_no_compiler_is_no_reason_to_stop(
 
     monkeypatch.setattr(torch, "compile", missing)
     train(changed(epochs=1, compile=True), few, few, tmp_path, device="cpu")
-    assert "goes on without it (No working C++ compiler found)" in caplog.text
+    assert "does not work here (No working C++ compiler found)" in caplog.text
     assert len(rows(tmp_path)) == 1
 
 
