@@ -175,6 +175,18 @@ def test_large_invalid_request_is_refused_once(port: int, caplog: pytest.LogCapt
     assert [each.getMessage() for each in caplog.records if each.levelname == "ERROR"] == []
 
 
+@pytest.mark.parametrize("path", ["/v1/detect", "/v1/detect/batch", "/nothing"])
+def test_request_with_invalid_chunks_is_refused_once(
+    port: int, caplog: pytest.LogCaptureFixture, path: str
+) -> None:
+    invalid = post("Transfer-Encoding: chunked", "Content-Type: image/jpeg", path=path) + b"zz\r\n"
+    for _ in range(5):
+        received = ask(port, invalid)
+        assert statuses(received) == [400], received
+    assert_serving(port)
+    assert [each.getMessage() for each in caplog.records if each.levelname == "ERROR"] == []
+
+
 @pytest.mark.parametrize("length", [100_000, 40_000_000])
 def test_early_response_reaches_a_sending_client(port: int, length: int) -> None:
     """Whoever sends all of the body first must find the answer, and not a reset."""

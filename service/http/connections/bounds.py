@@ -115,10 +115,7 @@ class Bounded(HttpToolsProtocol):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(exc)
-        for cycle, client in self._unanswered():
-            # uvicorn marks only the newest of several.
-            cycle.disconnected = True
-            client.disconnect()
+        self._disconnect()
 
     def data_received(self, data: bytes) -> None:
         """Parse a request, or discard the rest of a body."""
@@ -128,7 +125,7 @@ class Bounded(HttpToolsProtocol):
         cycle = self.cycle
         before = 0 if cycle is None else len(cycle.body)
         super().data_received(data)
-        if self._lingering or self.transport.is_closing():
+        if self.transport.is_closing():
             return
         self._count_framing(cycle, before, len(data))
         if not self.head_is_open(len(data)):
@@ -191,9 +188,12 @@ class Bounded(HttpToolsProtocol):
         cycle.transport = view
 
     def refuse(self, status: int, detail: str) -> None:
-        """Respond to bytes that are not a request, unless another response has started."""
+        """Respond once to bytes that are not a request, unless another response has started."""
+        if self._lingering:
+            return
         if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
             self.transport.write(refusal(status, detail))
+            self._disconnect()
             self.linger()
         else:
             self.transport.close()
@@ -238,6 +238,13 @@ class Bounded(HttpToolsProtocol):
         if self._stall_timer is not None:
             self._stall_timer.cancel()
             self._stall_timer = None
+
+    def _disconnect(self) -> None:
+        """End the requests without a response: nothing more is sent on this connection."""
+        for cycle, client in self._unanswered():
+            # uvicorn marks only the newest of several.
+            cycle.disconnected = True
+            client.disconnect()
 
     def _unanswered(self) -> list[tuple[Any, Client]]:
         return [each for each in self._requests if not each[0].response_complete]
