@@ -42,6 +42,8 @@ _FIRST_GUESS: Final = {
 }
 """Seconds of a thread for a pixel, by the first word of the kind, before any was seen."""
 _OTHER_GUESS: Final = 5e-8
+_GUESS_PIXELS: Final = 250_000.0
+"""The weight of a first guess beside the first images."""
 
 
 class BatchCost:
@@ -158,6 +160,11 @@ class Costs:
             return self._fastest if known else 0.0
 
 
+def _guess(kind: str) -> float:
+    """Seconds for a pixel of work that was never seen."""
+    return _FIRST_GUESS.get(kind.partition(" ")[0], _OTHER_GUESS)
+
+
 class _Rate(NamedTuple):
     seconds: float
     pixels: float
@@ -170,7 +177,8 @@ class ThreadCosts:
     """What work in a decode thread costs: seconds for each pixel, by kind of work. Any thread.
 
     >>> costs = ThreadCosts()
-    >>> costs.observe("png rgb 8", 980_000, 0.04)
+    >>> for _ in range(100):
+    ...     costs.observe("png rgb 8", 980_000, 0.04)
     >>> round(costs.seconds("png rgb 8", 48_980_000), 2)
     1.96
     """
@@ -184,8 +192,7 @@ class ThreadCosts:
         """What work of a kind will take."""
         rate = self._rates.get(kind)
         if rate is None:
-            guess = _FIRST_GUESS.get(kind.partition(" ")[0], _OTHER_GUESS)
-            rate = _Rate(guess, 1.0, self._made)
+            rate = _Rate(_guess(kind), 1.0, self._made)
         # What was learnt while the machine was busy may be too much, and would turn away all the
         # work that could correct it: so it fades once no more work confirms it.
         fading = min(1.0, _STALE_SECONDS / max(time.monotonic() - rate.learnt, 1.0))
@@ -196,8 +203,8 @@ class ThreadCosts:
         pixels += _SMALL
         before, now = self._rates.get(kind), time.monotonic()
         if before is None:
-            self._rates[kind] = _Rate(seconds, pixels, now)
-            return
+            # One file must not decide on all of its kind.
+            before = _Rate(_guess(kind) * _GUESS_PIXELS, _GUESS_PIXELS, now)
         # Sums, so that a large image counts for more than the small ones before it.
         seconds = min(seconds, _OUTLIER * before.seconds / before.pixels * pixels)
         keep = 1.0 - _NEWS

@@ -99,6 +99,11 @@ class Pipeline:
         )
 
     @property
+    def decode_threads(self) -> int:
+        """How many images are decoded at a time."""
+        return len(self._decoders)
+
+    @property
     def depth(self) -> int:
         """Images that wait: for a decode thread or for a device."""
         return len(self._arrived) + len(self._ready)

@@ -59,6 +59,8 @@ class Service:
             bytes_limit=settings.max_queue_bytes,
             pause=self.pipeline.prediction.wait,
         )
+        self.unsent = Places(settings.max_queue_size, bytes_limit=settings.max_queue_bytes)
+        """Drawn images that clients have not read yet."""
         self.admission = Admission(
             self.places, self.pipeline.prediction, refuse_if_over=self.pipeline.refuse_if_over
         )

@@ -24,7 +24,7 @@ from service.errors import MalformedImage, TooLarge, UnsupportedMedia
 from service.imaging.canvas import Buckets, Letterbox, ShortSide, Size
 from service.imaging.exif import SWAPS_SIDES, made_upright, orientation_of, transposed
 from service.imaging.header import WEBP_BYTES, Header, webp_size
-from service.imaging.limits import START_OF_SCAN, check_png, count_scans, jpeg_file
+from service.imaging.limits import START_OF_SCAN, check_png, jpeg_file, walk_scans
 from service.imaging.memory_budget import DecodeMemory
 from service.imaging.resize import COPY_BYTES, LARGEST_COPIED, resize
 
@@ -225,10 +225,10 @@ def examine(data: bytes | memoryview, *, max_pixels: int = DEFAULT_MAX_PIXELS) -
     image = _open(data, max_pixels=max_pixels)
     size = Size(image.height, image.width)
     if not isinstance(image, JpegImageFile):
-        return Header(f"other {image.format}", size)
+        return Header.of(f"other {image.format}", size, data)
     if not _has_several_scans(image):
-        return Header(f"jpeg {image.layers}", size)
-    return Header(f"progressive {image.layers}", size, count_scans(_content(image)))
+        return Header.of(f"jpeg {image.layers}", size, data)
+    return Header.of(f"progressive {image.layers}", size, data, walk_scans(_content(image)))
 
 
 def draft_scale(size: Size, rule: Buckets | ShortSide) -> int:

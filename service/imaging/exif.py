@@ -69,8 +69,8 @@ def _exif(info: Mapping[str | tuple[int, int], Any]) -> bytes:
     if not isinstance(text, str):
         return b""
     try:
-        return bytes.fromhex("".join(text.split("\n")[3:]))
-    except ValueError:
+        return bytes.fromhex(text.split("\n", 3)[3])
+    except (IndexError, ValueError):
         return b""
 
 

@@ -11,6 +11,8 @@ WEBP_BYTES: Final = 30
 """Bytes that hold a WebP's size, whatever its kind."""
 _PNG_BYTES: Final = 29
 _PNG_COLOURS: Final = {0: "grey", 2: "rgb", 3: "palette", 4: "grey-alpha", 6: "rgba"}
+_DENSITIES: Final = ("sparse", "middling", "dense")
+"""Below 2 bits a pixel, below 8, and from there on."""
 _WEBP_KINDS: Final = {b"VP8 ": "webp lossy", b"VP8L": "webp lossless", b"VP8X": "webp extended"}
 
 
@@ -23,6 +25,12 @@ class Header(NamedTuple):
     """As stored, before EXIF orientation."""
     passes: int = 1
     """How often the decoder goes through all pixels: the number of a JPEG's scans."""
+
+    @classmethod
+    def of(cls, kind: str, size: Size, data: bytes | memoryview, passes: int = 1) -> Header:
+        """A header whose kind tells apart files that are dense, which take longer for a pixel."""
+        bits = 8 * len(data) // max(1, size.area)
+        return cls(f"{kind} {_DENSITIES[min(bits.bit_length() // 2, 2)]}", size, passes)
 
     @property
     def work(self) -> int:
@@ -46,23 +54,23 @@ def _read_header(data: bytes | memoryview) -> Header | None:
         frame = ordinary_frame(data)
         if frame is None:
             return None
-        return Header(f"jpeg {frame.colours}", Size(frame.height, frame.width))
+        return Header.of(f"jpeg {frame.colours}", Size(frame.height, frame.width), data)
     if head[12:16] == b"IHDR" and len(head) >= _PNG_BYTES:
-        return _png_header(head)
+        return _png_header(head, data)
     kind = _WEBP_KINDS.get(head[12:16])
     if kind is None or head[:4] != b"RIFF":
         return None
     width, height = webp_size(head)
-    return Header(kind, Size(height, width))
+    return Header.of(kind, Size(height, width), data)
 
 
-def _png_header(head: bytes) -> Header | None:
+def _png_header(head: bytes, data: bytes | memoryview) -> Header | None:
     """Return the header of a PNG (RFC 2083, 4.1.1)."""
     depth, colour, interlaced = head[24], _PNG_COLOURS.get(head[25]), head[28]
     if colour is None or depth not in (1, 2, 4, 8, 16):
         return None
     size = Size(int.from_bytes(head[20:24], "big"), int.from_bytes(head[16:20], "big"))
-    return Header(f"png {colour} {depth}{' interlaced' if interlaced else ''}", size)
+    return Header.of(f"png {colour} {depth}{' interlaced' if interlaced else ''}", size, data)
 
 
 def webp_size(head: bytes) -> tuple[int, int]:

@@ -7,6 +7,7 @@ for more than a minute, and of a JPEG's scans for hours. Cameras and editors wri
 from __future__ import annotations
 
 import io
+import re
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -19,6 +20,9 @@ _MOST_PARTS: Final = 1024
 _PART_BYTES: Final = 512
 """Bytes of a PNG per allowed chunk: its pixels may be in any number of chunks."""
 _INFLATED: Final = frozenset({b"iCCP", b"iTXt", b"zTXt"})
+_TEXT: Final = frozenset({b"tEXt", b"zTXt", b"iTXt"})
+_MOST_TEXT: Final = 4 << 20
+"""Bytes. As strings they may take four times as many, and are searched for the orientation."""
 _MOST_INFLATED: Final = 32
 """Each becomes up to 1 MiB of memory, and milliseconds of time."""
 
@@ -40,6 +44,9 @@ _APP1: Final = 0xE1
 _PLAIN_SEGMENTS: Final = frozenset({0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)})
 """Tables of codes and factors, the interval of restarts, comments, and what applications add."""
 
+_NEXT_MARKER: Final = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
+"""What is no restart and no stuffed byte of the pixels."""
+_BARE_MARKERS: Final = frozenset({0x01, 0xD8, 0xD9})
 START_OF_SCAN: Final = b"\xff\xda"
 _SCAN_WORD: Final = int.from_bytes(START_OF_SCAN, "little")
 _WORDS: Final = 65_536
@@ -50,21 +57,30 @@ million pixels."""
 
 
 def check_png(data: bytes | memoryview) -> None:
-    """Raise MalformedImage for a PNG of too many chunks."""
-    position, parts, inflated = PNG_HEAD, 0, 0
+    """Raise MalformedImage for a PNG of too many chunks, too much text, or two headers."""
+    position, parts, inflated, text = PNG_HEAD, 0, 0, 0
     most = _MOST_PARTS + len(data) // _PART_BYTES
     while position + 12 <= len(data):
         kind = bytes(data[position + 4 : position + 8])
         if kind == b"IEND":
             return
+        length = int.from_bytes(data[position : position + 4], "big")
+        if kind == b"IHDR" and parts:
+            # Decoders take the last one; the price of decoding is that of the first.
+            raise MalformedImage("the PNG has more than one IHDR chunk; save it again")
         parts += 1
         inflated += kind in _INFLATED
+        text += length if kind in _TEXT else 0
+        if text > _MOST_TEXT:
+            raise MalformedImage(
+                f"the PNG has more than {_MOST_TEXT} bytes of text; save it again without it"
+            )
         if parts > most or inflated > _MOST_INFLATED:
             raise MalformedImage(
                 f"the PNG has more than {most} chunks, or more than {_MOST_INFLATED} that hold "
                 "text or a colour profile; save it again without them"
             )
-        position += 12 + int.from_bytes(data[position : position + 4], "big")
+        position += 12 + length
 
 
 def jpeg_file(data: bytes | memoryview) -> io.BytesIO:
@@ -136,6 +152,18 @@ class JpegReader(io.BytesIO):
                 "EXIF; save it again without them"
             )
         return piece
+
+
+def walk_scans(data: bytes) -> int:
+    """Return the number of scans of a JPEG as a decoder meets them, segment by segment."""
+    scans, position = 0, 2
+    while found := _NEXT_MARKER.search(data, position):
+        position, kind = found.end(), data[found.end() - 1]
+        scans += kind == START_OF_SCAN[1]
+        # Markers without content are passed over by the next search.
+        if kind not in _BARE_MARKERS:
+            position += int.from_bytes(data[position : position + 2], "big")
+    return max(1, scans)
 
 
 def count_scans(data: bytes) -> int:

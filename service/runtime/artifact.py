@@ -8,8 +8,10 @@ schema. A repository is `MODELS_DIR/<name>/<version>/model.onnx`.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import reprlib
+import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,11 +35,14 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from service.errors import ArtifactError
+from service.errors import ArtifactError, shown
 from service.imaging.canvas import CanvasRule
 
 METADATA_KEY: Final = "retinaserve"
 SCHEMA: Final = 1
+_LARGEST_FILE: Final = 2 << 30
+"""Bytes: more than a protobuf message may have."""
+_LARGEST_CHECKSUM: Final = 4096
 MODEL_FILE: Final = "model.onnx"
 CHECKSUM_FILE: Final = "model.sha256"
 MAX_DETECTIONS_CAP: Final = 1000
@@ -200,7 +205,7 @@ class Entry:
 def read_artifact(path: Path) -> Artifact:
     """Read and check one model file. Raises ArtifactError that names the file and the remedy."""
     try:
-        content = path.read_bytes()
+        content = _read(path, _LARGEST_FILE)
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be read: {error.strerror or error}") from error
     digest = hashlib.sha256(content).hexdigest()
@@ -316,18 +321,34 @@ def list_skipped(skipped: Mapping[Path, str]) -> str:
     return ", ".join([*named, *([f"{rest} more"] if rest else [])])
 
 
+def _read(path: Path, most: int) -> bytes:
+    """Return the content of a regular file of at most `most` bytes. Raises OSError."""
+    # A pipe in the file's place would never end.
+    number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with os.fdopen(number, "rb") as file:
+        state = os.fstat(number)
+        if not stat.S_ISREG(state.st_mode):
+            raise OSError("it is not a regular file")
+        if state.st_size > most:
+            raise OSError(f"it has {state.st_size} bytes; at most {most} are read")
+        return file.read()
+
+
 def _check_checksum(path: Path, digest: str) -> None:
     checksum = path.parent / CHECKSUM_FILE
     if not checksum.exists():
         return
-    words = checksum.read_text(errors="replace").split()
+    try:
+        words = _read(checksum, _LARGEST_CHECKSUM).decode(errors="replace").split()
+    except OSError as error:
+        raise ArtifactError(f"{checksum}: cannot be read: {error.strerror or error}") from error
     if len(words) > 1 and words[1].lstrip("*") != path.name:
         # Of another model file in the same folder.
         return
     if not words or words[0].lower() != digest:
         raise ArtifactError(
             f"{path}: sha256 is {digest}, but {checksum.name} says "
-            f"{words[0] if words else 'nothing'}; copy the file again or renew the checksum"
+            f"{shown(words[0]) if words else 'nothing'}; copy the file again or renew the checksum"
         )
 
 

@@ -141,7 +141,7 @@ async def test_load_of_a_broken_file_is_refused_with_the_reason(
     problem = answer.json()
     assert problem["type"] == "urn:retinaserve:problem:load-failed"
     assert problem["instance"] == "/v1/models/tiny/load"
-    assert "model.sha256 says 0000" in problem["detail"]
+    assert "model.sha256 says '0000" in problem["detail"]
     assert "version 1 serves on" in problem["detail"]
     assert await detected(doors.main) == {"name": "tiny", "version": 1}
     (model,) = (await doors.main.get("/v1/models")).json()["models"]

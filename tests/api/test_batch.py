@@ -222,3 +222,15 @@ async def test_batches_leave_queue_places_for_single_images(start: Start) -> Non
                 held.enter_context(service.places.slot(urgency=Urgency.BULK))
             assert (await post_forms(client, GOOD)).status_code == 503
             assert (await client.post("/v1/detect", content=GOOD)).status_code == 200
+
+
+async def test_batch_bounds_ids_and_keeps_no_wide_strings(client: httpx.AsyncClient) -> None:
+    good = base64.b64encode(encoded(one_red())).decode()
+    answer = await client.post(
+        "/v1/detect/batch", json={"images": [{"id": "a" * 1025, "image": good}]}
+    )
+    assert answer.status_code == 400
+    assert "at most 1024" in answer.json()["detail"]
+    images = [{"image": good + "\U0001f600"}, {"image": good}]
+    answer = await client.post("/v1/detect/batch", json={"images": images})
+    assert [each["status"] for each in answer.json()["results"]] == [400, 200]

@@ -7,6 +7,7 @@ keeps reading the rest of a body after the response. Here each of these has a bo
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Final
@@ -202,7 +203,9 @@ class Bounded(HttpToolsProtocol):
         """Close the sending side, and give the client time to read the response."""
         self._lingering = True
         if self.transport.can_write_eof():
-            self.transport.write_eof()
+            # The client may have reset the connection.
+            with contextlib.suppress(OSError):
+                self.transport.write_eof()
         self.flow.resume_reading()
         self._linger_timer = self.loop.call_later(_LINGER_SECONDS, self.transport.close)
 

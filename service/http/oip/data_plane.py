@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from operator import attrgetter
 from typing import Any, Final
 
@@ -104,6 +105,21 @@ def check_id(given: object) -> str | None:
     raise MalformedRequest(f"id is {shown(given)}; it is a string of at most {_MAX_ID} characters")
 
 
+def short_parameters(parameters: Mapping[str, object]) -> dict[str, object]:
+    """Return a request's parameters without values that are too long to mean anything here.
+
+    They are kept until the response, and a string may take four times its bytes.
+    """
+    return {
+        name: value
+        if isinstance(value, bool | int | float)
+        else value[: _MAX_NUMBER + 1]
+        if isinstance(value, str)
+        else None
+        for name, value in islice(parameters.items(), _MAX_PARAMETERS + 1)
+    }
+
+
 def earlier(limit: float, parameters: Mapping[str, object], *, arrived: float) -> float:
     """Return `limit`, or the end of the parameter `timeout` if earlier. Raises MalformedRequest.
 
@@ -132,8 +148,8 @@ async def infer(
         jobs = _image_jobs(service, model, request.images, estimates, thresholds, limit)
         canvases = [each.canvas for each in estimates if each.canvas is not None]
         largest = max(canvases, key=attrgetter("area"), default=None)
-        # Images are decoded during the inference of others: only the slowest adds time.
-        decode = max(each.seconds for each in estimates)
+        seconds = [each.seconds for each in estimates]
+        decode = max(*seconds, sum(seconds) / service.pipeline.decode_threads, 0.0)
         price = Price(largest, decode=decode, long=any(each.long for each in estimates))
         urgency = _urgency(len(jobs))
     else:

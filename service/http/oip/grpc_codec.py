@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from service.errors import MalformedRequest, TooLarge
 from service.http.oip import tensors
-from service.http.oip.data_plane import InferRequest, check_id, check_outputs
+from service.http.oip.data_plane import InferRequest, check_id, check_outputs, short_parameters
 from service.http.oip.tensors import (
     IMAGES,
     MAX_RANK,
@@ -157,7 +157,7 @@ def parse(message: Any, limits: Limits) -> Parsed:
     else:
         numbers, images = _read_typed(inputs, declared)
     check_id(message.id)
-    request = InferRequest(numbers, images, _parameters(message))
+    request = InferRequest(numbers, images, short_parameters(_parameters(message)))
     return Parsed(request, message.id, outputs, bool(raw))
 
 

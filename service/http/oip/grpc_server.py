@@ -139,7 +139,7 @@ class GrpcServer:
         def handler(name: str, method: Method) -> grpc.RpcMethodHandler[Any, Any]:
             write = method.response.SerializeToString
             if method.streams:
-                watches = Watches(service, method, arrivals.receive)
+                watches = Watches(service, method, partial(arrivals.receive, probe=True))
                 self._watches.append(watches)
                 return grpc.stream_stream_rpc_method_handler(
                     partial(_watch, watches), response_serializer=write
@@ -267,7 +267,7 @@ class _Call:
         return self._methods.plain[self._method.name](self._method, request)
 
     async def _receive(self, messages: AsyncIterator[bytes], record: Record) -> bytes:
-        content = await self._arrivals.receive(messages)
+        content = await self._arrivals.receive(messages, probe=self._method.name in _PROBES)
         record.body_bytes = len(content)
         record.body_finished = time.monotonic()
         return content

@@ -12,6 +12,9 @@ from service.http.oip.grpc_codec import read
 from service.http.oip.grpc_messages import Method
 from service.http.oip.grpc_methods import health
 
+_SPARE: Final = 4
+"""Messages that are received at a time beside the slow ones."""
+_PROBES_AT_A_TIME: Final = 4
 _AT_ONCE: Final = 0.25
 """Seconds after which a message that has not arrived counts as slow."""
 _MOST_WATCHES: Final = 64
@@ -31,16 +34,23 @@ class Arrivals:
         settings = service.settings
         self.most_slow = max(1, settings.max_queue_bytes // settings.max_body_bytes)
         self.slow = 0
+        # gRPC buffers what is being received, whatever becomes of it.
+        self._probes = asyncio.Semaphore(_PROBES_AT_A_TIME)
+        self._others = asyncio.Semaphore(self.most_slow + _SPARE)
         self._seconds = settings.body_timeout_ms / 1e3
 
-    async def receive(self, messages: Messages) -> bytes:
-        """Return the first message. Raises BodyTimeout, MalformedRequest or Unavailable."""
-        coming = asyncio.ensure_future(_first(messages))
-        try:
-            await asyncio.wait({coming}, timeout=min(_AT_ONCE, self._seconds))
-            content = coming.result() if coming.done() else await self._receive_slowly(coming)
-        finally:
-            coming.cancel()
+    async def receive(self, messages: Messages, *, probe: bool = False) -> bytes:
+        """Return the first message. Raises BodyTimeout, MalformedRequest or Unavailable.
+
+        A `probe` needs no key; few of them are received at a time, and none waits for the others.
+        """
+        async with self._probes if probe else self._others:
+            coming = asyncio.ensure_future(_first(messages))
+            try:
+                await asyncio.wait({coming}, timeout=min(_AT_ONCE, self._seconds))
+                content = coming.result() if coming.done() else await self._receive_slowly(coming)
+            finally:
+                coming.cancel()
         if content is None:
             raise MalformedRequest("the call has no message")
         return content

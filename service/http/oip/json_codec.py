@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from service.errors import MalformedRequest, shown
 from service.http.bodies import Body, decode_base64
 from service.http.oip import tensors
-from service.http.oip.data_plane import InferRequest, check_id, check_outputs
+from service.http.oip.data_plane import InferRequest, check_id, check_outputs, short_parameters
 from service.http.oip.tensors import (
     IMAGES,
     OUTPUT_NAMES,
@@ -57,7 +57,7 @@ def parse(body: Body, header_length: str | None, limits: Limits) -> Parsed:
     declared = tensors.declare_all(
         [(each.get("name"), each.get("datatype"), each.get("shape")) for each in inputs], limits
     )
-    parameters = _parameters(document, "the request")
+    parameters = short_parameters(_parameters(document, "the request"))
     numbers, images = _read(inputs, declared, binary)
     outputs, raw = _requested(document, parameters)
     given = check_id(document.get("id"))

@@ -48,6 +48,10 @@ _SPARE_PARTS: Final = 16
 """Parts of other names that a form may have."""
 
 
+_LONGEST_ID: Final = 1024
+_NOT_BASE64: Final = "?"
+
+
 class Image(NamedTuple):
     """One image of a request, as it was sent."""
 
@@ -199,5 +203,12 @@ def _json_image(index: int, entry: object) -> Image:
     name = entry.get("id")
     if not isinstance(name, str | int | None):
         raise MalformedRequest(f"images[{index}].id must be a string")
-    # Invalid base64 is an error of this image, not of the request.
-    return Image(str(index if name is None else name), entry.get("image"))
+    name = str(index if name is None else name)
+    if len(name) > _LONGEST_ID:
+        raise MalformedRequest(
+            f"images[{index}].id has {len(name)} characters; at most {_LONGEST_ID} are accepted"
+        )
+    # Invalid base64 is an error of this image, not of the request. Beyond ASCII a string may take
+    # four times its bytes, and is kept until the image has its turn.
+    text = entry.get("image")
+    return Image(name, _NOT_BASE64 if isinstance(text, str) and not text.isascii() else text)

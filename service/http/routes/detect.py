@@ -9,8 +9,10 @@ from typing import Annotated, Any, Final
 
 import orjson
 from fastapi import FastAPI, Query, Request, Response
+from starlette.types import Receive, Scope, Send
 
 from service.engine import postprocessing as results
+from service.engine.admission import Place
 from service.engine.detection import Answer, detect
 from service.engine.request import DetectRequest
 from service.engine.service import Service
@@ -62,7 +64,10 @@ class DetectRoute:
                 write=None if image_type else write,
             )
             content = write(detected) if detected.written is None else detected.written
-        return Response(content, media_type=image_type or "application/json")
+        if image_type is None:
+            return Response(content, media_type="application/json")
+        # Raises Unavailable: clients that read slowly must not fill the memory.
+        return _Counted(content, image_type, service.unsent.body(len(content)))
 
     async def _image(self, content_type: str, body: Body) -> bytes | memoryview:
         kind = content_type.partition(";")[0].strip().lower()
@@ -71,6 +76,19 @@ class DetectRoute:
         if kind == "application/json":
             return await parse_body(self._service, _json_image, body)
         return body if isinstance(body, bytes) else memoryview(body)
+
+
+class _Counted(Response):
+    """A response whose bytes are held until the client has taken them."""
+
+    def __init__(self, content: bytes, media_type: str, place: Place) -> None:
+        super().__init__(content, media_type=media_type)
+        self._place = place
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        with self._place:
+            await super().__call__(scope, receive, send)
 
 
 def add_routes(app: FastAPI, service: Service) -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 from service.errors import MalformedImage, TooLarge, UnsupportedMedia
 from service.imaging.canvas import Buckets, Size
 from service.imaging.decode import decode, prepare
-from service.imaging.limits import MOST_SCANS, START_OF_SCAN, JpegReader, jpeg_file
+from service.imaging.limits import MOST_SCANS, START_OF_SCAN, JpegReader, jpeg_file, walk_scans
 from service.imaging.memory_budget import DecodeMemory
 from tests.images import encoded, one_red
 
@@ -300,3 +300,24 @@ def test_decoder_assertions_are_image_errors(data: bytes, whole: bool) -> None:
         else:
             prepare(data, RULE, memory=memory)
     assert memory.held == 0
+
+
+def test_png_with_two_headers_is_refused() -> None:
+    second = chunk(b"IHDR", struct.pack(">IIBBBBB", 7000, 7000, 8, 2, 0, 0, 0))
+    with pytest.raises(MalformedImage, match="more than one IHDR"):
+        prepare(png(second), RULE)
+
+
+@pytest.mark.parametrize("kind", [b"tEXt", b"iTXt"])
+def test_png_with_megabytes_of_text_is_refused(kind: bytes) -> None:
+    text = chunk(kind, b"Raw profile type exif\0" + b"\n" * (5 << 20))
+    with pytest.raises(MalformedImage, match="bytes of text"):
+        prepare(png(text), RULE)
+
+
+def test_jpeg_scans_are_those_that_a_decoder_meets() -> None:
+    data = encoded(one_red(), "JPEG", progressive=True)
+    scans = walk_scans(data)
+    assert scans == data.count(START_OF_SCAN) > 1
+    comment = b"\xff\xfe" + (182).to_bytes(2, "big") + START_OF_SCAN + b"\x00" * 178
+    assert walk_scans(data[:2] + comment + data[2:]) == scans

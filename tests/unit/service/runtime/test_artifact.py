@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -370,3 +371,17 @@ def test_empty_repository_error_names_a_few_of_many(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=", 42 more") as caught:
         scan_repository(tmp_path)
     assert len(str(caught.value)) < 3000
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.sha256"])
+def test_a_pipe_or_a_folder_in_a_files_place_is_refused(tmp_path: Path, name: str) -> None:
+    path = tiny_model.save(tmp_path)
+    place = path.with_name(name)
+    place.unlink(missing_ok=True)
+    os.mkfifo(place)
+    with pytest.raises(ArtifactError, match="cannot be read: it is not a regular file"):
+        read_artifact(path)
+    place.unlink()
+    place.mkdir()
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        read_artifact(path)
