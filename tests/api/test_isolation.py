@@ -203,3 +203,15 @@ async def test_tiled_image_shares_queue_places(start: Start, tmp_path: Path) -> 
         assert answer.status_code == 200, answer.text
         assert answer.json()["image"]["tiles"] > 60
         assert service.places.held == 0
+
+
+async def test_unread_drawings_are_bounded(start: Start) -> None:
+    async with start() as client:
+        service = service_of(client)
+        given = {"content": SMALL, "headers": {"Accept": "image/png"}}
+        with service.unsent.hold(0, service.settings.max_queue_bytes):
+            answer = await client.post("/v1/detect", **given)
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+            assert (await client.post("/v1/detect", content=SMALL)).status_code == 200
+        assert (await client.post("/v1/detect", **given)).status_code == 200
+        assert service.unsent.bytes_held == 0
