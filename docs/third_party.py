@@ -62,7 +62,7 @@ def locked(variant: str) -> dict[str, str]:
 
 
 def licence(metadata: Message) -> str:
-    """SPDX expression of a distribution. Raises ValueError for what nobody has looked at."""
+    """SPDX expression of a distribution. Raises ValueError for a licence not yet reviewed."""
     stated = metadata["License-Expression"] or (metadata["License"] or "").strip()
     stated = stated or _READ.get(canonicalize_name(metadata["Name"]), "")
     expression = _OLD_NAMES.get(stated, stated)

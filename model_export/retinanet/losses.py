@@ -195,7 +195,7 @@ class _Mining(_Loss):
     (size - stride) / (size + stride): where anchors are small, a high value suppresses nothing.
     """
     pool: int = Field(default=512, ge=1)
-    """So many anchors of highest loss take part in the suppression, of which `keep` are kept."""
+    """This many anchors of highest loss take part in the suppression, of which `keep` are kept."""
 
     @model_validator(mode="after")
     def _check_pool(self) -> Self:

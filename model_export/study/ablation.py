@@ -189,16 +189,16 @@ def plan(study: StudyConfig, output: Path, overrides: Mapping[str, Any]) -> list
     return runs
 
 
-def subset(dataset: Dataset, pictures: int | None, *, seed: int) -> Dataset:
-    """`pictures` of a data set, chosen by a hash of the seed and the file name alone.
+def subset(dataset: Dataset, images: int | None, *, seed: int) -> Dataset:
+    """`images` of a data set, chosen by a hash of the seed and the file name alone.
 
     Raises DataError if there are fewer.
     """
-    if pictures is None:
+    if images is None:
         return dataset
-    if pictures > len(dataset.samples):
+    if images > len(dataset.samples):
         raise DataError(
-            f"{dataset.root}: {pictures} images of {dataset.split!r} are asked for, there are "
+            f"{dataset.root}: {images} images of {dataset.split!r} are asked for, there are "
             f"{len(dataset.samples)}"
         )
 
@@ -206,7 +206,7 @@ def subset(dataset: Dataset, pictures: int | None, *, seed: int) -> Dataset:
         text = f"{seed}/{dataset.samples[index].path.name}"
         return hashlib.sha256(text.encode()).hexdigest()
 
-    chosen = sorted(sorted(range(len(dataset.samples)), key=key)[:pictures])
+    chosen = sorted(sorted(range(len(dataset.samples)), key=key)[:images])
     return dataclasses.replace(dataset, samples=tuple(dataset.samples[index] for index in chosen))
 
 
@@ -230,15 +230,15 @@ def run_inputs(
 ) -> dict[str, Any]:
     """Return the inputs that determine a run's result: settings, images and weights."""
 
-    def pictures(dataset: Dataset) -> str:
+    def digest(dataset: Dataset) -> str:
         names = "\n".join(sample.path.name for sample in dataset.samples)
         return hashlib.sha256(names.encode()).hexdigest()
 
     content = {
         "config": run.config.model_dump(mode="json"),
         "classes": training.classes,
-        "train": pictures(training),
-        "val": pictures(validation),
+        "train": digest(training),
+        "val": digest(validation),
         "weights": None if weights is None else hashlib.sha256(weights.read_bytes()).hexdigest(),
     }
     found: dict[str, Any] = json.loads(json.dumps(content))

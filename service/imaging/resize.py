@@ -18,7 +18,7 @@ from service.imaging.canvas import Size
 try:
     import cykooz_resizer as vectorised
 except ImportError:
-    # Nobody builds it for this machine: Linux on ARM, above all.
+    # There is no build for this platform, such as Linux on ARM.
     vectorised = None
 else:
     _TRIANGLE: Final = vectorised.ResizeOptions(

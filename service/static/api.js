@@ -98,7 +98,7 @@ const MESSAGES = {
     "This image is damaged",
     file.size === 0 ? "The file is empty." : "It looks cut off or broken; a fresh copy may work.",
   ],
-  401: () => ["The service wants an API key", "Whoever runs the service can give you one."],
+  401: () => ["The service wants an API key", "The operator of the service can give you one."],
   404: () => ["This model is gone", "Choose another one above."],
   408: () => ["The upload was too slow", "The service gave up waiting; try again on a better line."],
   413: (file) => ["This image is too large", `The file has ${megabytes(file.size)}.`],
@@ -110,7 +110,7 @@ const MESSAGES = {
   ],
   422: () => ["The service refused a setting", "The image itself may be fine."],
   429: () => ["Too many requests", "The limit for now is used up."],
-  500: () => ["The service failed", "Whoever runs it finds the reason in its log."],
+  500: () => ["The service failed", "The reason is in its log."],
   503: () => ["The service is busy", "It is loading, stopping or has too much to do."],
   504: () => ["The service was too slow", "The image was accepted, but its time ran out."],
 };
