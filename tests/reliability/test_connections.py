@@ -175,11 +175,13 @@ def test_large_invalid_request_is_refused_once(port: int, caplog: pytest.LogCapt
     assert [each.getMessage() for each in caplog.records if each.levelname == "ERROR"] == []
 
 
+@pytest.mark.parametrize("expect", [(), ("Expect: 100-continue",)])
 @pytest.mark.parametrize("path", ["/v1/detect", "/v1/detect/batch", "/nothing"])
 def test_request_with_invalid_chunks_is_refused_once(
-    port: int, caplog: pytest.LogCaptureFixture, path: str
+    port: int, caplog: pytest.LogCaptureFixture, path: str, expect: tuple[str, ...]
 ) -> None:
-    invalid = post("Transfer-Encoding: chunked", "Content-Type: image/jpeg", path=path) + b"zz\r\n"
+    headers = ("Transfer-Encoding: chunked", "Content-Type: image/jpeg", *expect)
+    invalid = post(*headers, path=path) + b"zz\r\n"
     for _ in range(5):
         received = ask(port, invalid)
         assert statuses(received) == [400], received

@@ -83,7 +83,7 @@ class Bounded(HttpToolsProtocol):
         self._stall_timer: asyncio.TimerHandle | None = None
         self._probe_timer: asyncio.TimerHandle | None = None
         self._half_closed = False
-        self._lingering = False
+        self.lingering = False
         self._drained = 0
         self._framing = 0
         self._body = 0
@@ -120,7 +120,7 @@ class Bounded(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Parse a request, or discard the rest of a body."""
-        if self._lingering:
+        if self.lingering:
             self._drain(len(data))
             return
         cycle = self.cycle
@@ -142,7 +142,7 @@ class Bounded(HttpToolsProtocol):
         A client may close its side after its last request. TLS connections close as a whole.
         """
         unanswered = self._unanswered()
-        if not unanswered or self._lingering or self.cycle.more_body or is_ssl(self.transport):
+        if not unanswered or self.lingering or self.cycle.more_body or is_ssl(self.transport):
             return False
         self._half_closed = True
         self._probe_timer = self.loop.call_later(_PROBE_SECONDS, self._probe, _PROBE_SECONDS)
@@ -190,7 +190,7 @@ class Bounded(HttpToolsProtocol):
 
     def refuse(self, status: int, detail: str) -> None:
         """Respond once to bytes that are not a request, unless another response has started."""
-        if self._lingering:
+        if self.lingering:
             return
         if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
             self.transport.write(refusal(status, detail))
@@ -201,7 +201,7 @@ class Bounded(HttpToolsProtocol):
 
     def linger(self) -> None:
         """Close the sending side, and give the client time to read the response."""
-        self._lingering = True
+        self.lingering = True
         if self.transport.can_write_eof():
             # The client may have reset the connection.
             with contextlib.suppress(OSError):
@@ -223,7 +223,7 @@ class Bounded(HttpToolsProtocol):
         """Read the next request, unless the connection lingers."""
         self._idle_since = time.monotonic()
         self._requests = self._unanswered()
-        if self._lingering:
+        if self.lingering:
             self.server_state.total_requests += 1
             return
         super().on_response_complete()
@@ -322,7 +322,7 @@ class _Transport:
         self._connection.transport.write(held + data)
 
     def is_closing(self) -> bool:
-        return self._connection.transport.is_closing()
+        return self._connection.lingering or self._connection.transport.is_closing()
 
     def close(self) -> None:
         if self._held:
