@@ -52,7 +52,7 @@ class BatchCost:
     def __init__(self) -> None:
         self._mean: dict[int, float] = {}
         """Seconds by batch size, recent batches weighing more."""
-        self.per_picture = 0.0
+        self.per_image = 0.0
         """a of t(n) = a n + b."""
         self.per_batch = 0.0
         """b of t(n) = a n + b."""
@@ -70,12 +70,12 @@ class BatchCost:
         else:
             seconds = min(seconds, _OUTLIER * before)
             self._mean[images] = before + _NEWS * (seconds - before)
-        self.per_picture, self.per_batch = _line(self._mean)
+        self.per_image, self.per_batch = _line(self._mean)
 
     def seconds(self, images: int) -> float:
         """Return the seconds that a batch of `images` images takes; 0 before any was seen."""
         seen = self._mean.get(images)
-        return self.per_picture * images + self.per_batch if seen is None else seen
+        return self.per_image * images + self.per_batch if seen is None else seen
 
     def lasting(self, images: int, *, most: int) -> float:
         """What images (at least one) will take in batches of at most `most`, one by one."""
@@ -104,7 +104,7 @@ class BatchCost:
         return min(waiting, most) if self._alone % _TRIAL == 0 else size
 
     def _worth_sharing(self) -> bool:
-        return self.per_batch >= _WORTH_SHARING * (self.per_picture + self.per_batch)
+        return self.per_batch >= _WORTH_SHARING * (self.per_image + self.per_batch)
 
 
 class Costs:

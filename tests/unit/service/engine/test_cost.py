@@ -16,10 +16,10 @@ from service.imaging.canvas import Size
 SMALL, LARGE = Size(96, 128), Size(960, 1280)
 
 
-def learnt(per_picture: float, per_batch: float, sizes: tuple[int, ...] = (1, 4)) -> BatchCost:
+def learnt(per_image: float, per_batch: float, sizes: tuple[int, ...] = (1, 4)) -> BatchCost:
     cost = BatchCost()
     for size in sizes:
-        cost.observe(size, per_picture * size + per_batch)
+        cost.observe(size, per_image * size + per_batch)
     return cost
 
 
@@ -31,7 +31,7 @@ def test_cost_is_zero_without_observations() -> None:
 
 def test_cost_line_is_fitted_and_extrapolated() -> None:
     cost = learnt(0.010, 0.030)
-    assert cost.per_picture == pytest.approx(0.010)
+    assert cost.per_image == pytest.approx(0.010)
     assert cost.per_batch == pytest.approx(0.030)
     assert cost.seconds(16) == pytest.approx(0.190)
 
@@ -74,7 +74,7 @@ def test_cost_is_nonnegative_and_monotonic(
     cost = BatchCost()
     for size, seconds in seen:
         cost.observe(size, seconds)
-    assert cost.per_picture >= 0
+    assert cost.per_image >= 0
     assert cost.per_batch >= 0
     assert cost.seconds(65) > 0
     assert cost.seconds(200) >= cost.seconds(65)
