@@ -64,9 +64,7 @@ def main() -> None:
             bad = send(server, images, more)
             held.append(server.resident())
             levels.row(done, held[-1], bad)
-    report.figure(
-        "process start to ready", ready, better="lower", bound=READY_SECONDS, unit="s", ratio=False
-    )
+    report.figure("process start to ready", ready, better="lower", bound=READY_SECONDS, unit="s")
     report.figure("CPU time until then", cost, better="lower", unit="core-s")
     report.figure(
         f"resident memory after {requests} requests over that after {WARM_REQUESTS}",
