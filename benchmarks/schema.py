@@ -48,7 +48,7 @@ def main() -> None:
     command += ["--max-examples", str(given.examples), "--seed", str(given.seed)]
     if given.path:
         command += ["--include-path", given.path]
-    with server(given.models) as (url, _), tempfile.TemporaryDirectory() as folder:
+    with server(given.models) as (url, *_), tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "schemathesis.toml").write_text(CONFIGURATION)
         command.append(f"{url}/openapi.json")
         print(" ".join(command))
