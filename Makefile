@@ -69,6 +69,7 @@ lint: $(TEST_VENV)/installed
 	$(TEST_VENV)/bin/python -m ruff check .
 	$(TEST_VENV)/bin/python -m ruff format --check .
 	$(TEST_VENV)/bin/python -m mypy
+	MYPYPATH=benchmarks $(TEST_VENV)/bin/python -m mypy benchmarks/*.py
 	$(TEST_VENV)/bin/lint-imports
 
 format: $(TEST_VENV)/installed

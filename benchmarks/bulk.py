@@ -142,7 +142,7 @@ def measure(
     second = Watched(arguments, output)
     while second.popen.poll() is None:
         limit = time.monotonic() + SLICE_SECONDS
-        second.watch(lambda _, limit=limit: time.monotonic() >= limit)
+        second.watch(lambda _, limit=limit: time.monotonic() >= limit)  # type: ignore[misc]
         if second.popen.poll() is None:
             second.interrupted(bare)
     second.popen.communicate()

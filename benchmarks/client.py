@@ -12,11 +12,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import numpy as np
-
-try:
-    import uvloop
-except ImportError:
-    uvloop = None  # type: ignore[assignment]
+import uvloop
 
 Result = TypeVar("Result")
 
@@ -82,7 +78,7 @@ def retry_after(head: bytes) -> float:
 
 def run(work: Coroutine[Any, Any, Result]) -> Result:
     """Run in the lightest event loop there is: the generator shares the cores with the service."""
-    with asyncio.Runner(loop_factory=uvloop and uvloop.new_event_loop) as runner:
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(work)
 
 

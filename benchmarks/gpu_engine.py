@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from onnxruntime import InferenceSession
 from report import Report, Table, add_options
 
 from service.commands.doctor import gpus
@@ -92,7 +93,7 @@ def open_engine(artifact: Artifact, device: devices.Device, batch: int, engine: 
     parts = split(artifact.content)
     if parts is None:
         raise SystemExit(f"{artifact.path}: the graph has no candidate_* values to split it at")
-    opened = partial(devices.ort.InferenceSession, sess_options=options, providers=given)
+    opened = partial(InferenceSession, sess_options=options, providers=given)
     return open_split(
         artifact,
         parts,

@@ -90,7 +90,7 @@ async def open_loop(
 
     due = time.perf_counter()
     end = due + seconds
-    tasks = []
+    tasks: list[asyncio.Task[None]] = []
     while (due := due + dice.expovariate(rate)) < end:
         await asyncio.sleep(max(0.0, due - time.perf_counter()))
         tasks.append(asyncio.create_task(one(due, requests[len(tasks) % len(requests)])))

@@ -262,7 +262,7 @@ def environment(report: Report, python: Path) -> None:
 
 def compare(report: Report, plan: Plan, task: Task, peers: Mapping[str, Setup]) -> None:
     """Ours beside each peer in one set-up."""
-    found = measure(plan, task, {OURS: DEFAULTS} | peers)
+    found = measure(plan, task, {OURS: DEFAULTS, **peers})
     turns = f"{plan.turns} turns of {plan.seconds:g} s"
     titles = [f"{task.name} model, {plan.rounds} rounds, in each {turns}"]
     titles += [f"- {name}: {setup}" for name, setup in peers.items()]

@@ -47,7 +47,8 @@ def deploy(cluster: Cluster, replicas: int) -> list[Replica]:
         deployment["num_replicas"] = replicas
 
     cluster.deploy(change)
-    return cluster.wait_for_replicas(replicas)
+    ready: list[Replica] = cluster.wait_for_replicas(replicas)
+    return ready
 
 
 def throughput(report: Report, cluster: Cluster, images: Path, rounds: int, seconds: float) -> None:
@@ -150,7 +151,7 @@ def one_death(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=Path, help="folder of JPEGs; default: drawn ones")
     add_options(parser)
     arguments = parser.parse_args()

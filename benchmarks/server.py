@@ -24,7 +24,7 @@ def name_threads() -> None:
         ctypes.CDLL(None).prctl(PR_SET_NAME, thread.name.encode(), 0, 0, 0)
         plain(thread)
 
-    threading.Thread.run = run  # type: ignore[method-assign]
+    threading.Thread.run = run  # type: ignore[method-assign, assignment]
 
 
 if __name__ == "__main__":
