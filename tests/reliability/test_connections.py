@@ -132,7 +132,6 @@ def test_large_headers_of_proxies_are_accepted(port: int) -> None:
     assert answer.status_code == 200
 
 
-@pytest.mark.parametrize("port", [HttpTools], indirect=True)
 def test_httptools_headers_and_pipelining_are_bounded(port: int) -> None:
     head = b"GET /healthz HTTP/1.1\r\nHost: x\r\n"
     many = b"".join(b"X-%d: 1\r\n" % number for number in range(200))

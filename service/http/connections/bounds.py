@@ -88,10 +88,6 @@ class Bounded(HttpToolsProtocol):
         self._framing = 0
         self._body = 0
 
-    def head_is_open(self, received: int) -> bool:
-        """Return whether the last `received` bytes began headers and did not complete them."""
-        raise NotImplementedError
-
     def connection_made(  # type: ignore[override]
         self, transport: asyncio.Transport
     ) -> None:
@@ -126,10 +122,12 @@ class Bounded(HttpToolsProtocol):
         cycle = self.cycle
         before = 0 if cycle is None else len(cycle.body)
         super().data_received(data)
-        if self.transport.is_closing():
-            return
-        self._count_framing(cycle, before, len(data))
-        if not self.head_is_open(len(data)):
+        if not self.transport.is_closing():
+            self._count_framing(cycle, before, len(data))
+
+    def time_head(self, is_open: bool) -> None:
+        """Start the headers' timer, or cancel it: `is_open` says whether they are incomplete."""
+        if not is_open:
             if self._head_timer is not None:
                 self._head_timer.cancel()
                 self._head_timer = None

@@ -35,8 +35,10 @@ class HttpTools(Bounded):
         self._received = data
         super().data_received(data)
         self._received = b""
+        if not self.lingering and not self.transport.is_closing():
+            self.time_head(self._head_is_open(len(data)))
 
-    def head_is_open(self, received: int) -> bool:
+    def _head_is_open(self, received: int) -> bool:
         """Return whether the last received bytes began headers and did not complete them."""
         if self._quiet and not self._in_body:
             # Empty lines before a request: the parser accepts any number without a callback.
