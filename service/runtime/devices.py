@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import io
 import logging
 import shutil
@@ -228,13 +229,27 @@ def session_options(device: Device) -> ort.SessionOptions:
         # Between two inferences the threads would spin for the next one, on cores that decoding
         # and the event loop need.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        # With it each canvas and batch size reserves blocks of its own; without it all of them live
-        # in the same ones, just as fast.
-        options.enable_mem_pattern = False
-        # To plan which values may share a block takes a time that grows with the square of their
-        # number; blocks are given back and taken again as well without, and no slower.
-        options.enable_mem_reuse = False
+        _share_arena()
+        options.add_session_config_entry("session.use_env_allocators", "1")
     return options
+
+
+@functools.cache
+def _share_arena() -> None:
+    """Give all sessions on the CPU one arena: what one of them frees, another takes."""
+    memory = ort.OrtMemoryInfo(
+        "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
+    )
+    # No limit, and for the rest onnxruntime's defaults.
+    ort.create_and_register_allocator(memory, ort.OrtArenaCfg(0, -1, -1, -1))
+
+
+def shrink_arena() -> None:
+    """Give back what the sessions' arena has free."""
+    session = ort.InferenceSession(_probe_model(), session_options(Device("cpu", threads=1)))
+    run = ort.RunOptions()
+    run.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    session.run(None, {}, run)
 
 
 def prove(device: Device) -> str | None:

@@ -25,7 +25,7 @@ from service.imaging.canvas import CanvasRule, Size
 from service.runtime.artifact import Artifact, Entry
 from service.runtime.cpu_concurrency import CpuConcurrency
 from service.runtime.detector import Detector, batch_buckets
-from service.runtime.devices import Device, fitted, open_detector
+from service.runtime.devices import Device, fitted, open_detector, shrink_arena
 from service.runtime.shared_detector import SharedDetector
 
 _log = logging.getLogger("retinaserve.loading")
@@ -128,11 +128,12 @@ def open_servable(
 
 
 def return_free_memory() -> None:
-    """Hand memory that was freed back to the system, where the C library keeps it otherwise.
+    """Hand memory that was freed back to the system: onnxruntime and the C library keep it.
 
     A model's weights come in pieces that glibc goes on holding: without this, each swap would
     leave about the size of the file behind.
     """
+    shrink_arena()
     if sys.platform != "linux":
         return
     with contextlib.suppress(OSError, AttributeError):

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
+import psutil
 import pytest
 
 from service.errors import ArtifactError, DeviceError
+from service.imaging.canvas import Size
 from service.runtime import devices
 from service.runtime.artifact import read_artifact
 from service.runtime.devices import Device, Hardware, open_detector, resolve
@@ -51,6 +53,19 @@ def test_unknown_device_is_refused(asked: str) -> None:
 def test_device_names_are_parsed() -> None:
     assert Hardware((Device("cuda", 0), Device("cuda", 1))).name == "cuda:0,cuda:1"
     assert Device("cpu").name == "cpu"
+
+
+def test_shrink_arena_gives_memory_back(tmp_path: Path) -> None:
+    artifact = read_artifact(tiny_model.save(tmp_path))
+    detectors = [open_detector(artifact, Device("cpu", threads=1)) for _ in range(2)]
+    process = psutil.Process()
+    for detector in detectors:
+        detector.warm(Size(96, 128), batch=512)
+    with_arena = process.memory_info().rss
+    del detector, detectors
+    devices.shrink_arena()
+    # Two sessions use the same blocks, one after the other; in the end none does.
+    assert with_arena - process.memory_info().rss > 512 * 96 * 128 * 3 * 4
 
 
 def test_cpu_detector_opens(tmp_path: Path) -> None:
