@@ -83,8 +83,8 @@ _NODES: Final = 2e6
 _PRICE_BESIDE_WIDE: Final = 2.0
 """Transforms wait for memory, so where products take half as long, they are twice as dear.
 Convolutions of 64 channels are left alone then: with 1.0 the bundled model was 5 to 22 % slower
-than unchanged, with AVX-512. Those of 128 and more gain there too: a ResNet-50 RetinaNet took 0.77 of
-the time."""
+than unchanged, with AVX-512. Those of 128 and more gain there too: a ResNet-50 took 0.77 of the
+time."""
 
 _Consumers = Mapping[str, list[int | None]]
 """By a value's name, the places of the nodes that read it; None for the caller and subgraphs."""
