@@ -15,6 +15,12 @@ GREEN = (0, 255, 0)
 BLUE = (0, 0, 255)
 
 
+LFS_POINTER = (
+    b"version https://git-lfs.github.com/spec/v1\n"
+    b"oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"
+)
+
+
 def squares(
     *placed: tuple[int, int, tuple[int, int, int]], size: tuple[int, int] = (128, 96)
 ) -> Image.Image:

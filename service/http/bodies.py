@@ -9,6 +9,7 @@ import asyncio
 import binascii
 import re
 import time
+from codecs import BOM_UTF8
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any, Concatenate, Final, NamedTuple, ParamSpec, TypeVar
 
@@ -16,10 +17,12 @@ import orjson
 from fastapi import Request
 from python_multipart.multipart import parse_options_header
 
+from service.contents import kind_of
 from service.engine.service import Service
 from service.errors import (
     BodyTimeout,
     InvalidParameter,
+    MalformedImage,
     MalformedRequest,
     TooLarge,
     Unavailable,
@@ -28,6 +31,7 @@ from service.errors import (
 )
 from service.http.connections.client import ClientDisconnected, client_of
 from service.http.parameters import deadline_seconds
+from service.imaging.decode import media_type
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -46,12 +50,26 @@ _LONGEST_PART_HEAD: Final = 4096
 _MOST_OPTIONS: Final = 16
 """Semicolons in a header; a file name may contain some."""
 
+_CERTAIN: Final = 4096
+"""Bytes of an image that hold a CR or LF with a probability of 1 - 10^-14."""
+LINE_BREAKS: Final = (
+    "the image's line breaks were removed on the way here, as `curl -d @FILE` does; use "
+    "`curl --data-binary @FILE`"
+)
+_WAYS: Final = (
+    "Send the file's bytes (curl --data-binary @FILE), or a form with the part 'file' "
+    '(curl -F file=@FILE), or {"image": "<base64>"} with Content-Type application/json'
+)
+
 _PADDING: Final = re.compile(rb"[ \t]+")
 """Padding after a boundary (RFC 2046, 5.1.1)."""
 
 _BASE64_STEP: Final = 1 << 20
 """Characters decoded at a time, a multiple of 4: the interpreter can switch threads between."""
 _WHITE_SPACE: Final = b" \t\n\r\f\v"
+_URL_SAFE: Final = bytes.maketrans(b"-_", b"+/")
+_TRANSLATED: Final = b"-_" + _WHITE_SPACE
+_DATA_URL: Final = re.compile(rb"\s*data:[^,]{0,256};base64,", re.IGNORECASE)
 
 
 class Part(NamedTuple):
@@ -198,6 +216,23 @@ async def _collect(receive: Receive, limit: int, uploads: Uploads) -> Body:
         uploads.give_back(held)
 
 
+def check_raw(body: Body, content_type: str) -> None:
+    """Raise MalformedImage or UnsupportedMedia for a body that is no image, with what to send."""
+    try:
+        media_type(body if isinstance(body, bytes) else memoryview(body))
+    except (MalformedImage, UnsupportedMedia) as error:
+        sent_as = shown(content_type) if content_type else "missing"
+        raise type(error)(f"{error}. Content-Type is {sent_as}. {_WAYS}") from error
+    if len(body) >= _CERTAIN and lacks_line_breaks(body, content_type):
+        raise MalformedImage(LINE_BREAKS)
+
+
+def lacks_line_breaks(body: Body, content_type: str) -> bool:
+    """Return whether a body may have lost its line breaks to `curl -d @FILE`."""
+    sent_so = content_type.startswith("application/x-www-form-urlencoded")
+    return sent_so and b"\n" not in body and b"\r" not in body
+
+
 def parse_multipart(body: Body, content_type: str, *, max_parts: int) -> list[Part]:
     """Return the parts of a multipart/form-data body. Raises MalformedRequest, InvalidParameter.
 
@@ -206,7 +241,10 @@ def parse_multipart(body: Body, content_type: str, *, max_parts: int) -> list[Pa
     """
     boundary = _options(content_type).get(b"boundary")
     if not boundary:
-        raise MalformedRequest("multipart/form-data without a boundary in Content-Type")
+        raise MalformedRequest(
+            "multipart/form-data without a boundary in Content-Type; leave that header to the "
+            f"library that writes the form (the body looks like {kind_of(body)})"
+        )
     if len(boundary) > _LONGEST_BOUNDARY:
         raise _malformed(f"its boundary has {len(boundary)} characters, not 1..{_LONGEST_BOUNDARY}")
     # A line that begins with the boundary is a delimiter whatever follows (RFC 2046, 5.1.1).
@@ -214,8 +252,10 @@ def parse_multipart(body: Body, content_type: str, *, max_parts: int) -> list[Pa
     parts: list[Part] = []
     # No line break precedes the first line.
     first = -2 if body.startswith(delimiter[2:]) else body.find(delimiter)
-    if body and first == -1:
-        raise _malformed("the boundary of its Content-Type is not in it")
+    if first == -1:
+        raise _malformed(
+            f"the boundary of its Content-Type is not in it; it looks like {kind_of(body)}"
+        )
     at = first + len(delimiter)
     while not body.startswith(b"--", at):
         end = body.find(delimiter, at)
@@ -271,36 +311,55 @@ def _malformed(why: str) -> MalformedRequest:
 
 
 def parse_json(body: Body) -> dict[str, Any]:
-    """Return a JSON object. Raises MalformedRequest."""
+    """Return a JSON object of few values. Raises MalformedRequest."""
     if sum(map(body.count, (b",", b"[", b"{"))) > _MAX_JSON_VALUES:
         raise MalformedRequest(
-            f"the JSON body holds more than {_MAX_JSON_VALUES} values; send images only"
+            f"the JSON body holds more than {_MAX_JSON_VALUES} values; send images only, as base64"
         )
+    return load_object(body)
+
+
+def load_object(body: Body) -> dict[str, Any]:
+    """Return a JSON object, with or without a byte-order mark. Raises MalformedRequest."""
     try:
-        document = orjson.loads(body)
+        document = orjson.loads(memoryview(body)[3:] if body.startswith(BOM_UTF8) else body)
     except orjson.JSONDecodeError as error:
-        raise MalformedRequest(f"the body is not valid JSON: {error}") from error
+        raise MalformedRequest(
+            f"the body is not valid JSON ({error}); it looks like {kind_of(body)}; send a JSON "
+            "object, or the right Content-Type"
+        ) from error
     if not isinstance(document, dict):
-        raise MalformedRequest("the JSON body must be an object")
+        raise MalformedRequest(f"the JSON body must be an object, not {shown(document)}")
     return document
 
 
 def decode_base64(text: object) -> bytes:
-    """Return the bytes of a base64 string, white space allowed. Raises MalformedRequest."""
-    if not isinstance(text, str):
-        raise MalformedRequest('"image" is missing or no string; send the image as base64')
-    if text.startswith("data:"):
-        raise MalformedRequest("an image in JSON is plain base64, without a data: prefix")
+    """Return the bytes of a base64 string. Raises MalformedRequest.
+
+    As clients write it: in either alphabet, with or without padding, white space and the prefix of
+    a data URL.
+    """
+    if not isinstance(text, str | bytes):
+        found = "missing" if text is None else shown(text)
+        raise MalformedRequest(f"the image is {found}; send it as a base64 string")
+    raw = text if isinstance(text, bytes) else text.encode()
+    start = raw[:_BASE64_STEP]
     try:
-        raw = text.encode("ascii")
-        if any(each in raw for each in _WHITE_SPACE):
-            raw = raw.translate(None, _WHITE_SPACE)
+        prefix = _DATA_URL.match(raw)
+        if prefix is not None:
+            raw = raw[prefix.end() :]
+        if any(each in raw for each in _TRANSLATED):
+            raw = raw.translate(_URL_SAFE, _WHITE_SPACE)
+        raw += b"=" * (-len(raw) % 4)
         return b"".join(
-            binascii.a2b_base64(raw[start : start + _BASE64_STEP], strict_mode=True)
-            for start in range(0, len(raw), _BASE64_STEP)
+            binascii.a2b_base64(raw[at : at + _BASE64_STEP], strict_mode=True)
+            for at in range(0, len(raw), _BASE64_STEP)
         )
     except ValueError as error:
-        raise MalformedRequest(f"the image is not valid base64: {error}") from error
+        raise MalformedRequest(
+            f"the image is not valid base64 ({error}); it looks like {kind_of(start)}; send the "
+            "file's bytes as base64"
+        ) from error
 
 
 def _too_large(limit: int, found: str) -> TooLarge:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Annotated, Any, Final, Literal, TypeVar
 
@@ -26,12 +26,9 @@ _REMEMBERED: Final = 64
 _MOST_PARAMETERS: Final = 256
 _MOST_ERRORS: Final = 4
 """Wrong parameters that an error describes."""
-_JSON_RANGES: Final = ("application/json", "application/*", "*/*")
-_IMAGE_RANGES: Final[dict[str, ImageType]] = {
-    "image/jpeg": "image/jpeg",
-    "image/png": "image/png",
-    "image/*": "image/jpeg",
-}
+_LONGEST_ACCEPT: Final = 2048
+_JSON: Final = "application/json"
+_IMAGES: Final[tuple[ImageType, ...]] = ("image/jpeg", "image/png")
 
 TileSide = Annotated[int, Field(ge=MIN_TILE, le=MAX_TILE)]
 TileQuery = Annotated[Literal["off", "auto"] | TileSide, BeforeValidator(parse_tile)]
@@ -174,27 +171,60 @@ def deadline_seconds(headers: Mapping[str, str], limit_ms: int) -> float:
     return int(asked) / 1e3
 
 
-def wanted_image(accept: str | None) -> ImageType | None:
-    """Return the image type that `Accept` prefers to JSON; None for JSON."""
-    if accept is None or accept == "*/*":
+def accept_of(request: Request) -> str:
+    """Return all `Accept` headers as one, cut to the length that one may have."""
+    values = [value for name, value in request.scope["headers"] if name == b"accept"]
+    return b",".join(values)[:_LONGEST_ACCEPT].decode("latin-1")
+
+
+def wanted_image(accept: str) -> ImageType | None:
+    """Return the image type that `Accept` asks for; None for JSON.
+
+    A client that accepts JSON gets JSON: browsers and Java's HttpURLConnection name images before
+    everything else, whatever they are used for.
+    """
+    if accept in ("", "*/*"):
         return None
-    json_weight, best, image = 0.0, 0.0, None
+    weights = _weights(accept)
+    if _weight_of(_JSON, weights) > 0.0:
+        return None
+    # Of equal weight: the one that is named first, or at all.
+    named = list(weights)
+    images = sorted(_IMAGES, key=lambda each: named.index(each) if each in weights else len(named))
+    best = max(images, key=lambda each: _weight_of(each, weights))
+    return best if _weight_of(best, weights) > 0.0 else None
+
+
+def wants_lines(accept: str, media: str) -> bool:
+    """Return whether `Accept` names `media` and does not prefer JSON."""
+    weights = _weights(accept)
+    return weights.get(media, 0.0) > 0.0 and weights[media] >= _weight_of(_JSON, weights)
+
+
+def _weights(accept: str) -> dict[str, float]:
+    """Return the media ranges of `Accept` with their weights, in their order."""
+    weights: dict[str, float] = {}
     for item in accept.split(","):
-        media, _, parameters = item.partition(";")
-        media, weight = media.strip().lower(), _weight(parameters)
-        if media in _JSON_RANGES:
-            json_weight = max(json_weight, weight)
-        elif media in _IMAGE_RANGES and weight > best:
-            best, image = weight, _IMAGE_RANGES[media]
-    return image if best > json_weight else None
+        media, *parameters = item.split(";")
+        media = media.strip().lower()
+        # Java's HttpURLConnection writes */* as a bare star.
+        weights.setdefault("*/*" if media == "*" else media, _weight(parameters))
+    return weights
 
 
-def _weight(parameters: str) -> float:
-    for parameter in parameters.split(";"):
+def _weight_of(media: str, weights: Mapping[str, float]) -> float:
+    """Return the weight of a media type, by the most specific range (RFC 9110, 12.5.1)."""
+    ranges = (media, f"{media.partition('/')[0]}/*", "*/*")
+    return next((weights[each] for each in ranges if each in weights), 0.0)
+
+
+def _weight(parameters: Sequence[str]) -> float:
+    for parameter in parameters:
         name, _, value = parameter.partition("=")
         if name.strip().lower() == "q":
             try:
-                return float(value)
+                weight = float(value)
             except ValueError:
                 return 0.0
+            return weight if 0.0 <= weight <= 1.0 else 0.0
     return 1.0

@@ -8,6 +8,7 @@ decoded and resized moves the detector's accuracy, so nothing else in this proje
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from service.contents import kind_of
 from service.errors import MalformedImage, TooLarge, UnsupportedMedia
 from service.imaging.canvas import Buckets, Letterbox, ShortSide, Size
 from service.imaging.exif import SWAPS_SIDES, made_upright, orientation_of, transposed
@@ -32,6 +34,8 @@ ACCEPTED: Final = "JPEG, PNG or WebP"
 SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 """Of files that are taken for images in a folder, in small letters."""
 DEFAULT_MAX_PIXELS: Final = 50_000_000
+_DAMAGED_PNG: Final = re.compile(rb"\x89PNG[\r\n]*\x1a")
+"""The signature of a PNG is made to show that, and was found not to be right."""
 
 _STORED_BYTES: Final = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2}
 """Of a pixel in Pillow's memory; 4 in every other mode, RGB too."""
@@ -257,7 +261,14 @@ def _sniff(
         return "image/png", PngImageFile
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "image/webp", WebPImageFile
-    raise UnsupportedMedia(f"not an accepted image type; send {ACCEPTED} (judged by content)")
+    if _DAMAGED_PNG.match(head):
+        raise MalformedImage(
+            "the PNG's line breaks were removed or changed on the way here; transfer it as binary "
+            "data (with curl: --data-binary, not -d)"
+        )
+    raise UnsupportedMedia(
+        f"not an accepted image type but {kind_of(data)}; send {ACCEPTED} (judged by content)"
+    )
 
 
 def _open(data: bytes | memoryview, *, max_pixels: int) -> ImageFile.ImageFile:

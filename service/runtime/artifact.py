@@ -35,6 +35,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from service.contents import is_lfs_pointer, kind_of
 from service.errors import ArtifactError, shown
 from service.imaging.canvas import CanvasRule
 
@@ -208,6 +209,9 @@ def read_artifact(path: Path) -> Artifact:
         content = _read(path, _LARGEST_FILE)
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if is_lfs_pointer(content):
+        # Before the checksum, which is that of the file it stands for.
+        raise ArtifactError(f"{path}: not a model but a Git LFS pointer; run `git lfs pull`")
     digest = hashlib.sha256(content).hexdigest()
     _check_checksum(path, digest)
     model = _parse(path, content)
@@ -356,7 +360,9 @@ def _parse(path: Path, content: bytes) -> onnx.ModelProto:
     try:
         model = onnx.load_model_from_string(content)
     except DecodeError as error:
-        raise ArtifactError(f"{path}: not an ONNX file ({error})") from error
+        raise ArtifactError(
+            f"{path}: not an ONNX file but {kind_of(content)} ({error}); copy or export it again"
+        ) from error
     if not model.graph.node:
         raise ArtifactError(f"{path}: not an ONNX file with a graph; is it empty or cut off?")
     return model

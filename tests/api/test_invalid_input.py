@@ -192,7 +192,7 @@ def broken_json() -> Iterator[tuple[str, bytes]]:
     yield "half a group", b'{"image": "abcde"}'
     yield "padding inside", b'{"image": "aGk=aGk="}'
     yield "not ASCII", '{"image": "é"}'.encode()
-    yield "a data URL", b'{"image": "data:image/png;base64,aGk="}'
+    yield "a data URL without base64", b'{"image": "data:image/png,aGk="}'
     yield "not UTF-8", b'{"image": "\xff"}'
     yield "empty body", b""
 

@@ -14,7 +14,7 @@ import orjson
 from numpy.typing import NDArray
 
 from service.errors import MalformedRequest, shown
-from service.http.bodies import Body, decode_base64
+from service.http.bodies import Body, decode_base64, load_object
 from service.http.oip import tensors
 from service.http.oip.data_plane import InferRequest, check_id, check_outputs, short_parameters
 from service.http.oip.tensors import (
@@ -116,13 +116,7 @@ def _load(header: Body, limits: Limits) -> dict[str, Any]:
                 f"the JSON holds more than {bound} {kind}; send large tensors as binary data "
                 f"({HEADER_LENGTH}, binary_data_size)"
             )
-    try:
-        document = orjson.loads(header)
-    except orjson.JSONDecodeError as error:
-        raise MalformedRequest(f"the request is not valid JSON: {error}") from error
-    if not isinstance(document, dict):
-        raise MalformedRequest("the request must be a JSON object")
-    return document
+    return load_object(header)
 
 
 def _list_of_objects(document: Mapping[str, Any], name: str) -> list[dict[str, Any]]:

@@ -7,13 +7,12 @@ from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
 from typing import Any, Final
 
-import orjson
 from fastapi import FastAPI, Request, Response
 
 from service.engine.service import Service
 from service.engine.work import Servable
 from service.errors import MalformedRequest
-from service.http.bodies import parse_body, read_body, receive_body
+from service.http.bodies import load_object, parse_body, read_body, receive_body
 from service.http.connections.client import CancelOnDisconnect
 from service.http.oip import metadata, schemas
 from service.http.oip.data_plane import earlier, find_model, infer, limits_of
@@ -83,11 +82,8 @@ class RestRoutes:
             limit=_SMALL_BODY,
             timeout=settings.body_timeout_ms / 1e3,
         )
-        try:
-            document = orjson.loads(body or b"{}")
-        except orjson.JSONDecodeError as error:
-            raise MalformedRequest(f"the request is not valid JSON: {error}") from error
-        if not isinstance(document, dict) or not isinstance(document.get("ready", False), bool):
+        document = load_object(body or b"{}")
+        if not isinstance(document.get("ready", False), bool):
             raise MalformedRequest('the request must be {} or {"ready": true}')
         return json_response(metadata.index(self._service, ready=document.get("ready", False)))
 

@@ -35,7 +35,7 @@ from service.http.bodies import (
     receive_body,
 )
 from service.http.connections.client import CancelOnDisconnect
-from service.http.parameters import BatchQuery
+from service.http.parameters import BatchQuery, accept_of, wants_lines
 from service.http.problems import problem_of
 from service.http.routes.detect import model_json
 from service.http.routing import DirectRoute
@@ -49,7 +49,6 @@ _SPARE_PARTS: Final = 16
 
 
 _LONGEST_ID: Final = 1024
-_NOT_BASE64: Final = "?"
 
 
 class Image(NamedTuple):
@@ -57,7 +56,8 @@ class Image(NamedTuple):
 
     id: str
     content: object
-    """A memoryview of a part; or a value of the JSON body, which should be a base64 string."""
+    """A memoryview of a part; or a value of the JSON body, which should be a base64 string (bytes
+    where it is not ASCII)."""
 
 
 class BatchRoute:
@@ -80,7 +80,7 @@ class BatchRoute:
         del body
         template = DetectRequest(b"", model, selection, times.deadline, query.tile, Urgency.BULK)
         run = _Run(service, template, request.scope["path"])
-        if NDJSON in request.headers.get("accept", "").lower():
+        if wants_lines(accept_of(request), NDJSON):
             return StreamingResponse(run.lines(images, size), media_type=NDJSON)
         with service.places.body(size), CancelOnDisconnect(request):
             entries = [entry async for entry in run.results(images)]
@@ -211,4 +211,4 @@ def _json_image(index: int, entry: object) -> Image:
     # Invalid base64 is an error of this image, not of the request. Beyond ASCII a string may take
     # four times its bytes, and is kept until the image has its turn.
     text = entry.get("image")
-    return Image(name, _NOT_BASE64 if isinstance(text, str) and not text.isascii() else text)
+    return Image(name, text.encode() if isinstance(text, str) and not text.isascii() else text)

@@ -17,18 +17,27 @@ from service.engine.detection import Answer, detect
 from service.engine.request import DetectRequest
 from service.engine.service import Service
 from service.engine.work import Servable
-from service.errors import MalformedRequest, shown_list
+from service.errors import MalformedImage, MalformedRequest, shown_list
 from service.http import schemas
 from service.http.bodies import (
+    LINE_BREAKS,
     Body,
+    check_raw,
     decode_base64,
+    lacks_line_breaks,
     parse_body,
     parse_json,
     parse_multipart,
     receive_body,
 )
 from service.http.connections.client import CancelOnDisconnect
-from service.http.parameters import DetectQuery, Format, Selections, wanted_image
+from service.http.parameters import (
+    DetectQuery,
+    Format,
+    Selections,
+    accept_of,
+    wanted_image,
+)
 from service.http.routing import DirectRoute
 
 _MAX_PARTS: Final = 16
@@ -49,20 +58,24 @@ class DetectRoute:
         headers = _first_of_each(request)
         body, times = await receive_body(service, request, headers)
         with service.places.slot(len(body)), CancelOnDisconnect(request):
-            image = await self._image(headers.get("content-type", ""), body)
+            content_type = headers.get("content-type", "")
+            image = await self._image(content_type, body)
+            stripped = lacks_line_breaks(body, content_type)
             # Base64 has been copied out of it.
             del body
-            image_type = wanted_image(headers.get("accept"))
+            image_type = wanted_image(accept_of(request))
             # Written where an image of one canvas is post-processed: on a CPU in the inference
             # thread, which saves the event loop a fifth of an image's time.
             write = partial(_write, query.format, model, times.read)
-            detected = await detect(
-                service,
-                DetectRequest(
-                    image, model, selection, times.deadline, query.tile, draw_as=image_type
-                ),
-                write=None if image_type else write,
+            asked = DetectRequest(
+                image, model, selection, times.deadline, query.tile, draw_as=image_type
             )
+            try:
+                detected = await detect(service, asked, write=None if image_type else write)
+            except MalformedImage as error:
+                if stripped:
+                    raise MalformedImage(LINE_BREAKS) from error
+                raise
             content = write(detected) if detected.written is None else detected.written
         if image_type is None:
             return Response(content, media_type="application/json")
@@ -75,6 +88,7 @@ class DetectRoute:
             return await parse_body(self._service, _file_part, body, content_type)
         if kind == "application/json":
             return await parse_body(self._service, _json_image, body)
+        check_raw(body, content_type)
         return body if isinstance(body, bytes) else memoryview(body)
 
 

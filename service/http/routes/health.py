@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from fastapi import FastAPI, Request, Response
-from prometheus_client.exposition import choose_encoder
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import (
+    CONTENT_TYPE_PLAIN_0_0_4,
+    choose_encoder,
+    generate_latest,
+)
 
 from service.engine.service import Service
+from service.http.parameters import accept_of
 from service.http.responses import state_response
 
 
@@ -42,11 +49,21 @@ class HealthRoutes:
 
     async def metrics(self, request: Request) -> Response:
         """Prometheus metrics."""
-        encoder, content_type = choose_encoder(request.headers.get("accept", ""))
-        content = await asyncio.get_running_loop().run_in_executor(
-            self._metrics_thread, encoder, self._service.metrics.registry
+        scrape = partial(_scrape, self._service.metrics.registry, accept_of(request))
+        content, content_type = await asyncio.get_running_loop().run_in_executor(
+            self._metrics_thread, scrape
         )
         return Response(content, headers={"Content-Type": content_type})
+
+
+def _scrape(registry: CollectorRegistry, accept: str) -> tuple[bytes, str]:
+    """Return the metrics in the format that `Accept` prefers, and its media type."""
+    try:
+        encoder, content_type = choose_encoder(accept)
+        return encoder(registry), content_type
+    except (TypeError, ValueError):
+        # It compares a version that is no number.
+        return generate_latest(registry), CONTENT_TYPE_PLAIN_0_0_4
 
 
 def add_routes(app: FastAPI, service: Service) -> None:

@@ -225,7 +225,9 @@ def test_multipart_rejects_too_many_parts() -> None:
 @pytest.mark.parametrize(
     ("body", "content_type", "message"),
     [
-        (b"--b--", "multipart/form-data", "boundary"),
+        (b"--b--", "multipart/form-data", "without a boundary"),
+        (b"\xff\xd8\xff", "multipart/form-data", "a JPEG image"),
+        (b"\xff\xd8\xff", "multipart/form-data; boundary=b", "a JPEG image"),
         (b"--c\r\n", "multipart/form-data; boundary=b", "malformed"),
         (b"--b\r\nX: y\r\n\r\n1\r\n--b--", "multipart/form-data; boundary=b", "no name"),
         (
@@ -233,7 +235,7 @@ def test_multipart_rejects_too_many_parts() -> None:
             "multipart/form-data; boundary=b",
             "closing boundary",
         ),
-        (b"", "multipart/form-data; boundary=b", "closing boundary"),
+        (b"", "multipart/form-data; boundary=b", r"nothing \(0 bytes\)"),
         (b"--b--", "multipart/form-data; boundary=" + "b" * 1000, "1000 characters, not 1..256"),
         (b"--b--", "multipart/form-data" + ";" * 60_000 + "boundary=b", "more than 16 parameters"),
         (part(";" * 17 + 'name="file"'), "multipart/form-data; boundary=b", "more than 16 param"),
@@ -261,11 +263,35 @@ def test_base64_decodes_more_than_one_step() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["a", "ab=c", "aGk=aGk=", "§§§§", "aG k=!", "data:image/png;base64,aGk="]
+    "text",
+    ["+/+/aGk=", "-_-_aGk=", "+/-_aGk", "data:;base64,+_+/aGk", " DATA:image/png;BASE64,-/-/aGk="],
 )
-def test_base64_rejects_malformed_text(text: str) -> None:
-    with pytest.raises(MalformedRequest, match="base64"):
-        decode_base64(text)
+def test_base64_accepts_both_alphabets_missing_padding_and_data_urls(text: str) -> None:
+    assert decode_base64(text) == b"\xfb\xff\xbfhi"
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("a", "text"),
+        ("ab=c", "base64"),
+        ("aGk=aGk=", "base64"),
+        ("§§§§", "text ('§§§§')"),
+        ("aG k=!", "text"),
+        ("data:image/svg+xml;utf8,<svg/>", "a data URL"),
+        ("data:image/png;base64,***", "a data URL"),
+        ("/home/me/cells.jpg", "the name of a file ('/home/me/cells.jpg')"),
+        ("@cells.jpg", "the name of a file"),
+        ("https://example.org/cells.jpg", "a URL"),
+        ("b'/9j/4AAQ'", "bytes as Python prints them"),
+        ("<svg/>", "an SVG drawing"),
+    ],
+)
+def test_base64_error_names_what_was_found(text: str, found: str) -> None:
+    for body in (text, text.encode()):
+        with pytest.raises(MalformedRequest, match="not valid base64") as raised:
+            decode_base64(body)
+        assert found in str(raised.value)
 
 
 @pytest.mark.parametrize("rubbish", [b"{},", b"0,", b'"",', b"[[[[[[[[]]]]]]]],", b'{"":{}},'])
@@ -277,12 +303,30 @@ def test_json_rejects_many_values_before_parsing(rubbish: bytes) -> None:
 
 
 def test_base64_rejects_values_other_than_strings() -> None:
-    for value in (None, 7, ["aGk="]):
-        with pytest.raises(MalformedRequest, match="missing or no string"):
+    for value, found in ((None, "missing"), (7, "7"), (["aGk="], "a list")):
+        with pytest.raises(MalformedRequest, match=f"the image is {found}; .* base64 string"):
             decode_base64(value)
 
 
-@pytest.mark.parametrize("body", [b"", b"[]", b"{", b"\xff", b"null"])
-def test_json_rejects_malformed_bodies(body: bytes) -> None:
-    with pytest.raises(MalformedRequest, match="JSON"):
+@pytest.mark.parametrize(
+    ("body", "found"),
+    [
+        (b"", "nothing"),
+        (b"[]", "a list"),
+        (b"null", "None"),
+        (b"{", "JSON text"),
+        (b"\xff", "bytes that begin with ff"),
+        (b"\xff\xd8\xff\xe0", "a JPEG image"),
+        (b"image=%2F9j%2F", "form fields"),
+        ('{"image": ""}'.encode("utf-16"), "UTF-16 text"),
+    ],
+)
+def test_json_error_names_what_was_found(body: bytes, found: str) -> None:
+    with pytest.raises(MalformedRequest, match="JSON") as raised:
         parse_json(body)
+    assert found in str(raised.value)
+
+
+def test_json_may_begin_with_a_byte_order_mark() -> None:
+    for body in (b'\xef\xbb\xbf{"image": ""}', bytearray(b'\xef\xbb\xbf {"image": ""}')):
+        assert parse_json(body) == {"image": ""}

@@ -27,12 +27,13 @@ from service.runtime.artifact import (
     read_artifact,
     scan_repository,
     skipped_files,
+    write_checksum,
 )
 from service.runtime.detector import Detector
 from service.runtime.devices import Device, open_detector
 from service.settings import Settings, bundled_models
 from tests import seam_model, tiny_model
-from tests.images import encoded, one_red
+from tests.images import LFS_POINTER, encoded, one_red
 
 Spoil = Callable[[Path], None]
 
@@ -49,6 +50,21 @@ def described(**changes: Any) -> Spoil:
         onnx.save(model, path)
 
     return spoil
+
+
+def holds(content: bytes) -> Spoil:
+    """Other content than a model."""
+
+    def spoil(path: Path) -> None:
+        path.write_bytes(content)
+
+    return spoil
+
+
+def pointer(path: Path) -> None:
+    """What a checkout without `git lfs pull` holds: the checksum is that of the model."""
+    write_checksum(path)
+    path.write_bytes(LFS_POINTER)
 
 
 def answered_by(name: str, *nodes: onnx.NodeProto, element: int | None = None) -> Spoil:
@@ -147,6 +163,9 @@ UNREADABLE: dict[str, tuple[Spoil, str]] = {
         "cannot be written as JSON: Integer exceeds 64-bit range",
     ),
     "names that repeat": (described(classes=["red", "red", "blue"]), r"repeat: \['red'\]"),
+    "a Git LFS pointer": (pointer, "a Git LFS pointer; run `git lfs pull`"),
+    "a page": (holds(b"<!DOCTYPE html><title>404</title>"), "not an ONNX file but an HTML page"),
+    "an image": (holds(encoded(one_red())), "not an ONNX file but a PNG image"),
 }
 
 
