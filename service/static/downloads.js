@@ -24,18 +24,19 @@ export function toJson(images) {
   return JSON.stringify({ results, model: { name, version } }, null, 2);
 }
 
-/** The columns of `retinaserve detect --output csv`. */
+/** The columns of `retinaserve detect --output csv`, behind the mark by which Excel knows UTF-8. */
 export function toCsv(images) {
   const rows = images.flatMap((image) =>
     shown(image).map(({ label, class_id: index, score, box }) => [
       image.name, label, index, score, box.x1, box.y1, box.x2, box.y2,
     ]),
   );
-  return [COLUMNS, ...rows].map((row) => `${row.map(field).join(",")}\n`).join("");
+  return `\ufeff${[COLUMNS, ...rows].map((row) => `${row.map(field).join(",")}\n`).join("")}`;
 }
 
 function field(value) {
-  const text = String(value);
+  // A quote in front of what a spreadsheet would compute, as in service/filenames.py.
+  const text = /^[=+\-@\t\r\n']/.test(value) ? `'${value}` : String(value);
   return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
 }
 

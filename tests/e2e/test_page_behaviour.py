@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
@@ -14,6 +15,7 @@ from PIL import Image
 from selenium import webdriver
 
 from service.engine.drawing import class_colour
+from service.filenames import csv_cell
 from tests.e2e.browser import Page, Temper, copies, count, detect, proxy, until
 
 
@@ -54,7 +56,8 @@ def test_page_saves_results_of_several_images(
     large = tmp_path / 'the "large", one.png'
     with Image.open(squares) as image:
         image.resize((2560, 1920), Image.Resampling.NEAREST).save(large)
-    tiny_page.drop(large, text, squares)
+    (small,) = copies(squares, tmp_path, ["=1+1, 叉车.png"])
+    tiny_page.drop(large, text, small)
     tiny_page.until_through()
     tiny_page.thumbnails()[1].click()
     assert not tiny_page["save-image"].is_enabled()
@@ -67,20 +70,22 @@ def test_page_saves_results_of_several_images(
     expected = {"detections.json", "detections.csv", image}
     until(lambda: {path.name for path in (tmp_path / "saved").iterdir()} == expected)
 
-    answers = {path.name: detect(tiny_url, path, score_threshold=0.6) for path in (large, squares)}
+    answers = {path.name: detect(tiny_url, path, score_threshold=0.6) for path in (large, small)}
     saved = json.loads((tmp_path / "saved" / "detections.json").read_text())
     assert saved["model"] == {"name": "tiny", "version": 1}
     first, refused, last = saved["results"]
-    assert [each["id"] for each in saved["results"]] == [large.name, text.name, squares.name]
+    assert [each["id"] for each in saved["results"]] == [large.name, text.name, small.name]
     assert [each["status"] for each in saved["results"]] == [200, 415, 200]
     assert first["detections"] == answers[large.name]["detections"]
-    assert last["detections"] == answers[squares.name]["detections"]
+    assert last["detections"] == answers[small.name]["detections"]
     assert "JPEG" in refused["error"]["detail"]
 
-    rows = list(csv.reader(io.StringIO((tmp_path / "saved" / "detections.csv").read_text())))
+    table = (tmp_path / "saved" / "detections.csv").read_bytes()
+    assert table.startswith(codecs.BOM_UTF8), "without it, Excel reads another encoding"
+    rows = list(csv.reader(io.StringIO(table.decode("utf-8-sig"))))
     assert rows[0] == ["file", "label", "class_id", "score", "x1", "y1", "x2", "y2"]
     assert [row[:3] + [float(value) for value in row[3:]] for row in rows[1:]] == [
-        [name, each["label"], str(each["class_id"]), each["score"], *each["box"].values()]
+        [csv_cell(name), each["label"], str(each["class_id"]), each["score"], *each["box"].values()]
         for name, answer in answers.items()
         for each in answer["detections"]
     ]
