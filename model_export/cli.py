@@ -12,12 +12,13 @@ from typing import Any
 import click
 
 from model_export.commands.options import Recipe, label_options, licence_option
+from service.commands.options import PathOption
 
 _CONTEXT = {"help_option_names": ["-h", "--help"]}
-_FOLDER = click.Path(file_okay=False, path_type=Path)
+_FOLDER = PathOption(file_okay=False, path_type=Path)
 _DATA = click.Path(exists=True, file_okay=False, path_type=Path)
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-_NEW_FILE = click.Path(dir_okay=False, path_type=Path)
+_NEW_FILE = PathOption(dir_okay=False, path_type=Path)
 _STUDIES = Path(__file__).parent / "study" / "configs"
 
 _data_option = click.option(

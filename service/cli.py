@@ -14,7 +14,7 @@ from typing import Any, Final
 import click
 
 from service.commands.bulk_cli import bulk
-from service.commands.options import devices_option, models_option
+from service.commands.options import PathOption, devices_option, models_option
 from service.errors import (
     ArtifactError,
     DataError,
@@ -201,7 +201,7 @@ def serve(
 )
 @click.option(
     "--save-dir",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=PathOption(file_okay=False, path_type=Path),
     help="Write the images with boxes drawn here; copies of an earlier run are replaced, images "
     "that are detected on never.",
 )
@@ -269,7 +269,7 @@ def keys() -> None:
 
 _keys_file = click.option(
     "--file",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=PathOption(dir_okay=False, path_type=Path),
     metavar="PATH",
     help="The keys file; default: RETINASERVE_API_KEYS_FILE.",
 )

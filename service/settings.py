@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -16,6 +16,8 @@ from service.errors import DataError
 ENV_PREFIX: Final = "RETINASERVE_"
 _KUBERNETES_LINK: Final = re.compile(r"(.+_)?(SERVICE_(HOST|PORT)|PORT_\d+_(TCP|UDP|SCTP)).*")
 """What follows the prefix in variables that describe a Kubernetes service of that name."""
+_LINK_URL: Final = re.compile(r"(tcp|udp|sctp)://.*")
+"""Kubernetes gives <SERVICE>_PORT such a value, which for three settings is their variable."""
 
 RATE_PATTERN: Final = r"^[1-9][0-9]{0,8}/[smh]$"
 _ORIGIN: Final = re.compile(r"\*|https?://[^/?#\s@]+")
@@ -137,12 +139,21 @@ class Settings(BaseSettings):
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_kubernetes_links(cls, values: dict[str, Any]) -> dict[str, Any]:
-        # A Kubernetes service called "retinaserve" puts RETINASERVE_PORT=tcp://10.0.0.1:8000
-        # into every pod of its namespace; it is not meant as a setting.
-        if str(values.get("port", "")).startswith(("tcp://", "udp://")):
-            return {name: value for name, value in values.items() if name != "port"}
-        return values
+    def _drop_what_sets_nothing(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Empty variables, as Compose makes them of `${X:-}`, and links to Kubernetes services."""
+        return {
+            name: value
+            for name, value in values.items()
+            if name == "api_keys_file" or not (_is_empty(value) or _is_link(name, value))
+        }
+
+    @field_validator("api_keys_file", mode="before")
+    @classmethod
+    def _keys_are_not_lost(cls, value: object) -> object:
+        # Unset means open to all, which a variable that was left empty must not lead to.
+        if _is_empty(value):
+            raise ValueError("it is empty; name the file, or unset it to serve without keys")
+        return value
 
     @field_validator("cors_origins", mode="before")
     @classmethod
@@ -164,16 +175,33 @@ class Settings(BaseSettings):
     def _lower_log_level(cls, value: object) -> object:
         return value.lower() if isinstance(value, str) else value
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_quotes(cls, value: object) -> object:
+        # `docker run --env-file` keeps them.
+        if isinstance(value, str) and value[:1] in ("'", '"') and value.endswith(value[0]):
+            raise ValueError("the quotes are part of the value; write it without them")
+        return value
 
-def unknown_variables(environment: Iterable[str]) -> list[str]:
+
+def unknown_variables(environment: Mapping[str, str]) -> list[str]:
     """Variables that look like settings and are none: misspelt, or of another version."""
-    known = {ENV_PREFIX + name.upper() for name in Settings.model_fields}
+    known = Settings.model_fields
     return sorted(
         name
-        for name in environment
-        if name.upper().startswith(ENV_PREFIX)
-        and name.upper() not in known
-        and not _KUBERNETES_LINK.fullmatch(name.upper().removeprefix(ENV_PREFIX))
+        for name, setting in _prefixed(environment).items()
+        if setting not in known
+        and not _KUBERNETES_LINK.fullmatch(setting.upper())
+        and not _is_link(setting, environment[name])
+    )
+
+
+def service_links(environment: Mapping[str, str]) -> list[str]:
+    """Variables of settings that Kubernetes has set to the address of a service."""
+    return sorted(
+        name
+        for name, setting in _prefixed(environment).items()
+        if setting in Settings.model_fields and _is_link(setting, environment[name])
     )
 
 
@@ -183,10 +211,37 @@ def load_settings(**given: object) -> Settings:
     Raises DataError that names the variable, its value and what would be right.
     """
     chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    for name, value in chosen.items():
+        if _is_empty(value):
+            raise DataError(f"{_option(name)} is empty; give a value, or leave it out")
     try:
         return Settings(**chosen)
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0]) if first["loc"] else ""
-        source = f"--{name.replace('_', '-')}" if name in chosen else ENV_PREFIX + name.upper()
-        raise DataError(f"{source}={first['input']}: {first['msg']}") from error
+        source = _option(name) if name in chosen else ENV_PREFIX + name.upper()
+        reason = first["msg"].removeprefix("Value error, ")
+        raise DataError(f"{source}={first['input']}: {reason}") from error
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _prefixed(environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables with the prefix, and what they would be called as settings."""
+    return {
+        name: name.upper().removeprefix(ENV_PREFIX).lower()
+        for name in environment
+        if name.upper().startswith(ENV_PREFIX)
+    }
+
+
+def _is_empty(value: object) -> bool:
+    return isinstance(value, str) and not value.strip()
+
+
+def _is_link(name: str, value: object) -> bool:
+    """Whether a variable comes from a Kubernetes service; their names end in _PORT."""
+    is_port = name == "port" or name.endswith("_port")
+    return is_port and isinstance(value, str) and _LINK_URL.fullmatch(value) is not None

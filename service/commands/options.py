@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
 
+
+class PathOption(click.Path):
+    """A path that is given: `Path("")`, of an empty shell variable, is the current folder."""
+
+    def convert(
+        self,
+        value: str | os.PathLike[str],
+        param: click.Parameter | None,
+        ctx: click.Context | None,
+    ) -> str | bytes | os.PathLike[str]:
+        """Return the path. Fails for an empty one."""
+        if not os.fspath(value):
+            self.fail("it is empty; give a path, or leave it out", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 models_option = click.option(
     "--models",
     "models_dir",
-    type=click.Path(path_type=Path),
+    type=PathOption(path_type=Path),
     metavar="DIR",
     help="Model repository; default: the bundled one.",
 )

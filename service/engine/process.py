@@ -7,7 +7,7 @@ import os
 import warnings
 
 from service.observability.logs import configure_logging
-from service.settings import Settings, unknown_variables
+from service.settings import Settings, service_links, unknown_variables
 from service.system.memory import keep_freed_memory
 
 _log = logging.getLogger("retinaserve")
@@ -23,3 +23,9 @@ def prepare_process(settings: Settings) -> None:
     for name in unknown_variables(os.environ):
         # A misspelt rate limit must not pass for one that is set.
         _log.warning("%s is not a setting of this version and is ignored", name)
+    if links := service_links(os.environ):
+        _log.warning(
+            "%s: the address of a Kubernetes service is no setting and is ignored; "
+            "enableServiceLinks: false in the pod's spec leaves it out",
+            ", ".join(links),
+        )

@@ -64,6 +64,41 @@ def test_start_rejects_invalid_setting(quick_models: Path) -> None:
     assert "--device=tpu" in text
 
 
+def test_start_ignores_what_orchestrators_set(serve: Serve, quick_models: Path) -> None:
+    links = ("port", "grpc_port", "admin_port")
+    process = serve(
+        quick_models,
+        **dict.fromkeys(links, "tcp://10.43.0.17:8000"),
+        service_host="10.43.0.17",
+        port_8000_tcp_proto="tcp",
+        gpu_port="udp://10.43.0.18:8000",
+        admin_host="",
+        rate_limit="",
+        max_queue_size=" ",
+    )
+    (line,) = [each for each in process.log.read_text().splitlines() if "RETINASERVE_" in each]
+    assert all(f"RETINASERVE_{name.upper()}" in line for name in links)
+    assert "enableServiceLinks: false" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "said"),
+    [
+        ((), {"api_keys_file": ""}, "RETINASERVE_API_KEYS_FILE=: it is empty; name the file"),
+        (("--host", ""), {}, "--host is empty"),
+        (("--port", ""), {}, "'--port': '' is not a valid integer"),
+        (("--device", ""), {}, "--device is empty"),
+        (("--models", ""), {}, "'--models': it is empty"),
+    ],
+)
+def test_start_rejects_empty_values(
+    quick_models: Path, arguments: tuple[str, ...], settings: dict[str, str], said: str
+) -> None:
+    code, text = refused("--models", quick_models, "--port", 0, *arguments, **settings)
+    assert code == 2
+    assert said in text.splitlines()[-1]
+
+
 def test_start_survives_a_broken_model(serve: Serve, tmp_path: Path) -> None:
     tiny_model.save(tmp_path / "m")
     tiny_model.save(tmp_path / "m", version=2).write_bytes(b"no model")

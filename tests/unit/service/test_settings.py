@@ -4,13 +4,41 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from service.errors import DataError
-from service.settings import Settings, bundled_models, load_settings, unknown_variables
+from service.settings import (
+    Settings,
+    bundled_models,
+    load_settings,
+    service_links,
+    unknown_variables,
+)
+
+KUBERNETES = {
+    # What a pod gets for the services `retinaserve`, `retinaserve-grpc`, `retinaserve-admin`,
+    # `retinaserve-gpu` and `retinaserve-host` of its namespace.
+    "RETINASERVE_SERVICE_HOST": "10.43.0.17",
+    "RETINASERVE_SERVICE_PORT": "8000",
+    "RETINASERVE_SERVICE_PORT_HTTP": "8000",
+    "RETINASERVE_PORT": "tcp://10.43.0.17:8000",
+    "RETINASERVE_PORT_8000_TCP": "tcp://10.43.0.17:8000",
+    "RETINASERVE_PORT_8000_TCP_PROTO": "tcp",
+    "RETINASERVE_PORT_8000_TCP_PORT": "8000",
+    "RETINASERVE_PORT_8000_TCP_ADDR": "10.43.0.17",
+    "RETINASERVE_GRPC_SERVICE_HOST": "fd00::1",
+    "RETINASERVE_GRPC_PORT": "udp://[fd00::1]:8001",
+    "RETINASERVE_GRPC_PORT_8001_UDP": "udp://[fd00::1]:8001",
+    "RETINASERVE_ADMIN_PORT": "sctp://10.43.0.19:8002",
+    "RETINASERVE_ADMIN_PORT_8002_SCTP_ADDR": "10.43.0.19",
+    "RETINASERVE_GPU_SERVICE_PORT": "8000",
+    "RETINASERVE_GPU_PORT": "tcp://10.43.0.20:8000",
+    "RETINASERVE_HOST_PORT": "tcp://10.43.0.21:8000",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -51,11 +79,19 @@ def test_options_override_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
         ("DRAIN_SECONDS", "soon"),
         ("DRAIN_SECONDS", "inf"),
         ("DRAIN_DELAY_SECONDS", "nan"),
+        # As `docker run --env-file` passes on what is quoted in the file.
+        ("PORT", '"8000"'),
+        ("GRPC_PORT", '""'),
+        ("MODELS_DIR", "'/models'"),
+        ("API_KEYS_FILE", '""'),
+        ("CORS_ORIGINS", '"*"'),
+        # Not from Kubernetes, whose variables of this kind end in _PORT.
+        ("RATE_LIMIT", "tcp://10.43.0.17:8000"),
     ],
 )
 def test_invalid_setting_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(f"RETINASERVE_{name}", value)
-    with pytest.raises(DataError, match=f"RETINASERVE_{name}={value}: "):
+    with pytest.raises(DataError, match=re.escape(f"RETINASERVE_{name}={value}: ")):
         load_settings()
 
 
@@ -64,25 +100,50 @@ def test_invalid_option_is_named_as_typed() -> None:
         load_settings(port=70000)
 
 
-def test_kubernetes_service_link_is_not_a_port(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RETINASERVE_PORT", "tcp://10.43.0.17:8000")
-    monkeypatch.setenv("RETINASERVE_SERVICE_HOST", "10.43.0.17")
-    assert load_settings().port == 8000
+def test_empty_option_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RETINASERVE_HOST", "192.0.2.1")
+    for empty in ("", " "):
+        with pytest.raises(DataError, match=r"^--host is empty; "):
+            load_settings(host=empty)
+
+
+@pytest.mark.parametrize("empty", ["", " ", "\t\n"])
+@pytest.mark.parametrize("name", sorted(Settings.model_fields.keys() - {"api_keys_file"}))
+def test_empty_variable_is_unset(monkeypatch: pytest.MonkeyPatch, name: str, empty: str) -> None:
+    default = load_settings()
+    monkeypatch.setenv(f"RETINASERVE_{name.upper()}", empty)
+    settings = load_settings()
+    assert settings == default
+    assert settings.model_fields_set == set()
+
+
+@pytest.mark.parametrize("empty", ["", " "])
+def test_empty_keys_file_is_refused(monkeypatch: pytest.MonkeyPatch, empty: str) -> None:
+    monkeypatch.setenv("RETINASERVE_API_KEYS_FILE", empty)
+    with pytest.raises(DataError, match=r"^RETINASERVE_API_KEYS_FILE= *: .*unset it"):
+        load_settings()
+
+
+def test_kubernetes_service_links_set_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    default = load_settings()
+    for name, value in KUBERNETES.items():
+        monkeypatch.setenv(name, value)
+    assert load_settings() == default
+    assert unknown_variables(KUBERNETES) == []
+    assert service_links(KUBERNETES) == [
+        f"RETINASERVE_{each}PORT" for each in ("ADMIN_", "GRPC_", "")
+    ]
 
 
 def test_unknown_variables_are_reported() -> None:
-    harmless = [
-        "PATH",
-        "RETINASERVE_PORT",
-        "retinaserve_log_level",
-        "RETINASERVE_SERVICE_HOST",
-        "RETINASERVE_SERVICE_PORT_HTTP",
-        "RETINASERVE_PORT_8000_TCP_ADDR",
-        "RETINASERVE_GPU_SERVICE_PORT",
-    ]
-    assert unknown_variables(harmless) == []
-    wrong = ["RETINASERVE_MAX_BODY_SIZE", "RETINASERVE_RATE_LIMITS"]
-    assert unknown_variables([*harmless, *wrong]) == wrong
+    known = dict.fromkeys(("PATH", "RETINASERVE_PORT", "retinaserve_log_level"), "1")
+    wrong = {
+        "RETINASERVE_HTTP_PORT": "8000",
+        "RETINASERVE_MAX_BODY_SIZE": "1",
+        "RETINASERVE_RATE_LIMITS": "tcp://1",
+    }
+    assert unknown_variables(known) == service_links(known) == service_links(wrong) == []
+    assert unknown_variables({**known, **KUBERNETES, **wrong}) == sorted(wrong)
 
 
 def test_every_setting_is_described() -> None:
