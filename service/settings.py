@@ -131,6 +131,10 @@ class Settings(BaseSettings):
     grpc_port: int | None = Field(default=None, ge=0, le=65535)
     """Port of the gRPC server on HOST; it needs the extra `grpc`. Default: there is none."""
 
+    font_file: Path | None = None
+    """TrueType or OpenType font of class names on drawn images, where a name with characters that
+    the font lacks becomes `class 3`. Default: Pillow's own, which has little beyond ASCII."""
+
     log_format: Literal["text", "json"] = "text"
     """Lines for people, or one JSON object a line."""
 

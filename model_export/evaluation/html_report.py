@@ -175,8 +175,8 @@ def _figures(measured: EvaluationResults) -> dict[str, str]:
     """Return figures by name, each as a data URI; those without anything to draw are left out."""
     drawn: dict[str, Figure] = {}
     if any(points is not None and points.scores.size for points in measured.points.values()):
-        drawn["precision_recall"] = plots.precision_recall(measured)
-        drawn["f1"] = plots.f1_over_threshold(measured)
+        drawn["precision_recall"] = plots.precision_recall(measured, measured.classes)
+        drawn["f1"] = plots.f1_over_threshold(measured, measured.classes)
     if measured.overall_calibration.total:
         drawn["reliability"] = plots.reliability_diagram(measured.overall_calibration)
         if len(measured.classes) > 1:

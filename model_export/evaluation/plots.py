@@ -8,6 +8,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -15,6 +16,8 @@ from model_export.evaluation.coco_metrics import SCORE, Matches
 from model_export.evaluation.error_analysis import Confusion
 from model_export.evaluation.reliability import Reliability
 from model_export.evaluation.results import EvaluationResults
+from service.engine.drawing import LabelFont
+from service.settings import load_settings
 
 _LEGEND = 12
 """Number of classes that fit into a legend."""
@@ -25,16 +28,24 @@ _DARK = 0.5
 
 
 def save_plots(results: EvaluationResults, folder: Path) -> list[Path]:
-    """Write all figures as PNG into `folder`, which is created if needed; return their paths."""
+    """Write all figures as PNG into `folder`, which is created if needed; return their paths.
+
+    Raises DataError where FONT_FILE is no font.
+    """
+    file = load_settings().font_file or Path(mpl.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+    font = LabelFont(file)
+    names = [font.name(results.classes, label) for label in range(len(results.classes))]
+    font_manager.fontManager.addfont(file)
+    family = font_manager.FontProperties(fname=file).get_name()
     folder.mkdir(parents=True, exist_ok=True)
-    classes = tuple(map(_plain, results.classes))
-    return [
-        _save(precision_recall(results), folder / "precision-recall.png"),
-        _save(score_histogram(results.matches, classes), folder / "scores.png"),
-        _save(f1_over_threshold(results), folder / "f1-threshold.png"),
-        _save(reliability_diagram(results.overall_calibration), folder / "reliability.png"),
-        _save(confusion_matrix(results.confusion, classes), folder / "confusion.png"),
-    ]
+    with mpl.rc_context({"font.family": family}):
+        return [
+            _save(precision_recall(results, names), folder / "precision-recall.png"),
+            _save(score_histogram(results.matches, names), folder / "scores.png"),
+            _save(f1_over_threshold(results, names), folder / "f1-threshold.png"),
+            _save(reliability_diagram(results.overall_calibration), folder / "reliability.png"),
+            _save(confusion_matrix(results.confusion, names), folder / "confusion.png"),
+        ]
 
 
 def svg(figure: Figure) -> bytes:
@@ -45,10 +56,10 @@ def svg(figure: Figure) -> bytes:
     return target.getvalue()
 
 
-def precision_recall(results: EvaluationResults) -> Figure:
+def precision_recall(results: EvaluationResults, classes: Sequence[str]) -> Figure:
     """Precision over recall of each class at IoU 0.50, a dot at the file's own threshold."""
     figure, axes = _figure("Precision over recall at IoU 0.50", across="recall", up="precision")
-    for label, (name, points) in enumerate(results.points.items()):
+    for label, (name, points) in enumerate(zip(classes, results.points.values(), strict=True)):
         if points is None or not points.scores.size:
             continue
         (line,) = axes.plot(points.recall, points.precision, label=_plain(name))
@@ -60,11 +71,11 @@ def precision_recall(results: EvaluationResults) -> Figure:
     return figure
 
 
-def f1_over_threshold(results: EvaluationResults) -> Figure:
+def f1_over_threshold(results: EvaluationResults, classes: Sequence[str]) -> Figure:
     """F1 of each class at IoU 0.50 over the score threshold, a dot at the best threshold."""
     title = "F1 over the score threshold at IoU 0.50"
     figure, axes = _figure(title, across="score threshold", up="F1")
-    for name, points in results.points.items():
+    for name, points in zip(classes, results.points.values(), strict=True):
         if points is None or not points.scores.size:
             continue
         best = points.best_threshold()
@@ -91,7 +102,7 @@ def score_histogram(matches: Sequence[Matches], classes: Sequence[str]) -> Figur
         )
         # Most detections at score 0.01 are false positives; a linear axis would hide the rest.
         axes.set_yscale("symlog")
-        axes.set_title(f"{name}, {int(each.objects.sum())} objects", fontsize=10)
+        axes.set_title(f"{_plain(name)}, {int(each.objects.sum())} objects", fontsize=10)
         axes.set(xlabel="score", ylabel="detections")
         # A fixed place: looking for the best one takes matplotlib seconds, and it warns of it.
         axes.legend(fontsize=8, loc="upper right")
@@ -133,8 +144,9 @@ def confusion_matrix(confusion: Confusion, classes: Sequence[str]) -> Figure:
             colour = "white" if shares[row, column] > _DARK else "black"
             axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=8)
     ticks = range(len(classes) + 1)
-    axes.set_xticks(ticks, [*classes, "nothing"], rotation=90)
-    axes.set_yticks(ticks, [*classes, "nothing"])
+    names = [*map(_plain, classes), "nothing"]
+    axes.set_xticks(ticks, names, rotation=90)
+    axes.set_yticks(ticks, names)
     return figure
 
 

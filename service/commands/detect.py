@@ -20,7 +20,7 @@ from service.bulk.files import files_of, read_image
 from service.bulk.walk import walk_folder
 from service.commands.offline import find_model
 from service.engine import postprocessing as results
-from service.engine.drawing import Encoding, draw, encode
+from service.engine.drawing import Encoding, LabelFont, draw, encode
 from service.engine.offline import Found, OfflineRunner
 from service.engine.postprocessing import Selection
 from service.engine.tiling import Tile
@@ -117,7 +117,9 @@ def run(
     settings = load_settings(device=device)
     sources = find_images(paths)
     reader = Reader(settings)
-    saver = None if save_dir is None else Saver(save_dir, sources, reader)
+    saver = None
+    if save_dir is not None:
+        saver = Saver(save_dir, sources, reader, LabelFont(settings.font_file))
     loaded = load_model(settings, model, score_threshold)
     alone = len(paths) == 1 and paths[0].is_file()
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -190,10 +192,13 @@ class Reader:
 class Saver:
     """Writes annotated copies, and none over an image that is read or over another copy."""
 
-    def __init__(self, folder: Path, sources: Sequence[Source], reader: Reader) -> None:
+    def __init__(
+        self, folder: Path, sources: Sequence[Source], reader: Reader, font: LabelFont
+    ) -> None:
         """Raises DataError if a copy would replace a source, or the folder cannot be made."""
         self._folder = folder
         self._reader = reader
+        self._font = font
         paths = [source.path for source in sources]
         refuse_to_replace((folder / source.relative for source in sources), paths)
         self._kept = {identity(path) for path in paths}
@@ -211,7 +216,7 @@ class Saver:
             return f"{written(target)}: not written: it is another image's; name another folder"
         try:
             data = self._reader.read(source.path)
-            image = draw(self._reader.decode(data), found, classes)
+            image = draw(self._reader.decode(data), found, classes, self._font)
             content = encode(image, _ENCODINGS[media_type(data)])
             target.parent.mkdir(parents=True, exist_ok=True)
             with files_of(str(target)).write(str(target)) as file:
@@ -328,7 +333,7 @@ class CocoWriter:
 
 
 class CsvWriter:
-    """A line per detection."""
+    """A line per detection. No byte-order mark: in a pipe it would be part of the first name."""
 
     def __init__(self, stream: TextIO, loaded: LoadedModel) -> None:
         self._stream = stream

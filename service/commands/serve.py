@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from service.engine.drawing import LabelFont
 from service.engine.models.registry import Registry
 from service.engine.models.startup import Models, open_models
 from service.engine.process import prepare_process
@@ -48,11 +49,12 @@ def run(
         listeners = Listeners(
             _listen_for_admins(settings, ports), _listen_for_grpc(settings, ports)
         )
+        # Files as well: once models load, the end of a start that fails waits for them.
         if settings.api_keys_file is None:
             _warn_of_strangers(listener)
         else:
-            # Once models load, the end of a start that fails waits for them.
             read_keys(settings.api_keys_file)
+        LabelFont(settings.font_file)
         models = open_models(settings)
         with _loading(models.registry):
             # To import the web framework takes about as long as to load a model.

@@ -193,7 +193,7 @@ async def _drawn(
 
 def _draw(service: Service, request: DetectRequest, found: Detections) -> bytes:
     with _held(service, request, _DRAWN_BYTES) as opened:
-        image = draw(opened.decode(), found, request.model.metadata.classes)
+        image = draw(opened.decode(), found, request.model.metadata.classes, service.label_font)
         return encode(image, "PNG" if request.draw_as == "image/png" else "JPEG")
 
 

@@ -11,6 +11,7 @@ from typing import ParamSpec, TypeVar
 
 from service.engine.admission import Admission, Places
 from service.engine.batch_queue import Policy
+from service.engine.drawing import LabelFont
 from service.engine.models.collector import RegistryCollector, loaded
 from service.engine.models.startup import Models, open_models
 from service.engine.pipeline import Pipeline
@@ -34,6 +35,7 @@ class Service:
         Raises DeviceError, ArtifactError or DataError.
         """
         self.settings = settings
+        self.label_font = LabelFont(settings.font_file)
         models = open_models(settings) if models is None else models
         self.hardware, self.registry = models.hardware, models.registry
         batch = self.max_batch_size = models.max_batch_size

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import io
+from pathlib import Path
 from typing import Any
 
 import httpx
+import matplotlib as mpl
 import numpy as np
 import pytest
 from PIL import Image
@@ -185,6 +187,15 @@ async def test_accept_image_returns_drawn_boxes(client: httpx.AsyncClient, kind:
     changed = np.abs(np.asarray(drawn).astype(int) - np.asarray(one_red()).astype(int)).sum(axis=2)
     assert changed[30, 32] > 60, "the box's left edge is drawn"
     assert changed[80:, 80:].max() < 30, "far from the box nothing is"
+
+
+async def test_drawn_names_are_in_the_font_file(client: httpx.AsyncClient, start: Start) -> None:
+    serif = Path(mpl.get_data_path(), "fonts", "ttf", "DejaVuSerif.ttf")
+    given = {"content": encoded(one_red()), "headers": {"Accept": "image/png"}}
+    async with start(font_file=serif) as other:
+        answers = [await each.post("/v1/detect", **given) for each in (client, other)]
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert answers[0].content != answers[1].content
 
 
 async def test_accept_without_preference_returns_json(client: httpx.AsyncClient) -> None:

@@ -89,9 +89,11 @@ def test_start_ignores_what_orchestrators_set(serve: Serve, quick_models: Path) 
         (("--port", ""), {}, "'--port': '' is not a valid integer"),
         (("--device", ""), {}, "--device is empty"),
         (("--models", ""), {}, "'--models': it is empty"),
+        ((), {"font_file": __file__}, f"RETINASERVE_FONT_FILE={__file__}: unknown file format"),
+        ((), {"font_file": "/none.ttf"}, "RETINASERVE_FONT_FILE=/none.ttf: No such file"),
     ],
 )
-def test_start_rejects_empty_values(
+def test_start_rejects_empty_values_and_bad_fonts(
     quick_models: Path, arguments: tuple[str, ...], settings: dict[str, str], said: str
 ) -> None:
     code, text = refused("--models", quick_models, "--port", 0, *arguments, **settings)

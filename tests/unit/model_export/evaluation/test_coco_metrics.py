@@ -1,7 +1,9 @@
 import io
 import json
+from operator import ne
 from pathlib import Path
 
+import matplotlib as mpl
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -499,9 +501,28 @@ def test_plots_are_written_whatever_classes_are_called(tmp_path):
             assert len(np.unique(np.asarray(image))) > 20
 
 
+def test_plots_write_numbers_for_names_without_glyphs(tmp_path, monkeypatch):
+    def plots(*names):
+        measured = measurement(*random_case(7), names)
+        paths = save_plots(measured, tmp_path)
+        # The curve of reliability is of all classes and has no names.
+        return [path.read_bytes() for path in paths if path.name != "reliability.png"]
+
+    monkeypatch.delenv("RETINASERVE_FONT_FILE", raising=False)
+    with_glyphs = plots("class 0", "Größe")
+    assert plots("叉车", "Größe") == with_glyphs
+    assert all(map(ne, plots("class 0", "class 1"), with_glyphs))
+    serif = Path(mpl.get_data_path(), "fonts", "ttf", "DejaVuSerif.ttf")
+    monkeypatch.setenv("RETINASERVE_FONT_FILE", str(serif))
+    assert all(map(ne, plots("class 0", "Größe"), with_glyphs))
+    monkeypatch.setenv("RETINASERVE_FONT_FILE", __file__)
+    with pytest.raises(DataError, match=r"FONT_FILE=.*: unknown file format"):
+        plots("a", "b")
+
+
 def test_curves_of_many_classes():
     many = tuple(f"class {i}" for i in range(14))
-    precision_recall(measurement(*random_case(8), many)).savefig(io.BytesIO())
+    precision_recall(measurement(*random_case(8), many), many).savefig(io.BytesIO())
 
 
 def test_plots_of_nothing(tmp_path):

@@ -11,6 +11,7 @@ import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
+import matplotlib as mpl
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
@@ -224,6 +225,31 @@ def test_save_dir_handles_the_longest_name(models: Path, tmp_path: Path) -> None
     path.write_bytes(encoded(one_red()))
     assert run("detect", path, "--save-dir", tmp_path / "drawn").exit_code == 0
     assert (tmp_path / "drawn" / path.name).is_file()
+
+
+def test_save_dir_draws_names_in_the_font_file(
+    models: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = models / "tiny" / "1" / "model.onnx"
+    metadata = read_artifact(model).metadata
+    drawn = {}
+    serif = Path(mpl.get_data_path(), "fonts", "ttf", "DejaVuSerif.ttf")
+    for name, font in (("Größe", ""), ("class 0", ""), ("Größe", serif), ("class 0", serif)):
+        classes = (name, *metadata.classes[1:])
+        write_metadata(model, metadata.model_copy(update={"classes": classes}))
+        monkeypatch.setenv("RETINASERVE_FONT_FILE", str(font))
+        assert run("detect", folder / "a.png", "--save-dir", tmp_path / "drawn").exit_code == 0
+        drawn[name, font] = (tmp_path / "drawn" / "a.png").read_bytes()
+    assert drawn["Größe", ""] == drawn["class 0", ""]
+    assert len(set(drawn.values())) == 3
+    monkeypatch.setenv("RETINASERVE_FONT_FILE", str(folder / "a.png"))
+    result = run("detect", folder / "a.png", "--save-dir", tmp_path / "other")
+    assert result.exit_code == 2
+    assert f"RETINASERVE_FONT_FILE={folder}/a.png: unknown file format" in result.stderr
+    for arguments in (("--save-dir", ""), ("--device", " ")):
+        result = run("detect", folder / "a.png", *arguments)
+        assert result.exit_code == 2
+        assert "is empty" in result.stderr
 
 
 def test_detect_csv_holds_no_formulas(

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
+from pathlib import Path
 
+import matplotlib as mpl
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
-from service.engine.drawing import class_colour, draw, encode
+from service.engine.drawing import LabelFont, class_colour, draw, encode
+from service.errors import DataError
 from service.runtime.detector import Detections
+
+FONTS = Path(mpl.get_data_path(), "fonts", "ttf")
+DEJAVU = FONTS / "DejaVuSans.ttf"
+OWN = LabelFont()
 
 
 def detections(*rows: tuple[float, float, float, float, float, int]) -> Detections:
@@ -22,7 +32,7 @@ def detections(*rows: tuple[float, float, float, float, float, int]) -> Detectio
 
 def test_drawing_outlines_the_box() -> None:
     image = Image.new("RGB", (400, 300), "white")
-    draw(image, detections((100, 120, 200, 220, 0.9, 0)), ["cell"])
+    draw(image, detections((100, 120, 200, 220, 0.9, 0)), ["cell"], OWN)
     pixels = np.asarray(image)
     for x, y in ((100, 170), (200, 170), (150, 220)):
         assert tuple(pixels[y, x]) == class_colour(0)
@@ -32,21 +42,83 @@ def test_drawing_outlines_the_box() -> None:
 
 def test_drawing_puts_the_best_score_on_top() -> None:
     image = Image.new("RGB", (100, 100), "white")
-    draw(image, detections((20, 20, 80, 80, 0.9, 0), (20, 20, 80, 80, 0.5, 1)), ["a", "b"])
+    draw(image, detections((20, 20, 80, 80, 0.9, 0), (20, 20, 80, 80, 0.5, 1)), ["a", "b"], OWN)
     assert image.getpixel((80, 60)) == class_colour(0)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 300), (3000, 20)])
 def test_drawing_handles_any_size_and_edge_boxes(size: tuple[int, int]) -> None:
     image = Image.new("RGB", size)
-    draw(image, detections((0, 0, *size, 1.0, 0), (0, 0, 0.4, 0.4, 0.1, 1)), ["ä", "b" * 50])
+    draw(image, detections((0, 0, *size, 1.0, 0), (0, 0, 0.4, 0.4, 0.1, 1)), ["ä", "b" * 50], OWN)
     assert image.size == size
 
 
 def test_drawing_without_detections_changes_nothing() -> None:
     image = Image.new("RGB", (10, 10), "red")
-    draw(image, detections(), ["a"])
+    draw(image, detections(), ["a"], OWN)
     assert image.getcolors() == [(100, (255, 0, 0))]
+
+
+# By name: whether Pillow's own font has it, and whether DejaVu Sans does.
+NAMES = {
+    "cell": (True, True),
+    "cell, 0.5 µm": (False, True),
+    "Café": (False, True),
+    "Cafe\u0301": (False, True),
+    "Größe": (False, True),
+    "ΔΩ": (False, True),
+    "Кран": (False, True),
+    "叉车": (False, False),
+    "cell 叉": (False, False),
+    "🚗": (False, False),
+    "क्रेन": (False, False),
+    "line\nend": (False, False),
+    "line\rend": (False, False),
+    "line\u2029end": (False, False),
+    "رافعة": (False, features.check("raqm")),
+}
+
+
+@pytest.mark.parametrize(("font", "column"), [(OWN, 0), (LabelFont(DEJAVU), 1)])
+def test_drawing_writes_number_for_name_without_glyphs(font: LabelFont, column: int) -> None:
+    names = list(NAMES)
+    written = [name == font.name(names, i) for i, name in enumerate(names)]
+    # The accent is drawn as part of its letter.
+    expected = [has[column] and "\u0301" not in name for name, has in NAMES.items()]
+    assert written == expected
+    assert font.name(["Cafe\u0301"], 0) == ("class 0", "Café")[column]
+    for label in range(len(names)):
+        with_name, with_number = (Image.new("RGB", (300, 200)) for _ in range(2))
+        draw(with_name, detections((50, 50, 90, 90, 0.87, label)), names, font)
+        numbers = [f"class {i}" for i in range(len(names))]
+        draw(with_number, detections((50, 50, 90, 90, 0.87, label)), numbers, font)
+        same = with_name.tobytes() == with_number.tobytes()
+        assert same != (NAMES[names[label]][column]), names[label]
+
+
+@pytest.mark.skipif(not features.check("raqm"), reason="this Pillow has no Raqm to be without")
+def test_drawing_needs_fribidi_for_right_to_left_names(tmp_path: Path) -> None:
+    (tmp_path / "libfribidi.so.0").touch()
+    script = (
+        "from pathlib import Path; from service.engine.drawing import LabelFont;"
+        f"print(ascii(LabelFont(Path({str(DEJAVU)!r})).name(['رافعة', 'Кран'], 0)))"
+    )
+    for path, name in (("", ascii("رافعة")), (str(tmp_path), "'class 0'")):
+        environment = {**os.environ, "LD_LIBRARY_PATH": path}
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout.strip() == name
+
+
+def test_font_without_latin_is_refused() -> None:
+    name = "STIXSizFiveSymReg.ttf"
+    with pytest.raises(DataError, match=f"FONT_FILE=.*{name}: it lacks the digits or Latin"):
+        LabelFont(FONTS / name)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
