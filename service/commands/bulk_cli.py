@@ -8,13 +8,17 @@ from typing import Any
 
 import click
 
-from service.commands.options import devices_option, models_option
+from service.commands.options import PathOption, devices_option, models_option
+
+_PLACE = PathOption(readable=False)
+"""A path or a URL, not empty."""
 
 
 @click.command()
-@click.argument("inputs", nargs=-1, required=True, metavar="INPUT…")
+@click.argument("inputs", nargs=-1, required=True, type=_PLACE, metavar="INPUT…")
 @click.option(
     "--output",
+    type=_PLACE,
     required=True,
     metavar="DIR",
     help="Folder (or URL) for the Parquet files; a run that is there is resumed.",

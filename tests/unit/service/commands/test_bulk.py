@@ -235,13 +235,15 @@ def test_bulk_locks_its_output(folder: Path, tmp_path: Path) -> None:
         (("images", "--model", "other"), "no model 'other'"),
         (("images", "--concurrency", "2"), "--concurrency needs --engine ray"),
         (("images", "--max-detections", "0"), "is not in the range"),
+        (("",), "it is empty"),
+        (("images", "--output", ""), "it is empty"),
     ],
 )
 def test_bulk_rejects_bad_arguments(
     folder: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], says: str
 ) -> None:
     monkeypatch.chdir(folder.parent)
-    refused = bulk(*arguments, "--output", "out")
+    refused = bulk("--output", "out", *arguments)
     assert refused.exit_code == 2
     assert says in refused.stderr
     assert not list(Path("out").glob("part*"))
