@@ -15,6 +15,7 @@ _READ_AS_TEXT: Final = "an image that was read as text, which destroys it"
 _BINARY: Final = (
     (rb"\xff\xd8\xff", "a JPEG image"),
     (rb"\x89PNG\r\n\x1a\n", "a PNG image"),
+    (rb"\x89PNG[\r\n]*\x1a", "a PNG image whose line breaks were removed or changed on the way"),
     (rb"RIFF.{4}WEBP", "a WebP image"),
     (rb"GIF8", "a GIF image"),
     (rb"BM.{4}\0{4}", "a BMP image"),
@@ -34,6 +35,7 @@ _BINARY: Final = (
     (rb"(\xef\xbf\xbd){3}|\xef\xbf\xbdPNG", _READ_AS_TEXT),
     (rb"\xc3\xbf\xc3\x98\xc3\xbf|\xc2\x89PNG", _READ_AS_TEXT),
     (rb"\xff\xfe|\xfe\xff", "UTF-16 text"),
+    (rb"--\S+\r?\n(?i:content)-", "a multipart form"),
     (re.escape(_LFS_POINTER), "a Git LFS pointer (`git lfs pull` fetches the file)"),
 )
 """How the head begins, as a regular expression; the first that fits."""
@@ -42,7 +44,6 @@ _TEXTS: Final = (
     (r"<(.*<)?svg\b.*", "an SVG drawing"),
     (r"<.*", "XML text"),
     (r"[{\[].*", "JSON text"),
-    (r"--\S+\s+content-disposition:.*", "a multipart form"),
     (r"data:.*", "a data URL"),
     (r"[a-z][a-z0-9+.-]*://\S*", "a URL"),
     (r"b['\"].*", "bytes as Python prints them"),

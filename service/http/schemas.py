@@ -190,13 +190,18 @@ _IMAGE: Final = {
     ],
     "timing_ms": {"decode": 2.1, "queue": 0.4, "inference": 41.0, "total": 44.2},
 }
-_BASE64: Final = {"type": "string", "format": "byte", "description": "base64 of the image"}
+_BASE64: Final = {
+    "type": "string",
+    "format": "byte",
+    "description": "base64 of the image, or a data URL",
+}
 _BINARY: Final = {"type": "string", "format": "binary"}
 _PROBLEM: Final = {
     "type": "urn:retinaserve:problem:unsupported-media-type",
     "title": "Unsupported media type",
     "status": 415,
-    "detail": "not an accepted image type; send JPEG, PNG or WebP (judged by content)",
+    "detail": "not an accepted image type but a GIF image; send JPEG, PNG or WebP (judged by "
+    "content)",
     "instance": "/v1/detect/batch",
     "request_id": "5f1c0e7a9b3d4c55",
 }
@@ -222,8 +227,8 @@ REQUEST_ID: Final = {
 DETECT_ANSWER: Final[dict[int | str, dict[str, Any]]] = {
     200: {
         "model": AnyAnswer,
-        "description": "The objects, shaped as `format` says; or, by Accept, the image "
-        "with boxes drawn.",
+        "description": "The objects, shaped as `format` says; or, where Accept names image "
+        "types and not JSON, the image with boxes drawn.",
         "content": {
             "application/json": {"example": _IMAGE},
             "image/jpeg": {"schema": _BINARY},

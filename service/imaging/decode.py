@@ -8,7 +8,6 @@ decoded and resized moves the detector's accuracy, so nothing else in this proje
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,8 +33,6 @@ ACCEPTED: Final = "JPEG, PNG or WebP"
 SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 """Of files that are taken for images in a folder, in small letters."""
 DEFAULT_MAX_PIXELS: Final = 50_000_000
-_DAMAGED_PNG: Final = re.compile(rb"\x89PNG[\r\n]*\x1a")
-"""The signature of a PNG is made to show that, and was found not to be right."""
 
 _STORED_BYTES: Final = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2}
 """Of a pixel in Pillow's memory; 4 in every other mode, RGB too."""
@@ -261,11 +258,6 @@ def _sniff(
         return "image/png", PngImageFile
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "image/webp", WebPImageFile
-    if _DAMAGED_PNG.match(head):
-        raise MalformedImage(
-            "the PNG's line breaks were removed or changed on the way here; transfer it as binary "
-            "data (with curl: --data-binary, not -d)"
-        )
     raise UnsupportedMedia(
         f"not an accepted image type but {kind_of(data)}; send {ACCEPTED} (judged by content)"
     )

@@ -74,7 +74,7 @@ class DetectRoute:
                 detected = await detect(service, asked, write=None if image_type else write)
             except MalformedImage as error:
                 if stripped:
-                    raise MalformedImage(LINE_BREAKS) from error
+                    raise MalformedImage(f"{error}; or {LINE_BREAKS}") from error
                 raise
             content = write(detected) if detected.written is None else detected.written
         if image_type is None:

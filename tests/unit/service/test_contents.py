@@ -59,6 +59,7 @@ KINDS = [
     (b'{"image": "aGk="}', "JSON text"),
     (b"\xef\xbb\xbf [1]", "JSON text"),
     (b'--b\r\nContent-Disposition: form-data; name="file"\r\n\r\n', "a multipart form"),
+    (b"--b\r\ncontent-type: image/png\r\n\r\n" + PNG, "a multipart form"),
     (b"data:image/png;base64,iVBORw0KGgo=", "a data URL"),
     (b"https://example.org/cells.jpg?size=large", "a URL"),
     (b"file:///home/me/cells.jpg", "a URL"),
