@@ -188,6 +188,11 @@ def serve(
     help="Only detections that score above this; default: the model's own.",
 )
 @click.option(
+    "--max-detections",
+    type=click.IntRange(1, 1000),
+    help="At most this many detections of an image; default: the model's own.",
+)
+@click.option(
     "--tile",
     default="off",
     show_default=True,
@@ -200,6 +205,14 @@ def serve(
     "--output", type=click.Choice(["json", "coco", "csv"]), default="json", show_default=True
 )
 @click.option(
+    "--like",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE.json",
+    help="With --output coco: take the ids of images, by file name, and of categories, by class "
+    "name, from this COCO annotation file, and round nothing; to compare as `evaluate` does, add "
+    "--score-threshold 0.01 --max-detections 300.",
+)
+@click.option(
     "--save-dir",
     type=PathOption(file_okay=False, path_type=Path),
     help="Write the images with boxes drawn here; copies of an earlier run are replaced, images "
@@ -209,9 +222,11 @@ def detect(
     paths: tuple[Path, ...],
     model: str | None,
     score_threshold: float | None,
+    max_detections: int | None,
     tile: str,
     device: str | None,
     output: str,
+    like: Path | None,
     save_dir: Path | None,
 ) -> None:
     """Detect objects in files and folders, without a server.
@@ -223,6 +238,8 @@ def detect(
     from service.commands import detect as command
     from service.engine.tiling import parse_tile
 
+    if like is not None and output != "coco":
+        raise click.UsageError("--like goes with --output coco: it gives COCO results their ids")
     failed = command.run(
         paths,
         model=model,
@@ -231,6 +248,8 @@ def detect(
         output=output,
         save_dir=save_dir,
         tile=parse_tile(tile),
+        max_detections=max_detections,
+        like=like,
     )
     sys.exit(2 if failed else 0)
 

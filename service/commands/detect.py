@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from service.bulk.files import files_of, read_image
 from service.bulk.walk import walk_folder
+from service.commands.coco_ids import CocoIds, read_ids
 from service.commands.offline import find_model
 from service.engine import postprocessing as results
 from service.engine.drawing import Encoding, LabelFont, draw, encode
@@ -25,7 +26,7 @@ from service.engine.offline import Found, OfflineRunner
 from service.engine.postprocessing import Selection
 from service.engine.tiling import Tile
 from service.engine.work import Servable
-from service.errors import DataError, RetinaserveError
+from service.errors import DataError, RetinaserveError, shown_list
 from service.filenames import csv_cell, identity, one_line, refuse_to_replace, written
 from service.http.problems import problem_of
 from service.imaging.decode import SUFFIXES, decode, media_type
@@ -109,10 +110,14 @@ def run(
     output: str,
     save_dir: Path | None,
     tile: Tile = "off",
+    max_detections: int | None = None,
+    like: Path | None = None,
 ) -> int:
     """Detect on everything below `paths`. Return the number of images that failed or are unsaved.
 
-    Raises DataError, ArtifactError, UnknownModel or DeviceError before any image is touched.
+    `like` is a COCO annotation file whose ids COCO results have; an image that is in one of the
+    file and `paths` alone counts as failed. Raises DataError, ArtifactError, UnknownModel or
+    DeviceError before any image is touched.
     """
     settings = load_settings(device=device)
     sources = find_images(paths)
@@ -120,13 +125,17 @@ def run(
     saver = None
     if save_dir is not None:
         saver = Saver(save_dir, sources, reader, LabelFont(settings.font_file))
-    loaded = load_model(settings, model, score_threshold)
+    loaded = load_model(settings, model, score_threshold, max_detections)
+    failed, ids = 0, None
+    if like is not None:
+        ids = read_ids(like, loaded.classes, [source.path for source in sources])
+        sources = [source for source in sources if source.path in ids.images]
+        failed += _report_differences(like, ids)
     alone = len(paths) == 1 and paths[0].is_file()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # JSON is UTF-8, and no other encoding has all names.
         sys.stdout.reconfigure(encoding="utf-8")
-    writer = _writer(output, loaded, alone=alone)
-    failed = 0
+    writer = _writer(output, loaded, ids, alone=alone)
     with ExitStack() as stack:
         runner = stack.enter_context(loaded.runner(settings, tile))
         bar = stack.enter_context(
@@ -141,7 +150,7 @@ def run(
                 problem = saver.save(source, found.detections, loaded.classes)
             if problem is not None:
                 failed += 1
-                tqdm.write(one_line(f"retinaserve: {problem}"), file=sys.stderr)
+                _complain(problem)
             writer.add(index, source, found)
             bar.update()
     # Not after an exception: what is cut short should not look whole.
@@ -229,7 +238,12 @@ class Saver:
         return None
 
 
-def load_model(settings: Settings, model: str | None, score_threshold: float | None) -> LoadedModel:
+def load_model(
+    settings: Settings,
+    model: str | None,
+    score_threshold: float | None,
+    max_detections: int | None,
+) -> LoadedModel:
     """Load a model file, or a model of the repository, on the first device."""
     device = resolve_for(settings).devices[0]
     found = find_model(settings, model)
@@ -239,7 +253,11 @@ def load_model(settings: Settings, model: str | None, score_threshold: float | N
         found.artifact,
         open_detector(found.artifact, device),
         device.kind == "cpu",
-        results.resolve(found.artifact.metadata, score_threshold=score_threshold),
+        results.resolve(
+            found.artifact.metadata,
+            score_threshold=score_threshold,
+            max_detections=max_detections,
+        ),
     )
 
 
@@ -255,11 +273,30 @@ def _unique(relative: Path, taken: set[Path]) -> Path:
     return candidate
 
 
-def _writer(output: str, loaded: LoadedModel, *, alone: bool) -> Writer:
+def _report_differences(like: Path, ids: CocoIds) -> int:
+    """Name the images that are in one of the annotation file and PATH alone; return their count."""
+    if ids.unlisted:
+        names = shown_list([written(each) for each in ids.unlisted])
+        _complain(f"{len(ids.unlisted)} images without an entry in {like} are left out: {names}")
+    if ids.unmatched:
+        _complain(
+            f"{len(ids.unmatched)} images of {like} are not given, and count as without detections "
+            f"where results are compared with it: {shown_list(ids.unmatched)}"
+        )
+    if ids.note:
+        _complain(f"note: {ids.note}")
+    return len(ids.unlisted) + len(ids.unmatched)
+
+
+def _complain(problem: str) -> None:
+    tqdm.write(one_line(f"retinaserve: {problem}"), file=sys.stderr)
+
+
+def _writer(output: str, loaded: LoadedModel, ids: CocoIds | None, *, alone: bool) -> Writer:
     if output == "csv":
         return CsvWriter(sys.stdout, loaded)
     if output == "coco":
-        return CocoWriter(sys.stdout)
+        return CocoWriter(sys.stdout, ids)
     return OneWriter(sys.stdout, loaded) if alone else BatchWriter(sys.stdout, loaded)
 
 
@@ -311,10 +348,14 @@ class BatchWriter:
 
 
 class CocoWriter:
-    """One list of COCO results; `image_id` counts the images, `file_name` says which it was."""
+    """One list of COCO results; `file_name` says which image it was.
 
-    def __init__(self, stream: TextIO) -> None:
+    Without `ids`, `image_id` counts the images, and `category_id` is the model's label.
+    """
+
+    def __init__(self, stream: TextIO, ids: CocoIds | None = None) -> None:
         self._stream = stream
+        self._ids = ids
         self._between = "\n"
         stream.write("[")
 
@@ -322,7 +363,11 @@ class CocoWriter:
         """Write one image's detections."""
         if not isinstance(found, Found):
             return
-        for row in results.coco(found.detections, image_id=index):
+        if self._ids is not None:
+            rows = self._ids.rows(source.path, found.detections)
+        else:
+            rows = results.coco(found.detections, image_id=index)
+        for row in rows:
             row["file_name"] = source.name
             self._stream.write(self._between + orjson.dumps(row).decode())
             self._between = ",\n"

@@ -139,6 +139,39 @@ def test_detect_prints_coco_and_csv(models: Path, folder: Path) -> None:
     assert (table[0]["x1"], table[0]["y2"]) == ("32.0", "48.0")
 
 
+def test_detect_takes_ids_from_an_annotation_file(models: Path, folder: Path) -> None:
+    like = folder / "like.json"
+    images = [{"id": 70, "file_name": "c.png"}, {"id": 50, "file_name": "a.png"}]
+    categories = [{"id": 9 - n, "name": name} for n, name in enumerate(tiny_model.CLASSES)]
+    like.write_text(json.dumps({"images": images, "categories": categories}))
+    result = run("detect", folder, "--output", "coco", "--like", like)
+    assert result.exit_code == 2
+    rows = json.loads(result.stdout)
+    assert [(row["image_id"], row["category_id"]) for row in rows] == [(50, 9), (70, 8)]
+    (line,) = (line for line in result.stderr.splitlines() if line.startswith("retinaserve: "))
+    assert line.endswith(f"1 images without an entry in {like} are left out: '{folder}/b.JPG'")
+    result = run("detect", folder / "a.png", "--output", "coco", "--like", like)
+    assert result.exit_code == 2
+    assert [row["image_id"] for row in json.loads(result.stdout)] == [50]
+    assert f"1 images of {like} are not given" in result.stderr
+    assert "'c.png'" in result.stderr
+    both = (folder / "a.png", folder / "deep")
+    assert run("detect", *both, "--output", "coco", "--like", like).exit_code == 0
+    for output in ("json", "csv"):
+        result = run("detect", *both, "--output", output, "--like", like)
+        assert result.exit_code == 2
+        assert "--like goes with --output coco" in result.stderr
+
+
+def test_detect_applies_max_detections(models: Path, tmp_path: Path) -> None:
+    path = tmp_path / "two.png"
+    path.write_bytes(encoded(squares((0, 0, GREEN), (64, 32, RED))))
+    assert len(json.loads(run("detect", path).stdout)["detections"]) == 2
+    result = run("detect", path, "--max-detections", "1")
+    assert len(json.loads(result.stdout)["detections"]) == 1
+    assert run("detect", path, "--max-detections", "0").exit_code == 2
+
+
 def test_detect_applies_score_threshold(models: Path, folder: Path) -> None:
     result = run("detect", folder / "a.png", "--score-threshold", "1")
     assert json.loads(result.stdout)["detections"] == []
