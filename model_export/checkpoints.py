@@ -6,8 +6,13 @@ Both carry the same description: classes, model config, canvas and where the wei
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import json
+import os
+import re
+import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -21,6 +26,7 @@ from torch import Tensor
 
 from model_export.retinanet.backbones import BACKBONES
 from model_export.retinanet.model import ModelConfig, RetinaNet
+from service.contents import kind_of
 from service.errors import DataError
 from service.imaging.canvas import CanvasRule
 
@@ -30,6 +36,11 @@ _CLASSIFIER = "classification_head.out."
 _DETECTOR_BACKBONE: Final = "backbone.body."
 # Where training loops keep the state dict in what they save.
 _WRAPPERS: Final = ("model", "state_dict", "model_state_dict")
+# What nn.DataParallel, DistributedDataParallel and torch.compile put before the keys.
+_KEY_PREFIX: Final = re.compile(r"^(?:module\.|_orig_mod\.)+")
+_FEW_KEYS: Final = 3
+_ZIP: Final = b"PK\x03\x04"
+_PICKLE: Final = b"\x80"
 
 
 class Description(BaseModel):
@@ -75,7 +86,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         # On bytes of another kind the readers raise nearly anything: pickle alone EOFError,
         # IndexError, AttributeError, UnicodeDecodeError and more.
         raise DataError(
-            f"{path}: not a checkpoint that `retinaserve train` wrote ({_one_line(error)})"
+            f"{path}: not a checkpoint that `retinaserve train` wrote"
+            + (_other_content(path) or f" ({_one_line(error)})")
         ) from error
     return Checkpoint(path=path, description=description, weights=weights)
 
@@ -136,18 +148,21 @@ def load_backbone(network: RetinaNet, path: Path) -> None:
     missing = [k for k in wanted if k not in state and not k.endswith("num_batches_tracked")]
     shapes = {k: getattr(state[k], "shape", None) for k in wanted if k in state}
     wrong = [k for k, shape in shapes.items() if shape != wanted[k].shape]
-    if missing or wrong:
+    if missing:
         raise DataError(
-            f"{path}: not weights of {name}: "
-            + (f"{missing[0]} is missing" if missing else f"{wrong[0]} has another shape")
+            f"{path}: not weights of {name}: without {few_keys(missing)}; its keys are "
+            f"{few_keys(state)}"
         )
+    if wrong:
+        raise DataError(f"{path}: not weights of {name}: of another shape: {few_keys(wrong)}")
     network.backbone.load_state_dict({k: state[k] for k in wanted if k in state}, strict=False)
 
 
 def read_state_dict(path: Path) -> dict[Any, Any]:
     """Read a state dict that `torch.save` wrote, or the one in a training loop's dict.
 
-    Nothing in the file is executed. Raises DataError.
+    The keys are those of the bare network, also where it was wrapped. Nothing in the file is
+    executed. Raises DataError.
     """
     try:
         # torchvision's own training script saves its options beside the weights: plain values.
@@ -157,46 +172,101 @@ def read_state_dict(path: Path) -> dict[Any, Any]:
         raise DataError(f"{path}: no such file") from error
     except Exception as error:
         raise DataError(
-            f"{path}: not a plain state dict of tensors ({type(error).__name__}); "
-            "torch.save(model.state_dict(), PATH) writes one"
+            f"{path}: not a plain state dict of tensors"
+            + (
+                _other_content(path)
+                or f" ({type(error).__name__}); torch.save(model.state_dict(), PATH) writes one"
+            )
         ) from error
     if not isinstance(content, dict):
         raise DataError(f"{path}: a state dict is expected, found {type(content).__name__}")
-    wrapped = [content[key] for key in _WRAPPERS if isinstance(content.get(key), dict)]
-    return dict(wrapped[0]) if wrapped else content
+    for _ in _WRAPPERS:
+        wrapped = [content[key] for key in _WRAPPERS if isinstance(content.get(key), dict)]
+        content = wrapped[0] if wrapped else content
+    return {
+        _KEY_PREFIX.sub("", key) if isinstance(key, str) else key: value
+        for key, value in content.items()
+    }
+
+
+def few_keys(keys: Iterable[Any]) -> str:
+    """Return the first keys of a state dict, and the number of the others.
+
+    >>> few_keys(["a", "b", "c", "d"]), few_keys([])
+    ('a, b, c and 1 more', 'nothing')
+    """
+    listed = [str(key) for key in keys]
+    more = f" and {len(listed) - _FEW_KEYS} more" if len(listed) > _FEW_KEYS else ""
+    return (", ".join(listed[:_FEW_KEYS]) or "nothing") + more
 
 
 def fetch_imagenet(backbone: str, cache: Path) -> Path:
     """Download the published ImageNet weights of a backbone, once, and check their hash.
 
-    Raises DataError when offline, naming the alternative.
+    Raises DataError when offline or where they cannot be stored, naming the alternative.
     """
     url = BACKBONES[backbone].weights_url
     if url is None:
         raise DataError(
             f"{backbone} has no published weights to download; give a file: --weights FILE"
         )
-    path = cache / url.rsplit("/", 1)[1]
+    name = url.rsplit("/", 1)[1]
     # torchvision names its files after the first 8 digits of their sha256.
-    digits = path.stem.rsplit("-", 1)[1]
-    if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=digits, progress=False)
-        except (OSError, HTTPException, RuntimeError) as error:
-            raise DataError(
-                f"cannot download {url} ({error}); fetch it on a machine that can, "
-                "then give it by --weights FILE"
-            ) from error
-    elif not hashlib.sha256(path.read_bytes()).hexdigest().startswith(digits):
-        raise DataError(f"{path}: sha256 is not {digits}…; delete the file and try again")
+    digits = name.rpartition(".")[0].rsplit("-", 1)[1]
+    folder = cache
+    try:
+        folder = cache.expanduser()
+        path = folder / name
+        if path.exists():
+            if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(digits):
+                raise DataError(f"{path}: sha256 is not {digits}…; delete the file and try again")
+            return path
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except (OSError, RuntimeError) as error:
+        # Without HOME and without an entry in passwd no home directory is known.
+        reason = getattr(error, "strerror", None) or str(error).rstrip(".")
+        raise DataError(
+            f"ImageNet weights cannot be stored in {folder}: {reason}; set HOME to a folder that "
+            f"can be written, or fetch {url} and give it by --weights FILE"
+        ) from error
+    try:
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=digits, progress=False)
+    except (OSError, HTTPException, RuntimeError) as error:
+        raise DataError(
+            f"cannot download {url} ({error}); fetch it on a machine that can, "
+            "then give it by --weights FILE"
+        ) from error
     return path
+
+
+def _other_content(path: Path) -> str:
+    """Return ", but" and what a file evidently is in place of weights; "" where that is unclear."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(1024)
+        if head.startswith(_ZIP):
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+            saved = any(name.endswith("/data.pkl") for name in names)
+            return "" if saved else f", but a ZIP archive of {few_keys(names)}"
+    except zipfile.BadZipFile:
+        return ", but a file without its end; fetch or save it again"
+    except OSError:
+        return ""
+    known = head.startswith(_PICKLE) or _begins_as_safetensors(head)
+    return "" if known else f", but {kind_of(head)}"
 
 
 def _is_safetensors(path: Path) -> bool:
     """Return whether a file begins with eight bytes of length and a JSON object."""
     with path.open("rb") as file:
-        return file.read(9)[8:] == b"{"
+        return _begins_as_safetensors(file.read(9))
+
+
+def _begins_as_safetensors(head: bytes) -> bool:
+    return head[8:9] == b"{"
 
 
 def _read_safetensors(path: Path) -> tuple[str, dict[str, Tensor]]:

@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from model_export.checkpoints import Checkpoint, Description
+from model_export.checkpoints import Checkpoint, Description, few_keys
 from model_export.retinanet.anchors import AnchorConfig
 from model_export.retinanet.model import ModelConfig, RetinaNet
 from service.errors import DataError
@@ -67,8 +67,6 @@ _LISTED: Final = 3
 _RENAMED: Final = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
-        # Written by nn.DataParallel and its like.
-        (r"^module\.", ""),
         # An ImageNet classifier is a backbone alone.
         (r"^(conv1|bn1|layer[1-4])\.", r"backbone.\1."),
         (r"^backbone\.body\.", "backbone."),
@@ -114,7 +112,8 @@ def convert(
     present = _parts(renamed)
     if "backbone" not in present:
         raise DataError(
-            f"{path}: no weights of a RetinaNet of torchvision's: no key begins with backbone.body"
+            f"{path}: no weights of a RetinaNet of torchvision's: no key begins with "
+            f"backbone.body; its keys are {few_keys(state)}"
         )
     count = _class_count(renamed, labels, path)
     name = _architecture(renamed, architecture, count, path)
@@ -147,7 +146,7 @@ def rename(state: Mapping[str, Any]) -> dict[str, Tensor]:
     normed = any(re.search(r"_head\.conv\.\d\.1\.", key) for key in state)
     renamed = {}
     for key, value in state.items():
-        if key.startswith(("fc.", "module.fc.")):
+        if key.startswith("fc."):
             continue
         name = key
         for pattern, replacement in _RENAMED:
@@ -164,7 +163,7 @@ def norm_eps(state: Iterable[str]) -> float:
     """
     keys = list(state)
     counted = any(key.endswith(_COUNT) for key in keys)
-    classifier = any(re.match(r"(module\.)?layer1\.", key) for key in keys)
+    classifier = any(key.startswith("layer1.") for key in keys)
     return _NORM_EPS if counted or classifier else FROZEN_NORM_EPS
 
 

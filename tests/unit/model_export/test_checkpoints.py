@@ -5,9 +5,13 @@ from __future__ import annotations
 import hashlib
 import http.server
 import io
+import os
 import pickle
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator, Mapping
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +30,7 @@ from model_export.checkpoints import (
     initialise_from,
     load_backbone,
     load_checkpoint,
+    read_state_dict,
     save_weights,
 )
 from model_export.retinanet.anchors import AnchorConfig
@@ -194,6 +199,42 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path: Path, name: str)
     assert "\n" not in str(caught.value)
 
 
+def zipped(name: str, content: bytes) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr(name, content)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"", ", but nothing (0 bytes)"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n",
+            ", but a Git LFS pointer (`git lfs pull` fetches the file)",
+        ),
+        (b"\n<!DOCTYPE html><html><body>Sign in</body></html>", ", but an HTML page ("),
+        (zipped("weights/best.ckpt", b"..."), ", but a ZIP archive of weights/best.ckpt"),
+        (saved({"state_dict": {}})[:-30], ", but a file without its end; fetch or save it again"),
+        (b'{"message": "Not Found"}', ", but JSON text ("),
+        (b"\x89PNG\r\n\x1a\n", ", but a PNG image"),
+    ],
+)
+@pytest.mark.parametrize("read", [load_checkpoint, read_state_dict])
+@pytest.mark.parametrize("suffix", ["pth", "ckpt", "safetensors"])
+def test_another_kind_of_file_is_named(
+    read: Callable[[Path], object], suffix: str, content: bytes, kind: str, tmp_path: Path
+) -> None:
+    path = tmp_path / f"weights.{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        read(path)
+    assert kind in str(caught.value)
+    assert str(caught.value).startswith(f"{path}: not a ")
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("name", ["gone.ckpt", "gone.safetensors"])
 def test_no_file(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match=f"{name}: no such checkpoint"):
@@ -290,6 +331,24 @@ def test_a_published_state_dict_goes_into_the_backbone(tmp_path: Path) -> None:
     assert_equal(network.backbone.state_dict(), donor)
 
 
+@pytest.mark.parametrize(
+    "prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."]
+)
+@pytest.mark.parametrize("wrappers", [(), ("state_dict",), ("model",), ("model", "state_dict")])
+def test_a_wrapped_network_s_state_dict_goes_into_the_backbone(
+    prefix: str, wrappers: tuple[str, ...], tmp_path: Path
+) -> None:
+    donor = BACKBONES["mobilenet_v2"].build().state_dict()
+    content: dict[str, Any] = {f"{prefix}{key}": value for key, value in donor.items()}
+    for name in wrappers:
+        content = {"epoch": 3, name: content}
+    path = tmp_path / "wrapped.pth"
+    torch.save(content, path)
+    network = RetinaNet(CONFIG, classes=2)
+    load_backbone(network, path)
+    assert_equal(network.backbone.state_dict(), donor)
+
+
 def test_the_published_mobilenet_loads(mobilenet_weights: Path) -> None:
     network = RetinaNet(CONFIG.model_copy(update={"backbone": "mobilenet_v2_tf"}), classes=2)
     load_backbone(network, mobilenet_weights)
@@ -306,14 +365,17 @@ def test_the_published_mobilenet_loads(mobilenet_weights: Path) -> None:
         (b"text", "not a plain state dict of tensors"),
         (bytes(100), "not a plain state dict of tensors"),
         (saved([1]), "a state dict is expected, found list"),
-        (saved({}), r"not weights of mobilenet_v2: features\.0\.0\.weight is missing"),
+        (
+            saved({"x": torch.zeros(1)}),
+            r"not weights of mobilenet_v2: without features\.0\.0\.weight, .*; its keys are x$",
+        ),
         (
             saved(dict.fromkeys(BACKBONES["mobilenet_v2"].build().state_dict(), 3)),
-            r"not weights of mobilenet_v2: features\.0\.0\.weight",
+            r"not weights of mobilenet_v2: of another shape: features\.0\.0\.weight",
         ),
         (
             saved({k: torch.zeros(1) for k in BACKBONES["mobilenet_v2"].build().state_dict()}),
-            r"features\.0\.0\.weight has another shape",
+            r"of another shape: features\.0\.0\.weight, features\.0\.1\.weight, .* more$",
         ),
     ],
 )
@@ -406,6 +468,44 @@ def test_offline_the_error_names_the_alternative(
     publish(monkeypatch, f"{url}/tested-01234567.pth")
     with pytest.raises(DataError, match=r"cannot download .* --weights FILE"):
         fetch_imagenet("tested", tmp_path)
+
+
+_FETCH = (
+    "from pathlib import Path\n"
+    "from model_export.checkpoints import fetch_imagenet\n"
+    "from service.errors import DataError\n"
+    "try:\n"
+    "    fetch_imagenet('resnet18', Path('~/.cache/retinaserve'))\n"
+    "except DataError as error:\n"
+    "    print(error)\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("home", "words"),
+    [
+        (None, "stored in ~/.cache/retinaserve: Could not determine home directory"),
+        ("/proc", "stored in /proc/.cache/retinaserve: No such file or directory"),
+        ("FILE", "/home/.cache/retinaserve: Not a directory"),
+    ],
+)
+def test_weights_that_cannot_be_stored(home: str | None, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "home"
+    file.touch()
+    environment = {key: value for key, value in os.environ.items() if key != "HOME"}
+    if home is not None:
+        environment["HOME"] = str(file) if home == "FILE" else home
+    # Without HOME the user's entry in passwd names the folder; a container's user has none.
+    lost = "import pwd\npwd.getpwuid = {}.__getitem__\n" if home is None else ""
+    done = subprocess.run(
+        [sys.executable, "-c", lost + _FETCH],
+        env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    (line,) = done.stdout.splitlines()
+    assert line.startswith("ImageNet weights cannot be stored in ")
+    assert words in line
+    assert "; set HOME to a folder that can be written, or fetch https://" in line
+    assert line.endswith(".pth and give it by --weights FILE")
 
 
 def test_a_backbone_without_published_weights(tmp_path: Path) -> None:

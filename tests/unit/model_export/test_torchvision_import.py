@@ -116,11 +116,6 @@ def test_keys_of_old_releases() -> None:
     assert all(value is rename(current)[key] for key, value in rename(old).items())
 
 
-def test_keys_of_a_parallel_model() -> None:
-    current = state("v2")
-    assert rename({f"module.{k}": v for k, v in current.items()}).keys() == rename(current).keys()
-
-
 # --- conversion ----------------------------------------------------------------------------------
 
 
@@ -356,6 +351,13 @@ def test_what_training_scripts_save_around_a_state_dict(tmp_path: Path) -> None:
         torch.save({"epoch": 25, "args": options, name: inner, "optimizer": {"state": {}}}, path)
         found = read_state_dict(path)
         assert found.keys() == inner.keys()
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module."])
+def test_a_parallel_or_compiled_model_has_the_same_keys(prefix: str, tmp_path: Path) -> None:
+    path = tmp_path / "wrapped.pth"
+    torch.save({"state_dict": {f"{prefix}{k}": v for k, v in state("v2").items()}}, path)
+    assert read_state_dict(path).keys() == state("v2").keys()
 
 
 class Bomb:
