@@ -70,6 +70,11 @@ def run(
     held_out = calibration_data = None
     if data is not None:
         held_out = load(data, split, data_config(labels), classes=classes)
+        if target is Precision.INT8 and not any(len(each.labels) for each in held_out.samples):
+            raise DataError(
+                f"--precision int8: no object is labelled in the split {split!r} of {data}, so "
+                "what it costs cannot be measured; name a split with objects"
+            )
     if calibrate_on is not None:
         calibration_data = load(calibrate_on, calibrate_split, data_config(labels), classes=classes)
     images = _images(held_out)

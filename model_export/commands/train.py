@@ -103,8 +103,9 @@ def run(
             device=device,
             provenance=origin,
         )
+    result = "best.ckpt is of the last epoch" if best is None else f"best AP {best:.4f}"
     _say(
-        f"best AP {best:.4f}; next:\n  retinaserve export {output / BEST} --data {data} "
+        f"{result}; next:\n  retinaserve export {output / BEST} --data {data} "
         f"{as_options(config.data)}--output models/{output.name}/1/{MODEL_FILE}"
     )
 
@@ -236,13 +237,18 @@ def _backbone_weights(weights: str | None, config: TrainConfig) -> Path | None:
     if weights is None:
         return None
     if weights == IMAGENET:
-        return fetch_imagenet(config.model.backbone, _CACHE.expanduser())
+        return fetch_imagenet(config.model.backbone, _CACHE)
     return Path(weights)
 
 
 def _report(config: TrainConfig, training: Dataset, validation: Dataset) -> None:
     for dataset in (training, validation):
         _say(f"{summarise(dataset, config.canvas, config.model.anchors)}\n")
+    if not any(len(sample.boxes) for sample in validation.samples):
+        _say(
+            "note: the val split holds no object, so there is no AP and best.ckpt follows the last "
+            "epoch; label objects in val images to measure the run\n"
+        )
 
 
 class _BesideBars(logging.Handler):

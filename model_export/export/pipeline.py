@@ -153,12 +153,14 @@ def _describe_measured(
     metadata = read_artifact(model).metadata
     if choose_thresholds:
         metadata = _with_thresholds(metadata, held_out, found)
-    metrics = Metrics(
-        dataset=held_out.root.resolve().name,
-        split=held_out.split,
-        ap=round(evaluation.ap or 0.0, 4),
-        ap50=round(evaluation.ap50 or 0.0, 4),
-    )
+    metrics = None
+    if evaluation.ap is not None and evaluation.ap50 is not None:
+        metrics = Metrics(
+            dataset=held_out.root.resolve().name,
+            split=held_out.split,
+            ap=round(evaluation.ap, 4),
+            ap50=round(evaluation.ap50, 4),
+        )
     write_metadata(model, metadata.model_copy(update={"metrics": metrics}))
 
 

@@ -69,8 +69,9 @@ class EpochRecorder(lightning.Callback):
             )
         if trainer.is_global_zero:
             self._record(module, epoch, evaluation)
-        ap = broadcast((evaluation.ap or 0.0) if evaluation else None) if due else None
-        best = ap is not None and ap > module.best_ap
+        ap = broadcast(evaluation.ap if evaluation else None) if due else None
+        # Where val holds no object there is no AP, and the best epoch known is the last one.
+        best = due and (module.best_ap < 0 if ap is None else ap > module.best_ap)
         if ap is not None and best:
             module.best_ap = ap
         # A run that is killed in between goes on from the older `last` and finds the best again.
@@ -93,13 +94,10 @@ class EpochRecorder(lightning.Callback):
         write_row(path, row)
         training_curves(path, self._output)
         if evaluation is not None:
-            _log.info(
-                "epoch %d, %.1f min: AP %.4f, AP50 %.4f",
-                epoch,
-                module.minutes(),
-                evaluation.ap or 0.0,
-                evaluation.ap50 or 0.0,
-            )
+            figures = (("AP", evaluation.ap), ("AP50", evaluation.ap50))
+            known = [f"{name} {value:.4f}" for name, value in figures if value is not None]
+            measured = ", ".join(known) or "no AP"
+            _log.info("epoch %d, %.1f min: %s", epoch, module.minutes(), measured)
 
 
 class ResumeSamplerEpoch(lightning.Callback):

@@ -75,9 +75,10 @@ def train(
     resume: bool = False,
     device: str = "auto",
     provenance: dict[str, Any] | None = None,
-) -> float:
+) -> float | None:
     """Train and write last.ckpt, best.ckpt, metrics.csv and plots into `output`; the best AP.
 
+    Where `validation` holds no object there is no AP, and best.ckpt is of the last epoch.
     `weights` is a backbone's ImageNet file, `init` a checkpoint of ours to fine-tune. With
     `resume` the run goes on from `output`/last.ckpt, exactly where its last epoch ended.
 
@@ -129,7 +130,7 @@ def train(
     )
     with _expected_warnings(), lost_processes_named():
         trainer.fit(module, loader, ckpt_path=last if resume else None, weights_only=True)
-    return module.best_ap
+    return None if module.best_ap < 0 else module.best_ap
 
 
 def _together(place: World, accelerator: str) -> dict[str, Any]:

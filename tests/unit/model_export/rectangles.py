@@ -80,10 +80,11 @@ def write_model(path: Path, classes: Sequence[str] = CLASSES) -> Path:
     return path
 
 
-def draw_data(root: Path, names: Sequence[str] = CLASSES) -> Path:
+def draw_data(root: Path, names: Sequence[str] = CLASSES, *, val_objects: bool = True) -> Path:
     """Images, upright and lying, of a red or green rectangle, as VOC: 6 train and 10 val.
 
-    The last of each split has none. `names` is what red and green are called.
+    The last of each split has none. `names` is what red and green are called. Without
+    `val_objects` the rectangles of val are not labelled.
     """
     for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (root / folder).mkdir(parents=True)
@@ -99,6 +100,7 @@ def draw_data(root: Path, names: Sequence[str] = CLASSES) -> Path:
         thing = ""
         if index not in (9, 15):
             pixels[y1:y2, x1:x2, index % 2] = 255
+        if index not in (9, 15) and (val_objects or index >= 10):
             thing = (
                 f"<object><name>{names[index % 2]}</name><bndbox><xmin>{x1}</xmin>"
                 f"<ymin>{y1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox></object>"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner, Result
 
@@ -228,6 +229,39 @@ def test_train_notes_where_the_model_comes_from(trained):
     assert noted["data"] == {"name": "rectangles", "pictures": 6}
     assert noted["config"]["seed"] == 3
     assert noted["weights"] is None
+
+
+@pytest.fixture(scope="module")
+def unlabelled_val(tmp_path_factory) -> Path:
+    """Data whose val split holds no object."""
+    return rectangles.draw_data(tmp_path_factory.mktemp("data") / "unlabelled", val_objects=False)
+
+
+def test_train_without_objects_in_val_keeps_the_last_epoch(unlabelled_val, tmp_path, caplog):
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY | {"epochs": 2}))
+    result = call(
+        "train",
+        *("--data", unlabelled_val, "--output", tmp_path / "run", "--device", "cpu"),
+        *("--config", tmp_path / "tiny.yaml"),
+    )
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("the val split holds no object, so there is no AP") == 1
+    assert "\nbest.ckpt is of the last epoch; next:\n" in result.stdout
+    assert " AP 0" not in result.output + caplog.text
+    with (tmp_path / "run" / "metrics.csv").open(newline="") as file:
+        assert [(row["ap"], row["ap50"]) for row in csv.DictReader(file)] == [("", ""), ("", "")]
+    for name in ("best.ckpt", "last.ckpt"):
+        saved = torch.load(tmp_path / "run" / name, weights_only=True)
+        assert saved["epoch"] == 1, "counted from 0"
+    assert saved["progress"]["best_ap"] < 0, "resumed on labelled val images, the first AP is best"
+
+
+def test_int8_without_objects_is_refused(unlabelled_val, trained, tmp_path):
+    result = call(
+        *("export", trained[0] / "best.ckpt", "--output", tmp_path / "m.onnx"),
+        *("--data", unlabelled_val, "--precision", "int8"),
+    )
+    check_refused(result, "no object is labelled in the split 'val'", "name a split with objects")
 
 
 def test_train_does_not_overwrite_a_run(data, trained):

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from model_export.checkpoints import Checkpoint
-from model_export.data.datasets import Dataset, Sample
+from model_export.data.datasets import Dataset, Sample, load
 from model_export.evaluation.calibration import logits
-from model_export.evaluation.inference import detect
+from model_export.evaluation.inference import detect, evaluate_file
 from model_export.export import pipeline as pipeline
 from model_export.export.comparison import Row
 from model_export.export.pipeline import PrecisionOptions, export_model
@@ -24,6 +24,7 @@ from service.imaging.samples import draw_smear
 from service.runtime import devices
 from service.runtime.artifact import Metadata, read_artifact
 from service.runtime.detector import Detections, Detector
+from tests.unit.model_export import rectangles
 from tests.unit.model_export.random_model import CLASSES, RandomModel
 
 
@@ -106,6 +107,17 @@ def test_a_calibrated_release(exported: RandomModel, data: Dataset, tmp_path: Pa
 
 
 @pytest.mark.usefixtures("verified_already")
+def test_a_file_measured_without_objects_names_no_metrics(tmp_path: Path) -> None:
+    model = rectangles.write_model(tmp_path / "model.onnx")
+    root = rectangles.draw_data(tmp_path / "data", val_objects=False)
+    dataset = load(root, "val", classes=rectangles.CLASSES)
+    measured = evaluate_file(model, dataset, device="cpu")
+    pipeline._describe_measured(model, dataset, *measured, choose_thresholds=True)
+    metadata = read_artifact(model).metadata
+    assert metadata.metrics is None
+    assert metadata.thresholds.per_class == {}
+
+
 def test_a_smaller_release_measured_beside_the_float32_one(
     exported: RandomModel, data: Dataset, tmp_path: Path
 ) -> None:
