@@ -13,7 +13,9 @@ from model_export.commands.export import parse_canvas
 from model_export.commands.labelled_data import data_config
 from model_export.config import DataConfig, TrainConfig, load_config
 from model_export.data import datasets
+from model_export.data.account import FileCount, account
 from model_export.data.datasets import Dataset
+from model_export.data.folder import LabelledFolder
 from model_export.data.problems import BadData, Problem, describe_all
 from model_export.data.report import DataReport, summarise
 from model_export.training.recommendation import Recommendation, recommend
@@ -40,17 +42,21 @@ def run(
     if canvas is not None:
         overrides["canvas"] = parse_canvas(canvas).model_dump(mode="json")
     config = load_config(config_file, overrides)
-    found = _read_all(root, splits or _splits_of(root, config.data), config.data)
+    folder = LabelledFolder(root)
+    found = _read_all(folder, splits or _splits_of(folder, config.data), config.data)
     reports = [summarise(each, config.canvas, config.model.anchors) for each in found.datasets]
     for report in reports:
         click.echo(f"{report}\n")
         for line in _unreached(report):
             click.echo(line)
+    counts = account(folder, found.datasets, format=config.data.format) if found.is_sound else ()
+    for count in counts:
+        click.echo(str(count))
     advice = _advice(found.datasets, config)
     if advice is not None:
         click.echo(str(advice))
     if json_file is not None:
-        _write(json_file, _answer(root, reports, found.fatal, advice))
+        _write(json_file, _answer(root, reports, found.fatal, counts, advice))
     _refuse(root, found)
 
 
@@ -63,14 +69,19 @@ class _Found:
         self.errors: list[str] = []
         """Other errors that stopped a split: the first line is the reason."""
 
+    @property
+    def is_sound(self) -> bool:
+        """Whether every split could be read."""
+        return not (self.fatal or self.errors)
 
-def _read_all(root: Path, splits: Sequence[str], choice: DataConfig) -> _Found:
+
+def _read_all(folder: LabelledFolder, splits: Sequence[str], choice: DataConfig) -> _Found:
     found = _Found()
     classes: tuple[str, ...] | None = None
     for split in splits:
         try:
             dataset = datasets.load(
-                root,
+                folder,
                 split,
                 format=choice.format,
                 classes=classes,
@@ -101,8 +112,8 @@ def _refuse(root: Path, found: _Found) -> None:
         raise DataError(reason)
 
 
-def _splits_of(root: Path, choice: DataConfig) -> list[str]:
-    there = datasets.split_names(root, format=choice.format)
+def _splits_of(folder: LabelledFolder, choice: DataConfig) -> list[str]:
+    there = datasets.split_names(folder, format=choice.format)
     return [split for split in _USUAL if split in there] or list(there)
 
 
@@ -137,10 +148,12 @@ def _answer(
     root: Path,
     reports: Sequence[DataReport],
     fatal: Sequence[Problem],
+    counts: Sequence[FileCount],
     advice: Recommendation | None,
 ) -> dict[str, Any]:
     return {
         "data": root.resolve().name,
+        "files": {count.what: count.to_dict() for count in counts},
         "splits": {report.split: report.to_dict() for report in reports},
         "stops_training": [problem.to_dict() for problem in fatal],
         "recommended": None if advice is None else advice.to_dict(),

@@ -25,6 +25,8 @@ class LabelledObject:
     box_line: int | None = None
     crowd: bool = False
     """Whether it is a region of many objects (COCO's iscrowd)."""
+    rotation: float = 0.0
+    """Degrees by which the box is turned about its centre, clockwise."""
     tag: str = ""
     """Prefix of problems that finds the entry, such as "annotation 17: "."""
 

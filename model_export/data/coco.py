@@ -6,14 +6,15 @@ import json
 import math
 import mmap
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from model_export.data.annotations import Edges, LabelledImage, LabelledObject, SplitAnnotations
+from model_export.data.folder import ImageFinder, LabelledFolder, NotText, decoded, path_parts
 from model_export.data.problems import Kind, Problem
-from model_export.data.splits import files, leaks, split_by_hash, split_called
+from model_export.data.splits import leaks, split_by_hash, split_called
 from service.errors import DataError
 
 TABLES: Final = ("images", "annotations", "categories")
@@ -33,9 +34,9 @@ class CocoImage:
     objects: list[LabelledObject]
 
     @property
-    def relative(self) -> PurePosixPath:
-        """The file name as a path, also where Windows wrote it."""
-        return PurePosixPath(self.file_name.replace("\\", "/"))
+    def stem(self) -> str:
+        """The file name without folders and suffix, also where Windows wrote it."""
+        return PurePosixPath("/".join(path_parts(self.file_name))).stem
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +55,11 @@ class CocoFile:
 def read_coco(path: Path) -> CocoFile:
     """Read a file. Everything wrong with it is returned as problems."""
     try:
-        tables = json.loads(path.read_bytes().decode("utf-8-sig"))
+        tables = json.loads(decoded(path.read_bytes()))
     except OSError as error:
         return _unusable(path, None, f"cannot be read ({error.strerror})")
-    except UnicodeDecodeError:
-        return _unusable(path, None, f"not COCO's JSON: not UTF-8 text{_REMEDY}")
+    except NotText as error:
+        return _unusable(path, None, f"not COCO's JSON: {error}{_REMEDY}")
     except json.JSONDecodeError as error:
         what = f"not COCO's JSON: {error.msg}, column {error.colno}{_REMEDY}"
         return _unusable(path, error.lineno, what)
@@ -90,8 +91,8 @@ class _Reader:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._categories: dict[int | str, str] = {}
-        self._images: dict[int | str, CocoImage] = {}
+        self._categories: dict[str, str] = {}
+        self._images: dict[str, CocoImage] = {}
         self._by_file_name: dict[str, CocoImage] = {}
         self._crowds: list[str] = []
         self._problems: list[Problem] = []
@@ -129,7 +130,7 @@ class _Reader:
         key = _id(entry, "id")
         name = _name(entry, "name", "write the class there")
         if key in self._categories:
-            raise _Wrong(f"the id {key!r} is that of {self._categories[key]!r} too; number it anew")
+            raise _Wrong(f"the id {key} is that of {self._categories[key]!r} too; number it anew")
         self._categories[key] = name.strip()
 
     def _image(self, entry: Any, tag: str) -> None:
@@ -137,7 +138,7 @@ class _Reader:
         name = _name(entry, "file_name", "write the image's there")
         if key in self._images:
             raise _Wrong(
-                f"the id {key!r} is that of {self._images[key].file_name!r} too; number the images "
+                f"the id {key} is that of {self._images[key].file_name!r} too; number the images "
                 "anew, and their annotations with them"
             )
         if name in self._by_file_name:
@@ -152,23 +153,26 @@ class _Reader:
         image = _id(entry, "image_id")
         category = _id(entry, "category_id")
         if image not in self._images:
-            raise _Wrong(f"its image_id {image!r} is not in 'images'; add it there, or take it out")
+            raise _Wrong(f"its image_id {image} is not in 'images'; add it there, or take it out")
         if category not in self._categories:
-            known = ", ".join(f"{key!r} {name}" for key, name in [*self._categories.items()][:12])
+            known = ", ".join(f"{key} {name}" for key, name in [*self._categories.items()][:12])
             raise _Wrong(
-                f"its category_id {category!r} is not in 'categories' ({known or 'none'}); add it "
+                f"its category_id {category} is not in 'categories' ({known or 'none'}); add it "
                 "there, or correct it"
             )
-        crowd = entry.get("iscrowd", 0)
-        if crowd not in (0, 1):
+        crowd = entry.get("iscrowd")
+        if crowd not in (None, 0, 1, "0", "1"):
             raise _Wrong(f"its 'iscrowd' is {_short(crowd)}; it must be 0 or 1")
+        crowd = crowd in (1, "1")
         box = _box(entry)
         name = self._categories[category]
         if crowd:
             self._crowds.append(tag)
         else:
             self._names[name] += 1
-        self._images[image].objects.append(LabelledObject(name, box, crowd=bool(crowd), tag=tag))
+        self._images[image].objects.append(
+            LabelledObject(name, box, crowd=crowd, rotation=_rotation(entry), tag=tag)
+        )
 
 
 def _tag(word: str, number: int, value: Any) -> str:
@@ -177,10 +181,21 @@ def _tag(word: str, number: int, value: Any) -> str:
     return f"{word} {number}: " if key is None else f"{word} {number} (id {_short(key)}): "
 
 
-def _id(value: Any, field: str) -> int | str:
-    found = _field(value, field, (int, str), "a whole number or text")
-    assert isinstance(found, int | str), "checked just now"
-    return found
+def _id(value: Any, field: str) -> str:
+    """Return an id as text: some tools write 7 in one table and "7" or 7.0 in the other."""
+    found = _field(value, field, (int, float, str), "a whole number or text")
+    if isinstance(found, float) and found.is_integer():
+        return str(int(found))
+    if isinstance(found, float):
+        raise _Wrong(f"its {field!r} is {_short(found)}; it must be a whole number or text")
+    return str(found).strip()
+
+
+def _rotation(value: Mapping[str, Any]) -> float:
+    """Return the degrees in CVAT's attribute; 0 without it."""
+    attributes = value.get("attributes")
+    rotation = attributes.get("rotation") if isinstance(attributes, dict) else None
+    return float(rotation) if rotation is not None and _is_finite(rotation) else 0.0
 
 
 def _name(value: Any, field: str, remedy: str) -> str:
@@ -255,7 +270,7 @@ _OTHER_TASKS: Final = ("captions_", "person_keypoints_", "stuff_", "panoptic_", 
 class _Layout:
     """The annotation files of a folder."""
 
-    root: Path
+    folder: LabelledFolder
     by_split: Mapping[str, Path]
     whole: Path | None
     """One file for all splits; `by_split` is then empty."""
@@ -265,34 +280,41 @@ class _Layout:
         return tuple(self.by_split) or ("train", "val")
 
 
-def evidence(root: Path) -> str | None:
+def evidence(folder: LabelledFolder) -> str | None:
     """Return the files that indicate this format, or None."""
-    found = [path.relative_to(root).as_posix() for path in _candidates(root)]
+    found = [path.relative_to(folder.root).as_posix() for path in _candidates(folder)]
     if not found:
         return None
     return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
 
 
-def split_names(root: Path) -> tuple[str, ...]:
+def label_files(folder: LabelledFolder, paths: Iterable[Path]) -> list[Path]:
+    """Return the annotation files, those of other tasks, too."""
+    return [path for path in paths if path.suffix.lower() == ".json" and _is_coco(path)]
+
+
+def split_names(folder: LabelledFolder) -> tuple[str, ...]:
     """Return the names of the splits. Raises DataError."""
-    return _lay_out(root).splits
+    return _lay_out(folder).splits
 
 
-def read(root: Path, split: str, *, naming: bool) -> SplitAnnotations:
+def read(folder: LabelledFolder, split: str, *, naming: bool) -> SplitAnnotations:
     """Read one split; `naming`: also count the classes. Raises DataError.
 
     Where one file holds everything, the images are split by a hash of their file names' stems.
     """
-    layout = _lay_out(root)
+    layout = _lay_out(folder)
     if layout.whole is not None:
-        content = counted = read_coco(layout.whole)
-        images, problems = _hashed(root, content, split)
+        content = counted = folder.once(read_coco, layout.whole)
+        images, problems = _hashed(folder, content, split)
     else:
-        content = read_coco(_file_of(layout, split))
+        content = folder.once(read_coco, _file_of(layout, split))
         train = _train(layout, content)
-        images, problems = _listed(root, content, train)
+        images, problems = _listed(folder, content, train)
         if naming and train is None:
-            raise DataError(f"{root}: no annotations of the train split, which name the classes")
+            raise DataError(
+                f"{folder.root}: no annotations of the train split, which name the classes"
+            )
         counted = train or content
     problems = [*content.problems, *problems]
     if not naming:
@@ -302,24 +324,29 @@ def read(root: Path, split: str, *, naming: bool) -> SplitAnnotations:
     return SplitAnnotations(tuple(images), counted.names, (*problems, *_unused(counted)))
 
 
-def _hashed(root: Path, content: CocoFile, split: str) -> tuple[list[LabelledImage], list[Problem]]:
+def _hashed(
+    folder: LabelledFolder, content: CocoFile, split: str
+) -> tuple[list[LabelledImage], list[Problem]]:
     """Return the images of a split by hash."""
     if not content.images:
         return [], _no_images(content)
-    stems = (each.relative.stem for each in content.images)
-    return _find_images(root, content, split_by_hash(root, stems, split, unsplit=_UNSPLIT))
+    stems = (each.stem for each in content.images)
+    members = split_by_hash(folder.root, stems, split, unsplit=_UNSPLIT)
+    images, problems = _find_images(folder, content)
+    return [each for stem, each in images if stem in members], problems
 
 
 def _listed(
-    root: Path, content: CocoFile, train: CocoFile | None
+    folder: LabelledFolder, content: CocoFile, train: CocoFile | None
 ) -> tuple[list[LabelledImage], list[Problem]]:
     """Return all images of a file, and a problem for each that is in train, too."""
-    images, problems = _find_images(root, content, None)
+    found, problems = _find_images(folder, content)
+    images = [each for _, each in found]
     problems += _no_images(content)
     if train is not None and train is not content:
-        others, _ = _find_images(root, train, None)
+        others, _ = _find_images(folder, train)
         places = {each.image: (each.annotation, None) for each in images}
-        problems += leaks(places, [each.image for each in others])
+        problems += leaks(places, [each.image for _, each in others])
     return images, problems
 
 
@@ -327,7 +354,7 @@ def _train(layout: _Layout, content: CocoFile) -> CocoFile | None:
     path = layout.by_split.get("train")
     if path is None:
         return None
-    return content if path == content.path else read_coco(path)
+    return content if path == content.path else layout.folder.once(read_coco, path)
 
 
 def _no_images(content: CocoFile) -> list[Problem]:
@@ -347,7 +374,7 @@ def _file_of(layout: _Layout, split: str) -> Path:
     path = layout.by_split.get(split_called(split) or split)
     if path is None:
         raise DataError(
-            f"{layout.root}: no annotations of the split {split!r}; there are "
+            f"{layout.folder.root}: no annotations of the split {split!r}; there are "
             f"{', '.join(layout.by_split)}; add them, or put everything into one file, of which a "
             "fifth is then held out"
         )
@@ -357,15 +384,15 @@ def _file_of(layout: _Layout, split: str) -> Path:
 # --- layouts -------------------------------------------------------------------------------------
 
 
-def _lay_out(root: Path) -> _Layout:
-    candidates = _candidates(root)
+def _lay_out(folder: LabelledFolder) -> _Layout:
+    root, candidates = folder.root, _candidates(folder)
     if not candidates:
         raise DataError(f"{root}: no annotations here; expected {LOOKED_FOR}")
     by_split: dict[str, Path] = {}
     rest: list[Path] = []
     for path in candidates:
-        folder = "" if path.parent in (root, root / "annotations") else path.parent.name
-        split = split_called(path.stem) or split_called(folder)
+        around = "" if path.parent in (root, root / "annotations") else path.parent.name
+        split = split_called(path.stem) or split_called(around)
         if split is None:
             rest.append(path)
         elif split in by_split:
@@ -376,33 +403,31 @@ def _lay_out(root: Path) -> _Layout:
         else:
             by_split[split] = path
     if by_split:
-        return _Layout(root, dict(sorted(by_split.items())), None)
+        return _Layout(folder, dict(sorted(by_split.items())), None)
     if len(rest) > 1:
         listed = ", ".join(str(path.relative_to(root)) for path in rest[:8])
         raise DataError(
             f"{root}: several annotation files, none named after a split: {listed}; name them "
             "train.json and val.json, or leave one"
         )
-    return _Layout(root, {}, rest[0])
+    return _Layout(folder, {}, rest[0])
 
 
-def _candidates(root: Path) -> list[Path]:
+def _candidates(folder: LabelledFolder) -> list[Path]:
     """Return the annotation files: in annotations/, in a split's folder, or at the top."""
-    folder = root / "annotations"
-    if folder.is_dir():
-        inside = [path for path in files(folder, {".json"}) if path.is_file()]
-        instances = [path for path in inside if path.name.startswith("instances")]
-        kept = instances or [p for p in inside if not p.name.startswith(_OTHER_TASKS)]
-        if kept:
-            return kept
+    root = folder.root
+    there = folder.having(".json")
+    inside = [path for path in there if path.parent == root / "annotations"]
+    instances = [path for path in inside if path.name.startswith("instances")]
+    kept = instances or [p for p in inside if not p.name.startswith(_OTHER_TASKS)]
+    if kept:
+        return kept
     in_splits = [
         path
-        for each in sorted(root.iterdir())
-        if each.is_dir() and split_called(each.name)
-        for path in files(each, {".json"})
-        if _is_coco(path)
+        for path in there
+        if path.parent.parent == root and split_called(path.parent.name) and _is_coco(path)
     ]
-    return in_splits or [path for path in files(root, {".json"}) if _is_coco(path)]
+    return in_splits or [path for path in there if path.parent == root and _is_coco(path)]
 
 
 def _is_coco(path: Path) -> bool:
@@ -421,32 +446,49 @@ def _is_coco(path: Path) -> bool:
 
 
 def _find_images(
-    root: Path, content: CocoFile, members: frozenset[str] | None
-) -> tuple[list[LabelledImage], list[Problem]]:
-    """Return the existing images, of the stems in `members` or all, and the missing ones."""
+    folder: LabelledFolder, content: CocoFile
+) -> tuple[list[tuple[str, LabelledImage]], list[Problem]]:
+    """Return the images that are here, each with the stem of its entry, and the missing ones."""
+    root = folder.root
     bases = [base for base in _bases(root, content.path) if base.is_dir()]
-    images: list[LabelledImage] = []
+    finder = ImageFinder(folder, bases)
+    images: dict[Path, tuple[CocoImage, LabelledImage]] = {}
     problems: list[Problem] = []
     for image in content.images:
-        name = image.relative
-        if members is not None and name.stem not in members:
-            continue
-        path = _find_image(name, bases)
+        path = finder.find(image.file_name)
         if path is None:
-            looked = ", ".join(f"{base.relative_to(root)}/" for base in bases)
-            what = f"{image.tag}no image {image.file_name[:80]!r}, looked in {looked}; add it"
-            problems.append(Problem(content.path, None, what, fatal=True))
-            continue
-        images.append(
-            LabelledImage(
+            problems.append(_missing(content, image, finder, bases))
+        elif path in images:
+            first = images[path][0]
+            what = (
+                f"{image.tag}{image.file_name!r} and {first.file_name!r} of "
+                f"{first.tag.removesuffix(': ')} are one image here, {finder.inside(path)}: two "
+                "entries for one image; add the other image, or take one entry out"
+            )
+            problems.append(Problem(content.path, None, what, fatal=True, files=(path,)))
+        else:
+            labelled = LabelledImage(
                 image=path,
                 annotation=content.path,
                 objects=tuple(image.objects),
                 size=image.size,
                 size_fields="width and height",
             )
-        )
-    return images, problems
+            images[path] = image, labelled
+    found = [(entry.stem, labelled) for entry, labelled in images.values()]
+    return found, problems + finder.notes(content.path)
+
+
+def _missing(
+    content: CocoFile, image: CocoImage, finder: ImageFinder, bases: Sequence[Path]
+) -> Problem:
+    unread = finder.unread(image.file_name)
+    if unread is not None:
+        what = f"{image.tag}{unread.name} is not read; save it as JPEG, PNG or WebP"
+        return Problem(content.path, None, what, fatal=False, kind=Kind.NOT_READ, files=(unread,))
+    looked = ", ".join(f"{finder.inside(base)}/" for base in bases)
+    what = f"{image.tag}{finder.missing(image.file_name, where=f', looked in {looked}')}; add it"
+    return Problem(content.path, None, what, fatal=True)
 
 
 def _bases(root: Path, annotations: Path) -> list[Path]:
@@ -459,19 +501,3 @@ def _bases(root: Path, annotations: Path) -> list[Path]:
         bases += [root / name, root / "images" / name, root / name / "images"]
     bases += [root / "images", root / "data", root, annotations.parent / "images"]
     return list(dict.fromkeys(bases))
-
-
-def _find_image(name: PurePosixPath, bases: list[Path]) -> Path | None:
-    # Of an absolute path of another machine only the file name is of use.
-    inside = not name.is_absolute() and ".." not in name.parts
-    last = PurePosixPath(name.name)
-    for each in dict.fromkeys([name, last] if inside else [last]):
-        for base in bases:
-            path = base / each
-            try:
-                if path.is_file():
-                    return path
-            except (OSError, ValueError):
-                # Too long, or with a null byte.
-                return None
-    return None

@@ -6,14 +6,16 @@ image's side: VOC's xmin..xmax are taken as they are written.
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from model_export.data.annotations import SplitAnnotations
+from model_export.data.folder import LabelledFolder
 from model_export.data.formats import choose_format
 from model_export.data.problems import (
     LISTED_PROBLEMS,
@@ -48,10 +50,12 @@ class Dataset:
     samples: tuple[Sample, ...]
     problems: tuple[Problem, ...]
     """None of them fatal."""
+    labels: tuple[Path, ...] = ()
+    """The label files of the samples."""
 
 
 def load(
-    root: Path,
+    root: Path | LabelledFolder,
     split: str,
     *,
     format: str = "auto",  # noqa: A002 - what the option is called
@@ -64,14 +68,17 @@ def load(
     `remap` gives classes new names, `keep` leaves out the objects of all others. Without `classes`
     they are `keep`, or else the names found in the train split (in the whole folder where the
     split is by hash), whichever split is read, by falling count and then by name: the same in
-    every format. Images without objects are negatives. Raises DataError with every problem that
-    stops training.
+    every format. Images without objects are negatives. A LabelledFolder that several splits are
+    read from is listed, and its files parsed, once. Raises DataError with every problem that stops
+    training.
     """
+    folder = root if isinstance(root, LabelledFolder) else LabelledFolder(root)
+    root = folder.root
     choice = ClassSelection(None if keep is None else tuple(keep), dict(remap or {}))
     for name in keep or ():
         if classes is not None and name not in classes:
             raise DataError(f"{root}: {name!r} is not among the classes {', '.join(classes)}")
-    reading = choose_format(root, format).read(root, split, naming=classes is None)
+    reading = choose_format(folder, format).read(folder, split, naming=classes is None)
     problems = list(reading.problems)
     if classes is None:
         classes = _find_classes(root, reading, choice)
@@ -80,7 +87,8 @@ def load(
         samples = list(pool.map(SampleReader.read, readers))
     for reader in readers:
         problems += reader.problems
-    problems += _left_out(root, readers)
+    problems += [*_left_out(root, readers), *_counted(root, readers)]
+    problems += _similar(root, classes)
     refuse_fatal(problems, what=f"{root}, split {split!r}")
     kept = tuple(sample for sample in samples if sample is not None)
     if not kept:
@@ -90,12 +98,26 @@ def load(
     if not classes:
         what = f"{root}: no object is labelled in the train split; label some"
         raise DataError("\n".join([what, *map(str, problems[:LISTED_PROBLEMS])]))
-    return Dataset(root, split, tuple(classes), kept, tuple(problems))
+    used = {sample.path for sample in kept}
+    labels = dict.fromkeys(each.annotation for each in reading.images if each.image in used)
+    return Dataset(
+        root,
+        split,
+        tuple(classes),
+        kept,
+        tuple(problems),
+        tuple(path for path in labels if path.exists()),
+    )
 
 
-def split_names(root: Path, *, format: str = "auto") -> tuple[str, ...]:  # noqa: A002 - as above
+def split_names(
+    root: Path | LabelledFolder,
+    *,
+    format: str = "auto",  # noqa: A002 - as above
+) -> tuple[str, ...]:
     """Return the splits of a labelled folder. Raises DataError."""
-    return choose_format(root, format).split_names(root)
+    folder = root if isinstance(root, LabelledFolder) else LabelledFolder(root)
+    return choose_format(folder, format).split_names(folder)
 
 
 def _find_classes(root: Path, reading: SplitAnnotations, choice: ClassSelection) -> tuple[str, ...]:
@@ -125,6 +147,38 @@ def _check_there(root: Path, name: str, counts: Mapping[str, int], *, what: str)
     raise DataError(
         f"{root}: no object of the train split is of {what}, {name!r}; there are {known}{meant}"
     )
+
+
+def _counted(root: Path, readers: Sequence[SampleReader]) -> Iterator[Problem]:
+    rotated = [reader for reader in readers if reader.rotated]
+    if rotated:
+        what = (
+            f"{sum(reader.rotated for reader in rotated)} boxes have a rotation, the first in "
+            f"{rotated[0].name}: the upright box around each is used"
+        )
+        yield Problem(root, None, what, fatal=False, kind=Kind.ROTATED)
+    doubled = [reader for reader in readers if reader.duplicates]
+    if doubled:
+        what = (
+            f"{sum(reader.duplicates for reader in doubled)} duplicates of boxes (same class, same "
+            f"edges), the first in {doubled[0].name}: dropped"
+        )
+        yield Problem(root, None, what, fatal=False, kind=Kind.DUPLICATE)
+
+
+def _similar(root: Path, classes: Sequence[str]) -> Iterator[Problem]:
+    """Point out classes that differ by case or white space alone."""
+    alike: dict[str, list[str]] = {}
+    for name in classes:
+        alike.setdefault("".join(name.split()).casefold(), []).append(name)
+    for first, *others in alike.values():
+        if others:
+            options = " ".join(f"--remap {shlex.quote(f'{each}={first}')}" for each in others)
+            what = (
+                f"the classes {', '.join(map(repr, [first, *others]))} differ by case or space "
+                f"alone; if they are one, join them: {options}"
+            )
+            yield Problem(root, None, what, fatal=False, kind=Kind.SIMILAR)
 
 
 def _left_out(root: Path, readers: Sequence[SampleReader]) -> list[Problem]:

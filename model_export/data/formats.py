@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, Literal, Protocol
 
 from model_export.data import coco, voc, yolo
 from model_export.data.annotations import SplitAnnotations
+from model_export.data.folder import LabelledFolder
 from service.errors import DataError
 
 FormatName = Literal["auto", "voc", "coco", "yolo"]
@@ -22,40 +23,42 @@ class Format(Protocol):
     LOOKED_FOR: str
     """Description of the files that mark the format."""
 
-    def evidence(self, root: Path) -> str | None:
+    def evidence(self, folder: LabelledFolder) -> str | None:
         """Return the files that indicate the format, or None."""
 
-    def split_names(self, root: Path) -> tuple[str, ...]:
+    def label_files(self, folder: LabelledFolder, paths: Iterable[Path]) -> Sequence[Path]:
+        """Return those of a folder's files that hold labels, used or not."""
+
+    def split_names(self, folder: LabelledFolder) -> tuple[str, ...]:
         """Return the names of the splits. Raises DataError."""
 
-    def read(self, root: Path, split: str, *, naming: bool) -> SplitAnnotations:
+    def read(self, folder: LabelledFolder, split: str, *, naming: bool) -> SplitAnnotations:
         """Read one split; `naming`: also count the classes. Raises DataError."""
 
 
 _FORMATS: Final[dict[str, Format]] = {"voc": voc, "coco": coco, "yolo": yolo}
 
 
-def choose_format(root: Path, name: str) -> Format:
+def choose_format(folder: LabelledFolder, name: str) -> Format:
     """Return the format called `name`, or the one that a folder is in if that is "auto".
 
-    Raises DataError if there is no such folder, or if nothing or more than one format fits it.
+    Raises DataError if nothing or more than one format fits it.
     """
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder; name one with labelled images")
     if name != "auto":
         return _FORMATS[name]
-    found = {key: each.evidence(root) for key, each in _FORMATS.items()}
+    found = {key: each.evidence(folder) for key, each in _FORMATS.items()}
     fitting = [key for key, what in found.items() if what is not None]
     if len(fitting) == 1:
         return _FORMATS[fitting[0]]
     if fitting:
         seen = "; ".join(f"{key}: {found[key]}" for key in fitting)
         raise DataError(
-            f"{root}: labelled in more than one format ({seen}); choose one by --format"
+            f"{folder.root}: labelled in more than one format ({seen}); choose one by --format"
         )
     looked_for = "; ".join(each.LOOKED_FOR for each in _FORMATS.values())
     raise DataError(
-        f"{root}: no annotations here; looked for {looked_for}; found {', '.join(_contents(root))}"
+        f"{folder.root}: no annotations here; looked for {looked_for}; "
+        f"found {', '.join(_contents(folder.root))}"
     )
 
 

@@ -25,6 +25,11 @@ class Kind(StrEnum):
     CLIPPED = "box clipped to the image"
     WRONG_SIZE = "image left out, its size is not the labelled one"
     UNLABELLED = "image left out, it has no annotation"
+    NOT_READ = "file left out, its format is not read"
+    FOUND = "note on images found otherwise than they are named"
+    ROTATED = "note on boxes with a rotation"
+    DUPLICATE = "duplicate box, dropped"
+    SIMILAR = "note on classes of similar names"
     TWICE = "listed twice, taken once"
     LEAKED = "image of this split that is in train too"
     UNUSED_CLASS = "note on classes that are not used"
@@ -41,6 +46,8 @@ class Problem:
     what: str
     fatal: bool
     kind: Kind = Kind.UNUSABLE
+    files: tuple[Path, ...] = ()
+    """Other images and label files that are accounted for by this problem."""
 
     def __str__(self) -> str:
         place = f"{self.file}" if self.line is None else f"{self.file}:{self.line}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -62,23 +63,39 @@ class SampleReader:
         """Objects of each annotated class that the selection leaves out."""
         self.emptied = False
         """Whether the selection left none of the image's objects."""
+        self.rotated = 0
+        """Boxes with a rotation, which the upright ones around them replace."""
+        self.duplicates = 0
+        """Boxes dropped because the same box of the same class is there already."""
+
+    @property
+    def name(self) -> str:
+        """The image's file name."""
+        return self._labelled.image.name
 
     def read(self) -> Sample | None:
         """Return the sample, or None if the image is left out or unusable."""
         path = self._labelled.image
         try:
-            size = _probe(path)
+            size, turned = _probe(path)
         except (RetinaserveError, OSError) as error:
             self.problems.append(Problem(path, None, f"{error}; replace it", fatal=True))
             return None
-        if not self._size_agrees(size):
+        if not self._size_agrees(size, turned=turned):
             return None
         boxes: list[Edges] = []
         labels: list[int] = []
         crowds: list[Edges] = []
         crowd_labels: list[int] = []
+        seen: set[tuple[str, bool, Edges]] = set()
         for item in self._labelled.objects:
             name = self._choice.name(item.name)
+            if name is not None:
+                key = (name, item.crowd, _rounded(item))
+                if key in seen:
+                    self.duplicates += 1
+                    continue
+                seen.add(key)
             if item.crowd:
                 region = self._box(item, size)
                 if name in self._classes and region is not None:
@@ -106,7 +123,7 @@ class SampleReader:
     def _note(self, line: int | None, what: str, *, fatal: bool, kind: Kind) -> None:
         self.problems.append(Problem(self._labelled.annotation, line, what, fatal, kind))
 
-    def _size_agrees(self, size: Size) -> bool:
+    def _size_agrees(self, size: Size, *, turned: bool) -> bool:
         labelled = self._labelled.size
         if labelled is None or labelled == (size.height, size.width):
             return True
@@ -115,10 +132,19 @@ class SampleReader:
             f"{self._labelled.image.name} is {size.width} x {size.height}"
         )
         if labelled == (size.width, size.height):
-            what += " once turned upright (EXIF orientation)"
+            what += " once turned upright (EXIF orientation)" if turned else ", the other way round"
         fields = self._labelled.size_fields
         what += f": the boxes would be wrong; label it anew, or correct {fields} if the boxes fit"
-        self._note(self._labelled.size_line, what, fatal=False, kind=Kind.WRONG_SIZE)
+        self.problems.append(
+            Problem(
+                self._labelled.annotation,
+                self._labelled.size_line,
+                what,
+                fatal=False,
+                kind=Kind.WRONG_SIZE,
+                files=(self._labelled.image,),
+            )
+        )
         return False
 
     def _label(self, item: LabelledObject, name: str) -> int | None:
@@ -132,7 +158,7 @@ class SampleReader:
         return None
 
     def _box(self, item: LabelledObject, size: Size) -> Edges | None:
-        x1, y1, x2, y2 = box = self._in_pixels(item.box, size)
+        x1, y1, x2, y2 = box = self._in_pixels(item, size)
         text = f"{item.tag}box {x1:g},{y1:g},{x2:g},{y2:g} of {item.name!r}"
         image = f"the image of {size.width} x {size.height}"
         if x2 - x1 < MIN_SIDE or y2 - y1 < MIN_SIDE:
@@ -151,11 +177,19 @@ class SampleReader:
             self._note(item.box_line, what, fatal=False, kind=Kind.CLIPPED)
         return clipped
 
-    def _in_pixels(self, box: Edges, size: Size) -> Edges:
-        if not self._labelled.relative:
-            return box
-        x1, y1, x2, y2 = box
-        return x1 * size.width, y1 * size.height, x2 * size.width, y2 * size.height
+    def _in_pixels(self, item: LabelledObject, size: Size) -> Edges:
+        x1, y1, x2, y2 = item.box
+        if self._labelled.relative:
+            return x1 * size.width, y1 * size.height, x2 * size.width, y2 * size.height
+        if item.rotation % 180 == 0:
+            return item.box
+        self.rotated += 1
+        angle = math.radians(item.rotation)
+        cos, sin = abs(math.cos(angle)), abs(math.sin(angle))
+        across = ((x2 - x1) * cos + (y2 - y1) * sin) / 2
+        down = ((x2 - x1) * sin + (y2 - y1) * cos) / 2
+        x, y = (x1 + x2) / 2, (y1 + y2) / 2
+        return x - across, y - down, x + across, y + down
 
 
 def nearest(name: str, known: Collection[str]) -> str | None:
@@ -164,14 +198,21 @@ def nearest(name: str, known: Collection[str]) -> str | None:
     return next((each for each in known if [each.lower()] == near), None)
 
 
-def _probe(path: Path) -> Size:
+def _rounded(item: LabelledObject) -> Edges:
+    x1, y1, x2, y2 = (round(edge, 6) for edge in item.box)
+    return x1, y1, x2, y2
+
+
+def _probe(path: Path) -> tuple[Size, bool]:
+    """(upright size, whether EXIF turns the image by a quarter)."""
     with path.open("rb") as file:
         head = file.read(_HEADER_BYTES)
         try:
-            return imaging.probe(head)
+            header = imaging.open_image(head)
         except MalformedImage:
             # Long EXIF blocks and colour profiles push the size further back.
-            return imaging.probe(head + file.read())
+            header = imaging.open_image(head + file.read())
+        return header.size, header.is_turned
 
 
 @dataclass(frozen=True, slots=True)

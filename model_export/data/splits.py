@@ -13,11 +13,6 @@ from typing import Final
 from model_export.data.problems import Kind, Problem
 from service.errors import DataError
 
-IMAGES: Final = frozenset(
-    [".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jp2", ".avif", ".heic"]
-)
-"""More than are accepted, so that a TIFF is called unaccepted rather than missing."""
-
 _HELD_OUT: Final = 5
 _ALIASES: Final = {
     "train": "train",
@@ -38,20 +33,6 @@ def split_called(name: str) -> str | None:
     ('train', 'val', None)
     """
     return _ALIASES.get(_AROUND.sub("", _AROUND.sub("", name.lower())))
-
-
-def files(folder: Path, suffixes: Iterable[str]) -> list[Path]:
-    """Return a folder's files with one of the lower-case suffixes, sorted. Raises DataError."""
-    wanted = frozenset(suffixes)
-    try:
-        # Files whose name begins with a dot are leftovers of editors and of macOS archives.
-        return sorted(
-            path
-            for path in folder.iterdir()
-            if path.suffix.lower() in wanted and not path.name.startswith(".")
-        )
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be listed ({error.strerror})") from error
 
 
 def split_by_hash(root: Path, stems: Iterable[str], split: str, *, unsplit: str) -> frozenset[str]:

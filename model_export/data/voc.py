@@ -1,18 +1,28 @@
-"""Pascal VOC: one XML file per image, in VOC's folders or as NAME.xml beside NAME.jpg."""
+"""Pascal VOC: one XML file per image, in folders of their own or as NAME.xml beside NAME.jpg."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Mapping
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Final
 from xml.parsers import expat
 
 from model_export.data.annotations import LabelledImage, LabelledObject, SplitAnnotations
+from model_export.data.folder import (
+    IMAGES,
+    ImageFinder,
+    LabelledFolder,
+    NotText,
+    decoded,
+    path_parts,
+    shown,
+)
 from model_export.data.problems import Kind, Problem
-from model_export.data.splits import IMAGES, files, leaks, split_by_hash, split_called
+from model_export.data.splits import leaks, split_by_hash, split_called
 from service.errors import DataError
 from service.imaging import decode as imaging
 
@@ -20,6 +30,8 @@ EDGES: Final = ("xmin", "ymin", "xmax", "ymax")
 
 _OBJECT: Final = ("annotation", "object")
 _SIZE: Final = ("annotation", "size")
+_TURNED: Final = ("cx", "cy", "w", "h", "angle")
+"""Of roLabelImg's <robndbox>; the angle in radians."""
 _TEXTS: Final = frozenset(
     [
         ("annotation", "filename"),
@@ -27,9 +39,13 @@ _TEXTS: Final = frozenset(
         (*_SIZE, "height"),
         (*_OBJECT, "name"),
         *((*_OBJECT, "bndbox", edge) for edge in EDGES),
+        (*_OBJECT, "attributes", "attribute", "name"),
+        (*_OBJECT, "attributes", "attribute", "value"),
+        *((*_OBJECT, "robndbox", side) for side in _TURNED),
     ]
 )
 """Full paths, because VOC's body parts nest another <name> and <bndbox> inside <object>."""
+_DECLARED: Final = re.compile(rb"""^\s*<\?xml[^>]*encoding\s*=\s*["']([\w.-]+)["']""")
 
 
 class AnnotationError(ValueError):
@@ -61,14 +77,25 @@ def parse(text: bytes) -> Annotation:
     parser.CharacterDataHandler = reader.characters
     parser.buffer_text = True
     try:
-        parser.Parse(text, True)
+        parser.Parse(_text(text), True)
     except expat.ExpatError as error:
         raise AnnotationError(
             error.lineno, f"not well-formed XML ({error}); write the annotation anew"
         ) from error
+    return reader.annotation()
+
+
+def _text(content: bytes) -> str:
+    """Decode XML as it declares itself, else as UTF-8. Raises AnnotationError."""
+    declared = _DECLARED.match(content)
+    try:
+        if declared is None:
+            return decoded(content)
+        return content.decode(declared[1].decode("ascii")).removeprefix("\ufeff")
+    except NotText as error:
+        raise AnnotationError(1, str(error)) from error
     except (LookupError, UnicodeError) as error:
         raise AnnotationError(1, f"unknown text encoding ({error}); save it as UTF-8") from error
-    return reader.annotation()
 
 
 @dataclass(slots=True)
@@ -114,8 +141,15 @@ class _Reader:
         path = tuple(self.path)
         if self.text is not None and path in _TEXTS:
             fields = self.current if path[:2] == _OBJECT else self.top
-            fields[tag] = _Field("".join(self.text).strip(), self.line)
+            # Of a nested element the name of the one around it, too.
+            inner = path[len(_OBJECT) :] if path[:2] == _OBJECT else path[-1:]
+            fields["/".join(inner)] = _Field("".join(self.text).strip(), self.line)
             self.text = None
+        elif path == (*_OBJECT, "attributes", "attribute"):
+            name = self.current.pop("attributes/attribute/name", None)
+            value = self.current.pop("attributes/attribute/value", None)
+            if name and value and name.text == "rotation":
+                self.current["rotation"] = value
         elif path == _OBJECT:
             self.objects.append(_to_object(self.current))
         self.path.pop()
@@ -145,25 +179,39 @@ def _to_object(fields: Mapping[str, _Field]) -> LabelledObject:
     name = fields.get("name")
     if name is None or not name.text:
         raise AnnotationError(line, "the object has no <name>; write its class there")
+    if "robndbox/cx" in fields:
+        return _turned(name, fields)
     if "bndbox" not in fields:
         raise AnnotationError(
             line, f"the object {name.text!r} has no <bndbox>; boxes are needed, not outlines alone"
         )
-    box: list[float] = []
-    for edge in EDGES:
-        if edge not in fields:
-            raise AnnotationError(
-                fields["bndbox"].line, f"<bndbox> has no <{edge}>; it needs {', '.join(EDGES)}"
-            )
-        number = _number(fields[edge].text)
+    x1, y1, x2, y2 = _numbers(fields, "bndbox", EDGES, fields["bndbox"].line)
+    rotation = _number(fields["rotation"].text) if "rotation" in fields else None
+    return LabelledObject(
+        name.text, (x1, y1, x2, y2), name.line, fields["bndbox"].line, rotation=rotation or 0.0
+    )
+
+
+def _turned(name: _Field, fields: Mapping[str, _Field]) -> LabelledObject:
+    line = fields["robndbox/cx"].line
+    x, y, width, height, angle = _numbers(fields, "robndbox", _TURNED, line)
+    box = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+    return LabelledObject(name.text, box, name.line, line, rotation=math.degrees(angle))
+
+
+def _numbers(
+    fields: Mapping[str, _Field], around: str, tags: Sequence[str], line: int
+) -> Iterator[float]:
+    for tag in tags:
+        found = fields.get(f"{around}/{tag}")
+        if found is None:
+            raise AnnotationError(line, f"<{around}> has no <{tag}>; it needs {', '.join(tags)}")
+        number = _number(found.text)
         if number is None:
             raise AnnotationError(
-                fields[edge].line,
-                f"<{edge}> is {fields[edge].text!r}; it must be a number of pixels",
+                found.line, f"<{tag}> is {found.text!r}; it must be a number of pixels"
             )
-        box.append(number)
-    x1, y1, x2, y2 = box
-    return LabelledObject(name.text, (x1, y1, x2, y2), name.line, fields["bndbox"].line)
+        yield number
 
 
 def _number(text: str) -> float | None:
@@ -174,282 +222,367 @@ def _number(text: str) -> float | None:
     return number if math.isfinite(number) else None
 
 
-LOOKED_FOR: Final = "VOC: Annotations/*.xml with JPEGImages/*, or NAME.xml beside NAME.jpg"
+LOOKED_FOR: Final = (
+    "VOC: Annotations/*.xml with JPEGImages/* or images/*, or NAME.xml beside NAME.jpg"
+)
+
+_ANNOTATIONS: Final = "annotations"
+_IMAGE_FOLDERS: Final = ("JPEGImages", "images", "Images")
+_LISTS: Final = ("ImageSets", "Main")
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """An image of the split, not yet read."""
+    """An annotation file of the folder, not yet read."""
 
-    stem: str
     annotation: Path
-    listed: tuple[Path, int] | None
+    name: str
+    """Path below the annotations' folder without suffix, as lists of splits have it."""
+    listed: tuple[Path, int] | None = None
     """Split file and line that name it."""
+
+    @property
+    def stem(self) -> str:
+        """The name of the image without its suffix."""
+        return _without_suffix(PurePath(self.name).name)
 
 
 @dataclass(frozen=True, slots=True)
-class Folder:
-    """The files of a labelled folder, by name alone."""
+class _Layout:
+    """The annotation files of a folder, by name alone."""
 
-    root: Path
-    annotations: Mapping[str, Path]
-    """By file stem."""
-    images: Mapping[str, tuple[Path, ...]]
-    """By file stem."""
-    lists: Path | None
-    """ImageSets/Main, or None where there is none."""
+    folder: LabelledFolder
+    entries: tuple[Entry, ...]
+    by_split: Mapping[str, tuple[Entry, ...]]
+    """Where each split has a folder."""
+    lists: Mapping[str, Path]
+    """The files in ImageSets/Main, by their stem."""
 
 
-def evidence(root: Path) -> str | None:
+def evidence(folder: LabelledFolder) -> str | None:
     """Return the files that indicate this format, or None."""
-    for name in ("Annotations", ""):
-        count = len(files(root / name, {".xml"})) if (root / name).is_dir() else 0
-        if count:
-            return f"{count} .xml in {name}/" if name else f"{count} .xml"
-    by_split = _split_folders(root)
-    return (
-        f".xml in {', '.join(f'{path.name}/' for path in by_split.values())}" if by_split else None
-    )
+    places = Counter(path.relative_to(folder.root).parts[:-1][:1] for path in _annotations(folder))
+    found = [
+        f"{count} .xml in {place[0]}/" if place else f"{count} .xml"
+        for place, count in sorted(places.items())
+    ]
+    return ", ".join(found[:3]) or None
 
 
-def split_names(root: Path) -> tuple[str, ...]:
+def label_files(folder: LabelledFolder, paths: Iterable[Path]) -> list[Path]:
+    """Return those of a folder's files that are annotations, used or not."""
+    used = frozenset(_annotations(folder))
+    hidden = frozenset(folder.hidden)
+    return [
+        path for path in paths if path.suffix.lower() == ".xml" and (path in used or path in hidden)
+    ]
+
+
+def split_names(folder: LabelledFolder) -> tuple[str, ...]:
     """Return the names of the splits. Raises DataError."""
-    by_split = _split_folders(root)
-    if by_split:
-        return tuple(by_split)
-    folder = open_folder(root)
-    if folder.lists is None:
-        return ("train", "val")
-    return tuple(path.stem for path in files(folder.lists, {".txt"}))
+    layout = _lay_out(folder)
+    return tuple(layout.by_split) or tuple(layout.lists) or ("train", "val")
 
 
-def read(root: Path, split: str, *, naming: bool) -> SplitAnnotations:
+def read(folder: LabelledFolder, split: str, *, naming: bool) -> SplitAnnotations:
     """Read one split; `naming`: also count the classes. Raises DataError.
 
     Objects marked difficult are kept. Without ImageSets/Main and without a folder for each split
     the images are split by a hash.
     """
-    by_split = _split_folders(root)
-    if by_split:
-        return _read_split_folder(root, by_split, split, naming=naming)
-    folder = open_folder(root)
-    entries, problems = find_entries(folder, split)
-    problems += leaked(folder, entries, split)
-    naming_entries: list[Entry] = []
-    if naming:
-        naming_entries, found = find_naming_entries(folder)
-        problems = list(dict.fromkeys(problems + found))
-    return _read_entries(folder, entries, naming_entries, problems)
+    layout = _lay_out(folder)
+    if layout.by_split:
+        return _read_split_folder(layout, split, naming=naming)
+    if layout.lists:
+        return _read_listed(layout, split, naming=naming)
+    stems = [each.stem for each in layout.entries]
+    members = split_by_hash(folder.root, stems, split, unsplit="ImageSets/Main")
+    images, problems = _images(layout, layout.entries)
+    problems += _unlabelled(layout, images, folder.images)
+    chosen = [each for each in images if _without_suffix(each.annotation.stem) in members]
+    return _split(chosen, images if naming else [], problems)
 
 
-def _read_split_folder(
-    root: Path, by_split: Mapping[str, Path], split: str, *, naming: bool
-) -> SplitAnnotations:
+def _read_split_folder(layout: _Layout, split: str, *, naming: bool) -> SplitAnnotations:
+    root, by_split = layout.folder.root, layout.by_split
     wanted = split_called(split) or split
     if wanted not in by_split:
         raise DataError(f"{root}: no split {split!r}; there are folders for {', '.join(by_split)}")
-    folder = open_folder(by_split[wanted])
-    problems = _unlabelled(folder)
-    train = open_folder(by_split["train"]) if "train" in by_split else None
-    if wanted != "train" and train is not None:
-        problems += leaks(
-            {path: (path, None) for paths in folder.images.values() for path in paths},
-            [path for paths in train.images.values() for path in paths],
-        )
-    names: list[Entry] = []
-    if naming:
-        if train is None:
-            raise DataError(f"{root}: no folder train/, which names the classes; give them")
-        names = _all_entries(train)
-    return _read_entries(folder, _all_entries(folder), names, problems)
+    if naming and "train" not in by_split:
+        raise DataError(f"{root}: no folder train/, which names the classes; give them")
+    images, problems = _images(layout, by_split[wanted])
+    here = [path for path in layout.folder.images if _split_folder(root, path) == wanted]
+    problems += _unlabelled(layout, images, here)
+    train: list[LabelledImage] = []
+    if wanted == "train":
+        train = images
+    elif "train" in by_split:
+        train, found = _images(layout, by_split["train"])
+        places = {each.image: (each.image, None) for each in images}
+        problems += leaks(places, [each.image for each in train])
+        problems += [each for each in found if naming and each.fatal]
+    return _split(images, train if naming else [], problems)
 
 
-def _read_entries(
-    folder: Folder, entries: list[Entry], naming: list[Entry], problems: list[Problem]
+def _read_listed(layout: _Layout, split: str, *, naming: bool) -> SplitAnnotations:
+    entries, problems = _listed_entries(layout, split)
+    images, found = _images(layout, entries)
+    problems += found + _leaked(layout, entries, split)
+    named = images
+    if naming and split != "train":
+        training, found = _listed_entries(layout, "train")
+        named, more = _images(layout, training)
+        problems += found + more
+    return _split(images, named if naming else [], list(dict.fromkeys(problems)))
+
+
+def _split(
+    images: Sequence[LabelledImage], named: Iterable[LabelledImage], problems: Sequence[Problem]
 ) -> SplitAnnotations:
-    annotations, found = _parse_all(dict.fromkeys([*entries, *naming]))
-    problems = problems + found
-    names = Counter(
-        item.name for entry in naming if entry in annotations for item in annotations[entry].objects
+    names = Counter(item.name for each in named for item in each.objects)
+    return SplitAnnotations(tuple(images), names, tuple(problems))
+
+
+# --- layouts -------------------------------------------------------------------------------------
+
+
+def _lay_out(folder: LabelledFolder) -> _Layout:
+    """List a folder. Raises DataError if it is not laid out as Pascal VOC."""
+    root = folder.root
+    annotations = _annotations(folder)
+    if not annotations:
+        raise DataError(
+            f"{root}: no annotations here; expected Annotations/*.xml with JPEGImages/* or "
+            "images/*, or NAME.xml beside each image"
+        )
+    if not folder.images and not folder.not_read:
+        raise DataError(f"{root}: no images here; it needs {imaging.ACCEPTED} files")
+    entries = tuple(Entry(path, _name(root, path)) for path in annotations)
+    by_split: dict[str, list[Entry]] = defaultdict(list)
+    splits = [_split_folder(root, entry.annotation) for entry in entries]
+    for entry, split in zip(entries, splits, strict=True):
+        if split is not None:
+            by_split[split].append(entry)
+    top = any(split_called(path.relative_to(root).parts[0]) for path in annotations)
+    if not top and None in splits:
+        # Folders of Annotations/ that are called so by chance.
+        by_split.clear()
+    lists = {path.stem: path for path in folder.having(".txt") if path.parent.parts[-2:] == _LISTS}
+    if not any(map(split_called, lists)):
+        # One list of everything, as CVAT writes it.
+        lists.clear()
+    return _Layout(
+        folder, entries, {split: tuple(found) for split, found in by_split.items()}, lists
     )
-    images: list[LabelledImage] = []
+
+
+def _annotations(folder: LabelledFolder) -> list[Path]:
+    """Return the .xml files of a folder for annotations, of a split, and beside images."""
+    with_images = {path.parent for path in folder.images}
+    return [
+        path
+        for path in folder.having(".xml")
+        if path.parent == folder.root
+        or path.parent in with_images
+        or _ANNOTATIONS in map(str.lower, path.relative_to(folder.root).parts)
+        or _split_folder(folder.root, path)
+    ]
+
+
+def _split_folder(root: Path, path: Path) -> str | None:
+    """Return the split that a folder above a file is named after."""
+    return next(filter(None, map(split_called, path.relative_to(root).parts[:-1])), None)
+
+
+def _name(root: Path, annotation: Path) -> str:
+    parts = list(annotation.relative_to(root).parts)
+    lower = [part.lower() for part in parts]
+    below = lower.index(_ANNOTATIONS) + 1 if _ANNOTATIONS in lower[:-1] else 0
+    return _without_suffix("/".join(parts[below:]).removesuffix(annotation.suffix))
+
+
+def _without_suffix(name: str) -> str:
+    """Take the suffix of an image off: some write a.jpg.xml."""
+    suffix = PurePath(name).suffix
+    return name.removesuffix(suffix) if suffix.lower() in IMAGES else name
+
+
+# --- images --------------------------------------------------------------------------------------
+
+
+def _images(layout: _Layout, entries: Iterable[Entry]) -> tuple[list[LabelledImage], list[Problem]]:
+    """Read annotation files and find the image of each."""
+    images: dict[Path, LabelledImage] = {}
+    problems: list[Problem] = []
+    by_stem: dict[tuple[Path, str], list[Path]] = defaultdict(list)
+    for each in layout.folder.images:
+        by_stem[each.parent, each.stem].append(each)
+    finder = ImageFinder(layout.folder, _bases(layout))
     for entry in entries:
-        if entry not in annotations:
+        file = entry.annotation
+        try:
+            annotation = layout.folder.once(_parse_file, file)
+            path = _image(layout, entry, annotation, by_stem, finder)
+        except AnnotationError as error:
+            problems.append(Problem(file, error.line, str(error), fatal=True))
             continue
-        annotation = annotations[entry]
-        path = _image(folder, entry, annotation)
+        except OSError as error:
+            what = f"cannot be read ({error.strerror})"
+            problems.append(Problem(file, None, what, fatal=True))
+            continue
         if path is None:
-            what = f"no image {entry.stem}.jpg (or .png, .webp); add it"
-            problems.append(Problem(entry.annotation, 1, what, fatal=True))
-            continue
-        images.append(
-            LabelledImage(
+            problems.append(_no_image(entry, annotation, finder))
+        elif path in images:
+            other = finder.inside(images[path].annotation)
+            what = (
+                f"the image {finder.inside(path)} is that of {other} too: two label files for one "
+                "image; take one away, or add the other image"
+            )
+            problems.append(Problem(file, 1, what, fatal=True, files=(images[path].annotation,)))
+        else:
+            images[path] = LabelledImage(
                 image=path,
-                annotation=entry.annotation,
+                annotation=file,
                 objects=annotation.objects,
                 size=annotation.size,
                 size_line=annotation.size_line,
                 size_fields="<size>",
             )
-        )
-    return SplitAnnotations(tuple(images), names, tuple(problems))
+    return list(images.values()), problems + finder.notes(layout.folder.root)
 
 
-def _parse_all(entries: Iterable[Entry]) -> tuple[dict[Entry, Annotation], list[Problem]]:
-    annotations: dict[Entry, Annotation] = {}
-    problems: list[Problem] = []
-    for entry in entries:
-        try:
-            annotations[entry] = parse(entry.annotation.read_bytes())
-        except AnnotationError as error:
-            problems.append(Problem(entry.annotation, error.line, str(error), fatal=True))
-        except OSError as error:
-            what = f"cannot be read ({error.strerror})"
-            problems.append(Problem(entry.annotation, None, what, fatal=True))
-    return annotations, problems
+def _parse_file(path: Path) -> Annotation:
+    return parse(path.read_bytes())
 
 
-def _image(folder: Folder, entry: Entry, annotation: Annotation) -> Path | None:
-    # Tools write Windows paths here as well.
-    name = annotation.filename.replace("\\", "/").rsplit("/", 1)[-1]
-    same_stem = folder.images.get(entry.stem, ())
-    named = folder.images.get(Path(name).stem, ())
-    exact = [path for path in named if path.name == name]
-    if same_stem:
-        return next((path for path in same_stem if path.name == name), same_stem[0])
-    return exact[0] if exact else None
+def _no_image(entry: Entry, annotation: Annotation, finder: ImageFinder) -> Problem:
+    unread = finder.unread(f"{entry.stem}.jpg") or finder.unread(annotation.filename)
+    if unread is not None:
+        what = f"its image {unread.name} is not read; save it as {imaging.ACCEPTED}"
+        return Problem(entry.annotation, 1, what, fatal=False, kind=Kind.NOT_READ, files=(unread,))
+    what = finder.missing(f"{entry.stem}.jpg", where=" (or .png, .webp)") + "; add it"
+    if annotation.filename and path_parts(annotation.filename)[-1:] != (f"{entry.stem}.jpg",):
+        what = f"{what} (<filename> is {shown(annotation.filename)})"
+    return Problem(entry.annotation, 1, what, fatal=True)
 
 
-def open_folder(root: Path) -> Folder:
-    """List a folder. Raises DataError if it is neither laid out as Pascal VOC nor flat."""
-    annotations, images, lists = (
-        root / "Annotations",
-        root / "JPEGImages",
-        root / "ImageSets" / "Main",
-    )
-    if not annotations.is_dir() or not images.is_dir():
-        if annotations.is_dir() != images.is_dir():
-            missing = images if annotations.is_dir() else annotations
-            raise DataError(f"{root}: {missing.name}/ is missing beside its other half; add it")
-        if not files(root, {".xml"}):
-            raise DataError(
-                f"{root}: no annotations here; expected Annotations/*.xml with JPEGImages/*, "
-                "or NAME.xml beside each image"
+def _bases(layout: _Layout) -> list[Path]:
+    folders = (_image_folders(layout.folder.root, each.annotation) for each in layout.entries)
+    return list(dict.fromkeys(each for found in folders for each in found))
+
+
+def _image_folders(root: Path, annotation: Path) -> Iterator[Path]:
+    """Yield the folders in which an annotation's image may be, the likeliest first."""
+    yield annotation.parent
+    parts = annotation.parent.relative_to(root).parts
+    for place, part in enumerate(parts):
+        if part.lower() == _ANNOTATIONS:
+            for name in (*_IMAGE_FOLDERS, ""):
+                yield Path(root, *parts[:place], name, *parts[place + 1 :])
+
+
+def _image(
+    layout: _Layout,
+    entry: Entry,
+    annotation: Annotation,
+    by_stem: Mapping[tuple[Path, str], Sequence[Path]],
+    finder: ImageFinder,
+) -> Path | None:
+    """Return the image of the same stem, or else the one that <filename> names."""
+    named = path_parts(annotation.filename)[-1:]
+    written = entry.annotation.stem
+    for base in _image_folders(layout.folder.root, entry.annotation):
+        same = by_stem.get((base, entry.stem), ())
+        exact = [path for path in same if path.name == written or (path.name,) == named]
+        if len(same) > 1 and not exact:
+            raise AnnotationError(
+                1,
+                f"two images for one label file: {' and '.join(path.name for path in same)}; "
+                "write the labelled one into <filename>, or take the other away",
             )
-        annotations = images = root
-    by_stem: dict[str, list[Path]] = {}
-    for path in files(images, IMAGES):
-        by_stem.setdefault(path.stem, []).append(path)
-    if not by_stem:
-        raise DataError(f"{images}: no images here; it needs {imaging.ACCEPTED} files")
-    return Folder(
-        root=root,
-        annotations={path.stem: path for path in files(annotations, {".xml"})},
-        images={stem: tuple(paths) for stem, paths in by_stem.items()},
-        lists=lists if lists.is_dir() else None,
-    )
+        if same:
+            return (exact or same)[0]
+    return finder.find(annotation.filename)
 
 
-def _split_folders(root: Path) -> dict[str, Path]:
-    """Return the folders named after splits that hold .xml files, if the root holds none itself."""
-    if (root / "Annotations").is_dir() or files(root, {".xml"}):
-        return {}
-    return {
-        split: path
-        for path in sorted(root.iterdir())
-        if path.is_dir() and (split := split_called(path.name)) and files(path, {".xml"})
-    }
-
-
-def find_entries(folder: Folder, split: str) -> tuple[list[Entry], list[Problem]]:
-    """Return the images of one split and the problems of their list. Raises DataError if empty."""
-    if folder.lists is not None:
-        return _listed_entries(folder, folder.lists, split)
-    members = split_by_hash(folder.root, folder.annotations, split, unsplit="ImageSets/Main")
-    entries = [each for each in _all_entries(folder) if each.stem in members]
-    return entries, _unlabelled(folder)
-
-
-def _all_entries(folder: Folder) -> list[Entry]:
-    return [Entry(stem, path, None) for stem, path in sorted(folder.annotations.items())]
-
-
-def _unlabelled(folder: Folder) -> list[Problem]:
+def _unlabelled(
+    layout: _Layout, images: Iterable[LabelledImage], there: Iterable[Path]
+) -> list[Problem]:
+    used = {each.image for each in images}
+    known = {each.stem for each in layout.entries}
     return [
         Problem(
-            folder.images[stem][0],
+            path,
             None,
-            f"no annotation {stem}.xml; if nothing is on it write one without <object>",
+            f"no annotation {path.stem}.xml; if nothing is on it write one without <object>",
             fatal=False,
             kind=Kind.UNLABELLED,
         )
-        for stem in sorted(folder.images.keys() - folder.annotations.keys())
+        for path in there
+        if path not in used and path.stem not in known
     ]
 
 
-def find_naming_entries(folder: Folder) -> tuple[list[Entry], list[Problem]]:
-    """Return the images whose objects name the classes: train's, so that every split agrees."""
-    if folder.lists is not None:
-        return find_entries(folder, "train")
-    # With a split by hash a class may have fallen into one of the splits alone.
-    return _all_entries(folder), []
+# --- lists of splits -----------------------------------------------------------------------------
 
 
-def _listed_entries(folder: Folder, lists: Path, split: str) -> tuple[list[Entry], list[Problem]]:
-    file = lists / f"{split}.txt"
-    if not file.is_file():
-        there = ", ".join(path.stem for path in files(lists, {".txt"})) or "none"
+def _listed_entries(layout: _Layout, split: str) -> tuple[list[Entry], list[Problem]]:
+    file = layout.lists.get(split)
+    if file is None:
         raise DataError(
-            f"{file}: no such split file (splits there: {there}); write it with one file stem "
-            "per line, or remove ImageSets to have a fifth of the images held out"
+            f"{layout.folder.root}: no such split file {'/'.join(_LISTS)}/{split}.txt (splits "
+            f"there: {', '.join(layout.lists)}); write it with one file stem per line, or remove "
+            "ImageSets to have a fifth of the images held out"
         )
-    entries: dict[str, Entry] = {}
+    known: dict[str, list[Entry]] = defaultdict(list)
+    for entry in layout.entries:
+        for name in {entry.name, entry.stem}:
+            known[name].append(entry)
+    stems = {path.stem for path in layout.folder.images}
+    entries: dict[Path, Entry] = {}
     problems: list[Problem] = []
-    for number, stem in _read_list(file):
-        if stem in entries:
-            problems.append(
-                Problem(file, number, f"{stem} is listed twice", fatal=False, kind=Kind.TWICE)
-            )
-        elif stem not in folder.annotations:
-            missing = "annotation" if stem in folder.images else "image and no annotation"
-            what = f"no {missing} is named {stem[:80]!r}; add it, or take the line out"
+    for number, name in _read_list(file):
+        there = known.get(name, [])
+        if len(there) != 1:
+            missing = "annotation" if PurePath(name).name in stems else "image and no annotation"
+            what = f"no {missing} is named {shown(name)}; add it, or take the line out"
+            if there:
+                what = f"{len(there)} annotations are named {shown(name)}; write their folder too"
             problems.append(Problem(file, number, what, fatal=True))
+        elif there[0].annotation in entries:
+            what = f"{name} is listed twice"
+            problems.append(Problem(file, number, what, fatal=False, kind=Kind.TWICE))
         else:
-            entries[stem] = Entry(stem, folder.annotations[stem], (file, number))
+            entry = Entry(there[0].annotation, there[0].name, (file, number))
+            entries[entry.annotation] = entry
     if not entries and not problems:
         raise DataError(f"{file}: names no image; write one file stem per line")
     return list(entries.values()), problems
 
 
 def _read_list(file: Path) -> list[tuple[int, str]]:
-    """(line, file stem) of a split file's lines, which may carry the suffix."""
+    """(line, name) of a split file's lines, which may carry the suffix."""
     try:
         lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror})") from error
-    named: list[tuple[int, str]] = []
-    for number, line in enumerate(lines, start=1):
-        name = line.strip()
-        suffix = PurePath(name).suffix
-        stem = name.removesuffix(suffix) if suffix.lower() in IMAGES else name
-        if stem:
-            named.append((number, stem))
-    return named
+    named = ((number, _without_suffix(line.strip())) for number, line in enumerate(lines, start=1))
+    return [(number, name) for number, name in named if name]
 
 
-def leaked(folder: Folder, entries: Iterable[Entry], split: str) -> list[Problem]:
+def _leaked(layout: _Layout, entries: Iterable[Entry], split: str) -> list[Problem]:
     """Return a problem for each listed image of another split that train has too."""
-    train = folder.lists / "train.txt" if folder.lists else None
-    if split == "train" or train is None or not train.is_file():
+    train = layout.lists.get("train")
+    if split == "train" or train is None:
         return []
-    stems = {stem for _, stem in _read_list(train)}
+    names = {name for _, name in _read_list(train)}
     return [
         Problem(
             *entry.listed,
-            f"{entry.stem} is in train.txt too; take it out of one of them",
+            f"{entry.name} is in train.txt too; take it out of one of them",
             fatal=False,
             kind=Kind.LEAKED,
         )
         for entry in entries
-        if entry.stem in stems and entry.listed is not None
+        if entry.listed is not None and not names.isdisjoint({entry.name, entry.stem})
     ]

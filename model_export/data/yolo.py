@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -13,8 +13,16 @@ from typing import Any, Final
 import yaml
 
 from model_export.data.annotations import LabelledImage, LabelledObject, SplitAnnotations
+from model_export.data.folder import (
+    ImageFinder,
+    LabelledFolder,
+    NotText,
+    decoded,
+    path_parts,
+    shown,
+)
 from model_export.data.problems import Kind, Problem
-from model_export.data.splits import IMAGES, files, leaks, split_by_hash, split_called
+from model_export.data.splits import leaks, split_by_hash, split_called
 from service.errors import DataError
 
 _MAX_YAML_BYTES: Final = 1 << 20
@@ -45,12 +53,12 @@ class _Wrong(ValueError):
 def read_labels(path: Path, description: Description) -> tuple[list[LabelledObject], list[Problem]]:
     """Return the objects of one label file, boxes as fractions of the image, and its problems."""
     try:
-        lines = path.read_bytes().decode("utf-8-sig").splitlines()
+        lines = decoded(path.read_bytes()).splitlines()
     except OSError as error:
         what = f"cannot be read ({error.strerror})"
         return [], [Problem(path, None, what, fatal=True)]
-    except UnicodeDecodeError:
-        what = f"not text; a label file has lines of {_LINE}"
+    except NotText as error:
+        what = f"{error}; a label file has lines of {_LINE}"
         return [], [Problem(path, 1, what, fatal=True)]
     objects: list[LabelledObject] = []
     problems: list[Problem] = []
@@ -170,15 +178,23 @@ def read_description(path: Path) -> Description:
 
 
 def read_class_list(path: Path) -> Description:
-    """Return the description that a classes.txt gives: a name on each line. Raises DataError."""
+    """Return the description of a classes.txt: a name on each line. Raises DataError."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as text; write a class on each line") from error
-    names = dict(enumerate(line.strip() for line in lines if line.strip()))
-    if not names:
+        lines = [line.strip() for line in decoded(path.read_bytes()).rstrip().splitlines()]
+    except NotText as error:
+        raise DataError(f"{path}: {error}; a class list has a name on each line") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    if not lines:
         raise DataError(f"{path}: names no class; write one on each line")
-    return Description(path, names, None, {}, keypoints=False)
+    if "" in lines:
+        blank = lines.index("")
+        raise DataError(
+            f"{path}:{blank + 1}: a blank line among the classes: is class {blank} "
+            f"{next(filter(None, lines[blank:]))!r}, or the blank? Take the line out, or write the "
+            "class there"
+        )
+    return Description(path, dict(enumerate(lines)), None, {}, keypoints=False)
 
 
 def mentions_classes(path: Path) -> bool:
@@ -200,9 +216,12 @@ def _load(path: Path) -> tuple[dict[str, int], dict[Any, Any]]:
     if len(content) > _MAX_YAML_BYTES:
         raise DataError(f"{path}: {len(content)} bytes are too many for names and folders")
     try:
-        node = yaml.compose(content, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(content)
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        text = decoded(content)
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except NotText as error:
+        raise DataError(f"{path}: not YAML: {error}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark is not None else f"{path}"
         reason = getattr(error, "problem", None) or type(error).__name__
@@ -223,7 +242,8 @@ def _short(value: Any) -> str:
 
 
 LOOKED_FOR: Final = (
-    "YOLO: data.yaml with names, train and val, or images/ and labels/ with classes.txt"
+    "YOLO: data.yaml with names, train and val, or images/ and labels/ with classes.txt, "
+    "or obj.names"
 )
 
 _CLASS_LIST: Final = "classes.txt"
@@ -242,55 +262,72 @@ class _Member:
 class _Layout:
     """A folder's description, and where the images of each split are."""
 
-    root: Path
+    folder: LabelledFolder
     description: Description
     sources: Mapping[str, tuple[tuple[Path, int], ...]]
     """Folders or .txt lists of each split, with the line of the YAML; "" for a split by hash."""
+    notes: tuple[Problem, ...] = ()
+
+    @property
+    def root(self) -> Path:
+        return self.folder.root
 
     @property
     def splits(self) -> tuple[str, ...]:
         return ("train", "val") if "" in self.sources else tuple(self.sources)
 
 
-def evidence(root: Path) -> str | None:
+def evidence(folder: LabelledFolder) -> str | None:
     """Return the files that indicate this format, or None."""
-    described = _descriptions(root)
+    root = folder.root
+    described = _descriptions(folder)
     if described:
         return ", ".join(path.name for path in described)
-    labels = root / "labels"
-    if labels.is_dir() and (root / "images").is_dir():
+    if (root / "labels").is_dir() and (root / "images").is_dir():
         return "images/ and labels/"
     by_split = [path.parent.name for path in sorted(root.glob("*/labels")) if path.is_dir()]
     by_split = [name for name in by_split if split_called(name)]
     if by_split:
         return ", ".join(f"{name}/labels/" for name in by_split)
-    if (root / _CLASS_LIST).is_file():
-        return _CLASS_LIST
-    return None
+    listed = _class_list(folder)
+    return None if listed is None else listed.relative_to(root).as_posix()
 
 
-def split_names(root: Path) -> tuple[str, ...]:
+def label_files(folder: LabelledFolder, paths: Iterable[Path]) -> list[Path]:
+    """Return the .txt files that are in labels/ or hold lines of labels."""
+    return [
+        path
+        for path in paths
+        if path.suffix.lower() == ".txt"
+        and (
+            _holds_labels(path)
+            or ("labels" in path.relative_to(folder.root).parts and path.name != _CLASS_LIST)
+        )
+    ]
+
+
+def split_names(folder: LabelledFolder) -> tuple[str, ...]:
     """Return the names of the splits. Raises DataError."""
-    return _lay_out(root).splits
+    return _lay_out(folder).splits
 
 
-def read(root: Path, split: str, *, naming: bool) -> SplitAnnotations:
+def read(folder: LabelledFolder, split: str, *, naming: bool) -> SplitAnnotations:
     """Read one split; `naming`: also count the classes. Raises DataError.
 
     An image without a label file, or with an empty one, has no objects. Where the YAML names one
     folder only, the images are split by a hash of their file names' stems.
     """
-    layout = _lay_out(root)
+    layout = _lay_out(folder)
     members, training, problems = _choose(layout, split)
-    images, found = _read_members(members, layout.description)
-    problems += found
+    images, found = _read_members(members, layout)
+    problems = [*layout.notes, *problems, *found]
     if not naming:
         return SplitAnnotations(tuple(images), problems=tuple(problems))
     if "" not in layout.sources and "train" not in layout.sources:
         raise DataError(f"{layout.description.path}: no 'train' folder, which names the classes")
     named = images
     if training is not members:
-        named, found = _read_members(training, layout.description)
+        named, found = _read_members(training, layout)
     names = Counter(item.name for each in named for item in each.objects)
     problems = list(dict.fromkeys([*problems, *(each for each in found if each.fatal)]))
     return SplitAnnotations(tuple(images), names, (*problems, *_unused(layout.description, names)))
@@ -326,17 +363,21 @@ def _unused(description: Description, names: Mapping[str, int]) -> Iterator[Prob
 
 
 def _read_members(
-    members: Iterable[_Member], description: Description
+    members: Iterable[_Member], layout: _Layout
 ) -> tuple[list[LabelledImage], list[Problem]]:
     images: list[LabelledImage] = []
     problems: list[Problem] = []
     unwritten: list[Path] = []
+
+    def read_file(path: Path) -> tuple[list[LabelledObject], list[Problem]]:
+        return read_labels(path, layout.description)
+
     for member in members:
+        objects: Sequence[LabelledObject] = []
         if member.label.exists():
-            objects, found = read_labels(member.label, description)
+            objects, found = layout.folder.once(read_file, member.label)
             problems += found
         else:
-            objects = []
             unwritten.append(member.label)
         images.append(LabelledImage(member.image, member.label, tuple(objects), relative=True))
     if unwritten:
@@ -352,59 +393,73 @@ def _read_members(
 # --- layouts -------------------------------------------------------------------------------------
 
 
-def _descriptions(root: Path) -> list[Path]:
+def _descriptions(folder: LabelledFolder) -> list[Path]:
     """Return the YAML files that describe a data set; data.yaml alone where there is one."""
-    usual = root / "data.yaml"
+    usual = folder.root / "data.yaml"
     if usual.is_file():
         return [usual]
-    return [path for path in files(root, {".yaml", ".yml"}) if mentions_classes(path)]
+    there = (path for path in folder.having(".yaml", ".yml") if path.parent == folder.root)
+    return [path for path in there if mentions_classes(path)]
 
 
-def _lay_out(root: Path) -> _Layout:
-    described = _descriptions(root)
+def _class_list(folder: LabelledFolder) -> Path | None:
+    """Return the file of class names: classes.txt, or darknet's obj.names."""
+    root = folder.root
+    lists = [root / place / _CLASS_LIST for place in ("", "labels", "images")]
+    names = [path for path in folder.having(".names") if path.parent == root]
+    return next((path for path in [*lists, *names] if path.is_file()), None)
+
+
+def _lay_out(folder: LabelledFolder) -> _Layout:
+    root, described = folder.root, _descriptions(folder)
     if len(described) > 1:
         names = ", ".join(path.name for path in described)
         raise DataError(f"{root}: {names} each describe data; name the right one data.yaml")
     if described:
         description = read_description(described[0])
         if description.splits:
-            return _Layout(root, description, dict(_declared(root, description)))
+            return _declared(folder, description)
     else:
-        lists = [root / _CLASS_LIST, root / "labels" / _CLASS_LIST]
-        there = next((path for path in lists if path.is_file()), None)
+        there = _class_list(folder)
         if there is None:
             raise DataError(
                 f"{root}: no data.yaml here; write one with names: [cat, dog], train: "
                 "images/train and val: images/val"
             )
         description = read_class_list(there)
-    return _Layout(root, description, _undeclared(root))
+    return _Layout(folder, description, _undeclared(folder))
 
 
-def _undeclared(root: Path) -> dict[str, tuple[tuple[Path, int], ...]]:
-    """Return folders by their usual names: images/train, train/images or images."""
+def _undeclared(folder: LabelledFolder) -> dict[str, tuple[tuple[Path, int], ...]]:
+    """Return the usual folders and lists: images/train, train/images, train.txt or images."""
+    root = folder.root
     images = root / "images"
-    candidates = [*_folders(images), *(path / "images" for path in _folders(root))]
+    lists = [path for path in folder.having(".txt") if path.parent == root]
+    candidates = [
+        *(path for path in lists if not _holds_labels(path)),
+        *folder.folders(images),
+        *(path / "images" for path in folder.folders(root)),
+    ]
     sources: dict[str, tuple[tuple[Path, int], ...]] = {}
     for path in candidates:
-        split = split_called(path.name) or split_called(path.parent.name)
-        if split is not None and path.is_dir():
+        split = split_called(path.stem) or split_called(path.parent.name)
+        if split is not None and path.exists():
             sources[split] = ((path, 1),)
+    if list(sources) == ["train"] and sources["train"][0][0].is_file():
+        # The one list of everything, as darknet has it.
+        return {"": sources["train"]}
     return sources or {"": ((images if images.is_dir() else root, 1),)}
 
 
-def _folders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-
-
-def _declared(
-    root: Path, description: Description
-) -> Iterator[tuple[str, tuple[tuple[Path, int], ...]]]:
-    """Return the folders and lists that the YAML names. Raises DataError if one is not there."""
+def _declared(folder: LabelledFolder, description: Description) -> _Layout:
+    """Find the folders and lists that the YAML names. Raises DataError if one is not there."""
+    root = folder.root
     bases = [root]
     if description.root is not None:
         # Written on another machine, or relative to a place that only its tool knows.
         bases = [base for base in (root / description.root,) if base.is_dir()] + bases
+    sources: dict[str, tuple[tuple[Path, int], ...]] = {}
+    notes: list[Problem] = []
     for split, entries in description.splits.items():
         found = []
         for text, line in entries:
@@ -414,18 +469,30 @@ def _declared(
                     f"{description.path}:{line}: {split!r} is {text!r}, which is not below "
                     f"{bases[0]}; correct it, or add the folder"
                 )
+            if len(path_parts(text)) > len(place.relative_to(root).parts):
+                what = f"{split!r} is {text!r}, found as {place.relative_to(root)}"
+                notes.append(Problem(description.path, line, what, fatal=False, kind=Kind.FOUND))
             found.append((place, line))
-        yield split if len(description.splits) > 1 or split != "train" else "", tuple(found)
+        alone = len(description.splits) == 1 and split == "train"
+        sources["" if alone else split] = tuple(found)
+    return _Layout(folder, description, sources, tuple(notes))
 
 
-def _resolve(text: str, bases: Iterable[Path]) -> Path | None:
-    relative = text.replace("\\", "/")
-    for base in bases:
-        # "../train/images" means "train/images" in what Roboflow writes.
-        for each in (relative, relative.removeprefix("../")):
+def _resolve(text: str, bases: Sequence[Path]) -> Path | None:
+    """Return a folder or list: as it is written, or else by the longest end that is here.
+
+    Shorter ends only of absolute paths, which are of another machine; "../train/images" means
+    "train/images" in what Roboflow writes.
+    """
+    written = text.replace("\\", "/")
+    parts = path_parts(text)
+    is_absolute = written.startswith("/") or written[1:2] == ":"
+    ends = range(len(parts)) if is_absolute else range(min(1, len(parts)))
+    for each in (written, *("/".join(parts[start:]) for start in ends)):
+        for base in bases:
             try:
                 if (base / each).exists():
-                    return base / each
+                    return Path(os.path.normpath(base / each))
             except (OSError, ValueError):
                 return None
     return None
@@ -439,7 +506,6 @@ def _members(layout: _Layout, split: str) -> tuple[list[_Member], list[Problem]]
     members: dict[Path, _Member] = {}
     problems: list[Problem] = []
     for source, line in layout.sources[split]:
-        find: Callable[[_Layout, Path], tuple[list[_Member], list[Problem]]]
         find = _in_folder if source.is_dir() else _in_list
         inside, found = find(layout, source)
         problems += found
@@ -453,27 +519,45 @@ def _members(layout: _Layout, split: str) -> tuple[list[_Member], list[Problem]]
         if not inside and not found:
             what = f"no image in {source}; add some, or correct the folder"
             problems.append(Problem(layout.description.path, line, what, fatal=True))
-    return list(members.values()), problems
+    return list(members.values()), [*problems, *_shared_labels(members.values())]
 
 
-def _in_folder(layout: _Layout, folder: Path) -> tuple[list[_Member], list[Problem]]:
-    members: list[_Member] = []
+def _shared_labels(members: Iterable[_Member]) -> Iterator[Problem]:
+    by_label: dict[Path, list[Path]] = defaultdict(list)
+    for member in members:
+        by_label[member.label].append(member.image)
+    for label, images in by_label.items():
+        if len(images) > 1 and label.exists():
+            what = (
+                f"two images for one label file: {' and '.join(path.name for path in images)}; "
+                "take away the one that was not labelled"
+            )
+            yield Problem(label, 1, what, fatal=True, files=tuple(images))
+
+
+def _in_folder(layout: _Layout, source: Path) -> tuple[list[_Member], list[Problem]]:
+    folder = layout.folder
+    if not source.is_relative_to(folder.root):
+        folder = LabelledFolder(source)
     problems: list[Problem] = []
-    for base, folders, names in os.walk(folder):
-        folders.sort()
-        here = Path(base)
-        visible = sorted(name for name in names if not name.startswith("."))
-        images = [here / name for name in visible if Path(name).suffix.lower() in IMAGES]
-        members += [_Member(path, label_of(path, layout.root), (path, None)) for path in images]
-        if not images:
+    images = [path for path in folder.images if path.is_relative_to(source)]
+    members = [_Member(path, label_of(path, folder.root), (path, None)) for path in images]
+    unread = {
+        label_of(path, folder.root): path for path in folder.not_read if path.is_relative_to(source)
+    }
+    labels = {each.label for each in members}
+    places = {path.parent for path in (*labels, *unread)}
+    stems = {path.stem for path in folder.images}
+    for path in folder.having(".txt"):
+        if path.parent not in places or path in labels or not _holds_labels(path):
             continue
-        labels = label_of(images[0], layout.root).parent
-        stems = {path.stem for path in images}
-        if labels.is_dir():
-            for path in files(labels, {".txt"}):
-                if path.stem not in stems and _holds_labels(path):
-                    what = f"no image {path.stem}.jpg (or .png, .webp) in {here}; add it"
-                    problems.append(Problem(path, 1, f"{what}, or remove the labels", fatal=True))
+        if path in unread:
+            image = unread[path]
+            what = f"its image {image.name} is not read; save it as JPEG, PNG or WebP"
+            problems.append(Problem(path, 1, what, fatal=False, kind=Kind.NOT_READ, files=(image,)))
+        elif path.stem not in stems:
+            what = f"no image {path.stem}.jpg (or .png, .webp) in {source}; add it"
+            problems.append(Problem(path, 1, f"{what}, or remove the labels", fatal=True))
     return members, problems
 
 
@@ -483,10 +567,10 @@ def _holds_labels(path: Path) -> bool:
         return False
     try:
         with path.open("rb") as file:
-            words = file.read(200).split(maxsplit=1)
+            words = file.read(200).split(maxsplit=2)
     except OSError:
         return False
-    return bool(words) and words[0].isdigit()
+    return len(words) > 1 and words[0].isdigit()
 
 
 def _in_list(layout: _Layout, file: Path) -> tuple[list[_Member], list[Problem]]:
@@ -495,33 +579,59 @@ def _in_list(layout: _Layout, file: Path) -> tuple[list[_Member], list[Problem]]
     except OSError as error:
         what = f"cannot be read ({error.strerror}); it must be a folder or a list of images"
         return [], [Problem(file, None, what, fatal=True)]
+    finder = ImageFinder(layout.folder, (file.parent, layout.root))
+    named: dict[Path, str] = {}
     members: list[_Member] = []
     problems: list[Problem] = []
     for number, line in enumerate(lines, start=1):
         text = line.strip()
         if not text:
             continue
-        path = _resolve(text, (file.parent, layout.root))
-        if path is None or not path.is_file():
-            what = f"no image {text[:80]!r}; add it, or take the line out"
+        image = _existing(text) or finder.find(text)
+        if image is None:
+            unread = finder.unread(text)
+            if unread is not None:
+                what = f"{unread.name} is not read; save it as JPEG, PNG or WebP"
+                problems.append(
+                    Problem(file, number, what, fatal=False, kind=Kind.NOT_READ, files=(unread,))
+                )
+                continue
+            what = f"{finder.missing(text)}; add it, or take the line out"
+            problems.append(Problem(file, number, what, fatal=True))
+        elif path_parts(named.setdefault(image, text)) != path_parts(text):
+            what = (
+                f"{shown(named[image])} and {shown(text)} are one image here, {image.name}; add "
+                "the other, or take one line out"
+            )
             problems.append(Problem(file, number, what, fatal=True))
         else:
-            # "./images/a.jpg" and "images/a.jpg" are one image.
-            image = Path(os.path.normpath(path))
             members.append(_Member(image, label_of(image, layout.root), (file, number)))
-    return members, problems
+    return members, problems + finder.notes(file)
+
+
+def _existing(text: str) -> Path | None:
+    """Return the image of an absolute path, if it is one of this machine."""
+    try:
+        path = Path(text)
+        return path if path.is_absolute() and path.is_file() else None
+    except (OSError, ValueError):
+        return None
 
 
 def label_of(image: Path, root: Path) -> Path:
     """Return the label file of an image: in labels/ if it is in images/ below `root`, else beside.
+
+    Beside, too, if there is none in labels/.
 
     >>> label_of(Path("images/cells/images/val/a.png"), Path("images/cells")).as_posix()
     'images/cells/labels/val/a.txt'
     """
     outside = len(root.parts) if image.is_relative_to(root) else 0
     parts = list(image.parent.parts)
+    beside = image.with_suffix(".txt")
     for place in reversed(range(outside, len(parts))):
-        if parts[place] == "images":
+        if parts[place].lower() == "images":
             parts[place] = "labels"
-            break
-    return Path(*parts, f"{image.stem}.txt")
+            usual = Path(*parts, beside.name)
+            return usual if usual.exists() or not beside.exists() else beside
+    return beside

@@ -30,7 +30,7 @@ from service.imaging.memory_budget import DecodeMemory
 from service.imaging.resize import COPY_BYTES, LARGEST_COPIED, resize
 
 ACCEPTED: Final = "JPEG, PNG or WebP"
-SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".png", ".webp"})
+SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp"})
 """Of files that are taken for images in a folder, in small letters."""
 DEFAULT_MAX_PIXELS: Final = 50_000_000
 
@@ -86,6 +86,11 @@ class Opened:
         self.size = self._turned(Size(height=header.height, width=header.width))
         """Upright."""
 
+    @property
+    def is_turned(self) -> bool:
+        """Whether the stored image lies on its side, as EXIF says."""
+        return self._orientation in SWAPS_SIDES
+
     def prepare(self, rule: Buckets | ShortSide) -> Prepared:
         """Decode the image and place it on its canvas, scaled in one go. Raises MalformedImage.
 
@@ -118,7 +123,7 @@ class Opened:
 
     def _turned(self, size: Size) -> Size:
         """Swap the sides between upright and stored."""
-        if self._orientation in SWAPS_SIDES:
+        if self.is_turned:
             return Size(height=size.width, width=size.height)
         return size
 

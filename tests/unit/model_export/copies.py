@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from model_export.data.annotations import LabelledImage
+from model_export.data.folder import LabelledFolder
 from model_export.data.voc import read
 
 SPLITS = ("train", "val")
@@ -17,7 +18,7 @@ SPLITS = ("train", "val")
 
 def labelled(source: Path, split: str, most: int | None = None) -> list[LabelledImage]:
     """The first images of a split, with what is written about them."""
-    return list(read(source, split, naming=False).images[:most])
+    return list(read(LabelledFolder(source), split, naming=False).images[:most])
 
 
 def write_voc(source: Path, root: Path, *, most: int | None = None) -> Path:

@@ -99,7 +99,7 @@ def test_check_finds_everything_that_is_wrong(tmp_path: Path) -> None:
     result = call("data", "check", folder.root, "--json", file)
     assert result.exit_code == 2
     lines = result.stderr.strip().splitlines()
-    assert sum("no image p" in line for line in lines) == 30
+    assert sum("no image 'p" in line for line in lines) == 30
     assert any(line.startswith(f"{spoilt}:1: not well-formed XML") for line in lines)
     assert "31 problems to solve before training" in lines[-1]
     stopping = json.loads(file.read_text())["stops_training"]

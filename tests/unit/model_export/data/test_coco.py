@@ -388,8 +388,8 @@ SOUND = json.dumps(content("a", "b"), indent=1)
         (SOUND + "}", 60, "Extra data"),
         ('{\n"images": ' + "[" * 100_000, None, "recursion"),
         ('{\n"images": [' + "9" * 9000 + "]}", None, "digits"),
-        (b'{"images": [\n"\xff\xfe"]}', None, "not UTF-8 text"),
-        (b"\xff\xd8\xff\xe0 an image", None, "not UTF-8 text"),
+        ('{"images": [\n"Küche"]}'.encode("cp1252"), None, "not UTF-8: a line of it is"),
+        (b"\xff\xd8\xff\xe0\x01\x02 an image", None, "not text"),
     ],
 )
 def test_file_that_is_not_json_is_refused(

@@ -301,7 +301,7 @@ def test_a_missing_image_stops(folder: VocFolder) -> None:
     folder.add("a", [CELL])
     path = folder.annotate("b", annotation([CELL]))
     folder.list("train", "a", "b")
-    assert f"{path}:1: no image b.jpg" in refusal(folder.root)
+    assert f"{path}:1: no image 'b.jpg' (or .png, .webp); " in refusal(folder.root)
 
 
 @pytest.mark.parametrize(
@@ -322,11 +322,12 @@ def test_an_unreadable_image_stops(folder: VocFolder, content: bytes, what: str)
     assert what in message
 
 
-def test_a_image_that_is_a_folder_stops(folder: VocFolder) -> None:
+def test_folder_named_like_an_image_is_no_image(folder: VocFolder) -> None:
+    folder.add("b", [CELL])
     folder.annotate("a", annotation([CELL]))
     (folder.images / "a.jpg").mkdir()
-    folder.list("train", "a")
-    assert "a.jpg: " in refusal(folder.root)
+    folder.list("train", "a", "b")
+    assert "a.xml:1: no image 'a.jpg'" in refusal(folder.root)
 
 
 @pytest.mark.parametrize(
@@ -356,11 +357,11 @@ def test_an_annotation_that_is_none_stops(
     assert what in message
 
 
-def test_an_annotation_that_is_a_folder_stops(folder: VocFolder) -> None:
+def test_folder_named_like_an_annotation_is_none(folder: VocFolder) -> None:
     folder.add("a", [CELL])
     (folder.annotations / "b.xml").mkdir()
-    folder.list("train", "a", "b")
-    assert "b.xml: cannot be read (Is a directory)" in refusal(folder.root)
+    path = folder.list("train", "a", "b")
+    assert f"{path}:2: no image and no annotation is named 'b'" in refusal(folder.root)
 
 
 def test_entities_do_not_explode(folder: VocFolder) -> None:
@@ -408,13 +409,13 @@ def test_every_problem_is_named_up_to_twenty(folder: VocFolder) -> None:
     folder.list("train", *(f"p{number:02}" for number in range(30)))
     message = refusal(folder.root)
     assert "30 problems stop training" in message
-    assert message.count("no image p") == 20
+    assert message.count("no image 'p") == 20
     assert message.endswith("... and 10 more")
 
 
 @pytest.mark.parametrize(
     ("split", "what"),
-    [("val", "no such split file (splits there: train)"), ("empty", "names no image")],
+    [("val", "no such split file ImageSets/Main/val.txt (splits"), ("empty", "names no image")],
 )
 def test_a_split_without_entries_stops(folder: VocFolder, split: str, what: str) -> None:
     folder.add("a", [CELL])
@@ -454,8 +455,8 @@ def test_folders_that_are_no_data_set_stop(tmp_path: Path) -> None:
     assert "no annotations here; expected Annotations/*.xml" in refusal(empty)
     half = tmp_path / "half"
     (half / "Annotations").mkdir(parents=True)
-    assert "JPEGImages/ is missing" in refusal(half)
-    (half / "JPEGImages").mkdir()
+    assert "no annotations here; expected Annotations/*.xml" in refusal(half)
+    (half / "Annotations" / "a.xml").write_text(annotation([CELL]))
     assert "no images here; it needs JPEG, PNG or WebP files" in refusal(half)
 
 

@@ -22,10 +22,10 @@ def animals(tmp_path: Path) -> dict[str, Path]:
     """The same animals in each format: 3 kittens, 2 cats, 1 dog in train, one of each in val."""
     folder = VocFolder(tmp_path / "voc")
     box = (10, 10, 40, 40)
-    folder.add("a", [("kitten", box), ("cat", box), ("kitten", box)])
+    folder.add("a", [("kitten", box), ("cat", (5, 5, 45, 45)), ("kitten", (20, 20, 50, 50))])
     folder.add("b", [("dog", box)])
-    folder.add("c", [("kitten", box), ("cat", box)])
-    folder.add("d", [("kitten", box), ("cat", box), ("dog", box)])
+    folder.add("c", [("kitten", box), ("cat", (20, 20, 50, 50))])
+    folder.add("d", [("kitten", box), ("cat", (20, 20, 50, 50)), ("dog", box)])
     folder.list("train", "a", "b", "c")
     folder.list("val", "d")
     return {

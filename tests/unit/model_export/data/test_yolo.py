@@ -257,7 +257,7 @@ def test_a_image_that_is_listed_twice_counts_once(root: Path) -> None:
         ("0 -.2 .5 .1 .1", "-0.2 is not a fraction"),
         ("0 .5 .5 .7 2 .1 .1", "2 is not a fraction"),
         ("0 .5 .5 -.7 .2 .1 .1", "-0.7 is not a fraction"),
-        (b"0 \xff\xfe", "not text; a label file has lines of class x y"),
+        ("0 .5 .5 .1 .1 # Küche".encode("cp1252"), "# Küche' in cp1252"),
         (os.urandom(400) + b"\xff", "not text"),
         ("<annotation>", "'<annotation>' is not a class index"),
     ],
@@ -421,7 +421,7 @@ def test_without_names_there_is_nothing_to_read(root: Path) -> None:
     (root / "classes.txt").write_text("\n")
     assert "names no class; write one on each line" in refusal(root)
     (root / "classes.txt").write_bytes(b"\xff\xfe\0")
-    assert "cannot be read as text" in refusal(root)
+    assert "not text; a class list has a name on each line" in refusal(root)
 
 
 def test_a_split_that_is_not_named_stops(root: Path) -> None:
