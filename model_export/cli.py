@@ -123,6 +123,13 @@ Example:
 @click.option("--json", "json_file", type=_NEW_FILE, metavar="FILE", help="Write all figures.")
 @click.option("--plots", type=_FOLDER, metavar="DIR", help="Write figures as PNG.")
 @click.option("--report", type=_NEW_FILE, metavar="FILE.html", help="Write a self-contained page.")
+@click.option(
+    "--predictions",
+    type=_NEW_FILE,
+    metavar="FILE",
+    help="Write the measured detections as COCO results, with the ids of the data's own COCO file; "
+    "in other formats image_id counts the images by file name, category_id the classes, from 0.",
+)
 def evaluate(**options: Any) -> None:
     """COCO metrics and score calibration of a model file on labelled images.
 

@@ -14,13 +14,15 @@ import numpy as np
 from model_export.commands.labelled_data import data_config, load
 from model_export.config import DataConfig
 from model_export.data.datasets import Dataset
+from model_export.data.samples import ClassSelection
 from model_export.evaluation.bootstrap import Comparison, Difference, compare
 from model_export.evaluation.coco_metrics import Evaluation, Timing
 from model_export.evaluation.inference import evaluate_file
 from model_export.evaluation.json_report import to_json
 from model_export.evaluation.reliability import MIN_SCORE, Reliability
 from model_export.evaluation.results import Baseline, EvaluationResults, describe_file, measure
-from service.errors import DataError
+from service.commands.coco_ids import CocoIds, read_ids
+from service.errors import DataError, shown_list
 from service.filenames import refuse_to_replace
 from service.runtime.artifact import read_artifact
 from service.runtime.detector import Detections
@@ -38,10 +40,20 @@ def run(
     json_file: Path | None,
     plots: Path | None,
     report: Path | None,
+    predictions: Path | None,
 ) -> None:
     """Evaluate a file, print the metrics and write the files. Raises RetinaserveError."""
-    refuse_to_replace(filter(None, (json_file, report)), filter(None, (model, against, data)))
-    dataset = load_for(model, data, split, data_config(labels))
+    refuse_to_replace(
+        filter(None, (json_file, report, predictions)), filter(None, (model, against, data))
+    )
+    choice = data_config(labels)
+    dataset = load_for(model, data, split, choice)
+    if against is not None and not any(len(each.labels) for each in dataset.samples):
+        raise DataError(
+            f"--against: no object is labelled in the split {split!r} of {data}, so there is "
+            "nothing to compare on; name a split with objects"
+        )
+    ids = None if predictions is None else coco_ids(dataset, choice)
     measured = measure(model, dataset, device=device, batch_size=batch_size)
     click.echo(f"{model} on {data}, split {split!r}")
     for line in table(measured.evaluation, measured):
@@ -53,6 +65,16 @@ def run(
             click.echo(line)
     for path in _write(measured, other, json_file=json_file, plots=plots, report=report):
         click.echo(f"wrote {path}")
+    if predictions is not None and ids is not None:
+        click.echo(f"wrote {_write_predictions(measured, predictions, ids)}")
+        if ids.unmatched:
+            click.echo(
+                f"note: {len(ids.unmatched)} images of the annotation file were not measured: "
+                f"{shown_list(ids.unmatched)}; leave them out of a comparison (params.imgIds of "
+                "pycocotools)"
+            )
+        if ids.note:
+            click.echo(f"note: {ids.note}")
 
 
 def _write(
@@ -75,6 +97,44 @@ def _write(
         from model_export.evaluation.html_report import render
 
         yield _write_text(report, render(measured, against))
+
+
+def coco_ids(dataset: Dataset, choice: DataConfig) -> CocoIds:
+    """Return the ids of the data set's annotation file where it is COCO's.
+
+    In other formats an image's id is its place by file name and a category's its label, from 0.
+    Raises DataError.
+    """
+    images = [sample.path for sample in dataset.samples]
+    files = [path for path in dataset.labels if path.suffix.lower() == ".json"]
+    if not files:
+        by_name = sorted(images, key=lambda path: (path.name, path))
+        numbers = {path: place for place, path in enumerate(by_name)}
+        return CocoIds(numbers, range(len(dataset.classes)))
+    if len(files) > 1:
+        raise DataError(
+            f"--predictions: the split {dataset.split!r} is annotated in {len(files)} files "
+            f"({shown_list(list(map(str, files)))}), whose ids may repeat; join them"
+        )
+    rename = ClassSelection(choice.classes, choice.remap).name
+    ids = read_ids(files[0], dataset.classes, images, rename=rename)
+    if ids.unlisted:
+        raise DataError(
+            f"--predictions: {files[0]} has no entry with the file name of "
+            f"{shown_list(list(map(str, ids.unlisted)))}; write the names there as the files have "
+            "them"
+        )
+    return ids
+
+
+def _write_predictions(measured: EvaluationResults, path: Path, ids: CocoIds) -> Path:
+    """Write the measured detections as COCO results."""
+    rows = [
+        json.dumps(row)
+        for sample, found in zip(measured.dataset.samples, measured.found, strict=True)
+        for row in ids.rows(sample.path, found)
+    ]
+    return _write_text(path, "[\n" + ",\n".join(rows) + "\n]\n")
 
 
 def _write_text(path: Path, text: str) -> Path:
