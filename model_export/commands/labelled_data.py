@@ -13,11 +13,12 @@ from pydantic import ValidationError
 from model_export.config import DataConfig, describe
 from model_export.data import datasets
 from model_export.data.datasets import Dataset
+from model_export.data.folder import LabelledFolder
 from service.errors import DataError
 
 
 def load(
-    root: Path,
+    root: Path | LabelledFolder,
     split: str,
     choice: DataConfig | None = None,
     *,

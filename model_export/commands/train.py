@@ -17,7 +17,9 @@ from tqdm import tqdm
 from model_export.checkpoints import Checkpoint, fetch_imagenet, load_checkpoint
 from model_export.commands.labelled_data import as_options, load
 from model_export.config import DataConfig, TrainConfig, dump_config, load_config
+from model_export.data.account import account
 from model_export.data.datasets import Dataset
+from model_export.data.folder import LabelledFolder
 from model_export.data.report import summarise
 from model_export.provenance import provenance, resumed
 from model_export.training.callbacks import METRICS
@@ -79,11 +81,12 @@ def run(
     if started_from is not None:
         config = adopt(config, started_from)
     known = load_checkpoint(output / LAST) if resume else started_from
-    training = _training_data(data, config.data, known, resume=resume)
-    validation = load(data, "val", config.data, classes=training.classes)
+    folder = LabelledFolder(data)
+    training = _training_data(folder, config.data, known, resume=resume)
+    validation = load(folder, "val", config.data, classes=training.classes)
     if fit_anchors:
         config = _with_advised_anchors(config, training)
-    _report(config, training, validation)
+    _report(config, folder, training, validation)
     imagenet = _backbone_weights(weights, config)
     origin = _provenance(config, training, imagenet, started_from, licences)
     if resume and known is not None:
@@ -217,7 +220,7 @@ def bundled_checkpoint() -> Path:
 
 
 def _training_data(
-    data: Path, used: DataConfig, known: Checkpoint | None, *, resume: bool
+    data: LabelledFolder, used: DataConfig, known: Checkpoint | None, *, resume: bool
 ) -> Dataset:
     """Read the train split, in the class order of a checkpoint that has the same classes."""
     training = load(data, "train", used)
@@ -227,7 +230,7 @@ def _training_data(
         return load(data, "train", used, classes=known.description.classes)
     if resume:
         raise DataError(
-            f"{data}: its classes are {', '.join(training.classes)}, but the run began with "
+            f"{data.root}: its classes are {', '.join(training.classes)}, but the run began with "
             f"{', '.join(known.description.classes)}; resume it on the same data"
         )
     return training
@@ -241,9 +244,13 @@ def _backbone_weights(weights: str | None, config: TrainConfig) -> Path | None:
     return Path(weights)
 
 
-def _report(config: TrainConfig, training: Dataset, validation: Dataset) -> None:
+def _report(
+    config: TrainConfig, folder: LabelledFolder, training: Dataset, validation: Dataset
+) -> None:
     for dataset in (training, validation):
         _say(f"{summarise(dataset, config.canvas, config.model.anchors)}\n")
+    for count in account(folder, (training, validation), format=config.data.format):
+        _say(str(count))
     if not any(len(sample.boxes) for sample in validation.samples):
         _say(
             "note: the val split holds no object, so there is no AP and best.ckpt follows the last "
