@@ -50,9 +50,6 @@ _LONGEST_PART_HEAD: Final = 4096
 _MOST_OPTIONS: Final = 16
 """Semicolons in a header; a file name may contain some."""
 
-_CERTAIN: Final = 4096
-"""Bytes of an image that hold a CR or LF with a probability of 1 - 10^-14. Smaller ones hold a NUL,
-which curl removes as well."""
 _BEGINNINGS: Final = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF")
 LINE_BREAKS: Final = (
     "the image's line breaks were removed on the way here, as `curl -d @FILE` does; use "
@@ -220,11 +217,8 @@ async def _collect(receive: Receive, limit: int, uploads: Uploads) -> Body:
 
 def check_raw(body: Body, content_type: str) -> None:
     """Raise MalformedImage or UnsupportedMedia for a body that is no image, with what to send."""
-    if (
-        lacks_line_breaks(body, content_type)
-        and body.startswith(_BEGINNINGS)
-        and (len(body) >= _CERTAIN or b"\0" not in body)
-    ):
+    # Not one image is without a NUL, which curl removes as well.
+    if lacks_line_breaks(body) and b"\0" not in body:
         raise MalformedImage(LINE_BREAKS)
     try:
         media_type(body if isinstance(body, bytes) else memoryview(body))
@@ -233,10 +227,12 @@ def check_raw(body: Body, content_type: str) -> None:
         raise type(error)(f"{error}. Content-Type is {sent_as}. {_WAYS}") from error
 
 
-def lacks_line_breaks(body: Body, content_type: str) -> bool:
-    """Return whether a body may have lost its line breaks to `curl -d @FILE`."""
-    sent_so = content_type.startswith("application/x-www-form-urlencoded")
-    return sent_so and b"\n" not in body and b"\r" not in body
+def lacks_line_breaks(body: Body) -> bool:
+    """Return whether an image may have lost its line breaks to `curl -d @FILE`.
+
+    Those of a single colour may have none.
+    """
+    return body.startswith(_BEGINNINGS) and b"\n" not in body and b"\r" not in body
 
 
 def parse_multipart(body: Body, content_type: str, *, max_parts: int) -> list[Part]:
@@ -342,13 +338,13 @@ def load_object(body: Body) -> dict[str, Any]:
 def decode_base64(text: object) -> bytes:
     """Return the bytes of a base64 string. Raises MalformedRequest.
 
-    As clients write it: in either alphabet, with or without padding, white space and the prefix of
-    a data URL.
+    As clients write it: in either alphabet, with or without padding, white space, a byte-order mark
+    and the prefix of a data URL.
     """
     if not isinstance(text, str | bytes):
         found = "missing" if text is None else shown(text)
         raise MalformedRequest(f"the image is {found}; send it as a base64 string")
-    raw = text if isinstance(text, bytes) else text.encode()
+    raw = (text if isinstance(text, bytes) else text.encode()).removeprefix(BOM_UTF8)
     start = raw[:_BASE64_STEP]
     try:
         prefix = _DATA_URL.match(raw)

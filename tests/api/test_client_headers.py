@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import httpx
 import pytest
+from PIL import Image
 
 from tests.api.inference_protocol import INFER, base64_images, binary_images, with_raw
 from tests.images import LFS_POINTER, encoded, noise, one_red
@@ -24,6 +25,7 @@ PROBLEM = "application/problem+json"
 LINES = "application/x-ndjson"
 FORM = "application/x-www-form-urlencoded"
 DATA = "multipart/form-data; boundary="
+BATCH = "/v1/detect/batch"
 
 CHROME = (
     "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,image/webp,image/apng,*/*;"
@@ -222,7 +224,7 @@ async def test_batch_route_chooses_lines_by_accept(
     client: httpx.AsyncClient, accept: str | None, media: str
 ) -> None:
     body = form("b", "form-data", 'name="files"')
-    answer = await send(client, Sent(accept, f"{DATA}b", body, path="/v1/detect/batch"))
+    answer = await send(client, Sent(accept, f"{DATA}b", body, path=BATCH))
     assert (answer.status_code, answer.headers["content-type"]) == (200, media)
 
 
@@ -279,6 +281,11 @@ WRONG: dict[str, tuple[Sent, int, tuple[str, ...]]] = {
     "curl -d @ of a JPEG": (Sent("*/*", FORM, by_curl(JPEG)), 400, ("use `curl --data-binary",)),
     "curl -d @ of a PNG": (Sent("*/*", FORM, by_curl(PNG)), 400, ("use `curl --data-binary",)),
     "curl -d @ of a WebP": (Sent("*/*", FORM, by_curl(WEBP)), 400, ("use `curl --data-binary",)),
+    "curl -d @ of a JPEG with its type": (
+        Sent("*/*", "image/jpeg", by_curl(JPEG)),
+        400,
+        ("use `curl --data-binary",),
+    ),
     "a small JPEG without CR and LF": (
         Sent("*/*", FORM, encoded(one_red(), "JPEG").translate(None, b"\r\n")),
         400,
@@ -351,9 +358,14 @@ WRONG: dict[str, tuple[Sent, int, tuple[str, ...]]] = {
     ),
     "curl -T": (Sent("*/*", None, PNG, method="PUT"), 405, ("use POST",)),
     "an image to the batch route": (
-        Sent("*/*", FORM, PNG, path="/v1/detect/batch"),
+        Sent("*/*", FORM, PNG, path=BATCH),
         415,
-        (FORM, "multipart/form-data with parts named 'files'", JSON),
+        ("a PNG image", FORM, "multipart/form-data with parts named 'files'", JSON),
+    ),
+    "JSON without its type to the batch route": (
+        Sent("*/*", None, json.dumps({"images": [{"image": TEXT}]}).encode(), path=BATCH),
+        415,
+        ("JSON text", "no Content-Type", JSON),
     ),
 }
 
@@ -369,10 +381,17 @@ async def test_error_names_what_was_sent_and_what_to_send(
     assert len(detail) < 700
 
 
+async def test_an_image_without_cr_and_lf_is_answered(client: httpx.AsyncClient) -> None:
+    black = encoded(Image.new("L", (1600, 1600)), "JPEG", quality=98, optimize=True)
+    assert black.translate(None, b"\r\n") == black
+    answer = await send(client, Sent("*/*", FORM, black))
+    assert answer.status_code == 200, answer.text
+
+
 async def test_batch_images_are_read_and_named_alike(client: httpx.AsyncClient) -> None:
     images = [f"data:image/png;base64,{TEXT}", TEXT.rstrip("="), "a.jpg", "données.jpg"]
     body = b"\xef\xbb\xbf" + json.dumps({"images": [{"image": each} for each in images]}).encode()
-    answer = await send(client, Sent("*/*", JSON, body, path="/v1/detect/batch"))
+    answer = await send(client, Sent("*/*", JSON, body, path=BATCH))
     results = answer.json()["results"]
     assert [each["status"] for each in results] == [200, 200, 400, 400]
     assert "the name of a file ('a.jpg')" in results[2]["error"]["detail"]

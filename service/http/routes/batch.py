@@ -12,6 +12,7 @@ import orjson
 from fastapi import FastAPI, Query, Request, Response
 from starlette.responses import StreamingResponse
 
+from service.contents import kind_of
 from service.engine import postprocessing as results
 from service.engine.batch_queue import Urgency
 from service.engine.detection import detect
@@ -98,9 +99,11 @@ class BatchRoute:
         elif kind == "application/json":
             images = await parse_body(self._service, _json_images, body)
         else:
+            sent_as = f"Content-Type {shown(content_type)}" if content_type else "no Content-Type"
             raise UnsupportedMedia(
-                f"Content-Type {shown(content_type)} is not accepted here; send "
-                "multipart/form-data with parts named 'files', or application/json"
+                f"{kind_of(body)} with {sent_as} is not accepted here; send multipart/form-data "
+                'with parts named \'files\', or {"images": [{"image": "<base64>"}]} with '
+                "Content-Type application/json"
             )
         if not 1 <= len(images) <= most:
             raise InvalidParameter(f"{len(images)} images in one request; send 1 to {most}")
@@ -202,7 +205,7 @@ def _json_image(index: int, entry: object) -> Image:
         raise MalformedRequest(f'images[{index}] must be {{"image": "<base64>"}}')
     name = entry.get("id")
     if not isinstance(name, str | int | None):
-        raise MalformedRequest(f"images[{index}].id must be a string")
+        raise MalformedRequest(f"images[{index}].id must be a string, not {shown(name)}")
     name = str(index if name is None else name)
     if len(name) > _LONGEST_ID:
         raise MalformedRequest(

@@ -60,7 +60,7 @@ class DetectRoute:
         with service.places.slot(len(body)), CancelOnDisconnect(request):
             content_type = headers.get("content-type", "")
             image = await self._image(content_type, body)
-            stripped = lacks_line_breaks(body, content_type)
+            stripped = lacks_line_breaks(body)
             # Base64 has been copied out of it.
             del body
             image_type = wanted_image(accept_of(request))

@@ -264,7 +264,14 @@ def test_base64_decodes_more_than_one_step() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["+/+/aGk=", "-_-_aGk=", "+/-_aGk", "data:;base64,+_+/aGk", " DATA:image/png;BASE64,-/-/aGk="],
+    [
+        "+/+/aGk=",
+        "\ufeff+/+/aGk=",
+        "-_-_aGk=",
+        "+/-_aGk",
+        "data:;base64,+_+/aGk",
+        " DATA:image/png;BASE64,-/-/aGk=",
+    ],
 )
 def test_base64_accepts_both_alphabets_missing_padding_and_data_urls(text: str) -> None:
     assert decode_base64(text) == b"\xfb\xff\xbfhi"
