@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ def run(
             "nothing to compare on; name a split with objects"
         )
     ids = None if predictions is None else coco_ids(dataset, choice)
+    draw = None if plots is None else _drawer(plots)
     measured = measure(model, dataset, device=device, batch_size=batch_size)
     click.echo(f"{model} on {data}, split {split!r}")
     for line in table(measured.evaluation, measured):
@@ -63,7 +65,7 @@ def run(
         other = _compare(measured, against, device=device, batch_size=batch_size)
         for line in comparison_lines(against, other.comparison):
             click.echo(line)
-    for path in _write(measured, other, json_file=json_file, plots=plots, report=report):
+    for path in _write(measured, other, draw, json_file=json_file, report=report):
         click.echo(f"wrote {path}")
     if predictions is not None and ids is not None:
         click.echo(f"wrote {_write_predictions(measured, predictions, ids)}")
@@ -77,19 +79,24 @@ def run(
             click.echo(f"note: {ids.note}")
 
 
+def _drawer(folder: Path) -> Callable[[EvaluationResults], list[Path]]:
+    """Return what writes the figures. Raises DataError where FONT_FILE is no font for them."""
+    from model_export.evaluation.plots import open_font, save_plots
+
+    return partial(save_plots, folder=folder, font=open_font())
+
+
 def _write(
     measured: EvaluationResults,
     against: Baseline | None,
+    draw: Callable[[EvaluationResults], list[Path]] | None,
     *,
     json_file: Path | None,
-    plots: Path | None,
     report: Path | None,
 ) -> Iterator[Path]:
     """Write the requested files; yield each path after it is written."""
-    if plots is not None:
-        from model_export.evaluation.plots import save_plots
-
-        yield from save_plots(measured, plots)
+    if draw is not None:
+        yield from draw(measured)
     if json_file is not None:
         text = json.dumps(to_json(measured, against), indent=2, allow_nan=False)
         yield _write_text(json_file, text + "\n")

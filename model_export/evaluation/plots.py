@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -17,7 +18,8 @@ from model_export.evaluation.error_analysis import Confusion
 from model_export.evaluation.reliability import Reliability
 from model_export.evaluation.results import EvaluationResults
 from service.engine.drawing import LabelFont
-from service.settings import load_settings
+from service.errors import DataError
+from service.settings import ENV_PREFIX, load_settings
 
 _LEGEND = 12
 """Number of classes that fit into a legend."""
@@ -27,18 +29,35 @@ _DARK = 0.5
 """Share of a row from which on a cell is dark enough for white text."""
 
 
-def save_plots(results: EvaluationResults, folder: Path) -> list[Path]:
-    """Write all figures as PNG into `folder`, which is created if needed; return their paths.
+class PlotFont(NamedTuple):
+    """The font of figures: its name in matplotlib, and which names it can write."""
 
-    Raises DataError where FONT_FILE is no font.
+    family: str
+    labels: LabelFont
+
+
+def open_font() -> PlotFont:
+    """Return the font of FONT_FILE, or matplotlib's own.
+
+    Raises DataError where that is no font, or one that matplotlib does not read.
     """
     file = load_settings().font_file or Path(mpl.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
-    font = LabelFont(file)
-    names = [font.name(results.classes, label) for label in range(len(results.classes))]
-    font_manager.fontManager.addfont(file)
-    family = font_manager.FontProperties(fname=file).get_name()
+    labels = LabelFont(file)
+    try:
+        font_manager.fontManager.addfont(file)
+        return PlotFont(font_manager.FontProperties(fname=file).get_name(), labels)
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f"{ENV_PREFIX}FONT_FILE={file}: matplotlib cannot read it ({error}); name a TrueType "
+            "or OpenType font that is not compressed, as WOFF is"
+        ) from error
+
+
+def save_plots(results: EvaluationResults, folder: Path, font: PlotFont) -> list[Path]:
+    """Write all figures as PNG into `folder`, which is created if needed; return their paths."""
+    names = [font.labels.name(results.classes, label) for label in range(len(results.classes))]
     folder.mkdir(parents=True, exist_ok=True)
-    with mpl.rc_context({"font.family": family}):
+    with mpl.rc_context({"font.family": font.family}):
         return [
             _save(precision_recall(results, names), folder / "precision-recall.png"),
             _save(score_histogram(results.matches, names), folder / "scores.png"),

@@ -5,10 +5,12 @@ import sys
 from pathlib import Path
 
 import click
+import matplotlib as mpl
 import pytest
 import torch
 import yaml
 from click.testing import CliRunner, Result
+from fontTools.ttLib import TTFont
 
 from model_export.checkpoints import load_checkpoint
 from model_export.commands.export import default_name, parse_canvas
@@ -117,6 +119,23 @@ def test_evaluate_where_nothing_can_be_written(rectangles_model, rectangles_data
         "--report", tmp_path / "file" / "report.html",
     )  # fmt: skip
     check_refused(result, "report.html: cannot be written", "name another file")
+
+
+def test_evaluate_refuses_a_font_that_plots_cannot_use(
+    rectangles_model, rectangles_data, tmp_path, monkeypatch
+):
+    compressed = tmp_path / "font.woff"
+    font = TTFont(Path(mpl.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
+    font.flavor = "woff"
+    font.save(compressed)
+    for file, reason in ((__file__, "unknown file format"), (compressed, "WOFF")):
+        monkeypatch.setenv("RETINASERVE_FONT_FILE", str(file))
+        result = call(
+            "evaluate", rectangles_model, "--data", rectangles_data, "--device", "cpu",
+            "--plots", tmp_path / "plots",
+        )  # fmt: skip
+        check_refused(result, f"RETINASERVE_FONT_FILE={file}: ", reason)
+        assert result.stdout == "", "before anything is measured"
 
 
 def test_evaluate_against_a_file_with_another_class_order(

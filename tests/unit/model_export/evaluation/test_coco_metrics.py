@@ -21,7 +21,7 @@ from model_export.evaluation.bootstrap import (
 )
 from model_export.evaluation.coco_metrics import coco_metrics, match
 from model_export.evaluation.inference import evaluate_file
-from model_export.evaluation.plots import precision_recall, save_plots
+from model_export.evaluation.plots import open_font, precision_recall, save_plots
 from model_export.evaluation.thresholds import best_thresholds, operating_points
 from service.errors import ArtifactError, DataError
 from tests.unit.model_export.cases import (
@@ -486,7 +486,7 @@ def test_plots_are_written_whatever_classes_are_called(tmp_path):
     truth, found = random_case(7)
     # Between two dollars matplotlib reads a formula, and this one is wrong.
     measured = measurement(truth, found, ("$x_$", "_hidden"))
-    paths = save_plots(measured, tmp_path / "new" / "plots")
+    paths = save_plots(measured, tmp_path / "new" / "plots", open_font())
     assert [path.name for path in paths] == [
         "precision-recall.png",
         "scores.png",
@@ -504,7 +504,7 @@ def test_plots_are_written_whatever_classes_are_called(tmp_path):
 def test_plots_write_numbers_for_names_without_glyphs(tmp_path, monkeypatch):
     def plots(*names):
         measured = measurement(*random_case(7), names)
-        paths = save_plots(measured, tmp_path)
+        paths = save_plots(measured, tmp_path, open_font())
         # The curve of reliability is of all classes and has no names.
         return [path.read_bytes() for path in paths if path.name != "reliability.png"]
 
@@ -515,9 +515,6 @@ def test_plots_write_numbers_for_names_without_glyphs(tmp_path, monkeypatch):
     serif = Path(mpl.get_data_path(), "fonts", "ttf", "DejaVuSerif.ttf")
     monkeypatch.setenv("RETINASERVE_FONT_FILE", str(serif))
     assert all(map(ne, plots("class 0", "Größe"), with_glyphs))
-    monkeypatch.setenv("RETINASERVE_FONT_FILE", __file__)
-    with pytest.raises(DataError, match=r"FONT_FILE=.*: unknown file format"):
-        plots("a", "b")
 
 
 def test_curves_of_many_classes():
@@ -526,4 +523,4 @@ def test_curves_of_many_classes():
 
 
 def test_plots_of_nothing(tmp_path):
-    assert len(save_plots(measurement([EMPTY], [NOTHING]), tmp_path)) == 5
+    assert len(save_plots(measurement([EMPTY], [NOTHING]), tmp_path, open_font())) == 5
