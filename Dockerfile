@@ -32,7 +32,7 @@ USER 10001:10001
 EXPOSE 8000
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 CMD ["python", "-c", \
-  "import http.client, os, sys; c = http.client.HTTPConnection('127.0.0.1', int(os.environ.get('RETINASERVE_PORT') or 8000), timeout=4); c.request('GET', '/healthz'); sys.exit(c.getresponse().status != 200)"]
+  "import http.client, os, sys; p = os.environ.get('RETINASERVE_PORT', '').strip(); c = http.client.HTTPConnection('127.0.0.1', int(p) if p.isdecimal() else 8000, timeout=4); c.request('GET', '/healthz'); sys.exit(c.getresponse().status != 200)"]
 ENTRYPOINT ["retinaserve"]
 CMD ["serve"]
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -79,6 +82,28 @@ def test_start_ignores_what_orchestrators_set(serve: Serve, quick_models: Path) 
     (line,) = [each for each in process.log.read_text().splitlines() if "RETINASERVE_" in each]
     assert all(f"RETINASERVE_{name.upper()}" in line for name in links)
     assert "enableServiceLinks: false" in line
+
+
+def test_health_check_of_the_image_finds_the_port(serve: Serve, quick_models: Path) -> None:
+    text = (Path(__file__).parents[2] / "Dockerfile").read_text().replace("\\\n", "")
+    (written,) = re.findall(r"HEALTHCHECK .* CMD (\[.*\])", text)
+    _, *arguments = json.loads(written)
+
+    def check(port: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, *arguments],
+            env=environment(port=port),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    port = serve(quick_models).port
+    assert [check(each).returncode for each in (port, f" {port}")] == [0, 0]
+    # What the service takes for unset means its default port, where nothing listens here, or may.
+    for unset in ("", " ", "tcp://10.43.0.17:8000"):
+        assert "ValueError" not in check(unset).stderr
 
 
 @pytest.mark.parametrize(
