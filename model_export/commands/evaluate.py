@@ -75,8 +75,8 @@ def run(
                 f"{shown_list(ids.unmatched)}; leave them out of a comparison (params.imgIds of "
                 "pycocotools)"
             )
-        if ids.note:
-            click.echo(f"note: {ids.note}")
+        for note in ids.notes:
+            click.echo(f"note: {note}")
 
 
 def _drawer(folder: Path) -> Callable[[EvaluationResults], list[Path]]:
@@ -123,8 +123,12 @@ def coco_ids(dataset: Dataset, choice: DataConfig) -> CocoIds:
             f"--predictions: the split {dataset.split!r} is annotated in {len(files)} files "
             f"({shown_list(list(map(str, files)))}), whose ids may repeat; join them"
         )
-    rename = ClassSelection(choice.classes, choice.remap).name
+    # Also of classes that are left out: their detections are written, too.
+    rename = ClassSelection(remap=choice.remap).name
     ids = read_ids(files[0], dataset.classes, images, rename=rename)
+    if choice.classes is not None:
+        note = "of the objects, only those of --classes were measured: compare them (params.catIds)"
+        ids = dataclasses.replace(ids, notes=[*ids.notes, note])
     if ids.unlisted:
         raise DataError(
             f"--predictions: {files[0]} has no entry with the file name of "

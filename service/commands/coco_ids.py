@@ -6,10 +6,11 @@ import json
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 import numpy as np
 
@@ -20,20 +21,29 @@ from service.runtime.detector import Detections
 
 _PLACEHOLDER: Final = re.compile(r"__background__|class_\d+")
 """Names of the numbers that torchvision's models count as classes and never output."""
+_FORMS: Final[Sequence[Callable[[str], str]]] = (
+    str,
+    str.casefold,
+    lambda name: PurePosixPath(name.casefold()).stem,
+)
+"""What of file names is compared, the most certain first."""
+
+CocoId = int | float | str
+"""An id as the file has it: pycocotools compares them as they are."""
 
 
 @dataclass(frozen=True, slots=True)
 class CocoIds:
     """Ids of images, by path, and of classes, by label."""
 
-    images: Mapping[Path, int]
-    categories: Sequence[int | None]
+    images: Mapping[Path, CocoId]
+    categories: Sequence[CocoId | None]
     """None for a placeholder, which no detection has."""
     unlisted: Sequence[Path] = ()
     """Images without an entry in the file."""
     unmatched: Sequence[str] = ()
     """File names of the entries without an image."""
-    note: str | None = None
+    notes: Sequence[str] = ()
     """What else changes a comparison."""
 
     def rows(self, image: Path, found: Detections) -> list[dict[str, Any]]:
@@ -73,14 +83,16 @@ def read_ids(
 ) -> CocoIds:
     """Return the ids that an annotation file has for `classes`, by name, and for `images`.
 
-    An image is found by its file name, and where several entries have that name by its folders,
-    too. `rename` gives the class of a category. Raises DataError where an id is missing or not
-    certain.
+    An image is found by its file name, if need be in other case or with another suffix, and where
+    several entries have that name by its folders, too. `rename` gives the class of a category.
+    Raises DataError where an id is missing or not certain.
     """
     tables = _read(path)
-    categories = _categories(path, tables, classes, rename)
+    named = _named(path, tables, "categories", "name")
+    categories = _categories(path, tables, named, classes, rename)
     entries = dict(_named(path, tables, "images", "file_name"))
-    found, unlisted = _match(path, entries, images)
+    places = {key: _parts(name.replace("\\", "/")) for key, name in entries.items()}
+    found, unlisted = _match(path, entries, places, images)
     if not found:
         raise DataError(
             f"{path}: lists none of the {len(images)} images ({shown_list(_names(images))}); its "
@@ -88,13 +100,12 @@ def read_ids(
         )
     matched = set(found.values())
     unmatched = [name for key, name in entries.items() if key not in matched]
-    note = None
-    if any(each.get("id") == 0 for each in _annotations(tables)):
-        note = (
-            f"{path}: an annotation has the id 0, which pycocotools takes for none: it counts that "
-            "object as missed; number the annotations from 1"
-        )
-    return CocoIds(found, categories, unlisted, unmatched, note)
+    notes = list(_notes(tables, entries, dict(named), categories))
+    renamed = [key for image, key in found.items() if _parts(image.name) != places[key][-1:]]
+    if renamed:
+        names = shown_list([entries[key] for key in renamed])
+        notes.append(f"{len(renamed)} images are there with other case or suffix: {names}")
+    return CocoIds(found, categories, unlisted, unmatched, [f"{path}: {each}" for each in notes])
 
 
 def _read(path: Path) -> Mapping[str, Any]:
@@ -115,7 +126,9 @@ def _read(path: Path) -> Mapping[str, Any]:
     return tables
 
 
-def _named(path: Path, tables: Mapping[str, Any], table: str, field: str) -> list[tuple[int, str]]:
+def _named(
+    path: Path, tables: Mapping[str, Any], table: str, field: str
+) -> list[tuple[CocoId, str]]:
     """Return id and name of each entry of a table."""
     entries = tables.get(table)
     if not isinstance(entries, list):
@@ -126,10 +139,10 @@ def _named(path: Path, tables: Mapping[str, Any], table: str, field: str) -> lis
     named = []
     for number, entry in enumerate(entries):
         key, name = (entry.get(each) if isinstance(entry, dict) else None for each in ("id", field))
-        if not isinstance(key, int) or isinstance(key, bool):
+        if not _is_id(key):
             raise DataError(
-                f"{path}: {table}[{number}] has the id {shown(key)}; the ids of COCO results are "
-                "whole numbers: number the file's images and categories, and its annotations alike"
+                f"{path}: {table}[{number}] has the id {shown(key)}; it must be a whole number or "
+                "text"
             )
         if not isinstance(name, str):
             raise DataError(f"{path}: {table}[{number}] has no {field!r}; add it")
@@ -142,15 +155,21 @@ def _named(path: Path, tables: Mapping[str, Any], table: str, field: str) -> lis
     return named
 
 
+def _is_id(key: object) -> TypeGuard[CocoId]:
+    whole = key.is_integer() if isinstance(key, float) else isinstance(key, int | str)
+    return whole and not isinstance(key, bool)
+
+
 def _categories(
     path: Path,
     tables: Mapping[str, Any],
+    named: Sequence[tuple[CocoId, str]],
     classes: Sequence[str],
     rename: Callable[[str], str | None],
-) -> list[int | None]:
+) -> list[CocoId | None]:
     """Return the category's id of each class."""
     by_class = defaultdict(list)
-    for key, name in _named(path, tables, "categories", "name"):
+    for key, name in named:
         by_class[rename(name.strip())].append(key)
     missing = [
         each for each in classes if each not in by_class and not _PLACEHOLDER.fullmatch(each)
@@ -160,8 +179,8 @@ def _categories(
             f"{path}: has no category for the model's {shown_list(missing)}; its categories are "
             f"{shown_list([each for each in by_class if each is not None])}"
         )
-    used = [each.get("category_id") for each in _annotations(tables)]
-    ids: list[int | None] = []
+    used = _used(tables, "category_id")
+    ids: list[CocoId | None] = []
     for each in classes:
         # Some tools list the name of the whole data set, of which no object is, as a category too.
         keys = [key for key in by_class[each] if key in used] or by_class[each][:1]
@@ -180,44 +199,94 @@ def _annotations(tables: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
 
 
+def _used(tables: Mapping[str, Any], field: str) -> set[CocoId]:
+    """Return the ids that annotations refer to."""
+    return {each[field] for each in _annotations(tables) if _is_id(each.get(field))}
+
+
+def _notes(
+    tables: Mapping[str, Any],
+    images: Mapping[CocoId, str],
+    categories: Mapping[CocoId, str],
+    chosen: Sequence[CocoId | None],
+) -> Iterator[str]:
+    """Yield what pycocotools counts in another way than `evaluate`."""
+    own = [each.get("id") for each in _annotations(tables)]
+    if None in own or 0 in own or len(set(map(repr, own))) < len(own):
+        yield (
+            "its annotations have ids that are 0, missing or repeated, which pycocotools miscounts "
+            "or refuses; number them from 1"
+        )
+    used = _used(tables, "category_id")
+    if used - categories.keys() or _used(tables, "image_id") - images.keys():
+        yield (
+            "its annotations refer to images or categories by ids that those do not have, or have "
+            "as text and not as numbers, and pycocotools leaves them out; write both alike"
+        )
+    others = [name for key, name in categories.items() if key in used and key not in chosen]
+    if others:
+        yield (
+            f"it has objects of {shown_list(others)}, of which there are no detections: leave "
+            "those categories out of a comparison (params.catIds of pycocotools)"
+        )
+
+
 def _match(
-    path: Path, entries: Mapping[int, str], images: Sequence[Path]
-) -> tuple[dict[Path, int], list[Path]]:
+    path: Path,
+    entries: Mapping[CocoId, str],
+    places: Mapping[CocoId, tuple[str, ...]],
+    images: Sequence[Path],
+) -> tuple[dict[Path, CocoId], list[Path]]:
     """Return the entry's id of each image, and the images without one."""
-    places = {key: _parts(name.replace("\\", "/")) for key, name in entries.items()}
-    by_name = defaultdict(list)
+    by_place, by_stem = defaultdict(list), defaultdict(list)
     for key, parts in places.items():
-        by_name[parts[-1] if parts else ""].append(key)
+        if parts:
+            by_place[parts].append(key)
+            by_stem[_FORMS[-1](parts[-1])].append((key, parts))
     claims = defaultdict(list)
     unlisted = []
     for image in images:
         own = _parts(str(image.absolute()))
-        keys = by_name.get(own[-1], [])
-        exact = [key for key in keys if own[-len(places[key]) :] == places[key]]
-        if exact:
-            longest = max(len(places[key]) for key in exact)
-            keys = [key for key in exact if len(places[key]) == longest]
+        whole = next((own[at:] for at in range(len(own)) if own[at:] in by_place), None)
+        if whole is not None:
+            best, keys = (0, True, len(whole)), by_place[whole]
+        else:
+            rated = [(_likeness(own, parts), key) for key, parts in by_stem[_FORMS[-1](own[-1])]]
+            best = max((each for each, _ in rated), default=(0, False, 0))
+            keys = [key for each, key in rated if each == best]
         if len(keys) > 1:
             raise DataError(
                 f"{written(image)}: {len(keys)} entries of {path} may be this image: "
                 f"{shown_list([entries[key] for key in keys])}; give their folders the same names"
             )
         if keys:
-            claims[keys[0]].append((not exact, image))
+            claims[keys[0]].append((best, image))
         else:
             unlisted.append(image)
     found = {}
     for key, claimed in claims.items():
-        # An image in the entry's own folders comes before one that has only its name.
-        best = [image for rank, image in claimed if rank == min(claimed)[0]]
-        if len(best) > 1:
+        # The image that is most like the entry; the others are not in the file.
+        most = max(each for each, _ in claimed)
+        alike = [image for each, image in claimed if each == most]
+        if len(alike) > 1:
             raise DataError(
-                f"{path}: the entry {entries[key]!r} may be any of {len(best)} images: "
-                f"{shown_list(_names(best))}; give one of them, or write the folders into the file"
+                f"{path}: the entry {entries[key]!r} may be any of {len(alike)} images: "
+                f"{shown_list(_names(alike))}; give one of them, or write the folders into the file"
             )
-        found[best[0]] = key
-        unlisted += [image for _, image in claimed if image is not best[0]]
+        found[alike[0]] = key
+        unlisted += [image for _, image in claimed if image is not alike[0]]
     return found, unlisted
+
+
+def _likeness(image: tuple[str, ...], entry: tuple[str, ...]) -> tuple[int, bool, int]:
+    """Return how sure it is that an image is an entry: larger is surer.
+
+    By the name, then whether all of the entry's folders are the image's, then by how many are.
+    """
+    step = next(n for n, form in enumerate(_FORMS) if form(image[-1]) == form(entry[-1]))
+    folders = zip(reversed(image[:-1]), reversed(entry[:-1]), strict=False)
+    alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], folders))
+    return -step, alike == len(entry) - 1, alike + 1
 
 
 def _parts(path: str) -> tuple[str, ...]:

@@ -283,8 +283,8 @@ def _report_differences(like: Path, ids: CocoIds) -> int:
             f"{len(ids.unmatched)} images of {like} are not given, and count as without detections "
             f"where results are compared with it: {shown_list(ids.unmatched)}"
         )
-    if ids.note:
-        _complain(f"note: {ids.note}")
+    for note in ids.notes:
+        _complain(f"note: {note}")
     return len(ids.unlisted) + len(ids.unmatched)
 
 

@@ -80,11 +80,12 @@ def truth_of(data: Path) -> Path:
     return data / "annotations" / "instances_val.json"
 
 
-def judged(truth: Path, results: Path) -> list[float]:
-    """pycocotools' own figures."""
+def judged(truth: Path, results: Path, *categories: int) -> list[float]:
+    """pycocotools' own figures, of all categories or some."""
     with contextlib.redirect_stdout(io.StringIO()):
         known = COCO(str(truth))
         run = COCOeval(known, known.loadRes(str(results)), "bbox")
+        run.params.catIds = list(categories) or run.params.catIds
         run.evaluate()
         run.accumulate()
         run.summarize()
@@ -101,7 +102,64 @@ def evaluated(model: Path, data: Path, folder: Path, *more: object) -> tuple[Con
     return json.loads(figures.read_text()), predictions, result
 
 
-def test_pycocotools_gives_the_figures_of_evaluate(model: Path, data: Path, tmp_path: Path) -> None:
+def write_image_ids_as_text(content: Content) -> None:
+    for each in content["images"]:
+        each["id"] = f"frame-{each['id']}"
+    for each in content["annotations"]:
+        each["image_id"] = f"frame-{each['image_id']}"
+
+
+def write_category_ids_as_text(content: Content) -> None:
+    for each in content["categories"]:
+        each["id"] = str(each["id"])
+    for each in content["annotations"]:
+        each["category_id"] = str(each["category_id"])
+
+
+def write_ids_as_floats(content: Content) -> None:
+    for table, names in (
+        ("images", ["id"]),
+        ("categories", ["id"]),
+        ("annotations", ["id", "image_id", "category_id"]),
+    ):
+        for each in content[table]:
+            each.update({name: float(each[name]) for name in names})
+
+
+def turn_tables(content: Content) -> None:
+    content["categories"].insert(0, {"id": 1, "name": "unused"})
+    for table in content.values():
+        table.reverse()
+
+
+def write_paths_of_windows(content: Content) -> None:
+    for each in content["images"]:
+        each["file_name"] = "D:\\set\\" + each["file_name"].replace("/", "\\")
+
+
+def write_other_case_and_suffix(content: Content) -> None:
+    for each in content["images"]:
+        each["file_name"] = each["file_name"].replace("0.png", "0.PNG").replace("1.png", "1.jpg")
+
+
+CHANGES: dict[str, Callable[[Content], None]] = {
+    "as it is": lambda content: None,
+    "text for images": write_image_ids_as_text,
+    "text for categories": write_category_ids_as_text,
+    "floats": write_ids_as_floats,
+    "another order": turn_tables,
+    "paths of Windows": write_paths_of_windows,
+    "other case and suffix": write_other_case_and_suffix,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_pycocotools_gives_the_figures_of_evaluate(
+    change: str, model: Path, data: Path, tmp_path: Path
+) -> None:
+    content = json.loads(truth_of(data).read_text())
+    CHANGES[change](content)
+    truth_of(data).write_text(json.dumps(content))
     figures, predictions, _ = evaluated(model, data, tmp_path)
     detected = call(
         *("detect", data / "val", "--model", model, "--device", "cpu"),
@@ -131,6 +189,13 @@ def test_renamed_classes_have_their_category_s_id(model: Path, data: Path, tmp_p
     assert judged(truth_of(data), predictions)[0] == pytest.approx(figures["metrics"]["ap"])
 
 
+def test_some_of_the_classes(model: Path, data: Path, tmp_path: Path) -> None:
+    figures, predictions, result = evaluated(model, data, tmp_path, "--classes", "green,red")
+    assert "only those of --classes were measured" in result.stdout
+    judgement = judged(truth_of(data), predictions, CATEGORIES["green"], CATEGORIES["red"])
+    assert judgement[0] == pytest.approx(figures["metrics"]["ap"], abs=1e-12)
+
+
 def test_images_that_were_not_measured_are_named(model: Path, data: Path, tmp_path: Path) -> None:
     content = json.loads(truth_of(data).read_text())
     # Labelled at another size: left out.
@@ -139,8 +204,30 @@ def test_images_that_were_not_measured_are_named(model: Path, data: Path, tmp_pa
     truth_of(data).write_text(json.dumps(content))
     _, predictions, result = evaluated(model, data, tmp_path)
     assert "note: 1 images of the annotation file were not measured: 'deep/1.png'" in result.stdout
-    assert "an annotation has the id 0, which pycocotools takes for none" in result.stdout
+    assert "have ids that are 0, missing or repeated" in result.stdout
     assert 8 not in {row["image_id"] for row in json.loads(predictions.read_text())}
+
+
+def test_what_pycocotools_counts_otherwise_is_named(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    content = json.loads(truth_of(data).read_text())
+    content["categories"].append({"id": 91, "name": "car"})
+    content["annotations"][0]["category_id"] = 91
+    content["annotations"][2]["id"] = content["annotations"][1]["id"]
+    content["annotations"][3]["image_id"] = str(content["annotations"][3]["image_id"])
+    content["images"][0]["file_name"] = "0.PNG"
+    truth_of(data).write_text(json.dumps(content))
+    _, _, result = evaluated(model, data, tmp_path, "--classes", "green,blue,red")
+    detected = call(
+        *("detect", data / "val", "--model", model, "--device", "cpu"),
+        *("--output", "coco", "--like", truth_of(data)),
+    )
+    for said in (result.stdout, detected.stderr):
+        assert "annotations have ids that are 0, missing or repeated" in said
+        assert "ids that those do not have, or have as text" in said
+        assert "it has objects of 'car', of which there are no detections" in said
+        assert "1 images are there with other case or suffix: '0.PNG'" in said
 
 
 def test_in_other_formats_ids_count_file_names_and_classes(
@@ -181,25 +268,9 @@ def repeat_category(content: Content) -> None:
     ]
 
 
-def write_image_ids_as_text(content: Content) -> None:
-    for each in content["images"]:
-        each["id"] = f"frame-{each['id']}"
-    for each in content["annotations"]:
-        each["image_id"] = f"frame-{each['image_id']}"
-
-
-def write_category_ids_as_text(content: Content) -> None:
-    for each in content["categories"]:
-        each["id"] = str(each["id"])
-    for each in content["annotations"]:
-        each["category_id"] = str(each["category_id"])
-
-
 UNCERTAIN: dict[str, tuple[Callable[[Content], None], str]] = {
     "no category": (drop_category, "has no category for the model's 'blue'; its categories are"),
     "two categories": (repeat_category, "the categories 90, 91 are all 'blue'"),
-    "text for an image": (write_image_ids_as_text, "images[0] has the id 'frame-5'"),
-    "text for a category": (write_category_ids_as_text, "categories[0] has the id '3'"),
 }
 
 

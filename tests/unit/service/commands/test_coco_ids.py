@@ -36,6 +36,10 @@ def write(path: Path, names: Sequence[str], **tables: Any) -> Path:
         (["x/a.jpg"], ["y/a.jpg", "x/a.jpg"], {"x/a.jpg": 1}),
         (["Ku\u0308che.jpg"], ["K\u00fcche.jpg"], {"K\u00fcche.jpg": 1}),
         (["a.jpg", "A.jpg"], ["A.jpg"], {"A.jpg": 2}),
+        (["A.JPG", "b.png"], ["b.jpg", "a.jpg"], {"a.jpg": 1, "b.jpg": 2}),
+        (["a.jpg"], ["a.png", "a.jpg", "A.jpg"], {"a.jpg": 1}),
+        (["D:\\x\\a.jpg", "D:\\y\\a.jpg"], ["y/a.jpg", "x/a.jpg"], {"x/a.jpg": 1, "y/a.jpg": 2}),
+        (["/old/x/A.jpg", "/old/y/A.jpg"], ["y/a.jpg"], {"y/a.jpg": 2}),
     ],
 )
 def test_images_are_found_by_name(
@@ -57,6 +61,7 @@ def test_images_are_found_by_name(
         (["x/a.jpg", "y/a.jpg"], ["z/a.jpg"], "2 entries of .*like.json may be this image"),
         (["a.jpg", "a.jpg"], ["a.jpg"], "2 entries of .*like.json may be this image"),
         (["a.jpg"], ["x/a.jpg", "y/a.jpg"], "the entry 'a.jpg' may be any of 2 images"),
+        (["a.jpg"], ["a.png", "a.webp"], "the entry 'a.jpg' may be any of 2 images"),
         (["a.jpg"], ["b.jpg"], "lists none of the 1 images .*its own are 'a.jpg'"),
     ],
 )
