@@ -15,6 +15,7 @@ from model_export.data.batches import Augmentation
 from model_export.data.formats import FormatName
 from model_export.retinanet.losses import BoxLoss, ClassificationLoss, Focal, SmoothL1
 from model_export.retinanet.model import ModelConfig
+from service.contents import kind_of
 from service.errors import DataError
 from service.imaging.canvas import Buckets, CanvasRule, Size
 
@@ -138,7 +139,8 @@ def load_config(path: Path | None, overrides: Mapping[str, Any]) -> TrainConfig:
     values: dict[str, Any] = {}
     if path is not None:
         try:
-            loaded = yaml.safe_load(path.read_text())
+            content = path.read_bytes()
+            loaded = yaml.safe_load(content.decode())
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror}") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -146,7 +148,7 @@ def load_config(path: Path | None, overrides: Mapping[str, Any]) -> TrainConfig:
         if loaded is None:
             loaded = {}
         if not isinstance(loaded, dict):
-            raise DataError(f"{path}: expected a mapping of settings, got {type(loaded).__name__}")
+            raise DataError(f"{path}: expected a mapping of settings, found {kind_of(content)}")
         values = loaded
     try:
         return apply_overrides(values, overrides)

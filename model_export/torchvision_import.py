@@ -18,6 +18,7 @@ from torch import Tensor
 from model_export.checkpoints import Checkpoint, Description, few_keys
 from model_export.retinanet.anchors import AnchorConfig
 from model_export.retinanet.model import ModelConfig, RetinaNet
+from service.contents import is_lfs_pointer
 from service.errors import DataError
 from service.imaging.canvas import CanvasRule
 
@@ -185,6 +186,8 @@ def read_labels(path: Path) -> tuple[str, ...]:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as text: {error}") from error
+    if lines and is_lfs_pointer(lines[0].encode()):
+        raise DataError(f"{path}: a Git LFS pointer, not the names: run `git lfs pull`")
     while lines and not lines[-1]:
         lines.pop()
     lines = [f"class_{i}" if line == "N/A" else line for i, line in enumerate(lines)]

@@ -21,6 +21,7 @@ from model_export.retinanet.losses import Focal, SmoothL1
 from model_export.retinanet.model import ModelConfig
 from service.errors import DataError
 from service.imaging.canvas import ShortSide, Size
+from tests.images import LFS_POINTER
 
 
 def test_the_defaults_are_the_paper_s_where_it_has_them() -> None:
@@ -117,8 +118,10 @@ def test_the_error_of_an_unknown_backbone_lists_the_known() -> None:
     [
         (b"a: [1,\nb: }\n", "not YAML"),
         (b"\xff\xfe\x00rubbish\x80", "not YAML"),
-        (b"- 1\n- 2\n", "expected a mapping of settings, got list"),
-        (b"just text", "expected a mapping of settings, got str"),
+        (b"- 1\n- 2\n", r"expected a mapping of settings, found text \('- 1"),
+        (b"just text", r"expected a mapping of settings, found text \('just text'\)"),
+        (LFS_POINTER, "expected a mapping of settings, found a Git LFS pointer"),
+        (b"<!DOCTYPE html><p>404", "expected a mapping of settings, found an HTML page"),
         (b"? [1]\n: 2\n", "not YAML"),
         (b"!!python/object/apply:os.system ['true']", "not YAML"),
     ],

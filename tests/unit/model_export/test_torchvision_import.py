@@ -33,6 +33,7 @@ from model_export.training.lightning_module import RetinaNetModule
 from service.cli import retinaserve
 from service.errors import DataError
 from service.imaging.canvas import ShortSide
+from tests.images import LFS_POINTER
 from tests.unit.model_export.golden import parity
 
 V1, V2 = ARCHITECTURES
@@ -331,6 +332,7 @@ def test_labels_are_lines(tmp_path: Path) -> None:
         (b"cat\n\ndog\n", "labels.txt:2: empty; the line names class 1"),
         (b"cat\ndog\ncat\n", "labels.txt:3: 'cat' stands in line 1 already"),
         (b"\xff\xfe\x00", "labels.txt: cannot be read as text"),
+        (LFS_POINTER, "labels.txt: a Git LFS pointer, not the names"),
     ],
 )
 def test_labels_that_are_none(tmp_path: Path, content: bytes, message: str) -> None:
