@@ -81,7 +81,11 @@ class LabelFont:
             kind.startswith("M") or unicodedata.bidirectional(character) in ("R", "AL")
         ):
             return False
-        return character == " " or self._image_of(character) != self._absent
+        try:
+            return character == " " or self._image_of(character) != self._absent
+        except OSError:
+            # Damaged, in a font that is otherwise whole.
+            return False
 
     @property
     def _is_basic(self) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 import pytest
+from fontTools.ttLib import TTFont
 from PIL import Image, features
 
 from service.engine.drawing import LabelFont, class_colour, draw, encode
@@ -119,6 +120,19 @@ def test_font_without_latin_is_refused() -> None:
     name = "STIXSizFiveSymReg.ttf"
     with pytest.raises(DataError, match=f"FONT_FILE=.*{name}: it lacks the digits or Latin"):
         LabelFont(FONTS / name)
+
+
+def test_a_damaged_character_counts_as_absent(tmp_path: Path) -> None:
+    font = TTFont(DEJAVU)
+    start = font.reader.tables["glyf"].offset + font["loca"][font.getGlyphID("ae")]
+    content = bytearray(DEJAVU.read_bytes())
+    # Where the outline's contours end.
+    content[start + 10 : start + 40] = bytes(30)
+    (tmp_path / "damaged.ttf").write_bytes(content)
+    names = ["Maelstrom", "Mælstrøm"]
+    damaged = LabelFont(tmp_path / "damaged.ttf")
+    assert [damaged.name(names, label) for label in (0, 1)] == ["Maelstrom", "class 1"]
+    assert LabelFont(DEJAVU).name(names, 1) == "Mælstrøm"
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
