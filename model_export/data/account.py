@@ -10,6 +10,7 @@ from typing import Any, Final
 from model_export.data.datasets import Dataset
 from model_export.data.folder import IMAGES, NOT_READ, LabelledFolder
 from model_export.data.formats import choose_format
+from model_export.data.splits import split_called
 from service.errors import DataError
 
 _NAMED: Final = 3
@@ -61,7 +62,7 @@ def account(
     read = {dataset.split for dataset in datasets}
     other_labels: dict[Path, str] = {}
     for split in chosen.split_names(folder):
-        if split in read:
+        if split in read or split_called(split) is None:
             continue
         try:
             reading = chosen.read(folder, split, naming=False)

@@ -12,7 +12,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from model_export.data.annotations import Edges, LabelledImage, LabelledObject, SplitAnnotations
-from model_export.data.folder import ImageFinder, LabelledFolder, NotText, decoded, path_parts
+from model_export.data.folder import (
+    ImageFinder,
+    LabelledFolder,
+    NotText,
+    decoded,
+    in_split_folder,
+    path_parts,
+)
 from model_export.data.problems import Kind, Problem
 from model_export.data.splits import leaks, split_by_hash, split_called
 from service.errors import DataError
@@ -195,11 +202,19 @@ def _rotation(value: Mapping[str, Any]) -> float:
     """Return the degrees in CVAT's attribute; 0 without it."""
     attributes = value.get("attributes")
     rotation = attributes.get("rotation") if isinstance(attributes, dict) else None
-    return float(rotation) if rotation is not None and _is_finite(rotation) else 0.0
+    try:
+        degrees = float(rotation or 0)
+    except (TypeError, ValueError, OverflowError):
+        degrees = math.nan
+    if not math.isfinite(degrees):
+        raise _Wrong(f"its 'rotation' is {_short(rotation)}; it must be a number of degrees")
+    return degrees
 
 
 def _name(value: Any, field: str, remedy: str) -> str:
     name: str = _field(value, field, str, "text")
+    if not name.isascii() and name != name.encode(errors="replace").decode():
+        raise _Wrong(f"its {field!r} is {ascii(name)[:80]}, which is no text; write it anew")
     if not name.strip():
         raise _Wrong(f"its {field!r} is empty; {remedy}")
     return name
@@ -277,7 +292,7 @@ class _Layout:
 
     @property
     def splits(self) -> tuple[str, ...]:
-        return tuple(self.by_split) or ("train", "val")
+        return tuple(self.by_split) or self.folder.image_splits or ("train", "val")
 
 
 def evidence(folder: LabelledFolder) -> str | None:
@@ -310,7 +325,7 @@ def read(folder: LabelledFolder, split: str, *, naming: bool) -> SplitAnnotation
     else:
         content = folder.once(read_coco, _file_of(layout, split))
         train = _train(layout, content)
-        images, problems = _listed(folder, content, train)
+        images, problems = _listed(layout, content, train, split_called(split) or split)
         if naming and train is None:
             raise DataError(
                 f"{folder.root}: no annotations of the train split, which name the classes"
@@ -327,26 +342,35 @@ def read(folder: LabelledFolder, split: str, *, naming: bool) -> SplitAnnotation
 def _hashed(
     folder: LabelledFolder, content: CocoFile, split: str
 ) -> tuple[list[LabelledImage], list[Problem]]:
-    """Return the images of a split by hash."""
+    """Return the images of a split by hash, or by the folders that they are in."""
     if not content.images:
         return [], _no_images(content)
+    found, problems = _find_images(folder, content, None)
+    if folder.image_splits:
+        everything = [each for _, each in found]
+        chosen, _, leaked = in_split_folder(folder, everything, split)
+        return chosen, problems + leaked
     stems = (each.stem for each in content.images)
     members = split_by_hash(folder.root, stems, split, unsplit=_UNSPLIT)
-    images, problems = _find_images(folder, content)
-    return [each for stem, each in images if stem in members], problems
+    return [each for entry, each in found if entry.stem in members], problems
 
 
 def _listed(
-    folder: LabelledFolder, content: CocoFile, train: CocoFile | None
+    layout: _Layout, content: CocoFile, train: CocoFile | None, split: str
 ) -> tuple[list[LabelledImage], list[Problem]]:
     """Return all images of a file, and a problem for each that is in train, too."""
-    found, problems = _find_images(folder, content)
+    found, problems = _find_images(layout.folder, content, split)
     images = [each for _, each in found]
     problems += _no_images(content)
     if train is not None and train is not content:
-        others, _ = _find_images(folder, train)
+        others, _ = _find_images(layout.folder, train, "train")
         places = {each.image: (each.annotation, None) for each in images}
         problems += leaks(places, [each.image for _, each in others])
+        named = {each.image: entry for entry, each in others}
+        for entry, each in found:
+            other = named.get(each.image)
+            if other is not None and path_parts(other.file_name) != path_parts(entry.file_name):
+                problems.append(_one_image(layout.folder, content, each.image, entry, other))
     return images, problems
 
 
@@ -419,7 +443,9 @@ def _candidates(folder: LabelledFolder) -> list[Path]:
     there = folder.having(".json")
     inside = [path for path in there if path.parent == root / "annotations"]
     instances = [path for path in inside if path.name.startswith("instances")]
-    kept = instances or [p for p in inside if not p.name.startswith(_OTHER_TASKS)]
+    kept = instances or [
+        path for path in inside if not path.name.startswith(_OTHER_TASKS) and _is_coco(path)
+    ]
     if kept:
         return kept
     in_splits = [
@@ -446,26 +472,19 @@ def _is_coco(path: Path) -> bool:
 
 
 def _find_images(
-    folder: LabelledFolder, content: CocoFile
-) -> tuple[list[tuple[str, LabelledImage]], list[Problem]]:
-    """Return the images that are here, each with the stem of its entry, and the missing ones."""
-    root = folder.root
-    bases = [base for base in _bases(root, content.path) if base.is_dir()]
-    finder = ImageFinder(folder, bases)
+    folder: LabelledFolder, content: CocoFile, split: str | None
+) -> tuple[list[tuple[CocoImage, LabelledImage]], list[Problem]]:
+    """Return the images that are here, each with its entry, and the missing ones."""
+    bases = [base for base in _bases(folder.root, content.path) if base.is_dir()]
+    finder = ImageFinder(folder, split)
     images: dict[Path, tuple[CocoImage, LabelledImage]] = {}
     problems: list[Problem] = []
     for image in content.images:
-        path = finder.find(image.file_name)
+        path = finder.find(image.file_name, bases)
         if path is None:
-            problems.append(_missing(content, image, finder, bases))
+            problems.append(_missing(folder, content, image, finder, bases))
         elif path in images:
-            first = images[path][0]
-            what = (
-                f"{image.tag}{image.file_name!r} and {first.file_name!r} of "
-                f"{first.tag.removesuffix(': ')} are one image here, {finder.inside(path)}: two "
-                "entries for one image; add the other image, or take one entry out"
-            )
-            problems.append(Problem(content.path, None, what, fatal=True, files=(path,)))
+            problems.append(_one_image(folder, content, path, image, images[path][0]))
         else:
             labelled = LabelledImage(
                 image=path,
@@ -475,18 +494,32 @@ def _find_images(
                 size_fields="width and height",
             )
             images[path] = image, labelled
-    found = [(entry.stem, labelled) for entry, labelled in images.values()]
-    return found, problems + finder.notes(content.path)
+    return list(images.values()), problems + finder.notes(content.path)
+
+
+def _one_image(
+    folder: LabelledFolder, content: CocoFile, path: Path, entry: CocoImage, other: CocoImage
+) -> Problem:
+    what = (
+        f"{entry.tag}{entry.file_name!r} and {other.file_name!r} of {other.tag.removesuffix(': ')} "
+        f"are one image here, {folder.inside(path)}: two entries for one image; add the other "
+        "image, or take one entry out"
+    )
+    return Problem(content.path, None, what, fatal=True, files=(path,))
 
 
 def _missing(
-    content: CocoFile, image: CocoImage, finder: ImageFinder, bases: Sequence[Path]
+    folder: LabelledFolder,
+    content: CocoFile,
+    image: CocoImage,
+    finder: ImageFinder,
+    bases: Sequence[Path],
 ) -> Problem:
-    unread = finder.unread(image.file_name)
+    unread = finder.unread(image.file_name, bases)
     if unread is not None:
         what = f"{image.tag}{unread.name} is not read; save it as JPEG, PNG or WebP"
         return Problem(content.path, None, what, fatal=False, kind=Kind.NOT_READ, files=(unread,))
-    looked = ", ".join(f"{finder.inside(base)}/" for base in bases)
+    looked = ", ".join(f"{folder.inside(base)}/" for base in bases)
     what = f"{image.tag}{finder.missing(image.file_name, where=f', looked in {looked}')}; add it"
     return Problem(content.path, None, what, fatal=True)
 
@@ -495,7 +528,11 @@ def _bases(root: Path, annotations: Path) -> list[Path]:
     """Return the folders that may hold the images, the likeliest first."""
     stem = annotations.stem.removeprefix("instances_")
     split = split_called(stem)
-    names = [stem, *([split] if split else []), *(["valid"] if split == "val" else [])]
+    names = [
+        stem,
+        *([split] if split else []),
+        *(["valid", "validation"] if split == "val" else []),
+    ]
     bases = [] if annotations.parent.name == "annotations" else [annotations.parent]
     for name in dict.fromkeys(names):
         bases += [root / name, root / "images" / name, root / name / "images"]

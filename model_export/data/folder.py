@@ -6,15 +6,17 @@ import codecs
 import difflib
 import os
 import unicodedata
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from enum import StrEnum
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from enum import IntEnum
 from functools import cached_property
-from operator import attrgetter
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, TypeVar
 
+from model_export.data.annotations import LabelledImage
 from model_export.data.problems import Kind, Problem
+from model_export.data.splits import leaks, split_called
+from service.contents import is_lfs_pointer
 from service.errors import DataError
 from service.imaging.decode import SUFFIXES
 
@@ -25,7 +27,9 @@ NOT_READ: Final = frozenset(
 IMAGES: Final = SUFFIXES | NOT_READ
 
 _LITTER: Final = frozenset([".DS_Store", "Thumbs.db", "desktop.ini", "__MACOSX"])
+_ORDER: Final = ("train", "val", "test")
 _MOST_COMPARED: Final = 5000
+_MOST_MISSING: Final = 20
 
 T = TypeVar("T")
 
@@ -37,8 +41,8 @@ class LabelledFolder:
         """Raises DataError if there is no such folder, or one below it cannot be listed."""
         if not root.is_dir():
             raise DataError(f"{root}: no such folder; name one with labelled images")
-        self.root = root
-        files = sorted(_walk(root, {root.resolve()}))
+        self.root = Path(os.path.normpath(root.absolute()))
+        files = sorted(_walk(self.root))
         self.hidden = tuple(path for path in files if self._is_hidden(path))
         """Files whose name, or a folder's above them, begins with a dot: leftovers of editors."""
         self.files = tuple(sorted(frozenset(files) - frozenset(self.hidden)))
@@ -47,13 +51,9 @@ class LabelledFolder:
     def _is_hidden(self, path: Path) -> bool:
         return any(part.startswith(".") for part in path.relative_to(self.root).parts)
 
-    def having(self, *suffixes: str, below: Path | None = None) -> list[Path]:
-        """Return the files with one of the lower-case suffixes, below a folder or everywhere."""
-        return [
-            path
-            for path in self.files
-            if path.suffix.lower() in suffixes and (below is None or path.is_relative_to(below))
-        ]
+    def having(self, *suffixes: str) -> list[Path]:
+        """Return the files with one of the lower-case suffixes."""
+        return [path for path in self.files if path.suffix.lower() in suffixes]
 
     @cached_property
     def images(self) -> tuple[Path, ...]:
@@ -65,6 +65,35 @@ class LabelledFolder:
         """The images of other formats."""
         return tuple(self.having(*NOT_READ))
 
+    @cached_property
+    def image_folders(self) -> frozenset[str]:
+        """The names of all folders that hold images at any depth."""
+        parents = {path.parent.relative_to(self.root) for path in self.images}
+        return frozenset(part for parent in parents for part in parent.parts)
+
+    @cached_property
+    def by_stem(self) -> dict[str, list[Path]]:
+        """The images by their file name, as the last of the steps compares names."""
+        return _by_stem(self.images)
+
+    @cached_property
+    def not_read_by_stem(self) -> dict[str, list[Path]]:
+        """The same of the images that are not read."""
+        return _by_stem(self.not_read)
+
+    @cached_property
+    def texts(self) -> dict[str, list[Path]]:
+        """The .txt files by their path without suffixes, in any case and Unicode form."""
+        found: dict[str, list[Path]] = defaultdict(list)
+        for path in self.having(".txt"):
+            found[_key(path.with_suffix("").as_posix(), Step.STEM)].append(path)
+        return dict(found)
+
+    def text(self, path: Path) -> Path | None:
+        """Return the .txt file of a path: as it is written, or else as the steps compare paths."""
+        there = self.texts.get(_key(path.with_suffix("").as_posix(), Step.STEM), [])
+        return path if path in there else there[0] if len(there) == 1 else None
+
     def folders(self, folder: Path) -> list[Path]:
         """Return the folders in a folder that hold files at any depth."""
         depth = len(folder.parts)
@@ -73,6 +102,25 @@ class LabelledFolder:
             {Path(*path.parts[: depth + 1]) for path in inside if len(path.parts) > depth + 1}
         )
 
+    def split_of(self, path: Path) -> str | None:
+        """Return the split that a folder above a file is named after."""
+        if not path.is_relative_to(self.root):
+            return None
+        return next(filter(None, map(split_called, path.relative_to(self.root).parts[:-1])), None)
+
+    @cached_property
+    def image_splits(self) -> tuple[str, ...]:
+        """The splits, train among them, whose folders hold all images; else none."""
+        splits = {self.split_of(path) for path in self.images}
+        if None in splits or "train" not in splits or len(splits) == 1:
+            return ()
+        return tuple(sorted(filter(None, splits), key=_ORDER.index))
+
+    def inside(self, path: Path) -> str:
+        """Return a path relative to the folder."""
+        is_inside = path.is_relative_to(self.root)
+        return path.relative_to(self.root).as_posix() if is_inside else str(path)
+
     def once(self, read: Callable[[Path], T], path: Path) -> T:
         """Return `read(path)`, computed on the first call alone."""
         if path not in self._read:
@@ -80,57 +128,56 @@ class LabelledFolder:
         found: T = self._read[path]
         return found
 
-    def index(self, step: Step) -> dict[str, list[Path]]:
-        """Return the images by their whole path, as the step compares paths."""
-        return self._indices[step]
 
-    def last_names(self, step: Step) -> dict[str, list[Path]]:
-        """Return the images by their file name, as the step compares names."""
-        return self._last_indices[step]
-
-    @cached_property
-    def _indices(self) -> dict[Step, dict[str, list[Path]]]:
-        return {step: _by(self.images, step, Path.as_posix) for step in Step}
-
-    @cached_property
-    def _last_indices(self) -> dict[Step, dict[str, list[Path]]]:
-        return {step: _by(self.images, step, attrgetter("name")) for step in Step}
-
-
-def _walk(folder: Path, seen: set[Path]) -> Iterator[Path]:
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be listed ({error.strerror})") from error
-    for entry in entries:
-        # macOS writes a ._NAME beside each file on foreign disks and into archives.
-        if entry.name in _LITTER or entry.name.startswith("._"):
+def _walk(root: Path) -> Iterator[Path]:
+    """Yield the files below a folder; folders behind links after all the others, each once."""
+    seen: set[Path] = set()
+    folders, links = [root], deque[Path]()
+    while folders or links:
+        folder = folders.pop() if folders else links.popleft()
+        real = folder.resolve()
+        if real in seen:
             continue
-        path = folder / entry.name
-        if not entry.is_dir():
-            yield path
-            continue
-        real = path.resolve()
-        if real not in seen:
-            seen.add(real)
-            yield from _walk(path, seen)
+        seen.add(real)
+        try:
+            entries = list(os.scandir(folder))
+        except OSError as error:
+            raise DataError(f"{folder}: cannot be listed ({error.strerror})") from error
+        for entry in entries:
+            # macOS writes a ._NAME beside each file on foreign disks and into archives.
+            if entry.name in _LITTER or entry.name.startswith("._"):
+                continue
+            path = folder / entry.name
+            if path.is_dir():
+                (links if entry.is_symlink() else folders).append(path)
+            elif path.is_file() or (entry.is_symlink() and not path.exists()):
+                # Of a link to nothing reading will tell.
+                yield path
 
 
 # --- images by name ------------------------------------------------------------------------------
 
 
-class Step(StrEnum):
+class Step(IntEnum):
     """How a name in a label file leads to an image, in the order in which they are tried."""
 
-    WRITTEN = "as it is written"
-    FORM = "in another Unicode form"
-    CASE = "in other case"
-    STEM = "with another suffix"
-    TAIL = "by the end of the path"
+    WRITTEN = 0
+    FORM = 1
+    CASE = 2
+    STEM = 3
+    TAIL = 4
+
+
+_WORDS: Final = {
+    Step.FORM: "in another Unicode form",
+    Step.CASE: "in other case",
+    Step.STEM: "with another suffix",
+    Step.TAIL: "by the end of the path",
+}
 
 
 def _key(text: str, step: Step) -> str:
-    if step in (Step.WRITTEN, Step.TAIL):
+    if step is Step.WRITTEN:
         return text
     text = unicodedata.normalize("NFC", text)
     if step is Step.FORM:
@@ -142,59 +189,80 @@ def _key(text: str, step: Step) -> str:
     return text
 
 
-def _by(paths: Iterable[Path], step: Step, name: Callable[[Path], str]) -> dict[str, list[Path]]:
+def alike(name: str) -> str:
+    r"""Return what names have in common that differ by case or Unicode form alone.
+
+    >>> alike("Ku\u0308che") == alike("KÜCHE")
+    True
+    """
+    return _key(name, Step.CASE)
+
+
+def _by_stem(paths: Iterable[Path]) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = defaultdict(list)
     for path in paths:
-        found[_key(name(path), step)].append(path)
+        found[_key(path.name, Step.STEM)].append(path)
     return dict(found)
 
 
 class ImageFinder:
-    """Finds the images that one label file, or one split, names."""
+    """Finds the images that label files name, and counts how."""
 
-    def __init__(self, folder: LabelledFolder, bases: Sequence[Path]) -> None:
-        """`bases` are the folders that names may be relative to, the likeliest first."""
+    def __init__(self, folder: LabelledFolder, split: str | None = None) -> None:
+        """`split` is the one that is read, if it has a label file or list of its own."""
         self._folder = folder
-        self._bases = [os.path.normpath(base) for base in bases]
+        self._split = split
         self._found: dict[Step, list[str]] = defaultdict(list)
+        self._missing = 0
 
-    def find(self, name: str) -> Path | None:
+    def find(self, name: str, bases: Sequence[Path]) -> Path | None:
         """Return the image of a name: a path of this folder, or of another machine.
 
-        In turn: as it is written; in another Unicode form; in other case; with another suffix;
-        then the same for the end of the path, the longest that is here; then the file name alone,
-        if that is unique in the folder. Where two images fit equally well there is none.
+        `bases` are the folders that the name may be relative to, the likeliest first. In turn: as
+        it is written; in another Unicode form; in other case; with another suffix; then the same
+        for the end of the path, the longest that is here; then the file name alone, if that is
+        unique in the folder. The end of a path leads neither out of a folder that is here nor into
+        that of another split. Where two images fit equally well there is none.
         """
-        parts = path_parts(name)
-        for start in range(len(parts)):
-            tail = "/".join(parts[start:])
-            for step in (Step.WRITTEN, Step.FORM, Step.CASE, Step.STEM):
-                for base in self._bases:
-                    path = self._at(base, tail, step)
-                    if path is not None:
-                        return self._noted(name, path, Step.TAIL if start else step)
-        for step in (Step.WRITTEN, Step.FORM, Step.CASE):
-            there = self._folder.last_names(step).get(_key(parts[-1], step), []) if parts else []
-            if len(there) == 1:
-                return self._noted(name, there[0], Step.TAIL)
-        return None
-
-    def _at(self, base: str, tail: str, step: Step) -> Path | None:
-        path = Path(base, tail).as_posix()
-        there = self._folder.index(step).get(_key(path, step), [])
-        return there[0] if len(there) == 1 else None
-
-    def _noted(self, name: str, path: Path, step: Step) -> Path:
-        if step is not Step.WRITTEN:
-            self._found[step].append(f"{shown(name)} is {shown(path.name)}")
+        path, step = self._search(name, bases, self._folder.by_stem)
+        if path is not None and step is not Step.WRITTEN:
+            self._found[step].append(f"{shown(name)} is {shown(self._folder.inside(path))}")
         return path
 
-    def unread(self, name: str) -> Path | None:
+    def unread(self, name: str, bases: Sequence[Path]) -> Path | None:
         """Return the file of a name, or of its stem, whose format is not read."""
+        return self._search(name, bases, self._folder.not_read_by_stem)[0]
+
+    def _search(
+        self, name: str, bases: Sequence[Path], by_stem: Mapping[str, Sequence[Path]]
+    ) -> tuple[Path | None, Step]:
         parts = path_parts(name)
-        wanted = _key(parts[-1], Step.STEM) if parts else ""
-        fitting = (path for path in self._folder.not_read if _key(path.name, Step.STEM) == wanted)
-        return next(fitting, None)
+        there = by_stem.get(_key(parts[-1], Step.STEM), []) if parts else []
+        ranked: dict[tuple[int, Step, int], list[Path]] = defaultdict(list)
+        for path in there:
+            for place, base in enumerate(bases):
+                rank = _rank(path, base, parts)
+                if rank is not None and self._may_be(path, parts[: rank[0]]):
+                    ranked[(*rank, place)].append(path)
+        if ranked:
+            best = min(ranked)
+            if len(ranked[best]) == 1:
+                return ranked[best][0], Step.TAIL if best[0] else best[1]
+            return None, Step.WRITTEN
+        for step in (Step.WRITTEN, Step.FORM, Step.CASE):
+            same = [path for path in there if _key(path.name, step) == _key(parts[-1], step)]
+            if len(same) == 1 and self._may_be(same[0], parts[:-1]):
+                return same[0], Step.TAIL
+        return None, Step.WRITTEN
+
+    def _may_be(self, path: Path, dropped: Sequence[str]) -> bool:
+        """Whether a name without its first folders may still mean an image."""
+        split = self._folder.split_of(path)
+        if self._split is not None and split not in (None, self._split):
+            return False
+        return not dropped or (
+            dropped[-1] not in self._folder.image_folders or path.parent.name == dropped[-1]
+        )
 
     def missing(self, name: str, *, where: str = "") -> str:
         """Return what is wrong with a name that no image has, and what would be right."""
@@ -202,18 +270,19 @@ class ImageFinder:
         what = f"no image {shown(name)}{where}"
         if not parts:
             return what
-        same = self._folder.last_names(Step.STEM).get(_key(parts[-1], Step.STEM), [])
+        same = self._folder.by_stem.get(_key(parts[-1], Step.STEM), [])
         if len(same) > 1:
-            fitting = " and ".join(shown(self.inside(path)) for path in same[:3])
+            fitting = " and ".join(shown(self._folder.inside(path)) for path in same[:3])
             return f"{what}, but {len(same)} images fit it: {fitting}"
-        names = [path.name for path in self._folder.images[:_MOST_COMPARED]]
+        self._missing += 1
+        if self._missing > _MOST_MISSING:
+            # To compare names takes milliseconds each.
+            return what
+        names = {path.name: path for path in self._folder.images[:_MOST_COMPARED]}
         near = difflib.get_close_matches(parts[-1], names, n=1, cutoff=0.75)
-        return f"{what}; the most similar name here is {shown(near[0])}" if near else what
-
-    def inside(self, path: Path) -> str:
-        """Return a path relative to the folder."""
-        root = self._folder.root
-        return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+        if not near:
+            return what
+        return f"{what}; the most similar here is {shown(self._folder.inside(names[near[0]]))}"
 
     def notes(self, place: Path) -> list[Problem]:
         """Return a note for each way but the first in which images were found."""
@@ -221,13 +290,49 @@ class ImageFinder:
             Problem(
                 place,
                 None,
-                f"{len(names)} images found {step}, not as they are named: {names[0]}"
+                f"{len(names)} images found {_WORDS[step]}, not as they are named: {names[0]}"
                 + (" and others" if len(names) > 1 else ""),
                 fatal=False,
                 kind=Kind.FOUND,
             )
             for step, names in self._found.items()
         ]
+
+
+def _rank(path: Path, base: Path, parts: Sequence[str]) -> tuple[int, Step] | None:
+    """(how many parts of a name are dropped, how the rest is compared) for it to be a path."""
+    if not path.is_relative_to(base):
+        return None
+    inside = path.relative_to(base).parts
+    start = len(parts) - len(inside)
+    if start < 0:
+        return None
+    rest, found = "/".join(parts[start:]), "/".join(inside)
+    for step in (Step.WRITTEN, Step.FORM, Step.CASE, Step.STEM):
+        if _key(rest, step) == _key(found, step):
+            return start, step
+    return None
+
+
+def in_split_folder(
+    folder: LabelledFolder, images: Sequence[LabelledImage], split: str
+) -> tuple[list[LabelledImage], list[LabelledImage], list[Problem]]:
+    """(the images in a split's folder, those in train's, those that are in both).
+
+    Raises DataError if images have no folder for the split.
+    """
+    wanted = split_called(split) or split
+    if wanted not in folder.image_splits:
+        raise DataError(
+            f"{folder.root}: no split {split!r}; there are folders of images for "
+            f"{', '.join(folder.image_splits)}"
+        )
+    chosen = [each for each in images if folder.split_of(each.image) == wanted]
+    train = [each for each in images if folder.split_of(each.image) == "train"]
+    if wanted == "train":
+        return chosen, train, []
+    places = {each.image: (each.image, None) for each in chosen}
+    return chosen, train, leaks(places, [each.image for each in train])
 
 
 def path_parts(name: str) -> tuple[str, ...]:
@@ -271,6 +376,8 @@ def decoded(content: bytes) -> str:
 
     Other encodings are named and not read: a wrong guess would train on wrong names.
     """
+    if is_lfs_pointer(content):
+        raise NotText("a Git LFS pointer, not the file: run git lfs pull")
     try:
         if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             return content.decode("utf-16")
@@ -291,3 +398,21 @@ def decoded(content: bytes) -> str:
         f"not UTF-8: a line of it is {', '.join(readings)}; save it as UTF-8 "
         "(iconv -f ENCODING -t UTF-8)"
     )
+
+
+def lines_of(file: Path) -> list[tuple[int, str]]:
+    """Return the lines of a list of images that are not blank, with their numbers.
+
+    Raises DataError if it cannot be read.
+    """
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror})") from error
+    try:
+        text = decoded(content)
+    except NotText:
+        # Each line that then names no image is reported.
+        text = content.decode(errors="replace")
+    lines = ((number, line.strip()) for number, line in enumerate(text.splitlines(), start=1))
+    return [(number, line) for number, line in lines if line]

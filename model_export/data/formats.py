@@ -55,11 +55,21 @@ def choose_format(folder: LabelledFolder, name: str) -> Format:
         raise DataError(
             f"{folder.root}: labelled in more than one format ({seen}); choose one by --format"
         )
+    below = [sub for sub in folder.folders(folder.root) if _fits(sub)]
+    if below:
+        raise DataError(
+            f"{folder.root}: no annotations here, but in {', '.join(map(str, below[:3]))}; name one"
+        )
     looked_for = "; ".join(each.LOOKED_FOR for each in _FORMATS.values())
     raise DataError(
         f"{folder.root}: no annotations here; looked for {looked_for}; "
         f"found {', '.join(_contents(folder.root))}"
     )
+
+
+def _fits(root: Path) -> bool:
+    folder = LabelledFolder(root)
+    return any(each.evidence(folder) for each in _FORMATS.values())
 
 
 def _contents(root: Path) -> Iterator[str]:

@@ -91,11 +91,12 @@ class SampleReader:
         for item in self._labelled.objects:
             name = self._choice.name(item.name)
             if name is not None:
-                key = (name, item.crowd, _rounded(item))
+                key = (name, item.crowd, _rounded(self._in_pixels(item, size)))
                 if key in seen:
                     self.duplicates += 1
                     continue
                 seen.add(key)
+                self.rotated += bool(item.rotation % 180)
             if item.crowd:
                 region = self._box(item, size)
                 if name in self._classes and region is not None:
@@ -183,7 +184,6 @@ class SampleReader:
             return x1 * size.width, y1 * size.height, x2 * size.width, y2 * size.height
         if item.rotation % 180 == 0:
             return item.box
-        self.rotated += 1
         angle = math.radians(item.rotation)
         cos, sin = abs(math.cos(angle)), abs(math.sin(angle))
         across = ((x2 - x1) * cos + (y2 - y1) * sin) / 2
@@ -198,8 +198,9 @@ def nearest(name: str, known: Collection[str]) -> str | None:
     return next((each for each in known if [each.lower()] == near), None)
 
 
-def _rounded(item: LabelledObject) -> Edges:
-    x1, y1, x2, y2 = (round(edge, 6) for edge in item.box)
+def _rounded(box: Edges) -> Edges:
+    """Return edges to a tenth of a pixel: fractions are written with few digits."""
+    x1, y1, x2, y2 = (round(edge, 1) for edge in box)
     return x1, y1, x2, y2
 
 

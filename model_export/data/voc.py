@@ -17,7 +17,10 @@ from model_export.data.folder import (
     ImageFinder,
     LabelledFolder,
     NotText,
+    alike,
     decoded,
+    in_split_folder,
+    lines_of,
     path_parts,
     shown,
 )
@@ -186,9 +189,11 @@ def _to_object(fields: Mapping[str, _Field]) -> LabelledObject:
             line, f"the object {name.text!r} has no <bndbox>; boxes are needed, not outlines alone"
         )
     x1, y1, x2, y2 = _numbers(fields, "bndbox", EDGES, fields["bndbox"].line)
-    rotation = _number(fields["rotation"].text) if "rotation" in fields else None
+    rotation = 0.0
+    if "rotation" in fields:
+        (rotation,) = _numbers(fields, "", ("rotation",), line)
     return LabelledObject(
-        name.text, (x1, y1, x2, y2), name.line, fields["bndbox"].line, rotation=rotation or 0.0
+        name.text, (x1, y1, x2, y2), name.line, fields["bndbox"].line, rotation=rotation
     )
 
 
@@ -203,13 +208,14 @@ def _numbers(
     fields: Mapping[str, _Field], around: str, tags: Sequence[str], line: int
 ) -> Iterator[float]:
     for tag in tags:
-        found = fields.get(f"{around}/{tag}")
+        found = fields.get(f"{around}/{tag}" if around else tag)
         if found is None:
             raise AnnotationError(line, f"<{around}> has no <{tag}>; it needs {', '.join(tags)}")
         number = _number(found.text)
         if number is None:
+            unit = "degrees" if tag == "rotation" else "pixels"
             raise AnnotationError(
-                found.line, f"<{tag}> is {found.text!r}; it must be a number of pixels"
+                found.line, f"<{tag}> is {found.text!r}; it must be a number of {unit}"
             )
         yield number
 
@@ -226,7 +232,7 @@ LOOKED_FOR: Final = (
     "VOC: Annotations/*.xml with JPEGImages/* or images/*, or NAME.xml beside NAME.jpg"
 )
 
-_ANNOTATIONS: Final = "annotations"
+_ANNOTATIONS: Final = frozenset(["annotations", "labels", "xmls"])
 _IMAGE_FOLDERS: Final = ("JPEGImages", "images", "Images")
 _LISTS: Final = ("ImageSets", "Main")
 
@@ -255,8 +261,8 @@ class _Layout:
     entries: tuple[Entry, ...]
     by_split: Mapping[str, tuple[Entry, ...]]
     """Where each split has a folder."""
-    lists: Mapping[str, Path]
-    """The files in ImageSets/Main, by their stem."""
+    lists: Mapping[str, tuple[Path, ...]]
+    """The files in ImageSets/Main by split, or by their stem if it is none; one of each tree."""
 
 
 def evidence(folder: LabelledFolder) -> str | None:
@@ -281,7 +287,8 @@ def label_files(folder: LabelledFolder, paths: Iterable[Path]) -> list[Path]:
 def split_names(folder: LabelledFolder) -> tuple[str, ...]:
     """Return the names of the splits. Raises DataError."""
     layout = _lay_out(folder)
-    return tuple(layout.by_split) or tuple(layout.lists) or ("train", "val")
+    own = tuple(layout.by_split) or tuple(layout.lists)
+    return own or folder.image_splits or ("train", "val")
 
 
 def read(folder: LabelledFolder, split: str, *, naming: bool) -> SplitAnnotations:
@@ -295,10 +302,13 @@ def read(folder: LabelledFolder, split: str, *, naming: bool) -> SplitAnnotation
         return _read_split_folder(layout, split, naming=naming)
     if layout.lists:
         return _read_listed(layout, split, naming=naming)
-    stems = [each.stem for each in layout.entries]
-    members = split_by_hash(folder.root, stems, split, unsplit="ImageSets/Main")
     images, problems = _images(layout, layout.entries)
     problems += _unlabelled(layout, images, folder.images)
+    if folder.image_splits:
+        chosen, train, leaked = in_split_folder(folder, images, split)
+        return _split(chosen, train if naming else [], [*problems, *leaked])
+    stems = [each.stem for each in layout.entries]
+    members = split_by_hash(folder.root, stems, split, unsplit="ImageSets/Main")
     chosen = [each for each in images if _without_suffix(each.annotation.stem) in members]
     return _split(chosen, images if naming else [], problems)
 
@@ -310,14 +320,14 @@ def _read_split_folder(layout: _Layout, split: str, *, naming: bool) -> SplitAnn
         raise DataError(f"{root}: no split {split!r}; there are folders for {', '.join(by_split)}")
     if naming and "train" not in by_split:
         raise DataError(f"{root}: no folder train/, which names the classes; give them")
-    images, problems = _images(layout, by_split[wanted])
-    here = [path for path in layout.folder.images if _split_folder(root, path) == wanted]
+    images, problems = _images(layout, by_split[wanted], wanted)
+    here = [path for path in layout.folder.images if layout.folder.split_of(path) == wanted]
     problems += _unlabelled(layout, images, here)
     train: list[LabelledImage] = []
     if wanted == "train":
         train = images
     elif "train" in by_split:
-        train, found = _images(layout, by_split["train"])
+        train, found = _images(layout, by_split["train"], "train")
         places = {each.image: (each.image, None) for each in images}
         problems += leaks(places, [each.image for each in train])
         problems += [each for each in found if naming and each.fatal]
@@ -359,7 +369,7 @@ def _lay_out(folder: LabelledFolder) -> _Layout:
         raise DataError(f"{root}: no images here; it needs {imaging.ACCEPTED} files")
     entries = tuple(Entry(path, _name(root, path)) for path in annotations)
     by_split: dict[str, list[Entry]] = defaultdict(list)
-    splits = [_split_folder(root, entry.annotation) for entry in entries]
+    splits = [folder.split_of(entry.annotation) for entry in entries]
     for entry, split in zip(entries, splits, strict=True):
         if split is not None:
             by_split[split].append(entry)
@@ -367,12 +377,18 @@ def _lay_out(folder: LabelledFolder) -> _Layout:
     if not top and None in splits:
         # Folders of Annotations/ that are called so by chance.
         by_split.clear()
-    lists = {path.stem: path for path in folder.having(".txt") if path.parent.parts[-2:] == _LISTS}
+    lists: dict[str, list[Path]] = defaultdict(list)
+    for path in folder.having(".txt"):
+        if path.parent.parts[-2:] == _LISTS:
+            lists[split_called(path.stem) or path.stem].append(path)
     if not any(map(split_called, lists)):
         # One list of everything, as CVAT writes it.
         lists.clear()
     return _Layout(
-        folder, entries, {split: tuple(found) for split, found in by_split.items()}, lists
+        folder,
+        entries,
+        {split: tuple(found) for split, found in by_split.items()},
+        {split: tuple(paths) for split, paths in lists.items()},
     )
 
 
@@ -382,22 +398,34 @@ def _annotations(folder: LabelledFolder) -> list[Path]:
     return [
         path
         for path in folder.having(".xml")
-        if path.parent == folder.root
-        or path.parent in with_images
-        or _ANNOTATIONS in map(str.lower, path.relative_to(folder.root).parts)
-        or _split_folder(folder.root, path)
+        if not _ANNOTATIONS.isdisjoint(map(str.lower, path.relative_to(folder.root).parts))
+        or (
+            (
+                path.parent == folder.root
+                or path.parent in with_images
+                or folder.split_of(path) is not None
+            )
+            and _may_be_voc(path)
+        )
     ]
 
 
-def _split_folder(root: Path, path: Path) -> str | None:
-    """Return the split that a folder above a file is named after."""
-    return next(filter(None, map(split_called, path.relative_to(root).parts[:-1])), None)
+def _may_be_voc(path: Path) -> bool:
+    """Return whether a file is not well-formed XML of another root element."""
+    elements: list[str] = []
+    parser = expat.ParserCreate()
+    parser.StartElementHandler = lambda tag, _: elements.append(tag)
+    try:
+        parser.Parse(path.read_bytes(), True)
+    except (OSError, ValueError, expat.ExpatError):
+        return True
+    return elements[0] == "annotation"
 
 
 def _name(root: Path, annotation: Path) -> str:
     parts = list(annotation.relative_to(root).parts)
-    lower = [part.lower() for part in parts]
-    below = lower.index(_ANNOTATIONS) + 1 if _ANNOTATIONS in lower[:-1] else 0
+    places = [place for place, part in enumerate(parts[:-1]) if part.lower() in _ANNOTATIONS]
+    below = places[0] + 1 if places else 0
     return _without_suffix("/".join(parts[below:]).removesuffix(annotation.suffix))
 
 
@@ -410,19 +438,23 @@ def _without_suffix(name: str) -> str:
 # --- images --------------------------------------------------------------------------------------
 
 
-def _images(layout: _Layout, entries: Iterable[Entry]) -> tuple[list[LabelledImage], list[Problem]]:
+def _images(
+    layout: _Layout, entries: Iterable[Entry], split: str | None = None
+) -> tuple[list[LabelledImage], list[Problem]]:
     """Read annotation files and find the image of each."""
+    folder = layout.folder
     images: dict[Path, LabelledImage] = {}
     problems: list[Problem] = []
-    by_stem: dict[tuple[Path, str], list[Path]] = defaultdict(list)
-    for each in layout.folder.images:
-        by_stem[each.parent, each.stem].append(each)
-    finder = ImageFinder(layout.folder, _bases(layout))
+    beside: dict[tuple[Path, str], list[Path]] = defaultdict(list)
+    for each in folder.images:
+        for name in (each.name, each.stem):
+            beside[each.parent, name].append(each)
+    finder = ImageFinder(folder, split)
     for entry in entries:
         file = entry.annotation
         try:
-            annotation = layout.folder.once(_parse_file, file)
-            path = _image(layout, entry, annotation, by_stem, finder)
+            annotation = folder.once(_parse_file, file)
+            path = _image(folder, entry, annotation, beside, finder)
         except AnnotationError as error:
             problems.append(Problem(file, error.line, str(error), fatal=True))
             continue
@@ -431,11 +463,11 @@ def _images(layout: _Layout, entries: Iterable[Entry]) -> tuple[list[LabelledIma
             problems.append(Problem(file, None, what, fatal=True))
             continue
         if path is None:
-            problems.append(_no_image(entry, annotation, finder))
+            problems.append(_no_image(folder, entry, annotation, finder))
         elif path in images:
-            other = finder.inside(images[path].annotation)
+            other = folder.inside(images[path].annotation)
             what = (
-                f"the image {finder.inside(path)} is that of {other} too: two label files for one "
+                f"the image {folder.inside(path)} is that of {other} too: two label files for one "
                 "image; take one away, or add the other image"
             )
             problems.append(Problem(file, 1, what, fatal=True, files=(images[path].annotation,)))
@@ -448,15 +480,18 @@ def _images(layout: _Layout, entries: Iterable[Entry]) -> tuple[list[LabelledIma
                 size_line=annotation.size_line,
                 size_fields="<size>",
             )
-    return list(images.values()), problems + finder.notes(layout.folder.root)
+    return list(images.values()), problems + finder.notes(folder.root)
 
 
 def _parse_file(path: Path) -> Annotation:
     return parse(path.read_bytes())
 
 
-def _no_image(entry: Entry, annotation: Annotation, finder: ImageFinder) -> Problem:
-    unread = finder.unread(f"{entry.stem}.jpg") or finder.unread(annotation.filename)
+def _no_image(
+    folder: LabelledFolder, entry: Entry, annotation: Annotation, finder: ImageFinder
+) -> Problem:
+    bases = list(_image_folders(folder.root, entry.annotation))
+    unread = finder.unread(f"{entry.stem}.jpg", bases) or finder.unread(annotation.filename, bases)
     if unread is not None:
         what = f"its image {unread.name} is not read; save it as {imaging.ACCEPTED}"
         return Problem(entry.annotation, 1, what, fatal=False, kind=Kind.NOT_READ, files=(unread,))
@@ -466,34 +501,30 @@ def _no_image(entry: Entry, annotation: Annotation, finder: ImageFinder) -> Prob
     return Problem(entry.annotation, 1, what, fatal=True)
 
 
-def _bases(layout: _Layout) -> list[Path]:
-    folders = (_image_folders(layout.folder.root, each.annotation) for each in layout.entries)
-    return list(dict.fromkeys(each for found in folders for each in found))
-
-
 def _image_folders(root: Path, annotation: Path) -> Iterator[Path]:
     """Yield the folders in which an annotation's image may be, the likeliest first."""
     yield annotation.parent
     parts = annotation.parent.relative_to(root).parts
     for place, part in enumerate(parts):
-        if part.lower() == _ANNOTATIONS:
+        if part.lower() in _ANNOTATIONS:
             for name in (*_IMAGE_FOLDERS, ""):
                 yield Path(root, *parts[:place], name, *parts[place + 1 :])
 
 
 def _image(
-    layout: _Layout,
+    folder: LabelledFolder,
     entry: Entry,
     annotation: Annotation,
-    by_stem: Mapping[tuple[Path, str], Sequence[Path]],
+    beside: Mapping[tuple[Path, str], Sequence[Path]],
     finder: ImageFinder,
 ) -> Path | None:
     """Return the image of the same stem, or else the one that <filename> names."""
+    bases = list(_image_folders(folder.root, entry.annotation))
     named = path_parts(annotation.filename)[-1:]
-    written = entry.annotation.stem
-    for base in _image_folders(layout.folder.root, entry.annotation):
-        same = by_stem.get((base, entry.stem), ())
-        exact = [path for path in same if path.name == written or (path.name,) == named]
+    # a.jpg.xml is of a.jpg, or else of a.jpg.png.
+    for stem in dict.fromkeys([entry.annotation.stem, entry.stem]):
+        same = dict.fromkeys(path for base in bases for path in beside.get((base, stem), ()))
+        exact = [path for path in same if path.name == stem or (path.name,) == named]
         if len(same) > 1 and not exact:
             raise AnnotationError(
                 1,
@@ -501,8 +532,13 @@ def _image(
                 "write the labelled one into <filename>, or take the other away",
             )
         if same:
-            return (exact or same)[0]
-    return finder.find(annotation.filename)
+            return (exact or list(same))[0]
+    name = annotation.filename
+    below = entry.name.rpartition("/")[0]
+    if below and len(path_parts(name)) == 1:
+        # The annotation's folder is part of a name that has none.
+        name = f"{below}/{name}"
+    return finder.find(name, bases) or finder.find(f"{entry.name}.jpg", bases)
 
 
 def _unlabelled(
@@ -527,55 +563,63 @@ def _unlabelled(
 
 
 def _listed_entries(layout: _Layout, split: str) -> tuple[list[Entry], list[Problem]]:
-    file = layout.lists.get(split)
-    if file is None:
+    files = layout.lists.get(split_called(split) or split)
+    if not files:
         raise DataError(
             f"{layout.folder.root}: no such split file {'/'.join(_LISTS)}/{split}.txt (splits "
             f"there: {', '.join(layout.lists)}); write it with one file stem per line, or remove "
             "ImageSets to have a fifth of the images held out"
         )
-    known: dict[str, list[Entry]] = defaultdict(list)
-    for entry in layout.entries:
-        for name in {entry.name, entry.stem}:
-            known[name].append(entry)
     stems = {path.stem for path in layout.folder.images}
     entries: dict[Path, Entry] = {}
     problems: list[Problem] = []
-    for number, name in _read_list(file):
-        there = known.get(name, [])
-        if len(there) != 1:
-            missing = "annotation" if PurePath(name).name in stems else "image and no annotation"
-            what = f"no {missing} is named {shown(name)}; add it, or take the line out"
-            if there:
-                what = f"{len(there)} annotations are named {shown(name)}; write their folder too"
-            problems.append(Problem(file, number, what, fatal=True))
-        elif there[0].annotation in entries:
-            what = f"{name} is listed twice"
-            problems.append(Problem(file, number, what, fatal=False, kind=Kind.TWICE))
-        else:
-            entry = Entry(there[0].annotation, there[0].name, (file, number))
-            entries[entry.annotation] = entry
+    for file in files:
+        known = _known_names(layout, file)
+        for number, line in lines_of(file):
+            name = _without_suffix(line)
+            there = next(filter(None, (known.get(alike(each)) for each in _ends(name))), [])
+            if len(there) != 1:
+                missing = (
+                    "annotation" if PurePath(name).name in stems else "image and no annotation"
+                )
+                what = f"no {missing} is named {shown(name)}; add it, or take the line out"
+                if there:
+                    what = f"{len(there)} annotations are named {shown(name)}; write the folder too"
+                problems.append(Problem(file, number, what, fatal=True))
+            elif there[0].annotation in entries:
+                what = f"{name} is listed twice"
+                problems.append(Problem(file, number, what, fatal=False, kind=Kind.TWICE))
+            else:
+                entry = Entry(there[0].annotation, there[0].name, (file, number))
+                entries[entry.annotation] = entry
     if not entries and not problems:
-        raise DataError(f"{file}: names no image; write one file stem per line")
+        raise DataError(f"{files[0]}: names no image; write one file stem per line")
     return list(entries.values()), problems
 
 
-def _read_list(file: Path) -> list[tuple[int, str]]:
-    """(line, name) of a split file's lines, which may carry the suffix."""
-    try:
-        lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror})") from error
-    named = ((number, _without_suffix(line.strip())) for number, line in enumerate(lines, start=1))
-    return [(number, name) for number, name in named if name]
+def _known_names(layout: _Layout, file: Path) -> Mapping[str, list[Entry]]:
+    """Return the annotations of the list's own tree by the names that its lines may have."""
+    tree = file.parent.parent.parent
+    known: dict[str, list[Entry]] = defaultdict(list)
+    for entry in layout.entries:
+        if entry.annotation.is_relative_to(tree):
+            for name in {alike(entry.name), alike(entry.stem)}:
+                known[name].append(entry)
+    return known
+
+
+def _ends(name: str) -> Iterator[str]:
+    """Yield a path, and its ends down to the last part."""
+    parts = path_parts(name)
+    for start in range(len(parts)):
+        yield "/".join(parts[start:])
 
 
 def _leaked(layout: _Layout, entries: Iterable[Entry], split: str) -> list[Problem]:
     """Return a problem for each listed image of another split that train has too."""
-    train = layout.lists.get("train")
-    if split == "train" or train is None:
+    if split_called(split) == "train" or "train" not in layout.lists:
         return []
-    names = {name for _, name in _read_list(train)}
+    train = {each.annotation for each in _listed_entries(layout, "train")[0]}
     return [
         Problem(
             *entry.listed,
@@ -584,5 +628,5 @@ def _leaked(layout: _Layout, entries: Iterable[Entry], split: str) -> list[Probl
             kind=Kind.LEAKED,
         )
         for entry in entries
-        if entry.listed is not None and not names.isdisjoint({entry.name, entry.stem})
+        if entry.listed is not None and entry.annotation in train
     ]

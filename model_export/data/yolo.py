@@ -6,8 +6,8 @@ import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 import yaml
@@ -18,6 +18,7 @@ from model_export.data.folder import (
     LabelledFolder,
     NotText,
     decoded,
+    lines_of,
     path_parts,
     shown,
 )
@@ -28,7 +29,6 @@ from service.errors import DataError
 _MAX_YAML_BYTES: Final = 1 << 20
 _TOLERANCE: Final = 0.01
 """Fractions this far below 0 or above 1 are rounding, further ones are other units."""
-_SPLITS: Final = ("train", "val", "test")
 _LINE: Final = "class x y width height, the last four as fractions of the image's sides"
 
 
@@ -145,6 +145,7 @@ def read_description(path: Path) -> Description:
         names = dict(enumerate(names))
     if not isinstance(names, dict) or not names:
         raise refuse("names", f"'names' is {_short(names)}; it must be a list, as [cat, dog]")
+    names = {int(key) if str(key).isdecimal() else key: name for key, name in names.items()}
     for key, name in names.items():
         if isinstance(key, bool) or not isinstance(key, int) or key < 0:
             raise refuse("names", f"'names' has the key {_short(key)}; keys are class indices")
@@ -159,14 +160,13 @@ def read_description(path: Path) -> Description:
     if root is not None and not isinstance(root, str):
         raise refuse("path", f"'path' is {_short(root)}; it must be a folder")
     splits: dict[str, tuple[tuple[str, int], ...]] = {}
-    for key in (*_SPLITS, "valid"):
-        entry = values.get(key)
-        if entry is None or entry == "" or entry == []:
+    for key, entry in values.items():
+        split = split_called(str(key))
+        if split is None or entry is None or entry == "" or entry == []:
             continue
         members = entry if isinstance(entry, list) else [entry]
         if not all(isinstance(member, str) for member in members):
             raise refuse(key, f"{key!r} is {_short(entry)}; it must be folders or .txt lists")
-        split = "val" if key == "valid" else key
         splits.setdefault(split, tuple((member, lines.get(key, 1)) for member in members))
     return Description(
         path=path,
@@ -255,6 +255,8 @@ class _Member:
 
     image: Path
     label: Path
+    is_labelled: bool
+    """Whether the label file is there, readable or not."""
     listed: tuple[Path, int | None]
 
 
@@ -279,18 +281,28 @@ class _Layout:
 
 def evidence(folder: LabelledFolder) -> str | None:
     """Return the files that indicate this format, or None."""
-    root = folder.root
-    described = _descriptions(folder)
+    root, described = folder.root, _descriptions(folder)
     if described:
         return ", ".join(path.name for path in described)
-    if (root / "labels").is_dir() and (root / "images").is_dir():
+    labels = label_files(folder, folder.files)
+    if not labels:
+        return None
+    listed = _class_lists(folder)
+    if listed:
+        return folder.inside(listed[0])
+    places = {path.parent for path in labels if path.is_relative_to(root / "labels")}
+    if places and (root / "images").is_dir():
         return "images/ and labels/"
-    by_split = [path.parent.name for path in sorted(root.glob("*/labels")) if path.is_dir()]
-    by_split = [name for name in by_split if split_called(name)]
-    if by_split:
-        return ", ".join(f"{name}/labels/" for name in by_split)
-    listed = _class_list(folder)
-    return None if listed is None else listed.relative_to(root).as_posix()
+    by_split = sorted(
+        {
+            path.parent
+            for path in labels
+            if path.parent.name == "labels"
+            and path.parent.parent.parent == root
+            and split_called(path.parent.parent.name)
+        }
+    )
+    return ", ".join(f"{folder.inside(path)}/" for path in by_split[:3]) or None
 
 
 def label_files(folder: LabelledFolder, paths: Iterable[Path]) -> list[Path]:
@@ -336,20 +348,25 @@ def read(folder: LabelledFolder, split: str, *, naming: bool) -> SplitAnnotation
 def _choose(layout: _Layout, split: str) -> tuple[list[_Member], list[_Member], list[Problem]]:
     """(the split's images, those that name the classes, what is wrong with folders and lists)."""
     wanted = split_called(split) or split
+    found = {name: _members(layout, name) for name in layout.sources}
+    shared = list(_shared_labels([each for members, _ in found.values() for each in members]))
     if "" in layout.sources:
-        everything, problems = _members(layout, "")
+        everything, problems = found[""]
         stems = (each.image.stem for each in everything)
         chosen = split_by_hash(layout.root, stems, wanted, unsplit="a val folder")
-        return [each for each in everything if each.image.stem in chosen], everything, problems
+        mine = [each for each in everything if each.image.stem in chosen]
+        problems = [*problems, *shared, *_unused_labels(layout, found, "")]
+        return mine, everything, problems
     if wanted not in layout.sources:
         raise DataError(
             f"{layout.description.path}: no split {split!r}; there are {', '.join(layout.splits)}; "
             f"name its folder there, as {wanted}: images/{wanted}"
         )
-    members, problems = _members(layout, wanted)
+    members, problems = found[wanted]
+    problems = [*problems, *shared, *_unused_labels(layout, found, wanted)]
     if wanted == "train":
         return members, members, problems
-    training = _members(layout, "train")[0] if "train" in layout.sources else []
+    training = found["train"][0] if "train" in found else []
     listed = {each.image: each.listed for each in members}
     problems += leaks(listed, [each.image for each in training])
     return members, training, problems
@@ -368,18 +385,28 @@ def _read_members(
     images: list[LabelledImage] = []
     problems: list[Problem] = []
     unwritten: list[Path] = []
+    elsewhere: list[Path] = []
 
     def read_file(path: Path) -> tuple[list[LabelledObject], list[Problem]]:
         return read_labels(path, layout.description)
 
     for member in members:
         objects: Sequence[LabelledObject] = []
-        if member.label.exists():
+        if member.is_labelled:
             objects, found = layout.folder.once(read_file, member.label)
             problems += found
         else:
             unwritten.append(member.label)
+        if member.is_labelled and member.label not in _candidates(member.image, layout.root):
+            elsewhere.append(member.label)
         images.append(LabelledImage(member.image, member.label, tuple(objects), relative=True))
+    if elsewhere:
+        what = (
+            f"{len(elsewhere)} label files are named otherwise than their images (case, Unicode "
+            f"form or suffix): {layout.folder.inside(elsewhere[0])}"
+        )
+        place = elsewhere[0].parent
+        problems.append(Problem(place, None, what, fatal=False, kind=Kind.FOUND))
     if unwritten:
         what = (
             f"no label file for {len(unwritten)} images, the first of them {unwritten[0].name}: "
@@ -402,12 +429,24 @@ def _descriptions(folder: LabelledFolder) -> list[Path]:
     return [path for path in there if mentions_classes(path)]
 
 
+def _class_lists(folder: LabelledFolder) -> list[Path]:
+    """Return the files of class names, the nearest to the root first."""
+    named = [
+        path
+        for path in folder.files
+        if path.name in (_CLASS_LIST, "_darknet.labels") or path.suffix == ".names"
+    ]
+    return sorted(named, key=lambda path: (len(path.parts), path))
+
+
 def _class_list(folder: LabelledFolder) -> Path | None:
-    """Return the file of class names: classes.txt, or darknet's obj.names."""
-    root = folder.root
-    lists = [root / place / _CLASS_LIST for place in ("", "labels", "images")]
-    names = [path for path in folder.having(".names") if path.parent == root]
-    return next((path for path in [*lists, *names] if path.is_file()), None)
+    """Return the file of class names. Raises DataError if there are several that differ."""
+    lists = _class_lists(folder)
+    top = [path for path in lists if path.parent == folder.root] or lists
+    if len({path.read_bytes() for path in top}) > 1:
+        names = ", ".join(folder.inside(path) for path in top[:8])
+        raise DataError(f"{folder.root}: the class lists {names} differ; keep the right one")
+    return top[0] if top else None
 
 
 def _lay_out(folder: LabelledFolder) -> _Layout:
@@ -417,8 +456,6 @@ def _lay_out(folder: LabelledFolder) -> _Layout:
         raise DataError(f"{root}: {names} each describe data; name the right one data.yaml")
     if described:
         description = read_description(described[0])
-        if description.splits:
-            return _declared(folder, description)
     else:
         there = _class_list(folder)
         if there is None:
@@ -426,17 +463,36 @@ def _lay_out(folder: LabelledFolder) -> _Layout:
                 f"{root}: no data.yaml here; write one with names: [cat, dog], train: "
                 "images/train and val: images/val"
             )
-        description = read_class_list(there)
+        description = replace(read_class_list(there), splits=_darknet_lists(folder))
+    if description.splits:
+        return _declared(folder, description)
     return _Layout(folder, description, _undeclared(folder))
 
 
+def _darknet_lists(folder: LabelledFolder) -> dict[str, tuple[tuple[str, int], ...]]:
+    """Return the lists that darknet's obj.data names: lines of KEY = FILE."""
+    splits: dict[str, tuple[tuple[str, int], ...]] = {}
+    for file in folder.having(".data"):
+        for number, line in lines_of(file):
+            key, _, text = line.partition("=")
+            split = split_called(key.strip())
+            if split is not None and text.strip() and file.parent == folder.root:
+                # "data/" is darknet's own folder.
+                name = path_parts(text.strip())[-1]
+                splits.setdefault(split, ((name, number),))
+    there = {split: each for split, each in splits.items() if (folder.root / each[0][0]).exists()}
+    return there if "train" in there else {}
+
+
 def _undeclared(folder: LabelledFolder) -> dict[str, tuple[tuple[Path, int], ...]]:
-    """Return the usual folders and lists: images/train, train/images, train.txt or images."""
+    """Return the usual folders and lists: images/train, train/images, train, train.txt, images."""
     root = folder.root
     images = root / "images"
     lists = [path for path in folder.having(".txt") if path.parent == root]
+    with_images = {parent for path in folder.images for parent in path.parents}
     candidates = [
         *(path for path in lists if not _holds_labels(path)),
+        *(path for path in folder.folders(root) if path in with_images),
         *folder.folders(images),
         *(path / "images" for path in folder.folders(root)),
     ]
@@ -460,6 +516,7 @@ def _declared(folder: LabelledFolder, description: Description) -> _Layout:
         bases = [base for base in (root / description.root,) if base.is_dir()] + bases
     sources: dict[str, tuple[tuple[Path, int], ...]] = {}
     notes: list[Problem] = []
+    written: dict[Path, dict[str, str]] = {}
     for split, entries in description.splits.items():
         found = []
         for text, line in entries:
@@ -469,9 +526,20 @@ def _declared(folder: LabelledFolder, description: Description) -> _Layout:
                     f"{description.path}:{line}: {split!r} is {text!r}, which is not below "
                     f"{bases[0]}; correct it, or add the folder"
                 )
-            if len(path_parts(text)) > len(place.relative_to(root).parts):
-                what = f"{split!r} is {text!r}, found as {place.relative_to(root)}"
+            if path_parts(folder.inside(place))[-1:] != path_parts(text)[-1:] or (
+                len(path_parts(text)) > len(path_parts(folder.inside(place)))
+                and not Path(text).exists()
+            ):
+                what = f"{split!r} is {text!r}, found as {folder.inside(place)}"
                 notes.append(Problem(description.path, line, what, fatal=False, kind=Kind.FOUND))
+            for other, named in written.get(place, {}).items():
+                if other != split and named != text:
+                    raise DataError(
+                        f"{description.path}:{line}: {split!r} is {text!r} and {other!r} is "
+                        f"{named!r}, but they are one folder here, {folder.inside(place)}; add the "
+                        "other, or correct one"
+                    )
+            written.setdefault(place, {})[split] = text
             found.append((place, line))
         alone = len(description.splits) == 1 and split == "train"
         sources["" if alone else split] = tuple(found)
@@ -481,14 +549,16 @@ def _declared(folder: LabelledFolder, description: Description) -> _Layout:
 def _resolve(text: str, bases: Sequence[Path]) -> Path | None:
     """Return a folder or list: as it is written, or else by the longest end that is here.
 
-    Shorter ends only of absolute paths, which are of another machine; "../train/images" means
-    "train/images" in what Roboflow writes.
+    The last part alone only of absolute paths, which are of another machine, or if it is named
+    after a split: "valid/images" does not mean "images".
     """
     written = text.replace("\\", "/")
     parts = path_parts(text)
-    is_absolute = written.startswith("/") or written[1:2] == ":"
-    ends = range(len(parts)) if is_absolute else range(min(1, len(parts)))
-    for each in (written, *("/".join(parts[start:]) for start in ends)):
+    is_foreign = written.startswith("/") or written[1:2] == ":"
+    ends = ["/".join(parts[start:]) for start in range(len(parts))]
+    if len(parts) > 1 and not is_foreign and not split_called(PurePosixPath(parts[-1]).stem):
+        ends.pop()
+    for each in (written, *ends):
         for base in bases:
             try:
                 if (base / each).exists():
@@ -519,15 +589,17 @@ def _members(layout: _Layout, split: str) -> tuple[list[_Member], list[Problem]]
         if not inside and not found:
             what = f"no image in {source}; add some, or correct the folder"
             problems.append(Problem(layout.description.path, line, what, fatal=True))
-    return list(members.values()), [*problems, *_shared_labels(members.values())]
+    return list(members.values()), problems
 
 
 def _shared_labels(members: Iterable[_Member]) -> Iterator[Problem]:
     by_label: dict[Path, list[Path]] = defaultdict(list)
     for member in members:
-        by_label[member.label].append(member.image)
-    for label, images in by_label.items():
-        if len(images) > 1 and label.exists():
+        if member.is_labelled:
+            by_label[member.label].append(member.image)
+    for label, takers in by_label.items():
+        images = list(dict.fromkeys(takers))
+        if len(images) > 1:
             what = (
                 f"two images for one label file: {' and '.join(path.name for path in images)}; "
                 "take away the one that was not labelled"
@@ -537,59 +609,82 @@ def _shared_labels(members: Iterable[_Member]) -> Iterator[Problem]:
 
 def _in_folder(layout: _Layout, source: Path) -> tuple[list[_Member], list[Problem]]:
     folder = layout.folder
-    if not source.is_relative_to(folder.root):
+    real = source.resolve()
+    if real.is_relative_to(folder.root.resolve()):
+        # Behind a link, too.
+        source = folder.root / real.relative_to(folder.root.resolve())
+    elif not source.is_relative_to(folder.root):
         folder = LabelledFolder(source)
-    problems: list[Problem] = []
     images = [path for path in folder.images if path.is_relative_to(source)]
-    members = [_Member(path, label_of(path, folder.root), (path, None)) for path in images]
-    unread = {
-        label_of(path, folder.root): path for path in folder.not_read if path.is_relative_to(source)
+    members = [_member(layout.folder, path, (path, None)) for path in images]
+    unread = [path for path in folder.not_read if path.is_relative_to(source)]
+    if unread and not members:
+        what = f"{len(unread)} images are not read ({unread[0].name}); save them as JPEG or PNG"
+        return [], [Problem(source, None, what, fatal=True, files=tuple(unread))]
+    return members, []
+
+
+def _unused_labels(
+    layout: _Layout, found: Mapping[str, tuple[list[_Member], list[Problem]]], split: str
+) -> Iterator[Problem]:
+    """Yield the labels where a split has its own that no image takes."""
+    folder = layout.folder
+    every = [each for members, _ in found.values() for each in members]
+    used = {each.label for each in every if each.is_labelled}
+    label_of = {each.image: each.label for each in every if each.is_labelled}
+    image_of = {path: image for image in folder.images for path in _candidates(image, folder.root)}
+    unread = {path: image for image in folder.not_read for path in _candidates(image, folder.root)}
+    places = {
+        path.parent: each.image.parent
+        for each in found[split][0]
+        for path in _candidates(each.image, folder.root)
     }
-    labels = {each.label for each in members}
-    places = {path.parent for path in (*labels, *unread)}
-    stems = {path.stem for path in folder.images}
     for path in folder.having(".txt"):
-        if path.parent not in places or path in labels or not _holds_labels(path):
+        if path.parent not in places or path in used or not _holds_labels(path):
             continue
-        if path in unread:
-            image = unread[path]
-            what = f"its image {image.name} is not read; save it as JPEG, PNG or WebP"
-            problems.append(Problem(path, 1, what, fatal=False, kind=Kind.NOT_READ, files=(image,)))
-        elif path.stem not in stems:
-            what = f"no image {path.stem}.jpg (or .png, .webp) in {source}; add it"
-            problems.append(Problem(path, 1, f"{what}, or remove the labels", fatal=True))
-    return members, problems
+        if path in image_of:
+            # One that is in no split has its labels left out with it.
+            if image_of[path] in label_of:
+                other = folder.inside(label_of[image_of[path]])
+                what = f"two label files for one image, this and {other}; take the wrong one away"
+                yield Problem(path, 1, what, fatal=True)
+        elif path in unread:
+            what = f"its image {unread[path].name} is not read; save it as JPEG, PNG or WebP"
+            yield Problem(path, 1, what, fatal=False, kind=Kind.NOT_READ, files=(unread[path],))
+        else:
+            what = f"no image {path.stem}.jpg (or .png, .webp) in {places[path.parent]}; add it"
+            yield Problem(path, 1, f"{what}, or remove the labels", fatal=True)
 
 
 def _holds_labels(path: Path) -> bool:
-    """Return whether a .txt begins as labels do: read-me files and class lists lie beside them."""
+    """Return whether a .txt begins as labels do: read-me files and lists lie beside them."""
     if path.name == _CLASS_LIST:
         return False
     try:
         with path.open("rb") as file:
-            words = file.read(200).split(maxsplit=2)
+            words = file.read(400).split(maxsplit=5)
     except OSError:
         return False
-    return len(words) > 1 and words[0].isdigit()
+    try:
+        return len(words) > 4 and words[0].isdigit() and len([*map(float, words[1:4])]) == 3
+    except ValueError:
+        return False
 
 
 def _in_list(layout: _Layout, file: Path) -> tuple[list[_Member], list[Problem]]:
     try:
-        lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-    except OSError as error:
-        what = f"cannot be read ({error.strerror}); it must be a folder or a list of images"
+        lines = lines_of(file)
+    except DataError as error:
+        what = f"{error}; it must be a folder or a list of images"
         return [], [Problem(file, None, what, fatal=True)]
-    finder = ImageFinder(layout.folder, (file.parent, layout.root))
+    finder, bases = ImageFinder(layout.folder), (file.parent, layout.root)
     named: dict[Path, str] = {}
     members: list[_Member] = []
     problems: list[Problem] = []
-    for number, line in enumerate(lines, start=1):
-        text = line.strip()
-        if not text:
-            continue
-        image = _existing(text) or finder.find(text)
+    for number, text in lines:
+        image = _existing(text) or finder.find(text, bases)
         if image is None:
-            unread = finder.unread(text)
+            unread = finder.unread(text, bases)
             if unread is not None:
                 what = f"{unread.name} is not read; save it as JPEG, PNG or WebP"
                 problems.append(
@@ -605,7 +700,7 @@ def _in_list(layout: _Layout, file: Path) -> tuple[list[_Member], list[Problem]]
             )
             problems.append(Problem(file, number, what, fatal=True))
         else:
-            members.append(_Member(image, label_of(image, layout.root), (file, number)))
+            members.append(_member(layout.folder, image, (file, number)))
     return members, problems + finder.notes(file)
 
 
@@ -618,13 +713,21 @@ def _existing(text: str) -> Path | None:
         return None
 
 
-def label_of(image: Path, root: Path) -> Path:
-    """Return the label file of an image: in labels/ if it is in images/ below `root`, else beside.
+def _member(folder: LabelledFolder, image: Path, listed: tuple[Path, int | None]) -> _Member:
+    candidates = _candidates(image, folder.root)
+    for path in candidates:
+        # An image outside the folder has its labels outside, too.
+        label = folder.text(path) or (path if path.exists() else None)
+        if label is not None:
+            return _Member(image, label, True, listed)
+    return _Member(image, candidates[0], False, listed)
 
-    Beside, too, if there is none in labels/.
 
-    >>> label_of(Path("images/cells/images/val/a.png"), Path("images/cells")).as_posix()
-    'images/cells/labels/val/a.txt'
+def _candidates(image: Path, root: Path) -> tuple[Path, ...]:
+    """Return the places of an image's labels: in labels/ if it is in images/, then beside it.
+
+    >>> [path.as_posix() for path in _candidates(Path("images/a/images/val/b.png"), Path("images"))]
+    ['images/a/labels/val/b.txt', 'images/a/images/val/b.txt']
     """
     outside = len(root.parts) if image.is_relative_to(root) else 0
     parts = list(image.parent.parts)
@@ -632,6 +735,5 @@ def label_of(image: Path, root: Path) -> Path:
     for place in reversed(range(outside, len(parts))):
         if parts[place].lower() == "images":
             parts[place] = "labels"
-            usual = Path(*parts, beside.name)
-            return usual if usual.exists() or not beside.exists() else beside
-    return beside
+            return Path(*parts, beside.name), beside
+    return (beside,)

@@ -185,7 +185,7 @@ def test_missing_image_names_the_most_similar_one(tmp_path: Path, form: str) -> 
     message = refusal(tmp_path)
     assert "no image '" in message
     assert "frame_22.jpg'" in message
-    assert "the most similar name here is 'frame_2.jpg'" in message
+    assert "the most similar here is 'images/frame_2.jpg'" in message
 
 
 @pytest.mark.parametrize("form", FORMATS)
