@@ -22,7 +22,7 @@ from model_export.evaluation.inference import evaluate_file
 from model_export.evaluation.json_report import to_json
 from model_export.evaluation.reliability import MIN_SCORE, Reliability
 from model_export.evaluation.results import Baseline, EvaluationResults, describe_file, measure
-from service.commands.coco_ids import CocoIds, read_ids
+from service.commands.coco_ids import CocoIds, image_names, read_ids
 from service.errors import DataError, shown_list
 from service.filenames import refuse_to_replace
 from service.runtime.artifact import read_artifact
@@ -121,7 +121,7 @@ def coco_ids(dataset: Dataset, choice: DataConfig) -> CocoIds:
     if len(files) > 1:
         raise DataError(
             f"--predictions: the split {dataset.split!r} is annotated in {len(files)} files "
-            f"({shown_list(list(map(str, files)))}), whose ids may repeat; join them"
+            f"({shown_list(image_names(files))}), whose ids may repeat; join them"
         )
     # Also of classes that are left out: their detections are written, too.
     rename = ClassSelection(remap=choice.remap).name
@@ -132,7 +132,7 @@ def coco_ids(dataset: Dataset, choice: DataConfig) -> CocoIds:
     if ids.unlisted:
         raise DataError(
             f"--predictions: {files[0]} has no entry with the file name of "
-            f"{shown_list(list(map(str, ids.unlisted)))}; write the names there as the files have "
+            f"{shown_list(image_names(ids.unlisted))}; write the names there as the files have "
             "them"
         )
     return ids

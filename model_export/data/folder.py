@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import difflib
 import os
+import re
 import unicodedata
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -365,6 +366,7 @@ def shown(name: str) -> str:
 
 _ENCODINGS: Final = ("cp1252", "gb18030", "shift_jis", "euc_kr", "cp1251", "big5")
 _MOST_SHOWN: Final = 40
+_CONTROL: Final = re.compile(rb"[\x01-\x08\x0e-\x1f]")
 
 
 class NotText(ValueError):
@@ -384,6 +386,8 @@ def decoded(content: bytes) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[content.rfind(b"\n", 0, error.start) + 1 :].split(b"\n", 1)[0]
+    if _CONTROL.search(content):
+        raise NotText("not text")
     readings = []
     for encoding in ("utf-16-le", "utf-16-be") if b"\0" in content else _ENCODINGS:
         try:

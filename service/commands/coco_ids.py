@@ -95,8 +95,8 @@ def read_ids(
     found, unlisted = _match(path, entries, places, images)
     if not found:
         raise DataError(
-            f"{path}: lists none of the {len(images)} images ({shown_list(_names(images))}); its "
-            f"own are {shown_list(entries.values())}"
+            f"{path}: lists none of the {len(images)} images ({shown_list(image_names(images))}); "
+            f"its own are {shown_list(entries.values())}"
         )
     matched = set(found.values())
     unmatched = [name for key, name in entries.items() if key not in matched]
@@ -271,7 +271,8 @@ def _match(
         if len(alike) > 1:
             raise DataError(
                 f"{path}: the entry {entries[key]!r} may be any of {len(alike)} images: "
-                f"{shown_list(_names(alike))}; give one of them, or write the folders into the file"
+                f"{shown_list(image_names(alike))}; give one of them, or write the folders into "
+                "the file"
             )
         found[alike[0]] = key
         unlisted += [image for _, image in claimed if image is not alike[0]]
@@ -294,5 +295,6 @@ def _parts(path: str) -> tuple[str, ...]:
     return PurePosixPath(unicodedata.normalize("NFC", path)).parts
 
 
-def _names(images: Sequence[Path]) -> list[str]:
-    return [written(each) for each in images]
+def image_names(images: Sequence[Path]) -> list[str]:
+    """Return the file names with the folder that each is in: whole paths would be cut short."""
+    return [written("/".join(each.parts[-2:])) for each in images]

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from service.bulk.files import files_of, read_image
 from service.bulk.walk import walk_folder
-from service.commands.coco_ids import CocoIds, read_ids
+from service.commands.coco_ids import CocoIds, image_names, read_ids
 from service.commands.offline import find_model
 from service.engine import postprocessing as results
 from service.engine.drawing import Encoding, LabelFont, draw, encode
@@ -276,7 +276,7 @@ def _unique(relative: Path, taken: set[Path]) -> Path:
 def _report_differences(like: Path, ids: CocoIds) -> int:
     """Name the images that are in one of the annotation file and PATH alone; return their count."""
     if ids.unlisted:
-        names = shown_list([written(each) for each in ids.unlisted])
+        names = shown_list(image_names(ids.unlisted))
         _complain(f"{len(ids.unlisted)} images without an entry in {like} are left out: {names}")
     if ids.unmatched:
         _complain(

@@ -153,12 +153,14 @@ def resolve_for(settings: Settings, *, threads: int | None = None) -> Hardware:
 def fitted(artifact: Artifact, device: Device) -> Artifact:
     """Return what sessions on a device are opened from: on a CPU, with fewer multiplications.
 
-    `open_detector` does this itself; to open several sessions, do it once before.
+    `open_detector` does this itself; to open several sessions, do it once before. A session of one
+    thread gains where one of several, which wait for each other after each transform, does not.
     """
     if device.kind != "cpu" or not device.winograd or artifact.weights is not None:
         return artifact
     canvas = artifact.metadata.canvas.largest()
-    rewritten = rewrite(artifact.content, canvas, wide=has_wide_vectors())
+    dear = has_wide_vectors() and device.threads != 1
+    rewritten = rewrite(artifact.content, canvas, wide=dear)
     if rewritten is None:
         return replace(artifact, weights={})
     _log.info(
@@ -231,6 +233,8 @@ def session_options(device: Device) -> ort.SessionOptions:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         _share_arena()
         options.add_session_config_entry("session.use_env_allocators", "1")
+        # Weights stay outside of the arena: among its blocks they would keep it from shrinking.
+        options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
     return options
 
 

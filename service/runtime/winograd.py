@@ -81,10 +81,10 @@ _WEIGHTS: Final = 400.0
 _NODES: Final = 2e6
 """For the convolution as a whole: a dozen small operators in place of one."""
 _PRICE_BESIDE_WIDE: Final = 2.0
-"""Transforms wait for memory, so where products take half as long, they are twice as dear.
-Convolutions of 64 channels are left alone then: with 1.0 the bundled model was 5 to 22 % slower
-than unchanged, with AVX-512. Those of 128 and more gain there too: a ResNet-50 took 0.77 of the
-time."""
+"""Transforms wait for memory, and the threads of a session for each other after each one. So where
+products take half as long, transforms are twice as dear: with AVX-512 and 1.0 the bundled model, of
+64 channels, took 1.2 to 1.3 times as long on two threads, but 0.94 on one thread beside another. A
+ResNet-50 took 0.77 with either."""
 
 _Consumers = Mapping[str, list[int | None]]
 """By a value's name, the places of the nodes that read it; None for the caller and subgraphs."""
@@ -105,7 +105,8 @@ def rewrite(content: bytes, canvas: Size, *, wide: bool = False) -> Rewritten | 
     """Return the same detector with fewer multiplications; None if nothing would be gained.
 
     On canvases of other sizes than `canvas` it answers as well; the gain is reckoned for this one.
-    `wide`: products cost less than they are reckoned with, on vectors wider than AVX2's.
+    `wide`: products cost less than they are reckoned with, on vectors wider than AVX2's, and
+    several threads share them.
     """
     model = onnx.load_model_from_string(content)
     if not _is_understood(model):

@@ -92,10 +92,12 @@ def open_servable(
 
     Raises ArtifactError or DeviceError.
     """
-    artifact = fitted(artifact, devices[0])
     on_cpu = all(each.kind == "cpu" for each in devices)
     canvas = _canvases(artifact.metadata.canvas)[0]
-    open_second = partial(_open_second, artifact, devices[0], canvas, cpu_concurrency)
+    written, artifact = artifact, fitted(artifact, devices[0])
+    # Transformed filters are as large as four times the weights: two sets are too many.
+    shared_artifact = artifact if artifact.weights else written
+    open_second = partial(_open_second, shared_artifact, devices[0], canvas, cpu_concurrency)
     second: Future[Detector] | None = None
     shared = on_cpu and cpu_concurrency.threads is not None
     try:

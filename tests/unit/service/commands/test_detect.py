@@ -149,7 +149,7 @@ def test_detect_takes_ids_from_an_annotation_file(models: Path, folder: Path) ->
     rows = json.loads(result.stdout)
     assert [(row["image_id"], row["category_id"]) for row in rows] == [(50, 9), (70, 8)]
     (line,) = (line for line in result.stderr.splitlines() if line.startswith("retinaserve: "))
-    assert line.endswith(f"1 images without an entry in {like} are left out: '{folder}/b.JPG'")
+    assert line.endswith(f"1 images without an entry in {like} are left out: '{folder.name}/b.JPG'")
     result = run("detect", folder / "a.png", "--output", "coco", "--like", like)
     assert result.exit_code == 2
     assert [row["image_id"] for row in json.loads(result.stdout)] == [50]

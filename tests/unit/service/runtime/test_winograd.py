@@ -385,6 +385,15 @@ def test_winograd_reduces_multiplications_of_the_bundled_model(
     assert made.sha256 == bundled.sha256
 
 
+@pytest.mark.parametrize(("threads", "gains"), [(1, True), (2, False), (None, False)])
+def test_winograd_is_dear_for_several_threads_with_wide_vectors(
+    bundled: Artifact, monkeypatch: pytest.MonkeyPatch, threads: int | None, gains: bool
+) -> None:
+    monkeypatch.setattr(devices, "has_wide_vectors", lambda: True)
+
+    assert bool(fitted(bundled, replace(CPU, threads=threads)).weights) == gains
+
+
 def test_winograd_filters_are_not_listed_as_inputs(bundled: Artifact) -> None:
     assert [line.split()[0] for line in open_detector(bundled, CPU).inputs()] == [
         "images",
