@@ -520,16 +520,13 @@ def _declared(folder: LabelledFolder, description: Description) -> _Layout:
     for split, entries in description.splits.items():
         found = []
         for text, line in entries:
-            place = _resolve(text, bases)
+            place, is_shortened = _resolve(text, bases)
             if place is None:
                 raise DataError(
                     f"{description.path}:{line}: {split!r} is {text!r}, which is not below "
                     f"{bases[0]}; correct it, or add the folder"
                 )
-            if path_parts(folder.inside(place))[-1:] != path_parts(text)[-1:] or (
-                len(path_parts(text)) > len(path_parts(folder.inside(place)))
-                and not Path(text).exists()
-            ):
+            if is_shortened:
                 what = f"{split!r} is {text!r}, found as {folder.inside(place)}"
                 notes.append(Problem(description.path, line, what, fatal=False, kind=Kind.FOUND))
             for other, named in written.get(place, {}).items():
@@ -546,11 +543,12 @@ def _declared(folder: LabelledFolder, description: Description) -> _Layout:
     return _Layout(folder, description, sources, tuple(notes))
 
 
-def _resolve(text: str, bases: Sequence[Path]) -> Path | None:
-    """Return a folder or list: as it is written, or else by the longest end that is here.
+def _resolve(text: str, bases: Sequence[Path]) -> tuple[Path | None, bool]:
+    """(a folder or list, whether only the end of its path is here).
 
-    The last part alone only of absolute paths, which are of another machine, or if it is named
-    after a split: "valid/images" does not mean "images".
+    As it is written, or else by the longest end that is here; the last part alone only of absolute
+    paths, which are of another machine, or if it is named after a split: "valid/images" does not
+    mean "images".
     """
     written = text.replace("\\", "/")
     parts = path_parts(text)
@@ -558,14 +556,14 @@ def _resolve(text: str, bases: Sequence[Path]) -> Path | None:
     ends = ["/".join(parts[start:]) for start in range(len(parts))]
     if len(parts) > 1 and not is_foreign and not split_called(PurePosixPath(parts[-1]).stem):
         ends.pop()
-    for each in (written, *ends):
+    for number, each in enumerate((written, *ends)):
         for base in bases:
             try:
                 if (base / each).exists():
-                    return Path(os.path.normpath(base / each))
+                    return Path(os.path.normpath(base / each)), number > 1
             except (OSError, ValueError):
-                return None
-    return None
+                return None, False
+    return None, False
 
 
 # --- images ------------------------------------------------------------------------------------
