@@ -153,7 +153,7 @@ def _answer(
 ) -> dict[str, Any]:
     return {
         "data": root.resolve().name,
-        "files": {count.what: count.to_dict() for count in counts},
+        "files": {count.what.replace(" ", "_"): count.to_dict() for count in counts},
         "splits": {report.split: report.to_dict() for report in reports},
         "stops_training": [problem.to_dict() for problem in fatal],
         "recommended": None if advice is None else advice.to_dict(),

@@ -18,6 +18,7 @@ from model_export.data.folder import (
     NotText,
     decoded,
     in_split_folder,
+    not_read,
     path_parts,
 )
 from model_export.data.problems import Kind, Problem
@@ -517,7 +518,7 @@ def _missing(
 ) -> Problem:
     unread = finder.unread(image.file_name, bases)
     if unread is not None:
-        what = f"{image.tag}{unread.name} is not read; save it as JPEG, PNG or WebP"
+        what = f"{image.tag}{not_read(unread)}"
         return Problem(content.path, None, what, fatal=False, kind=Kind.NOT_READ, files=(unread,))
     looked = ", ".join(f"{folder.inside(base)}/" for base in bases)
     what = f"{image.tag}{finder.missing(image.file_name, where=f', looked in {looked}')}; add it"

@@ -150,20 +150,18 @@ def _check_there(root: Path, name: str, counts: Mapping[str, int], *, what: str)
 
 
 def _counted(root: Path, readers: Sequence[SampleReader]) -> Iterator[Problem]:
-    rotated = [reader for reader in readers if reader.rotated]
-    if rotated:
-        what = (
-            f"{sum(reader.rotated for reader in rotated)} boxes have a rotation, the first in "
-            f"{rotated[0].name}: the upright box around each is used"
-        )
-        yield Problem(root, None, what, fatal=False, kind=Kind.ROTATED)
-    doubled = [reader for reader in readers if reader.duplicates]
-    if doubled:
-        what = (
-            f"{sum(reader.duplicates for reader in doubled)} duplicates of boxes (same class, same "
-            f"edges), the first in {doubled[0].name}: dropped"
-        )
-        yield Problem(root, None, what, fatal=False, kind=Kind.DUPLICATE)
+    """Count the boxes that were changed or dropped."""
+    rotated = [(each.name, each.rotated) for each in readers if each.rotated]
+    doubled = [(each.name, each.duplicates) for each in readers if each.duplicates]
+    texts = (
+        (Kind.ROTATED, rotated, "boxes have a rotation", "the upright box around each is used"),
+        (Kind.DUPLICATE, doubled, "duplicates of boxes (same class, same edges)", "dropped"),
+    )
+    for kind, found, what, becomes in texts:
+        if found:
+            count = sum(number for _, number in found)
+            text = f"{count} {what}, the first in {found[0][0]}: {becomes}"
+            yield Problem(root, None, text, fatal=False, kind=kind)
 
 
 def _similar(root: Path, classes: Sequence[str]) -> Iterator[Problem]:

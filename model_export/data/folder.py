@@ -19,7 +19,7 @@ from model_export.data.problems import Kind, Problem
 from model_export.data.splits import leaks, split_called
 from service.contents import is_lfs_pointer
 from service.errors import DataError
-from service.imaging.decode import SUFFIXES
+from service.imaging.decode import ACCEPTED, SUFFIXES
 
 NOT_READ: Final = frozenset(
     [".avif", ".bmp", ".gif", ".heic", ".heif", ".jp2", ".jxl", ".tif", ".tiff"]
@@ -47,7 +47,7 @@ class LabelledFolder:
         self.hidden = tuple(path for path in files if self._is_hidden(path))
         """Files whose name, or a folder's above them, begins with a dot: leftovers of editors."""
         self.files = tuple(sorted(frozenset(files) - frozenset(self.hidden)))
-        self._read: dict[Path, Any] = {}
+        self._read: dict[tuple[str, Path], Any] = {}
 
     def _is_hidden(self, path: Path) -> bool:
         return any(part.startswith(".") for part in path.relative_to(self.root).parts)
@@ -123,10 +123,11 @@ class LabelledFolder:
         return path.relative_to(self.root).as_posix() if is_inside else str(path)
 
     def once(self, read: Callable[[Path], T], path: Path) -> T:
-        """Return `read(path)`, computed on the first call alone."""
-        if path not in self._read:
-            self._read[path] = read(path)
-        found: T = self._read[path]
+        """Return `read(path)`, computed on the first call alone; functions differ by name."""
+        key = (read.__qualname__, path)
+        if key not in self._read:
+            self._read[key] = read(path)
+        found: T = self._read[key]
         return found
 
 
@@ -334,6 +335,11 @@ def in_split_folder(
         return chosen, train, []
     places = {each.image: (each.image, None) for each in chosen}
     return chosen, train, leaks(places, [each.image for each in train])
+
+
+def not_read(image: Path) -> str:
+    """Return that an image's format is not read, and the remedy."""
+    return f"{image.name} is not read; save it as {ACCEPTED}"
 
 
 def path_parts(name: str) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from model_export.data.folder import (
     decoded,
     in_split_folder,
     lines_of,
+    not_read,
     path_parts,
     shown,
 )
@@ -405,7 +406,7 @@ def _annotations(folder: LabelledFolder) -> list[Path]:
                 or path.parent in with_images
                 or folder.split_of(path) is not None
             )
-            and _may_be_voc(path)
+            and folder.once(_may_be_voc, path)
         )
     ]
 
@@ -493,7 +494,7 @@ def _no_image(
     bases = list(_image_folders(folder.root, entry.annotation))
     unread = finder.unread(f"{entry.stem}.jpg", bases) or finder.unread(annotation.filename, bases)
     if unread is not None:
-        what = f"its image {unread.name} is not read; save it as {imaging.ACCEPTED}"
+        what = f"its image {not_read(unread)}"
         return Problem(entry.annotation, 1, what, fatal=False, kind=Kind.NOT_READ, files=(unread,))
     what = finder.missing(f"{entry.stem}.jpg", where=" (or .png, .webp)") + "; add it"
     if annotation.filename and path_parts(annotation.filename)[-1:] != (f"{entry.stem}.jpg",):

@@ -19,6 +19,7 @@ from model_export.data.folder import (
     NotText,
     decoded,
     lines_of,
+    not_read,
     path_parts,
     shown,
 )
@@ -617,7 +618,7 @@ def _in_folder(layout: _Layout, source: Path) -> tuple[list[_Member], list[Probl
     members = [_member(layout.folder, path, (path, None)) for path in images]
     unread = [path for path in folder.not_read if path.is_relative_to(source)]
     if unread and not members:
-        what = f"{len(unread)} images are not read ({unread[0].name}); save them as JPEG or PNG"
+        what = f"no image of a format that is read; {not_read(unread[0])}"
         return [], [Problem(source, None, what, fatal=True, files=tuple(unread))]
     return members, []
 
@@ -647,7 +648,7 @@ def _unused_labels(
                 what = f"two label files for one image, this and {other}; take the wrong one away"
                 yield Problem(path, 1, what, fatal=True)
         elif path in unread:
-            what = f"its image {unread[path].name} is not read; save it as JPEG, PNG or WebP"
+            what = f"its image {not_read(unread[path])}"
             yield Problem(path, 1, what, fatal=False, kind=Kind.NOT_READ, files=(unread[path],))
         else:
             what = f"no image {path.stem}.jpg (or .png, .webp) in {places[path.parent]}; add it"
@@ -684,7 +685,7 @@ def _in_list(layout: _Layout, file: Path) -> tuple[list[_Member], list[Problem]]
         if image is None:
             unread = finder.unread(text, bases)
             if unread is not None:
-                what = f"{unread.name} is not read; save it as JPEG, PNG or WebP"
+                what = not_read(unread)
                 problems.append(
                     Problem(file, number, what, fatal=False, kind=Kind.NOT_READ, files=(unread,))
                 )
@@ -705,7 +706,7 @@ def _in_list(layout: _Layout, file: Path) -> tuple[list[_Member], list[Problem]]
 def _existing(text: str) -> Path | None:
     """Return the image of an absolute path, if it is one of this machine."""
     try:
-        path = Path(text)
+        path = Path(os.path.normpath(text))
         return path if path.is_absolute() and path.is_file() else None
     except (OSError, ValueError):
         return None

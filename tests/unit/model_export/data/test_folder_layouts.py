@@ -366,3 +366,19 @@ def test_git_lfs_pointers_are_named(tmp_path: Path, name: str) -> None:
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 7\n"
     write(tmp_path / name, pointer)
     assert "a Git LFS pointer, not the file: run git lfs pull" in refusal(tmp_path)
+
+
+def test_folder_of_unread_images_says_so(tmp_path: Path) -> None:
+    yolo(tmp_path, "a", "b")
+    for name in "ab":
+        (tmp_path / f"images/{name}.jpg").rename(tmp_path / f"images/{name}.tif")
+    write(tmp_path / "data.yaml", "names: [cat]\ntrain: images\nval: images\n")
+    assert "a.tif is not read; save it as JPEG, PNG or WebP" in refusal(tmp_path)
+
+
+def test_several_readers_of_one_file_keep_their_own_results(tmp_path: Path) -> None:
+    folder, path = LabelledFolder(tmp_path), write(tmp_path / "a.xml", "<annotation/>")
+    assert folder.once(Path.read_text, path) == "<annotation/>"
+    assert folder.once(Path.read_bytes, path) == b"<annotation/>"
+    write(path, "<other/>")
+    assert folder.once(Path.read_text, path) == "<annotation/>"
