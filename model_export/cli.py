@@ -448,12 +448,18 @@ def cdf(**options: Any) -> None:
     help="One setting for all runs, such as epochs=3; repeatable.",
 )
 @click.option("--row", "only", multiple=True, metavar="NAME", help="Run this row only; repeatable.")
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Runs at once, each with one thread.",
+)
 @_device_option
 def ablate(**options: Any) -> None:
     """A grid of training runs, one row each, over several seeds.
 
-    Started again with the same --output, it continues where it stopped. With several processes
-    give each its own rows; the last one to end writes the whole table.
+    Started again with the same --output, it continues where it stopped.
     """
     from model_export.commands import study as command
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +86,13 @@ def ablate(
     weights: Path | None,
     settings: Sequence[str],
     only: Sequence[str],
+    jobs: int,
     device: str,
 ) -> None:
-    """Execute the unfinished runs of a study and write its table. Raises RetinaserveError."""
+    """Execute the unfinished runs of a study, `jobs` at once, and write its table.
+
+    Raises RetinaserveError.
+    """
     accelerator_for(device, 1)
     study = ablation.load_study(config_file)
     runs = ablation.plan(study, output, dict(map(parse_setting, settings)))
@@ -110,21 +117,43 @@ def ablate(
         f"{study.title}: {len(chosen)} runs on {len(training.samples)} images, measured on "
         f"{len(validation.samples)}"
     )
+    execution = ablation.Execution(training, validation, weights=weights, device=device)
     with messages():
-        for number, run in enumerate(chosen, start=1):
-            result = ablation.finished(run)
-            done = "" if result is None else " (done before)"
-            if result is None:
-                result = ablation.execute(run, training, validation, weights=weights, device=device)
+        for number, (run, result, before) in enumerate(_results(chosen, execution, jobs), start=1):
             click.echo(
                 f"[{number}/{len(chosen)}] {run.row.name}, seed {run.seed}: AP "
-                f"{100 * result.ap:.1f}, {result.minutes:.1f} min{done}"
+                f"{100 * result.ap:.1f}, {result.minutes:.1f} min{' (done before)' * before}"
                 + (f"; diverged: {result.diverged}" if result.diverged else "")
             )
             summaries = _write(study, runs, output)
     click.echo(f"wrote {output}/ablation.csv, .md and .png")
-    for line in ablation_report.table(summaries):
+    for line in ablation_report.table(summaries, study.reference):
         click.echo(line)
+
+
+def _results(
+    runs: Sequence[ablation.Run], execution: ablation.Execution, jobs: int
+) -> Iterator[tuple[ablation.Run, ablation.Result, bool]]:
+    """Yield each run with its result, and whether it was there before; those that were, first."""
+    results = [(run, ablation.finished(run)) for run in runs]
+    yield from ((run, result, True) for run, result in results if result is not None)
+    unfinished = [run for run, result in results if result is None]
+    if jobs == 1:
+        yield from ((run, execution(run), False) for run in unfinished)
+        return
+    # Spawned: a fork would copy torch's locks, but not its threads.
+    with ProcessPoolExecutor(
+        jobs, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        running = {pool.submit(execution, run): run for run in unfinished}
+        try:
+            for done in as_completed(running):
+                yield running[done], done.result(), False
+        except BrokenProcessPool as error:
+            raise DataError(
+                f"a process of --jobs {jobs} was killed, perhaps for memory; the finished runs "
+                "are kept: run the command again to continue"
+            ) from error
 
 
 def _choose(runs: Sequence[ablation.Run], only: Sequence[str]) -> list[ablation.Run]:
@@ -140,9 +169,12 @@ def _write(
 ) -> list[ablation_report.Summary]:
     """Write the table of all finished runs; called after every run, as the next may be killed."""
     results = [result for run in runs if (result := ablation.finished(run)) is not None]
-    summaries = ablation_report.summarise(ablation.expand(study.rows), results)
+    summaries = ablation_report.summarise(
+        ablation.expand(study.rows), results, study.reference
+    )
     ablation_report.write_results(results, output / "ablation.csv")
-    (output / "ablation.md").write_text("\n".join(ablation_report.table(summaries)) + "\n")
+    lines = ablation_report.table(summaries, study.reference)
+    ablation.replace_file(output / "ablation.md", "\n".join(lines) + "\n")
     ablation_report.write_plot(study.title, summaries, results, output / "ablation.png")
     return summaries
 

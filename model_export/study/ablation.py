@@ -14,7 +14,7 @@ import json
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -80,6 +80,8 @@ class StudyConfig(_Config):
     base: dict[str, Any] = Field(default_factory=dict)
     """A training config, as for `train --config`."""
     rows: tuple[RowConfig, ...] = Field(min_length=1)
+    reference: str | None = None
+    """The row from which the others' differences are taken, seed by seed."""
 
     @model_validator(mode="after")
     def _check(self) -> StudyConfig:
@@ -90,6 +92,8 @@ class StudyConfig(_Config):
         folders = [_slug(name) for name in names]
         if len(set(folders)) != len(folders):
             raise ValueError(f"rows differ in signs only: {', '.join(sorted(names))}")
+        if self.reference is not None and self.reference not in names:
+            raise ValueError(f"reference {self.reference!r} is no row; one of {', '.join(names)}")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds repeat: {self.seeds}")
         if "seed" in self.base:
@@ -264,43 +268,51 @@ def check_folder(run: Run, content: Mapping[str, Any]) -> None:
         )
 
 
-def execute(
-    run: Run, training: Dataset, validation: Dataset, *, weights: Path | None, device: str
-) -> Result:
-    """Train or resume one run and write its result into its folder."""
-    started = time.monotonic()
-    content = run_inputs(run, training, validation, weights)
-    run.folder.mkdir(parents=True, exist_ok=True)
-    replace_file(run.folder / MADE_OF, json.dumps(content, indent=2) + "\n")
-    diverged = None
-    try:
-        train(
-            run.config,
-            training,
-            validation,
-            run.folder,
-            weights=weights,
-            resume=(run.folder / LAST).exists(),
-            device=device,
-            provenance=provenance(
-                config=run.config.model_dump(mode="json"),
-                data=training,
-                weights=weights,
-                init=None,
-                licences=(),
-            ),
-        )
-    except TrainingError as error:
-        diverged = str(error)
-    ap, ap50, minutes = (0.0, 0.0, (time.monotonic() - started) / 60)
-    if diverged is None:
-        ap, ap50, minutes = _last_row(run.folder / METRICS)
-    result = Result(run.row.name, run.seed, ap, ap50, minutes, diverged)
-    text = json.dumps(dataclasses.asdict(result), indent=2, allow_nan=False)
-    replace_file(run.folder / RESULT, text + "\n")
-    # best.ckpt stays, for `study cdf`; this one is as large and no longer needed.
-    (run.folder / LAST).unlink(missing_ok=True)
-    return result
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """Trains or resumes a run, and writes its result into its folder."""
+
+    training: Dataset
+    validation: Dataset
+    _: KW_ONLY
+    weights: Path | None
+    device: str
+
+    def __call__(self, run: Run) -> Result:
+        """Return the result of the run."""
+        started = time.monotonic()
+        content = run_inputs(run, self.training, self.validation, self.weights)
+        run.folder.mkdir(parents=True, exist_ok=True)
+        replace_file(run.folder / MADE_OF, json.dumps(content, indent=2) + "\n")
+        diverged = None
+        try:
+            train(
+                run.config,
+                self.training,
+                self.validation,
+                run.folder,
+                weights=self.weights,
+                resume=(run.folder / LAST).exists(),
+                device=self.device,
+                provenance=provenance(
+                    config=run.config.model_dump(mode="json"),
+                    data=self.training,
+                    weights=self.weights,
+                    init=None,
+                    licences=(),
+                ),
+            )
+        except TrainingError as error:
+            diverged = str(error)
+        ap, ap50, minutes = (0.0, 0.0, (time.monotonic() - started) / 60)
+        if diverged is None:
+            ap, ap50, minutes = _last_row(run.folder / METRICS)
+        result = Result(run.row.name, run.seed, ap, ap50, minutes, diverged)
+        text = json.dumps(dataclasses.asdict(result), indent=2, allow_nan=False)
+        replace_file(run.folder / RESULT, text + "\n")
+        # best.ckpt stays, for `study cdf`; this one is as large and no longer needed.
+        (run.folder / LAST).unlink(missing_ok=True)
+        return result
 
 
 def finished(run: Run) -> Result | None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from model_export.study.ablation import Result, Row, replace_file
 from model_export.study.figures import panels, save
@@ -30,11 +32,56 @@ class Summary:
     ap50: float | None
     minutes: float
     paper: float | None
+    difference: Difference | None
+    """From the reference row; None without one, and of that row itself."""
 
 
-def summarise(rows: Sequence[Row], results: Sequence[Result]) -> list[Summary]:
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """AP of a row minus that of another with the same seed, in points."""
+
+    mean: float
+    error: float | None
+    """Half the width of the 95 % interval of the mean, by Student's t; None of one seed."""
+    seeds: int
+    """Seeds that both rows have."""
+
+    def __str__(self) -> str:
+        error = "" if self.error is None else f" ± {self.error:.1f}"
+        return f"{self.mean:+.1f}{error}"
+
+
+# Two-sided 95 % quantiles of Student's t by degrees of freedom; from 10 on the last one, which is
+# too wide.
+_STUDENT_T: Final = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+def paired(row: Sequence[Result], reference: Sequence[Result]) -> Difference | None:
+    """Return the difference over the seeds that both have, without diverged runs.
+
+    >>> def runs(*aps):
+    ...     return [Result("", seed, ap, 0.0, 0.0, None) for seed, ap in enumerate(aps)]
+    >>> str(paired(runs(0.30, 0.34, 0.35), runs(0.29, 0.32, 0.32)))
+    '+2.0 ± 2.5'
+    """
+    theirs = {each.seed: each.ap for each in reference if each.diverged is None}
+    own = [each for each in row if each.diverged is None and each.seed in theirs]
+    points = [100 * (each.ap - theirs[each.seed]) for each in own]
+    if not points:
+        return None
+    error = None
+    if len(points) > 1:
+        t = _STUDENT_T[min(len(points) - 1, len(_STUDENT_T)) - 1]
+        error = t * statistics.stdev(points) / math.sqrt(len(points))
+    return Difference(statistics.mean(points), error, len(points))
+
+
+def summarise(
+    rows: Sequence[Row], results: Sequence[Result], reference: str | None = None
+) -> list[Summary]:
     """Return each row that has a result, in the order of the rows."""
     summaries = []
+    compared = [result for result in results if result.row == reference]
     for row in rows:
         own = [result for result in results if result.row == row.name]
         if not own:
@@ -53,19 +100,25 @@ def summarise(rows: Sequence[Row], results: Sequence[Result]) -> list[Summary]:
                 ap50=statistics.mean(100 * each.ap50 for each in sound) if sound else None,
                 minutes=statistics.mean(each.minutes for each in sound or own),
                 paper=row.paper,
+                difference=None if row.name == reference else paired(own, compared),
             )
         )
     return summaries
 
 
-def table(summaries: Sequence[Summary]) -> Iterator[str]:
+def table(summaries: Sequence[Summary], reference: str | None = None) -> Iterator[str]:
     """Return the rows as lines of Markdown."""
-    yield "| row | runs | AP | sd | min to max | AP50 | minutes | paper's AP |"
-    yield "|---|---|---|---|---|---|---|---|"
+    heads = ["row", "runs", "AP", "sd", "min to max", "AP50", "minutes", "paper's AP"]
+    if reference is not None:
+        heads.insert(5, f"minus {reference}")
+    yield f"| {' | '.join(heads)} |"
+    yield "|" + "---|" * len(heads)
     for each in summaries:
         runs = f"{each.runs}" + (f", {each.diverged} diverged" if each.diverged else "")
         span = f"{_points(each.least)} to {_points(each.most)}"
-        cells = (each.mean, each.deviation, span, each.ap50, each.minutes, each.paper)
+        cells = [each.mean, each.deviation, span, each.ap50, each.minutes, each.paper]
+        if reference is not None:
+            cells.insert(3, str(each.difference or ""))
         yield f"| {each.name} | {runs} | {' | '.join(map(_points, cells))} |"
 
 

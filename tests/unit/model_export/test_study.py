@@ -279,7 +279,9 @@ def test_a_run_that_diverges_is_a_row_of_the_table(rectangles_data: Path, tmp_pa
     ]
     base = BASE | {"optimiser": {"gradient_clip": 1e9}}
     config, output = write_study(tmp_path / "s.yaml", rows=rows, base=base), tmp_path / "out"
-    answer = run("ablate", "--config", config, "--data", rectangles_data, "--output", output)
+    answer = run(
+        "ablate", "--config", config, "--data", rectangles_data, "--output", output, "--jobs", "2"
+    )  # fmt: skip
     assert answer.exit_code == 0, answer.output
     assert "| wild | 1, 1 diverged | - | - | - to - | - |" in answer.output
     assert "not finite" in answer.output
@@ -344,6 +346,7 @@ def test_settings_of_a_row_and_of_the_command_reach_the_run(tmp_path: Path) -> N
         ({"rows": [{"name": "a|b"}]}, "name"),
         ({"rows": [{"name": ".."}]}, "name"),
         ({"base": {"seed": 3}}, "base.seed"),
+        ({"reference": "CE"}, "reference 'CE' is no row; one of star, hinge"),
         ({"pictures": 99}, "99 images"),
         ({"validation_pictures": 99}, "99 images"),
     ],
@@ -436,6 +439,24 @@ def test_the_table_has_mean_and_spread_over_seeds() -> None:
         "| a | 4, 1 diverged | 20.0 | 10.0 | 10.0 to 30.0 | 40.0 | 1.5 | 34.0 |",
         "| b | 1, 1 diverged | - | - | - to - | - | 0.5 | - |",
     ]
+
+
+def test_differences_are_taken_seed_by_seed_from_the_reference() -> None:
+    rows = [ablation.Row(name, {}, None) for name in ("a", "b", "c")]
+    results = [
+        ablation.Result(row, seed, ap, ap, 1.0, None)
+        for row, aps in (("a", (0.10, 0.20, 0.30)), ("b", (0.11, 0.22, 0.33)))
+        for seed, ap in enumerate(aps)
+    ]
+    results.append(ablation.Result("b", 3, 0.9, 0.9, 1.0, None))
+    results.append(ablation.Result("c", 1, 0.0, 0.0, 1.0, "not finite"))
+    summaries = ablation_report.summarise(rows, results, "a")
+    lines = list(ablation_report.table(summaries, "a"))
+    # Differences of 1, 2 and 3: sd 1, times 4.303 / sqrt(3). Seed 3 has no partner.
+    assert lines[0].startswith("| row | runs | AP | sd | min to max | minus a |")
+    assert [line.split(" | ")[5] for line in lines[2:]] == ["-", "+2.0 ± 2.5", "-"]
+    assert summaries[1].difference is not None
+    assert summaries[1].difference.seeds == 3
 
 
 def test_a_changed_study_does_not_take_old_rows(rectangles_data: Path, tmp_path: Path) -> None:
