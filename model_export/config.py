@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails
 from model_export.data.batches import Augmentation
 from model_export.data.formats import FormatName
 from model_export.retinanet.losses import BoxLoss, ClassificationLoss, Focal, SmoothL1
+from model_export.retinanet.matching import IouMatcher, Matcher
 from model_export.retinanet.model import ModelConfig
 from service.contents import kind_of
 from service.errors import DataError
@@ -42,23 +43,6 @@ class DataConfig(_Config):
             raise ValueError("classes and remap need names that are not empty")
         if len(set(self.classes or ())) != len(self.classes or ()):
             raise ValueError(f"classes names one twice: {', '.join(self.classes or ())}")
-        return self
-
-
-class MatchingConfig(_Config):
-    """Thresholds of matching anchors with objects."""
-
-    foreground: float = Field(default=0.5, gt=0, le=1)
-    background: float = Field(default=0.4, ge=0, le=1)
-    low_quality_matches: bool = True
-    """Every object also claims its best anchor; without it small objects may learn nothing."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.background > self.foreground:
-            raise ValueError(
-                f"background {self.background} must not be above foreground {self.foreground}"
-            )
         return self
 
 
@@ -99,7 +83,7 @@ class TrainConfig(_Config):
     model: ModelConfig = ModelConfig()
     canvas: CanvasRule = DEFAULT_CANVAS
     augmentation: Augmentation = Augmentation()
-    matching: MatchingConfig = MatchingConfig()
+    matching: Matcher = IouMatcher()
     loss: LossConfig = LossConfig()
     optimiser: OptimiserConfig = OptimiserConfig()
     epochs: int = Field(default=60, ge=1)

@@ -52,7 +52,7 @@ def cdf(
         dataset = load(data, split, trained.data, classes=description.classes)
     examples = CanvasCache(dataset.samples, description.canvas, title=f"{split} images")
     foreground, background = loss_distribution.collect(
-        checkpoint.build().to(chosen), examples, matching=trained.matching, device=chosen
+        checkpoint.build().to(chosen), examples, matcher=trained.matching, device=chosen
     )
     if not foreground.examples:
         raise DataError(f"{data}: no object in the split {split!r}; a split with objects is needed")
@@ -169,9 +169,7 @@ def _write(
 ) -> list[ablation_report.Summary]:
     """Write the table of all finished runs; called after every run, as the next may be killed."""
     results = [result for run in runs if (result := ablation.finished(run)) is not None]
-    summaries = ablation_report.summarise(
-        ablation.expand(study.rows), results, study.reference
-    )
+    summaries = ablation_report.summarise(ablation.expand(study.rows), results, study.reference)
     ablation_report.write_results(results, output / "ablation.csv")
     lines = ablation_report.table(summaries, study.reference)
     ablation.replace_file(output / "ablation.md", "\n".join(lines) + "\n")

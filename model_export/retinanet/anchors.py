@@ -114,19 +114,22 @@ def level_shapes(height: int, width: int) -> list[tuple[int, int]]:
     return [(-(-height // 2**level), -(-width // 2**level)) for level in LEVELS]
 
 
+def level_anchors(config: AnchorConfig, height: int, width: int) -> list[Tensor]:
+    """(cells, A, 4) anchors of a canvas for each of P3 to P7."""
+    return [
+        grid_anchors(
+            base,
+            height=grid[0],
+            width=grid[1],
+            stride=cell_strides(config.stride, level=level, canvas=(height, width), grid=grid),
+            offset=config.offset,
+        ).view(-1, config.per_cell, 4)
+        for level, base, grid in zip(
+            LEVELS, level_base_anchors(config), level_shapes(height, width), strict=True
+        )
+    ]
+
+
 def canvas_anchors(config: AnchorConfig, height: int, width: int) -> Tensor:
     """(N, 4) anchors of a whole canvas, P3 first."""
-    return torch.cat(
-        [
-            grid_anchors(
-                base,
-                height=grid[0],
-                width=grid[1],
-                stride=cell_strides(config.stride, level=level, canvas=(height, width), grid=grid),
-                offset=config.offset,
-            )
-            for level, base, grid in zip(
-                LEVELS, level_base_anchors(config), level_shapes(height, width), strict=True
-            )
-        ]
-    )
+    return torch.cat([level.flatten(0, 1) for level in level_anchors(config, height, width)])

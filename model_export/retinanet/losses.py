@@ -11,14 +11,15 @@ a one and minus the logit of a zero.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Tag, model_validator
 from torch import Tensor
 
 from model_export.retinanet.box_coding import MAX_LOG_SCALE, decode, encode
+from model_export.retinanet.choice import by_name
 from model_export.retinanet.hard_examples import hard_examples
 
 Alpha = Annotated[float, Field(ge=0, le=1)]
@@ -294,20 +295,6 @@ class GIoU(_Loss):
 # --- choice in a config --------------------------------------------------------------------------
 
 
-def _by_name(default: str, *others: str) -> Discriminator:
-    """By `name`; settings without one are those of the default loss."""
-
-    def name_of(value: Any) -> str | None:
-        name = value.get("name", default) if isinstance(value, dict) else getattr(value, "name", "")
-        return name if isinstance(name, str) else None
-
-    return Discriminator(
-        name_of,
-        custom_error_type="unknown_loss",
-        custom_error_message=f"expected a mapping whose `name` is {', '.join((default, *others))}",
-    )
-
-
 ClassificationLoss = Annotated[
     Annotated[CrossEntropy, Tag("ce")]
     | Annotated[BalancedCrossEntropy, Tag("balanced_ce")]
@@ -316,9 +303,9 @@ ClassificationLoss = Annotated[
     | Annotated[Hinge, Tag("hinge")]
     | Annotated[Ohem, Tag("ohem")]
     | Annotated[OhemRatio, Tag("ohem_ratio")],
-    _by_name("focal", "ce", "balanced_ce", "focal_star", "hinge", "ohem", "ohem_ratio"),
+    by_name("focal", "ce", "balanced_ce", "focal_star", "hinge", "ohem", "ohem_ratio"),
 ]
 BoxLoss = Annotated[
     Annotated[SmoothL1, Tag("smooth_l1")] | Annotated[L1, Tag("l1")] | Annotated[GIoU, Tag("giou")],
-    _by_name("smooth_l1", "l1", "giou"),
+    by_name("smooth_l1", "l1", "giou"),
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -22,6 +22,10 @@ from model_export.retinanet.fpn import FeaturePyramid
 from model_export.retinanet.heads import PRIOR, Head, prior_bias
 
 
+def _published_eps(validated: dict[str, Any]) -> float:
+    return BACKBONES[validated["backbone"]].norm_eps
+
+
 class ModelConfig(BaseModel):
     """Architecture of the network. Stored in every checkpoint."""
 
@@ -29,8 +33,11 @@ class ModelConfig(BaseModel):
 
     backbone: str = "resnet50"
     """One of the names in `model_export.retinanet.backbones.BACKBONES`."""
-    norm_eps: float = Field(default=1e-5, ge=0, lt=1)
-    """Added to the variance in the backbone's batch norms; 0 suits frozen norms alone."""
+    norm_eps: float = Field(default_factory=_published_eps, ge=0, lt=1)
+    """Added to the variance in the backbone's batch norms; 0 suits frozen norms alone.
+
+    By default that of the backbone's published weights.
+    """
     fpn_channels: int = Field(default=256, ge=8)
     p6_from: Literal["c5", "p5"] = "c5"
     """What P6 is made of: the backbone's last stage (Focal Loss, section 4), or P5."""

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from model_export.config import MatchingConfig
 from model_export.data.batches import Example, collate
+from model_export.retinanet.anchors import level_anchors
 from model_export.retinanet.losses import focal_loss
-from model_export.retinanet.matching import BACKGROUND
+from model_export.retinanet.matching import BACKGROUND, Matcher
 from model_export.retinanet.model import RetinaNet
 from model_export.study.figures import panels, save, write_columns
 from model_export.training.detection_loss import assign
@@ -98,7 +98,7 @@ def collect(
     network: RetinaNet,
     examples: Sequence[Example],
     *,
-    matching: MatchingConfig,
+    matcher: Matcher,
     device: torch.device,
 ) -> tuple[Histogram, Histogram]:
     """Return logits of a data set's foreground and of its background."""
@@ -108,8 +108,9 @@ def collect(
         batch = collate([examples[index]]).to(device)
         levels = network(batch.images, batch.image_sizes)
         logits = torch.cat([level.logits for level in levels], dim=1)[0]
-        anchors = torch.cat([level.anchors for level in levels])
-        [matched] = assign(anchors, batch.boxes, batch.labels, matching)
+        anchors = level_anchors(network.config.anchors, *batch.images.shape[1:3])
+        anchors = [level.to(device) for level in anchors]
+        [matched] = assign(anchors, batch.boxes, batch.labels, matcher)
         if not logits.isfinite().all():
             raise DataError("the network's logits are not finite; use another checkpoint")
         positive = matched >= 0

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model_export.config import LossConfig, MatchingConfig
+from model_export.config import LossConfig
 from model_export.data.samples import CROWD
-from model_export.retinanet.matching import BACKGROUND, IGNORED, box_iou, match, share_inside
+from model_export.retinanet.matching import BACKGROUND, IGNORED, Matcher, share_inside
 from model_export.retinanet.model import Level
 from model_export.training.distributed import all_reduce_sum, processes
 
@@ -29,26 +29,32 @@ class Losses:
 
 
 def assign(
-    anchors: Tensor, boxes: Sequence[Tensor], labels: Sequence[Tensor], matching: MatchingConfig
+    anchors: Sequence[Tensor],
+    boxes: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    matcher: Matcher,
 ) -> list[Tensor]:
-    """Return the targets of anchors (A, 4), as `match` has them, for images with `boxes` [(n, 4)].
+    """Return the targets (A,) of each level's anchors (cells, A, 4) for images with `boxes`.
 
-    A CROWD claims no anchor, and background anchors of which half lies in one are ignored.
+    `boxes` [(n, 4)] and `labels` [(n,)] are each image's. A target is the index of an object,
+    BACKGROUND or IGNORED. A CROWD claims no anchor, and background anchors of which half lies in
+    one are ignored.
     """
     return [
-        _assign(anchors, objects, classes == CROWD, matching)
+        _assign(anchors, objects, classes == CROWD, matcher)
         for objects, classes in zip(boxes, labels, strict=True)
     ]
 
 
-def _assign(anchors: Tensor, boxes: Tensor, crowd: Tensor, matching: MatchingConfig) -> Tensor:
-    matched = match(
-        box_iou(boxes, anchors).masked_fill(crowd[:, None], 0.0),
-        foreground=matching.foreground,
-        background=matching.background,
-        low_quality_matches=matching.low_quality_matches,
-    )
-    inside = (share_inside(anchors, boxes[crowd]) >= CROWD_SHARE).any(dim=1)
+def _assign(anchors: Sequence[Tensor], boxes: Tensor, crowd: Tensor, matcher: Matcher) -> Tensor:
+    matched = matcher(anchors, boxes[~crowd])
+    if not crowd.any():
+        return matched
+    places = torch.nonzero(~crowd)[:, 0]
+    foreground = matched >= 0
+    matched[foreground] = places[matched[foreground]]
+    flat = torch.cat([level.flatten(0, 1) for level in anchors])
+    inside = (share_inside(flat, boxes[crowd]) >= CROWD_SHARE).any(dim=1)
     return matched.masked_fill(inside & (matched == BACKGROUND), IGNORED)
 
 
@@ -60,22 +66,6 @@ def normaliser(assigned: Sequence[Tensor]) -> Tensor:
     """
     counts = [(matched >= 0).sum(dtype=torch.float32) for matched in assigned]
     return processes() / all_reduce_sum(torch.stack(counts).sum()).clamp(min=1.0)
-
-
-def detection_loss(
-    levels: Sequence[Level],
-    boxes: Sequence[Tensor],
-    labels: Sequence[Tensor],
-    *,
-    matching: MatchingConfig,
-    loss: LossConfig,
-) -> Losses:
-    """Loss of a batch of B images with objects `boxes` [(n, 4)] and `labels` [(n,)].
-
-    Both parts are sums over all anchors times the `normaliser` of this batch.
-    """
-    assigned = assign(torch.cat([level.anchors for level in levels]), boxes, labels, matching)
-    return assigned_loss(levels, assigned, boxes, labels, loss=loss, scale=normaliser(assigned))
 
 
 def assigned_loss(

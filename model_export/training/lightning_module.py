@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 from model_export.checkpoints import DESCRIPTION_KEY, Description
 from model_export.config import OptimiserConfig, TrainConfig
 from model_export.data.batches import Batch
-from model_export.retinanet.anchors import canvas_anchors
+from model_export.retinanet.anchors import level_anchors
 from model_export.retinanet.matching import IGNORED
 from model_export.retinanet.model import RetinaNet, freeze_norms
 from model_export.training.detection_loss import assign, assigned_loss, normaliser
@@ -71,7 +71,7 @@ class RetinaNetModule(lightning.LightningModule):
         self._first_minutes = 0.0
         self._finite = True
         self._not_finite = 0
-        self._anchors: dict[torch.Size, Tensor] = {}
+        self._anchors: dict[torch.Size, list[Tensor]] = {}
 
     def minutes(self) -> float:
         """Return the minutes spent on this run, over all its resumptions."""
@@ -203,14 +203,14 @@ class RetinaNetModule(lightning.LightningModule):
         *losses, self._first_minutes = all_reduce_sum(shared).tolist()
         return [each / processes() for each in losses]
 
-    def _anchors_of(self, batch: Batch) -> Tensor:
-        """(A, 4) anchors of the batch's canvas."""
+    def _anchors_of(self, batch: Batch) -> list[Tensor]:
+        """(cells, A, 4) anchors of each level of the batch's canvas."""
         size = batch.images.shape[1:3]
         if size not in self._anchors:
             if len(self._anchors) >= _KEPT_CANVASES:
                 self._anchors.clear()
-            anchors = canvas_anchors(self.description.model.anchors, *size)
-            self._anchors[size] = anchors.to(batch.images.device)
+            anchors = level_anchors(self.description.model.anchors, *size)
+            self._anchors[size] = [level.to(batch.images.device) for level in anchors]
         return self._anchors[size]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

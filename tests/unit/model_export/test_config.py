@@ -11,13 +11,13 @@ import yaml
 from model_export.config import (
     DEFAULT_CANVAS,
     LossConfig,
-    MatchingConfig,
     OptimiserConfig,
     TrainConfig,
     dump_config,
     load_config,
 )
 from model_export.retinanet.losses import Focal, SmoothL1
+from model_export.retinanet.matching import IouMatcher
 from model_export.retinanet.model import ModelConfig
 from service.errors import DataError
 from service.imaging.canvas import ShortSide, Size
@@ -29,8 +29,7 @@ def test_the_defaults_are_the_paper_s_where_it_has_them() -> None:
     assert config == TrainConfig()
     assert config.loss.classification == Focal(alpha=0.25, gamma=2.0)
     assert config.loss.box == SmoothL1(beta=0.1)
-    assert (config.matching.foreground, config.matching.background) == (0.5, 0.4)
-    assert config.matching.low_quality_matches
+    assert config.matching == IouMatcher(foreground=0.5, background=0.4, low_quality_matches=True)
     assert (config.optimiser.lr, config.optimiser.momentum) == (0.01, 0.9)
     assert config.optimiser.weight_decay == 1e-4
     assert (config.model.fpn_channels, config.model.head_depth) == (256, 4)
@@ -91,6 +90,9 @@ def test_overrides_go_over_the_file_and_the_file_over_the_defaults(tmp_path: Pat
         ("model: {anchors: {ratios: []}}", "model.anchors.ratios"),
         ("model: {anchors: {sizes: [[32]]}}", "model.anchors"),
         ("matching: {foreground: 0.3, background: 0.4}", "matching"),
+        ("matching: {name: simota}", "matching: expected a mapping whose `name` is iou, atss"),
+        ("matching: {name: atss, foreground: 0.5}", "matching.atss.foreground"),
+        ("matching: {name: atss, cells: 0}", "matching.atss.cells"),
         ("canvas: {rule: buckets, sizes: [[100, 100]]}", "canvas"),
         ("canvas: {rule: stretch}", "canvas"),
         ("augmentation: {scale: [2, 1]}", "augmentation.scale"),
@@ -174,7 +176,7 @@ def test_the_file_is_left_alone(tmp_path: Path) -> None:
 
 def test_a_config_does_not_change() -> None:
     with pytest.raises(ValueError, match="frozen"):
-        MatchingConfig().foreground = 0.7  # type: ignore[misc]
+        IouMatcher().foreground = 0.7  # type: ignore[misc]
 
 
 def test_half_a_canvas_names_what_is_missing() -> None:

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Sequence
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model_export.retinanet.matching import BACKGROUND, IGNORED, box_iou, match
+from model_export.retinanet.anchors import AnchorConfig, level_anchors
+from model_export.retinanet.matching import (
+    BACKGROUND,
+    IGNORED,
+    box_iou,
+    match,
+    match_adaptively,
+)
 
 NAN, INF = math.nan, math.inf
 
@@ -192,3 +201,95 @@ def test_matching_is_what_the_rules_say(rows: list[list[float]]) -> None:
             assert any(
                 kind[anchor] == index or rows[kind[anchor]][anchor] >= max(row) for anchor in own
             )
+
+
+# --- ATSS ----------------------------------------------------------------------------------------
+
+# Two levels: four cells of 16 px with one anchor of 16 x 16, one cell of 32 px with one of 32 x 32.
+TWO_LEVELS = (
+    boxes((0, 0, 16, 16), (16, 0, 32, 16), (0, 16, 16, 32), (16, 16, 32, 32))[:, None],
+    boxes((0, 0, 32, 32))[:, None],
+)
+
+
+@pytest.mark.parametrize(
+    ("objects", "expected"),
+    [
+        # IoUs 1, 0, 0, 0, 1/4: mean 0.25, standard deviation 0.433, threshold 0.683.
+        ([(0, 0, 16, 16)], [0, -1, -1, -1, -1]),
+        # IoUs 1/4 four times and 1: mean 0.4, standard deviation 0.335, threshold 0.735.
+        ([(0, 0, 32, 32)], [-1, -1, -1, -1, 0]),
+        # Both; the large one keeps its own anchor.
+        ([(0, 0, 16, 16), (0, 0, 32, 32)], [0, -1, -1, -1, 1]),
+        # Two objects, one box: the first one learns, as IoU cannot tell them apart.
+        ([(0, 0, 16, 16), (0, 0, 16, 16)], [0, -1, -1, -1, -1]),
+        # 6 x 6 px in a corner: IoUs 36/256, 0, 0, 0 and 36/1024. No anchor's centre is inside, so
+        # it takes the anchor that it overlaps most.
+        ([(0, 0, 6, 6)], [0, -1, -1, -1, -1]),
+        # The second one's best anchor is taken by one that overlaps it more.
+        ([(0, 0, 16, 16), (0, 0, 6, 6)], [0, -1, -1, -1, -1]),
+        # Outside of all anchors, without area, or not a box at all.
+        ([(99, 99, 120, 120)], [-1] * 5),
+        ([(4, 4, 4, 12)], [-1] * 5),
+        ([(NAN, 0, 16, 16)], [-1] * 5),
+        ([(0, 0, INF, INF)], [-1] * 5),
+        ([], [-1] * 5),
+    ],
+)
+def test_adaptive_matching_by_hand(objects: list[tuple[float, ...]], expected: list[int]) -> None:
+    assert match_adaptively(TWO_LEVELS, boxes(*objects)).tolist() == expected
+
+
+def plain_atss(levels: Sequence[torch.Tensor], box: tuple[float, ...], cells: int) -> set[int]:
+    """Return the anchors that learn one object by the paper's algorithm 1."""
+    x1, y1, x2, y2 = box
+    anchors = torch.cat([level.flatten(0, 1) for level in levels]).tolist()
+    middles = [((a[0] + a[2]) / 2, (a[1] + a[3]) / 2) for a in anchors]
+    candidates: list[int] = []
+    first = 0
+    for level in levels:
+        count, per_cell = level.shape[:2]
+        starts = range(first, first + count * per_cell, per_cell)
+        distances = [(math.dist(middles[i], ((x1 + x2) / 2, (y1 + y2) / 2)), i) for i in starts]
+        for _, start in sorted(distances)[:cells]:
+            candidates += range(start, start + per_cell)
+        first += count * per_cell
+    ious = box_iou(boxes(box), boxes(*(tuple(anchors[i]) for i in candidates)))[0].tolist()
+    least = statistics.mean(ious) + statistics.stdev(ious)
+    return {
+        i
+        for i, iou in zip(candidates, ious, strict=True)
+        if iou >= least and x1 < middles[i][0] < x2 and y1 < middles[i][1] < y2
+    }
+
+
+# Odd thirds: no two cells are equally far, and no centre lies on an edge.
+place = st.integers(0, 150).map(lambda value: value / 3 + 0.1)
+
+
+@given(place, place, place, place)
+def test_adaptive_matching_of_one_object_is_the_paper_s(
+    x: float, y: float, width: float, height: float
+) -> None:
+    config = AnchorConfig(sizes=((8,), (16,), (32,), (64,), (128,)), ratios=(0.5, 1.0))
+    levels = level_anchors(config, 64, 96)
+    objects = boxes((x, y, x + width + 0.4, y + height + 0.7))
+    learned = plain_atss(levels, tuple(objects[0].tolist()), cells=4)
+    matched = match_adaptively(levels, objects, cells=4)
+    found = set(torch.nonzero(matched == 0)[:, 0].tolist())
+    if learned:
+        assert found == learned
+    else:
+        overlaps = box_iou(objects, torch.cat([level.flatten(0, 1) for level in levels]))
+        assert found == ({int(overlaps.argmax())} if overlaps.max() > 0 else set())
+
+
+def test_small_objects_learn_from_many_anchors() -> None:
+    """28 px on a 128 px canvas: about 31 anchors, where fixed thresholds leave 3."""
+    sizes = ((12, 15, 19), (24, 30, 38), (48, 60, 76), (96, 121, 152), (192, 242, 305))
+    levels = level_anchors(AnchorConfig(sizes=sizes), 128, 128)
+    objects = boxes((40, 43, 68, 70))
+    fixed = match(box_iou(objects, torch.cat([level.flatten(0, 1) for level in levels])))
+    adaptive = match_adaptively(levels, objects)
+    assert (adaptive >= 0).sum() > 2 * (fixed >= 0).sum()
+    assert not (adaptive == IGNORED).any()

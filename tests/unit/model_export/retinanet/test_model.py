@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from model_export.config import LossConfig, MatchingConfig
+from model_export.config import LossConfig
 from model_export.retinanet.anchors import AnchorConfig, canvas_anchors
 from model_export.retinanet.backbones import BACKBONES
 from model_export.retinanet.box_coding import decode, encode
@@ -24,7 +24,7 @@ from model_export.retinanet.losses import (
 from model_export.retinanet.matching import BACKGROUND, box_iou, match
 from model_export.retinanet.model import ModelConfig, RetinaNet, freeze_norms
 from model_export.retinanet.postprocess import candidates, suppress
-from model_export.training.detection_loss import detection_loss
+from tests.unit.model_export.losses import detection_loss
 
 NAN, INF = math.nan, math.inf
 
@@ -101,7 +101,6 @@ def test_the_first_loss_is_what_the_prior_makes_it() -> None:
         levels,
         [torch.zeros(0, 4)],
         [torch.zeros(0, dtype=torch.int64)],
-        matching=MatchingConfig(),
         loss=LossConfig(),
     )
     expected = pairs * 0.75 * 0.01**2 * -math.log(0.99)
@@ -244,7 +243,6 @@ def step(
         model(images, whole(images)),
         boxes,
         labels,
-        matching=MatchingConfig(),
         loss=loss or LossConfig(),
     )
     total = losses.classification + losses.regression

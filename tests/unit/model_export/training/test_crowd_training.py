@@ -9,11 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
-from model_export.config import MatchingConfig
 from model_export.data.augmentation import Augmentation, Example, augment
 from model_export.data.batches import CanvasCache, collate, transpose
 from model_export.data.samples import CROWD, Sample
-from model_export.retinanet.matching import BACKGROUND, IGNORED, share_inside
+from model_export.retinanet.matching import (
+    BACKGROUND,
+    IGNORED,
+    AtssMatcher,
+    IouMatcher,
+    Matcher,
+    share_inside,
+)
 from model_export.training.detection_loss import assign
 from service.imaging.canvas import Buckets, Size
 
@@ -29,12 +35,14 @@ ANCHORS = torch.tensor(
 CROWD_BOX = [50.0, 0, 100, 100]
 
 
-def matched(boxes: list[list[float]], labels: list[int]) -> list[int]:
+def matched(
+    boxes: list[list[float]], labels: list[int], matcher: Matcher | None = None
+) -> list[int]:
     (found,) = assign(
-        ANCHORS,
+        [ANCHORS[:, None]],
         [torch.tensor(boxes).reshape(-1, 4)],
         [torch.tensor(labels, dtype=torch.int64)],
-        MatchingConfig(),
+        matcher or IouMatcher(),
     )
     return found.tolist()
 
@@ -45,6 +53,12 @@ def test_anchors_in_a_crowd_are_ignored_and_objects_in_it_are_learned() -> None:
     # Without the crowd they would be background.
     without = matched([objects[0], objects[2]], [1, 0])
     assert without == [1, BACKGROUND, BACKGROUND, 0, BACKGROUND]
+
+
+def test_adaptive_matching_ignores_crowds_alike() -> None:
+    objects = [[60.0, 0, 70, 10], CROWD_BOX, [0.0, 0, 10, 10]]
+    found = matched(objects, [1, CROWD, 0], AtssMatcher())
+    assert found == [2, IGNORED, BACKGROUND, 0, BACKGROUND]
 
 
 def test_a_crowd_claims_no_anchor_however_well_it_fits() -> None:

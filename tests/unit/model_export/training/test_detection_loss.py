@@ -13,10 +13,12 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
-from model_export.config import LossConfig, MatchingConfig
+from model_export.config import LossConfig
 from model_export.retinanet.losses import Focal, SmoothL1, focal_loss
+from model_export.retinanet.matching import IouMatcher
 from model_export.retinanet.model import Level
-from model_export.training.detection_loss import Losses, detection_loss
+from model_export.training.detection_loss import Losses
+from tests.unit.model_export.losses import detection_loss
 
 NAN, INF = math.nan, math.inf
 
@@ -45,14 +47,14 @@ def loss_of(
     boxes: Sequence[list[tuple[float, ...]]],
     labels: Sequence[list[int]],
     *,
-    matching: MatchingConfig | None = None,
+    matcher: IouMatcher | None = None,
     loss: LossConfig | None = None,
 ) -> Losses:
     return detection_loss(
         made,
         [torch.tensor(rows, dtype=torch.float32).reshape(-1, 4) for rows in boxes],
         [torch.tensor(row, dtype=torch.int64) for row in labels],
-        matching=matching or MatchingConfig(),
+        matcher=matcher or IouMatcher(),
         loss=loss or LossConfig(),
     )
 
@@ -91,8 +93,8 @@ def test_the_label_s_own_logit_is_the_one() -> None:
 def test_ignored_anchors_count_in_nothing() -> None:
     # 4.5 of 10 rows overlap with the first anchor: IoU 0.45, between the thresholds.
     made = levels(delta=0.05)
-    strict = MatchingConfig(low_quality_matches=False)
-    losses = loss_of(made, [[(0, 0, 10, 4.5)]], [[0]], matching=strict)
+    strict = IouMatcher(low_quality_matches=False)
+    losses = loss_of(made, [[(0, 0, 10, 4.5)]], [[0]], matcher=strict)
     assert losses.classification.item() == pytest.approx(4 * ZERO, rel=1e-5)
     assert losses.regression.item() == 0
     (losses.classification + losses.regression).backward()
