@@ -211,13 +211,16 @@ class Key(NamedTuple):
 
     epoch: int
     sample: int
+    progress: float = 0.0
+    """Share of the schedule that is done before its batch."""
 
 
 class CanvasBatchSampler(Sampler[list[Key]]):
     """Batches of equal canvas, in an order that depends on (seed, epoch) alone.
 
     A canvas's short last batch is left out, unless it is its only one: the images of a rare
-    canvas would never be seen.
+    canvas would never be seen. `progress` gives the share of the schedule that is done after a
+    number of epochs; 2.5 is the middle of the third.
     """
 
     def __init__(
@@ -226,12 +229,14 @@ class CanvasBatchSampler(Sampler[list[Key]]):
         *,
         batch_size: int,
         seed: int = 0,
+        progress: Callable[[float], float] = lambda epochs: 0.0,
     ) -> None:
         self._groups: dict[Size, list[int]] = {}
         for index, canvas in enumerate(canvases):
             self._groups.setdefault(canvas, []).append(index)
         self._batch_size = batch_size
         self._seed = seed
+        self._progress = progress
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -244,13 +249,13 @@ class CanvasBatchSampler(Sampler[list[Key]]):
     def __iter__(self) -> Iterator[list[Key]]:
         rng = np.random.default_rng([self._seed, self._epoch])
         epoch = self._epoch
-        batches: list[list[Key]] = []
+        batches: list[list[int]] = []
         for group in self._groups.values():
             order = rng.permutation(group).tolist()
-            batches += [
-                [Key(epoch, index) for index in order[cut]] for cut in self._cuts(len(group))
-            ]
-        return iter([batches[position] for position in rng.permutation(len(batches))])
+            batches += [order[cut] for cut in self._cuts(len(group))]
+        for place, position in enumerate(rng.permutation(len(batches))):
+            progress = self._progress(epoch + place / len(batches))
+            yield [Key(epoch, sample, progress) for sample in batches[position]]
 
     def _cuts(self, count: int) -> list[slice]:
         size = self._batch_size
@@ -287,22 +292,31 @@ class TrainingBatches(TorchDataset[Batch]):
         return len(self._cache)
 
     def __getitem__(self, keys: Sequence[Key]) -> Batch:
+        # The 1 keeps this stream apart from those of the samples, which have one number less.
+        rng = np.random.default_rng([self._seed, keys[0].epoch, keys[0].sample, 1])
+        transposed = rng.random() < self._augmentation.transpose
+        canvas_scale = float(rng.choice(self._augmentation.canvas_scales))
         share = keys[self._rank :: self._processes]
         # A process without a share still takes part in the step, so it needs some image; one of
         # the batch leaves the statistics that batch norms share nearly as they are.
         spare = [keys[self._rank % len(keys)]]
-        batch = collate([self.example(key) for key in share or spare])
+        batch = collate([self.example(key, canvas_scale) for key in share or spare])
         batch.counted = bool(share)
         batch.smallest_share = max(1, len(keys) // self._processes)
-        # The 1 keeps this stream apart from those of the samples, which have one number less.
-        rng = np.random.default_rng([self._seed, keys[0].epoch, keys[0].sample, 1])
-        return transpose(batch) if rng.random() < self._augmentation.transpose else batch
+        return transpose(batch) if transposed else batch
 
-    def example(self, key: Key) -> Example:
+    def example(self, key: Key, canvas_scale: float = 1.0) -> Example:
         """Return one augmented example."""
         rng = np.random.default_rng([self._seed, key.epoch, key.sample])
 
         def other() -> Example:
             return self._cache[int(rng.integers(len(self._cache)))]
 
-        return augment(self._cache[key.sample], self._augmentation, rng, others=other)
+        return augment(
+            self._cache[key.sample],
+            self._augmentation,
+            rng,
+            others=other,
+            progress=key.progress,
+            canvas_scale=canvas_scale,
+        )

@@ -260,12 +260,21 @@ def check_folder(run: Run, content: Mapping[str, Any]) -> None:
         before = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({error}); delete {run.folder}") from error
+    before["config"] = _with_defaults(before.get("config"))
     differing = [key for key, value in content.items() if before.get(key) != value]
     if differing:
         raise DataError(
             f"{run.folder}: holds a run with another {' and '.join(differing)}; name another "
             "--output, or delete the folder to run it again"
         )
+
+
+def _with_defaults(config: Any) -> Any:
+    """Return a run's settings, those that its version did not know at their defaults."""
+    try:
+        return TrainConfig.model_validate(config).model_dump(mode="json")
+    except ValidationError:
+        return config
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,10 +77,12 @@ class RetinaNetModule(lightning.LightningModule):
         """Return the minutes spent on this run, over all its resumptions."""
         return self._minutes_before + (time.monotonic() - self._started) / 60
 
-    def progress(self) -> float:
-        """Return the share of the schedule that is done: by steps or by time, the larger one."""
-        total = self.config.epochs * self.trainer.num_training_batches
-        done = self._steps / total
+    def progress(self, epochs: float) -> float:
+        """Return the share of the schedule that is done after so many epochs, or by time if more.
+
+        `epochs` may end within one: 2.5 is the middle of the third.
+        """
+        done = epochs / self.config.epochs
         if self.config.max_minutes is not None:
             done = max(done, self._agreed_minutes() / self.config.max_minutes)
         return min(done, 1.0)
@@ -117,7 +119,8 @@ class RetinaNetModule(lightning.LightningModule):
         """
         optimiser = self.optimizers()
         assert isinstance(optimiser, LightningOptimizer)
-        share = schedule(self.config.optimiser, self._steps, self.progress())
+        progress = self.progress(self._steps / self.trainer.num_training_batches)
+        share = schedule(self.config.optimiser, self._steps, progress)
         for group in optimiser.param_groups:
             group["lr"] = group["peak_lr"] * share
         optimiser.zero_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -112,7 +112,7 @@ def train(
     module = RetinaNetModule(network, config, description, pretrained=pretrained)
     if config.compile and compiler_works(accelerator):
         network.compile()
-    sampler, loader = _batches(config, training, place, accelerator)
+    sampler, loader = _batches(config, training, place, accelerator, progress=module.progress)
     held_out = _cache(share(validation.samples), config, place, title="val images")
     trainer = lightning.Trainer(
         accelerator=accelerator,
@@ -160,11 +160,18 @@ def _network(
 
 
 def _batches(
-    config: TrainConfig, training: Dataset, place: World, accelerator: str
+    config: TrainConfig,
+    training: Dataset,
+    place: World,
+    accelerator: str,
+    *,
+    progress: Callable[[float], float],
 ) -> tuple[CanvasBatchSampler, DataLoader[Batch]]:
     """Return the batch sampler, the same in all processes, and this process's loader."""
     examples = _cache(training.samples, config, place, title="train images")
-    sampler = CanvasBatchSampler(examples.canvases, batch_size=config.batch_size, seed=config.seed)
+    sampler = CanvasBatchSampler(
+        examples.canvases, batch_size=config.batch_size, seed=config.seed, progress=progress
+    )
     workers = workers_for(config.workers, accelerator, place.local_size)
     loader: DataLoader[Batch] = DataLoader(
         TrainingBatches(

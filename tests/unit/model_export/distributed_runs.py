@@ -38,7 +38,9 @@ CONFIG = TrainConfig(
         ),
     ),
     canvas=Buckets(sizes=(Size(64, 96), Size(96, 64))),
-    augmentation=Augmentation(mosaic=0.3, transpose=0.5),
+    augmentation=Augmentation(
+        mosaic=0.5, mosaic_until=0.5, transpose=0.5, canvas_scales=(0.75, 1.0, 1.5)
+    ),
     optimiser=OptimiserConfig(lr=0.005, warmup_steps=3),
     epochs=2,
     batch_size=5,

@@ -466,6 +466,14 @@ def test_a_changed_study_does_not_take_old_rows(rectangles_data: Path, tmp_path:
     changed = run(*arguments, "--row", "hinge", "--set", "optimiser.lr=0.5")
     assert isinstance(changed.exception, DataError)
     assert "holds a run with another config" in str(changed.exception)
+    # A setting that is newer than the run has its default there.
+    made_of = next(output.rglob(ablation.MADE_OF))
+    content = json.loads(made_of.read_text())
+    del content["config"]["augmentation"]["mosaic_until"]
+    made_of.write_text(json.dumps(content))
+    assert run(*arguments, "--row", "hinge").exit_code == 0
+    newer = run(*arguments, "--row", "hinge", "--set", "augmentation.mosaic_until=0.5")
+    assert "holds a run with another config" in str(newer.exception)
     fewer = write_study(tmp_path / "fewer.yaml", validation_pictures=3)
     other = run(
         "ablate", "--config", fewer, "--data", rectangles_data, "--output", output,

@@ -14,6 +14,7 @@ from PIL import Image
 from pydantic import ValidationError
 from torch.utils.data import DataLoader
 
+from model_export.data.augmentation import scaled_canvas
 from model_export.data.batches import (
     Augmentation,
     Batch,
@@ -27,6 +28,7 @@ from model_export.data.batches import (
     transpose,
 )
 from model_export.data.datasets import Sample
+from model_export.data.samples import CROWD
 from service.errors import DataError
 from service.imaging import decode as imaging
 from service.imaging.canvas import Buckets, Size
@@ -218,38 +220,191 @@ def test_images_without_objects_and_of_any_size_pass(seed: int, height: int, wid
 
 
 @settings(max_examples=50)
-@given(tiles=st.tuples(*(examples(label=label) for label in range(4))), seed=st.integers(0, 2**32))
+@given(
+    tiles=st.tuples(*(examples(label=label) for label in range(4))),
+    augmentation=geometries,
+    canvas_scale=st.sampled_from([1.0, 0.75, 1.5]),
+    seed=st.integers(0, 2**32),
+)
 def test_a_mosaic_holds_four_images_and_their_boxes(
-    tiles: tuple[Example, Example, Example, Example], seed: int
+    tiles: tuple[Example, Example, Example, Example],
+    augmentation: Augmentation,
+    canvas_scale: float,
+    seed: int,
 ) -> None:
     others = iter(tiles[1:])
-    augmentation = geometry(mosaic=1.0, min_visible=0.05)
     mosaic = augment(
-        tiles[0], augmentation, np.random.default_rng(seed), others=lambda: next(others)
+        tiles[0],
+        augmentation.model_copy(update={"mosaic": 1.0}),
+        np.random.default_rng(seed),
+        others=lambda: next(others),
+        canvas_scale=canvas_scale,
     )
-    assert mosaic.size == tiles[0].size
+    assert next(others, None) is None
+    assert mosaic.canvas.shape[:2] == scaled_canvas(CANVAS, canvas_scale)
     check_padding(mosaic)
     assert len(mosaic.boxes) == len(mosaic.labels)
+    assert (mosaic.boxes >= 0).all()
+    assert (mosaic.boxes <= np.array([*mosaic.size[::-1]] * 2)).all()
     for box, label in zip(mosaic.boxes, mosaic.labels.tolist(), strict=True):
-        row, column = divmod(label, 2)
-        middle_x, middle_y = mosaic.size.width // 2, mosaic.size.height // 2
-        assert (box[2] <= middle_x) if column == 0 else (box[0] >= middle_x)
-        assert (box[3] <= middle_y) if row == 0 else (box[1] >= middle_y)
         if (box[2:] - box[:2]).min() >= 3:
             assert extent(mosaic.canvas, label) == pytest.approx(tuple(box), abs=1.0)
 
 
-def test_a_mosaic_of_equal_images_is_at_half_scale() -> None:
-    example = drawn(Size(96, 128), (32, 24, 64, 48))
-    mosaic = augment(
-        example, geometry(mosaic=1.0), np.random.default_rng(0), others=lambda: example
+def test_mosaics_vary_in_centre_and_scale() -> None:
+    tiles = [drawn(Size(96, 128), (0, 0, 128, 96), label=label) for label in range(4)]
+    corners, scales = set(), set()
+    for seed in range(30):
+        others = iter(tiles[1:])
+        mosaic = augment(
+            tiles[0],
+            geometry(mosaic=1.0, min_visible=0.01),
+            np.random.default_rng(seed),
+            others=lambda: next(others),  # noqa: B023 - at once
+        )
+        assert mosaic.size == Size(96, 128)
+        assert mosaic.labels.tolist() == [0, 1, 2, 3]
+        x, y = mosaic.boxes[0, 2:].tolist()
+        # Every image fills its part, which begins and ends at the same centre.
+        assert mosaic.boxes.tolist() == [
+            [0, 0, x, y], [x, 0, 128, y], [0, y, x, 96], [x, y, 128, 96],
+        ]  # fmt: skip
+        assert 32 <= x <= 96
+        assert 24 <= y <= 72
+        corners.add((x, y))
+    assert len(corners) > 20
+    small = drawn(Size(96, 128), (56, 40, 72, 56))
+    for seed in range(30):
+        mosaic = augment(
+            small,
+            geometry(mosaic=1.0, min_visible=1.0),
+            np.random.default_rng(seed),
+            others=lambda: small,
+        )
+        scales |= {float(box[2] - box[0]) / 16 for box in mosaic.boxes}
+    assert 0.25 <= min(scales) < 0.5
+    assert 0.75 < max(scales) <= 1.001
+
+
+def test_a_mosaic_drops_boxes_by_the_share_that_is_left_of_the_whole_object() -> None:
+    """Cut by the mosaic and by the zoom, 60 % of 60 % are left: less than half."""
+    ramp = np.zeros((96, 128, 3), dtype=np.uint8)
+    ramp[..., 0] = np.linspace(0, 255, 128)
+    ramp[..., 1] = np.linspace(0, 255, 96)[:, None]
+    whole = Example(
+        ramp, Size(96, 128), np.array([[0, 0, 128, 96]], np.float32), np.zeros(1, np.int64)
     )
-    assert mosaic.boxes.tolist() == [
-        [16, 12, 32, 24],
-        [80, 12, 96, 24],
-        [16, 60, 32, 72],
-        [80, 60, 96, 72],
+    augmentation = geometry(mosaic=1.0, scale=(0.8, 1.5), translate=0.2, min_visible=0.5)
+    kept = 0
+    for seed in range(300):
+        varied = augment(whole, augmentation, np.random.default_rng(seed), others=lambda: whole)
+        for x1, y1, x2, y2 in varied.boxes.round().astype(int):
+            # The colours say which part of the object it is.
+            seen = varied.canvas[y1:y2, x1:x2, :2].astype(float) / 255
+            share = float(np.ptp(seen[..., 0], axis=None) * np.ptp(seen[..., 1], axis=None))
+            assert share > 0.45
+            kept += 1
+    assert kept > 20
+
+
+@pytest.mark.parametrize(("label", "kept"), [(0, 0), (CROWD, 4)])
+def test_what_a_mosaic_cuts_of_a_crowd_stays(label: int, kept: int) -> None:
+    region = drawn(Size(96, 128), (0, 0, 128, 96))
+    region.labels[:] = label
+    augmentation = geometry(mosaic=1.0, min_visible=1.0)
+    mosaic = augment(region, augmentation, np.random.default_rng(0), others=lambda: region)
+    assert mosaic.labels.tolist() == [label] * kept
+
+
+def test_mosaics_of_other_canvases_and_of_images_without_objects() -> None:
+    first = drawn(Size(96, 128), None)
+    tiles = [
+        drawn(Size(128, 60), (0, 0, 60, 128), canvas=Size(128, 96), label=1),
+        drawn(Size(5, 128), (0, 0, 128, 5), label=2),
+        drawn(Size(1, 1), None, canvas=Size(32, 32)),
     ]
+    for seed in range(20):
+        others = iter(tiles)
+        mosaic = augment(
+            first,
+            geometry(mosaic=1.0, min_visible=0.001),
+            np.random.default_rng(seed),
+            others=lambda: next(others),  # noqa: B023 - at once
+        )
+        assert mosaic.canvas.shape == first.canvas.shape
+        check_padding(mosaic)
+        assert mosaic.labels.tolist() == [1, 2]
+        for box, label in zip(mosaic.boxes, (1, 2), strict=True):
+            assert extent(mosaic.canvas, label) == pytest.approx(tuple(box), abs=1.0)
+
+
+@pytest.mark.parametrize(
+    ("until", "progress", "made"),
+    [(0.8, 0.0, True), (0.8, 0.79, True), (0.8, 0.8, False), (0.8, 1.0, False), (0, 0.0, False)],
+)
+def test_mosaics_end_early_and_nothing_else_changes(
+    until: float, progress: float, made: bool
+) -> None:
+    example = drawn(Size(96, 128), (10, 20, 90, 80))
+    asked = 0
+
+    def other() -> Example:
+        nonlocal asked
+        asked += 1
+        return example
+
+    def varied(**changes: float) -> Example:
+        augmentation = Augmentation(**changes)
+        rng = np.random.default_rng(5)
+        return augment(example, augmentation, rng, others=other, progress=progress)
+
+    late = varied(mosaic=1.0, mosaic_until=until)
+    assert asked == (3 if made else 0)
+    without = varied(mosaic=0.0)
+    assert np.array_equal(late.canvas, without.canvas) is not made
+    assert (late.boxes.tolist() == without.boxes.tolist()) is not made
+
+
+# --- canvas scales -------------------------------------------------------------------------------
+
+
+@given(
+    example=examples(),
+    augmentation=geometries,
+    factor=st.floats(0.25, 4),
+    seed=st.integers(0, 2**32),
+)
+def test_boxes_follow_their_pixels_to_another_canvas(
+    example: Example, augmentation: Augmentation, factor: float, seed: int
+) -> None:
+    varied = augment(
+        example,
+        augmentation,
+        np.random.default_rng(seed),
+        others=no_others,
+        canvas_scale=factor,
+    )
+    canvas = Size(*varied.canvas.shape[:2])
+    for side, before in zip(canvas, CANVAS, strict=True):
+        assert side % 32 == 0
+        assert abs(side - before * factor) <= 16
+    check_padding(varied)
+    assert (varied.boxes >= 0).all()
+    assert (varied.boxes <= np.array([*varied.size[::-1]] * 2)).all()
+    for box in varied.boxes:
+        # An enlarged edge is blurred over as many pixels.
+        if (box[2:] - box[:2]).min() >= 3:
+            assert extent(varied.canvas, 0) == pytest.approx(tuple(box), abs=max(1.0, factor))
+
+
+def test_a_canvas_of_twice_the_sides_by_hand() -> None:
+    example = drawn(Size(50, 80), (10, 5, 30, 20))
+    doubled = augment(
+        example, geometry(), np.random.default_rng(0), others=no_others, canvas_scale=2.0
+    )
+    assert doubled.canvas.shape == (192, 256, 3)
+    assert doubled.size == Size(100, 160)
+    assert doubled.boxes.tolist() == [[20, 10, 60, 40]]
 
 
 # --- colour --------------------------------------------------------------------------------------
@@ -328,6 +483,11 @@ def test_contrast_spreads_about_the_mean() -> None:
         ("scale", (0.0, 1.0)),
         ("horizontal_flip", 1.5),
         ("brightness", 1.0),
+        ("mosaic_until", 1.1),
+        ("canvas_scales", ()),
+        ("canvas_scales", (1.0, 0.0)),
+        ("canvas_scales", (5.0,)),
+        ("canvas_scales", (float("nan"),)),
         ("min_visible", 0.0),
         ("zoom", 2.0),
     ],
@@ -338,7 +498,7 @@ def test_settings_out_of_range_are_refused(field: str, value: object) -> None:
 
 
 def test_settings_survive_json() -> None:
-    augmentation = Augmentation(scale=(0.5, 2.0), mosaic=0.25)
+    augmentation = Augmentation(scale=(0.5, 2.0), mosaic=0.25, canvas_scales=(0.75, 1.0))
     assert Augmentation.model_validate_json(augmentation.model_dump_json()) == augmentation
 
 
@@ -521,6 +681,15 @@ def test_the_order_depends_on_seed_and_epoch_alone() -> None:
     assert order(1, 2) != order(2, 2)
 
 
+def test_keys_know_how_much_of_the_schedule_is_done() -> None:
+    sampler = CanvasBatchSampler(
+        [Size(64, 64)] * 8, batch_size=2, progress=lambda epochs: epochs / 10
+    )
+    sampler.set_epoch(3)
+    done = [[key.progress for key in batch] for batch in sampler]
+    assert done == [[0.3] * 2, [0.325] * 2, [0.35] * 2, [0.375] * 2]
+
+
 def equal(one: Batch, other: Batch) -> bool:
     return (
         torch.equal(one.images, other.images)
@@ -532,10 +701,15 @@ def equal(one: Batch, other: Batch) -> bool:
 
 def test_any_number_of_workers_gives_the_same_batches(samples: list[Sample]) -> None:
     cache = CanvasCache(samples, RULE, progress=False)
-    batches = TrainingBatches(cache, Augmentation(mosaic=0.5, transpose=0.5), seed=7)
+    augmentation = Augmentation(
+        mosaic=0.5, mosaic_until=0.5, transpose=0.5, canvas_scales=(0.75, 1.0, 1.5)
+    )
+    batches = TrainingBatches(cache, augmentation, seed=7)
 
     def epoch(number: int, workers: int) -> list[Batch]:
-        sampler = CanvasBatchSampler(cache.canvases, batch_size=2, seed=7)
+        sampler = CanvasBatchSampler(
+            cache.canvases, batch_size=2, seed=7, progress=lambda epochs: epochs / 9
+        )
         sampler.set_epoch(number)
         return list(DataLoader(batches, sampler=sampler, batch_size=None, num_workers=workers))
 
@@ -547,9 +721,10 @@ def test_any_number_of_workers_gives_the_same_batches(samples: list[Sample]) -> 
 
 @pytest.mark.parametrize("count", [3, 2, 1])
 def test_shares_of_a_batch_make_the_whole(samples: list[Sample], count: int) -> None:
-    """Also its transpose is that of the whole; who has no share gets an image that counts not."""
+    """Also its transpose and its canvas are those of the whole; a process without a share gets an
+    image that does not count."""
     cache = CanvasCache(samples, RULE, progress=False)
-    augmentation = Augmentation(mosaic=0.5, transpose=0.5)
+    augmentation = Augmentation(mosaic=0.5, transpose=0.5, canvas_scales=(1.0, 1.5))
 
     def batches(**place: int) -> TrainingBatches:
         return TrainingBatches(cache, augmentation, seed=3, **place)
@@ -613,11 +788,25 @@ def test_whole_batches_are_transposed_as_often_as_asked(samples: list[Sample]) -
     assert 15 <= wide(0.5) <= 45
 
 
+def test_every_batch_draws_a_canvas_scale(samples: list[Sample]) -> None:
+    cache = CanvasCache(samples, RULE, progress=False)
+    augmentation = geometry().model_copy(update={"canvas_scales": (0.75, 1.0, 1.5)})
+    batches = TrainingBatches(cache, augmentation, seed=0)
+    drawn_sizes = [
+        Size(*batches[[Key(epoch, 1), Key(epoch, 2)]].images.shape[1:3]) for epoch in range(60)
+    ]
+    # Of 64 x 96; 48 and 72 are rounded to multiples of 32.
+    counts = {size: drawn_sizes.count(size) for size in set(drawn_sizes)}
+    assert counts.keys() == {Size(64, 64), Size(64, 96), Size(96, 128)}
+    assert min(counts.values()) >= 10
+
+
 def test_real_images_end_to_end(bccd: Path) -> None:
     dataset = load_voc(bccd, "val")
     rule = Buckets(sizes=(Size(192, 256), Size(256, 192)))
     cache = CanvasCache(dataset.samples[:12], rule, progress=False)
-    batches = TrainingBatches(cache, Augmentation(mosaic=0.3, transpose=0.5), seed=0)
+    augmentation = Augmentation(mosaic=0.3, transpose=0.5, canvas_scales=(0.75, 1.25))
+    batches = TrainingBatches(cache, augmentation, seed=0)
     sampler = CanvasBatchSampler(cache.canvases, batch_size=4)
     objects = 0
     for keys in sampler:

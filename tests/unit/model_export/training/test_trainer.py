@@ -154,12 +154,15 @@ def test_a_network_learns_its_own_images(many: Dataset, tmp_path: Path) -> None:
 def test_a_resumed_run_equals_one_in_one_go(
     few: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = changed(augmentation=Augmentation(transpose=0.5))
+    augmentation = Augmentation(mosaic=0.5, mosaic_until=0.5, transpose=0.5, canvas_scales=(1, 1.5))
+    config = changed(augmentation=augmentation)
     with monkeypatch.context() as patch:
         order = watch_batches(patch)
         whole = train(config, few, few, tmp_path / "whole", device="cpu")
     steps = len(order) // 3
     assert [keys[0].epoch for keys in order] == [0] * steps + [1] * steps + [2] * steps
+    done = [step / len(order) for step in range(len(order))]
+    assert [keys[0].progress for keys in order] == pytest.approx(done)
 
     with monkeypatch.context() as patch:
         before = watch_batches(patch, crash_before=2)
@@ -212,7 +215,14 @@ def test_the_schedule_ends_with_the_time(
     clock = types.SimpleNamespace(monotonic=lambda: next(seconds))
     monkeypatch.setattr(lightning_module, "time", clock)
     config = changed(epochs=1000, max_minutes=1.0, validate_every=1000)
-    train(config, few, few, tmp_path, device="cpu")
+    with monkeypatch.context() as patch:
+        order = watch_batches(patch)
+        train(config, few, few, tmp_path, device="cpu")
+    # Mosaics end by it: a batch knows the share of the time that was over when it was drawn.
+    progress = [key.progress for keys in order for key in keys]
+    assert progress == sorted(progress)
+    assert progress[0] < 0.2
+    assert 0.8 <= progress[-1] <= 1.0
     history = rows(tmp_path)
     assert len(history) < 10
     assert [row["ap"] != "" for row in history] == [False] * (len(history) - 1) + [True]
