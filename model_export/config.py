@@ -167,6 +167,8 @@ def describe(error: ValidationError) -> str:
     return "; ".join(
         f"{'.'.join(str(part) for part in item['loc'])}: {_message(item)}"
         for item in error.errors()
+        # Follows from another error: a default that depends on another field.
+        if item["type"] != "default_factory_not_called"
     )
 
 

@@ -22,6 +22,7 @@ from model_export.data.datasets import Dataset
 from model_export.data.folder import LabelledFolder
 from model_export.data.report import summarise
 from model_export.provenance import provenance, resumed
+from model_export.retinanet.backbones import BACKBONES
 from model_export.training.callbacks import METRICS
 from model_export.training.distributed import launch, this_command, world
 from model_export.training.hardware import accelerator_for
@@ -240,7 +241,14 @@ def _backbone_weights(weights: str | None, config: TrainConfig) -> Path | None:
     if weights is None:
         return None
     if weights == IMAGENET:
-        return fetch_imagenet(config.model.backbone, _CACHE)
+        backbone, eps = config.model.backbone, config.model.norm_eps
+        trained_with = BACKBONES[backbone].norm_eps
+        if eps != trained_with:
+            raise DataError(
+                f"model.norm_eps {eps:g}: the ImageNet weights of {backbone} were trained with "
+                f"{trained_with:g}; set that, or leave it out"
+            )
+        return fetch_imagenet(backbone, _CACHE)
     return Path(weights)
 
 

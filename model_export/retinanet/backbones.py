@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Final
+from typing import Final
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -170,7 +170,7 @@ class MobileNetV2(Backbone):
     """
 
     # expansion, channels, blocks, stride of the first, kernel
-    _STAGES: ClassVar = (
+    _STAGES = (
         (1, 16, 1, 1, 3),
         (6, 24, 2, 2, 3),
         (6, 32, 3, 2, 3),
@@ -181,7 +181,7 @@ class MobileNetV2(Backbone):
     )
     channels = (32, 96, 320)
     # The last block of stride 8, 16 and 32.
-    _OUTPUTS: ClassVar = (6, 13, 17)
+    _OUTPUTS = (6, 13, 17)
 
     def __init__(self, *, same_padding: bool) -> None:
         super().__init__()

@@ -37,10 +37,10 @@ class RandomModel:
     metadata: Metadata
 
 
-def make(path: Path) -> RandomModel:
+def make(path: Path, model: ModelConfig = MODEL) -> RandomModel:
     """Export unless the file exists; scores are spread over (0, 1), boxes differ from anchors."""
     torch.manual_seed(0)
-    network = RetinaNet(MODEL, classes=len(CLASSES)).eval()
+    network = RetinaNet(model, classes=len(CLASSES)).eval()
     for head, bias in ((network.classification_head, -1.0), (network.regression_head, 0.0)):
         torch.nn.init.normal_(head.out.weight, std=0.1)
         assert head.out.bias is not None
@@ -49,7 +49,7 @@ def make(path: Path) -> RandomModel:
         path=Path("random.ckpt"),
         description=Description(
             classes=CLASSES,
-            model=MODEL,
+            model=model,
             canvas=CANVAS,
             provenance={"command": "retinaserve train", "licences": ["CC0"]},
         ),

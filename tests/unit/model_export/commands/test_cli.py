@@ -12,7 +12,7 @@ import yaml
 from click.testing import CliRunner, Result
 from fontTools.ttLib import TTFont
 
-from model_export.checkpoints import load_checkpoint
+from model_export.checkpoints import fetch_imagenet, load_checkpoint
 from model_export.commands.export import default_name, parse_canvas
 from model_export.commands.train import parse_setting
 from model_export.provenance import git_commit
@@ -362,6 +362,29 @@ def test_train_names_what_is_wrong(option, value, words, data, tmp_path):
     result = call("train", "--data", data, "--output", tmp_path / "run", option, value)
     check_refused(result, *words)
     assert not (tmp_path / "run" / "last.ckpt").exists()
+
+
+def test_train_takes_imagenet_weights_from_the_installed_package(data, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    run = tmp_path / "run"
+    arguments = [
+        "train", "--data", data, "--output", run, "--config", tmp_path / "tiny.yaml",
+        *("--backbone", "efficientnet_lite0", "--weights", "imagenet", "--device", "cpu"),
+    ]  # fmt: skip
+    refused = call(*arguments, "--set", "model.norm_eps=0.00001")
+    check_refused(refused, "model.norm_eps 1e-05", "efficientnet_lite0 were trained with 0.001")
+    assert not run.exists()
+    result = call(*arguments)
+    assert result.exit_code == 0, result.output
+    checkpoint = load_checkpoint(run / "best.ckpt")
+    assert checkpoint.description.model.norm_eps == 1e-3
+    weights = checkpoint.description.provenance["weights"]
+    assert weights["file"] == "efficientnet-lite0-57934424.pth"
+    assert weights["sha256"].startswith("57934424")
+    # Frozen norms keep the statistics of the weights.
+    state = torch.load(fetch_imagenet("efficientnet_lite0", tmp_path), weights_only=True)
+    mean = checkpoint.weights["backbone.features.16.conv.3.running_mean"]
+    assert torch.equal(mean, state["_blocks.15._bn2.running_mean"])
 
 
 def test_bad_data_stops_before_training(tmp_path):

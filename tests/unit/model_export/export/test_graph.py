@@ -281,10 +281,11 @@ def test_canvases_it_was_not_exported_with(run: Run, height: int, width: int) ->
     assert_same(of_image(found, 1), of_image(alone, 0))
 
 
-def test_the_network_knows_no_size(untraced_exporter: None) -> None:
+@pytest.mark.parametrize("backbone", ["mobilenet_v2_tf", "efficientnet_lite0"])
+def test_the_network_knows_no_size(backbone: str, untraced_exporter: None) -> None:
     torch.manual_seed(0)
     config = ModelConfig(
-        backbone="mobilenet_v2_tf", fpn_channels=16, head_width=16, head_depth=1, head_norm="group",
+        backbone=backbone, fpn_channels=16, head_width=16, head_depth=1, head_norm="group",
         head_groups=4,
     )  # fmt: skip
     network = RetinaNet(config, classes=2).eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from model_export.export.precision import (
     to_fp16,
     write_reduced,
 )
-from model_export.export.verify import VerificationError, verify_reduced
+from model_export.export.verify import VerificationError, verify, verify_reduced
 from service.errors import DataError
 from service.imaging.decode import prepare
 from service.imaging.samples import draw_smear
@@ -37,7 +38,8 @@ from service.runtime.artifact import read_artifact, scan_repository
 from service.runtime.detector import INPUTS, OUTPUTS, Detector
 from service.runtime.gpu.graph_split import split
 from service.settings import bundled_models
-from tests.unit.model_export.random_model import CANVAS, RandomModel
+from tests.unit.model_export import random_model
+from tests.unit.model_export.random_model import CANVAS, MODEL, RandomModel
 
 # Two convolutions with what lies between, and values on both sides that are no part of it.
 _SMALL = """
@@ -323,6 +325,30 @@ def test_a_loss_beyond_what_is_accepted() -> None:
     check_loss(full, row(Precision.INT8, 0.58), 2.5)
     with pytest.raises(VerificationError, match="at most 0 are"):
         check_loss(full, row(Precision.INT8, 0.5999), 0.0)
+
+
+@pytest.mark.slow
+def test_an_efficientnet_is_the_same_in_every_file(
+    untraced_exporter: None, images: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its 5x5 and its asymmetrically padded convolutions, plain, rewritten for CPUs and reduced."""
+    monkeypatch.setattr(devices, "has_wide_vectors", lambda: False)
+    config = MODEL.model_copy(
+        update={"backbone": "efficientnet_lite0", "fpn_channels": 128, "head_width": 128}
+    )
+    made = random_model.make(tmp_path / "fp32.onnx", config)
+    artifact = read_artifact(made.path)
+    cpu = devices.Device("cpu")
+    assert devices.fitted(artifact, cpu).weights, "no convolution is rewritten"
+    for device in (cpu, replace(cpu, winograd=False)):
+        report = verify(
+            made.checkpoint.build(), devices.open_detector(artifact, device), images, CANVAS
+        )
+        assert report.against.detections > 200
+    for precision in (Precision.FP16, Precision.INT8):
+        write_reduced(made.path, tmp_path / f"{precision}.onnx", precision, images)
+        detector = opened(tmp_path / f"{precision}.onnx")
+        assert verify_reduced(opened(made.path), detector, images, CANVAS).in_company.agrees
 
 
 @pytest.mark.parametrize("precision", Precision)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model_export.checkpoints import fetch_imagenet, load_backbone
 from model_export.retinanet.backbones import (
     BACKBONES,
     Backbone,
+    EfficientNetLite0,
     MobileNetV2,
     SamePadConv2d,
 )
-from model_export.retinanet.model import freeze_norms
+from model_export.retinanet.model import ModelConfig, RetinaNet, freeze_norms
+from tests.unit.model_export.golden import recipe
 
 SIZES = {
     # Entries of the state dict and parameters, without the classifier. torchvision's resnet50 has
@@ -27,6 +31,8 @@ SIZES = {
     # 3,504,872 less features.18 (320 x 1280 + 2 x 1280) and the classifier (1280 x 1000 + 1000).
     "mobilenet_v2": (306, 3_504_872 - 412_160 - 1_281_000),
     "mobilenet_v2_tf": (306, 3_504_872 - 412_160 - 1_281_000),
+    # Without _conv_head, _bn1 and _fc, of the same sizes.
+    "efficientnet_lite0": (288, 4_652_008 - 412_160 - 1_281_000),
 }
 
 NAMES = {
@@ -39,6 +45,7 @@ NAMES = {
                      "features.1.conv.2.bias", "features.17.conv.0.0.weight",
                      "features.17.conv.1.1.weight", "features.17.conv.2.weight",
                      "features.17.conv.3.running_var"],
+    "efficientnet_lite0": ["features.1.conv.1.weight", "features.16.conv.3.running_var"],
 }  # fmt: skip
 
 
@@ -92,7 +99,9 @@ def test_a_residual_block_by_hand() -> None:
     assert not torch.allclose(plain, F.relu(x))
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "mobilenet_v2_tf"])
+@pytest.mark.parametrize(
+    "name", ["resnet18", "mobilenet_v2", "mobilenet_v2_tf", "efficientnet_lite0"]
+)
 def test_random_starts_neither_vanish_nor_explode_with_living_norms(name: str) -> None:
     torch.manual_seed(0)
     backbone = BACKBONES[name].build()
@@ -107,27 +116,47 @@ def test_a_backbone_without_forward_says_so() -> None:
         Backbone()(torch.zeros(1))
 
 
-def test_same_padding_is_tensorflow_s() -> None:
-    """SAME of an even size, kernel 3, stride 2 pads one in all: none left and top, one right and
-    bottom. So output (i, j) sees input rows 2i .. 2i + 2."""
-    conv = SamePadConv2d(1, 1, 3, 2, 0, bias=False)
+@pytest.mark.parametrize(
+    ("kernel", "expected"),
+    [
+        # One in all: none left and top, one right and bottom; output (i, j) sees rows 2i .. 2i + 2.
+        # 0+1+2 + 4+5+6 + 8+9+10; columns 2, 3 of the same rows; rows 2, 3; the last corner.
+        (3, [[45, 39], [66, 50]]),
+        # Three in all, one left and top: rows 2i - 1 .. 2i + 3. All 16; without column 0 (24);
+        # without row 0 (6); without both.
+        (5, [[120, 96], [114, 90]]),
+    ],
+)
+def test_same_padding_is_tensorflow_s(kernel: int, expected: list[list[float]]) -> None:
+    """SAME of an even size with stride 2 pads kernel - 2 in all, the odd one right and bottom."""
+    conv = SamePadConv2d(1, 1, kernel, 2, 0, bias=False)
     nn.init.ones_(conv.weight)
     x = torch.arange(16.0).reshape(1, 1, 4, 4)
     with torch.no_grad():
-        found = conv(x)[0, 0].tolist()
-    # 0+1+2 + 4+5+6 + 8+9+10; columns 2, 3 of the same rows; rows 2, 3; the last corner.
-    assert found == [[45, 39], [66, 50]]
+        assert conv(x)[0, 0].tolist() == expected
 
 
-def test_same_padding_is_where_stride_is_2() -> None:
+@pytest.mark.parametrize(
+    ("network", "blocks", "large"),
+    [
+        (MobileNetV2, (2, 4, 7, 14), ()),
+        (EfficientNetLite0, (2, 4, 6, 12), (4, 5, 9, 10, 11, 12, 13, 14, 15)),
+    ],
+)
+def test_same_padding_is_where_stride_is_2(
+    network: type[MobileNetV2], blocks: tuple[int, ...], large: tuple[int, ...]
+) -> None:
     with torch.device("meta"):
-        same, plain = MobileNetV2(same_padding=True), MobileNetV2(same_padding=False)
+        same, plain = network(same_padding=True), network(same_padding=False)
     shifted = [name for name, m in same.named_modules() if isinstance(m, SamePadConv2d)]
-    assert shifted == ["features.0.0"] + [f"features.{i}.conv.1.0" for i in (2, 4, 7, 14)]
+    assert shifted == ["features.0.0"] + [f"features.{i}.conv.1.0" for i in blocks]
     assert not any(isinstance(m, SamePadConv2d) for m in plain.modules())
-    for name, module in plain.named_modules():
-        if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
-            assert module.padding == (1, 1), name
+    convolutions = {n: m for n, m in plain.named_modules() if isinstance(m, nn.Conv2d)}
+    for name, module in convolutions.items():
+        side = module.kernel_size[0] // 2
+        assert module.padding == (side, side), name
+    five = [name for name, module in convolutions.items() if module.kernel_size == (5, 5)]
+    assert five == [f"features.{i}.conv.1.0" for i in large]
 
 
 def test_freeze_norms_keeps_statistics_and_lets_weights_learn() -> None:
@@ -138,6 +167,22 @@ def test_freeze_norms_keeps_statistics_and_lets_weights_learn() -> None:
     assert all(torch.equal(backbone.state_dict()[k], v) for k, v in before.items())
     assert backbone.training
     assert all(p.requires_grad for p in backbone.parameters())
+
+
+# --- the published EfficientNet-Lite0 -------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_efficientnet_lite0_gives_the_features_of_its_publisher_s_code(tmp_path: Path) -> None:
+    config = ModelConfig(backbone="efficientnet_lite0", fpn_channels=8, head_width=8, head_depth=0)
+    network = RetinaNet(config, classes=1).eval()
+    load_backbone(network, fetch_imagenet("efficientnet_lite0", tmp_path))
+    with np.load(Path(recipe.__file__).with_name("efficientnet_lite0.npz")) as golden:
+        image = torch.from_numpy(recipe.image(0, *golden["size"].tolist()))[None]
+        normalised = (image.permute(0, 3, 1, 2) - network.mean) / network.std
+        for found, level in zip(network.backbone(normalised), ("c3", "c4", "c5"), strict=True):
+            some = found[0, :: golden["step"]].numpy()
+            np.testing.assert_allclose(some, golden[level], rtol=0, atol=1e-4)
 
 
 # --- the published MobileNetV2 --------------------------------------------------------------------
