@@ -305,6 +305,29 @@ def test_resume_goes_on(data, trained, tmp_path):
     assert (config["epochs"], config["optimiser"]["lr"]) == (2, 0.005)
 
 
+def test_train_with_mosaics_at_several_canvas_sizes(data, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    run = tmp_path / "run"
+    arguments = [
+        "train", "--data", data, "--output", run, "--config", tmp_path / "tiny.yaml",
+        *("--set", "augmentation.mosaic=0.5", "--device", "cpu"),
+    ]  # fmt: skip
+    refused = call(*arguments, "--set", "augmentation.canvas_scales=[0.75,10]")
+    check_refused(refused, "augmentation.canvas_scales", "[0.75, 10.0]", "within 0.25 and 4")
+    assert not run.exists()
+    result = call(*arguments, "--set", "augmentation.canvas_scales=[0.75,1.25]")
+    assert result.exit_code == 0, result.output
+    with (run / "metrics.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["classification_loss"]) > 0
+    used = yaml.safe_load((run / "config.yaml").read_text())["augmentation"]
+    assert (used["mosaic"], used["mosaic_until"]) == (0.5, 0.8)
+    assert used["canvas_scales"] == [0.75, 1.25]
+    # The detector's own canvas is that of the config.
+    canvas = load_checkpoint(run / "best.ckpt").description.canvas
+    assert canvas.all_canvases() == (Size(96, 128), Size(128, 96))
+
+
 def test_resume_without_a_run(data, tmp_path):
     result = call("train", "--data", data, "--output", tmp_path / "run", "--resume")
     check_refused(result, "last.ckpt", "nothing to resume")
