@@ -78,9 +78,9 @@ class RetinaNetModule(lightning.LightningModule):
         return self._minutes_before + (time.monotonic() - self._started) / 60
 
     def progress(self, epochs: float) -> float:
-        """Return the share of the schedule that is done after so many epochs, or by time if more.
+        """Return the share of the schedule that is done: by epochs or by time, the larger one.
 
-        `epochs` may end within one: 2.5 is the middle of the third.
+        `epochs` counts parts, too: 2.5 is the middle of the third.
         """
         done = epochs / self.config.epochs
         if self.config.max_minutes is not None:
