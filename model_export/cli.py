@@ -137,6 +137,8 @@ def evaluate(**options: Any) -> None:
     """COCO metrics and score calibration of a model file on labelled images.
 
     Measures the file through the service's own pipeline, at score 0.01 and 300 detections.
+    F1 and thresholds of the classes are chosen on these images, and flatter; below them is F1 by
+    cross-validation over the same images, each judged by thresholds chosen without it.
     --against gives the difference of two files with a 95 % interval. --report shows figures,
     curves, confusions, calibration and the worst mistakes on a page that needs no other file.
     """
@@ -165,10 +167,13 @@ Example:
     "--score-threshold",
     "score",
     type=click.FloatRange(0.0, 1.0),
-    help="Default threshold of the file; with --data it is chosen per class by F1 otherwise.",
+    help="Threshold of the file for every class; otherwise --data or --calibrate choose them.",
 )
 @click.option(
-    "--data", type=_DATA, metavar="DIR", help="Measure the file here and choose thresholds."
+    "--data",
+    type=_DATA,
+    metavar="DIR",
+    help="Measure the file here, and choose the thresholds that it holds.",
 )
 @click.option("--split", default="val", show_default=True, help="Split of --data.")
 @label_options
@@ -207,6 +212,11 @@ def export(**options: Any) -> None:
     The file is verified against torch, alone and in batches, and the difference printed. A
     smaller precision is compared with fp32, and refused where it costs too much AP. Calibrate on
     images that the network was not trained on: on its training images it is overconfident.
+
+    Labelled images choose the thresholds: that of highest F1 over all classes, and each class's
+    own, the nearer to it the fewer objects the class has. F1 is printed on the images that they
+    were chosen on, which flatters, and by cross-validation over the same images, each judged by
+    thresholds chosen without it.
     """
     from model_export.commands import export as command
 

@@ -176,12 +176,13 @@ def table(evaluation: Evaluation, measured: EvaluationResults | None = None) -> 
     yield ""
     width = max(len("class"), *(len(name) for name in evaluation.per_class))
     head = f"{'class':<{width}}  objects      AP    AP50"
-    yield head if measured is None else f"{head}  best F1  at score   D-ECE"
+    yield head if measured is None else f"{head}      F1  at score   D-ECE"
     for name, row in evaluation.per_class.items():
         line = f"{name:<{width}}  {row.count:>7}  {_number(row.ap)}  {_number(row.ap50)}"
         yield line if measured is None else line + _of_class(measured, name)
     if measured is not None:
         yield ""
+        yield from map(str, filter(None, [measured.chosen]))
         yield _calibration(measured.overall_calibration)
     if evaluation.timing is not None:
         yield ""
@@ -208,11 +209,11 @@ def _overall(evaluation: Evaluation) -> Iterator[dict[str, float | None]]:
 
 
 def _of_class(measured: EvaluationResults, name: str) -> str:
-    points = measured.points[name]
-    f1 = None if points is None or not points.f1.size else float(points.f1.max())
-    threshold = None if points is None else points.best_threshold()
-    error = measured.calibration[name].error
-    return f"  {_number(f1):>7}  {_number(threshold):>8}  {_number(error):>6}"
+    threshold = None if measured.chosen is None else measured.chosen.thresholds.of(name)
+    error = _number(measured.calibration[name].error)
+    # In full: a rounded threshold may keep other detections.
+    at_score = "-" if threshold is None else str(threshold)
+    return f"  {_number(measured.f1(name))}  {at_score:>8}  {error}"
 
 
 def _calibration(overall: Reliability) -> str:

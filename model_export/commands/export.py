@@ -101,9 +101,12 @@ def run(
     if done.evaluation is not None:
         for line in table(done.evaluation):
             click.echo(line)
+    if done.chosen is not None:
+        click.echo(str(done.chosen))
     thresholds = read_artifact(output).metadata.thresholds
-    own = "".join(f", {label} {value:g}" for label, value in thresholds.per_class.items())
-    click.echo(f"score thresholds: {thresholds.score:g}{own}")
+    # In full: a rounded threshold may keep other detections.
+    own = "".join(f", {label} {value}" for label, value in thresholds.per_class.items())
+    click.echo(f"score thresholds: {thresholds.score}{own}")
     if weights_file is not None:
         weights_file.parent.mkdir(parents=True, exist_ok=True)
         save_weights(checkpoint, weights_file, half=True)

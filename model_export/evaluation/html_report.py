@@ -100,6 +100,7 @@ def _context(measured: EvaluationResults) -> dict[str, Any]:
         "detected": int(measured.confusion.counts[:, :-1].sum()),
         **_shares(measured),
         "coco": _coco(measured),
+        "chosen": measured.chosen,
         "classes": list(_classes(measured)),
         "figures": _figures(measured),
         "confusion": _confusion(measured),
@@ -157,14 +158,12 @@ def _coco(measured: EvaluationResults) -> list[tuple[str, str, float | None]]:
 def _classes(measured: EvaluationResults) -> Iterator[dict[str, Any]]:
     precision, recall = measured.confusion.precision(), measured.confusion.recall()
     for label, name in enumerate(measured.classes):
-        points = measured.points[name]
-        usable = points is not None and points.f1.size > 0
         yield {
             "name": name,
             "result": measured.evaluation.per_class[name],
-            "best_f1": float(points.f1.max()) if points is not None and usable else None,
-            "best_threshold": None if points is None else points.best_threshold(),
-            "threshold": float(measured.selection.scores[label]),
+            "f1": measured.f1(name),
+            "chosen": None if measured.chosen is None else measured.chosen.thresholds.of(name),
+            "threshold": measured.model.metadata.thresholds.of(name),
             "precision": _finite(precision[label]),
             "recall": _finite(recall[label]),
             "d_ece": measured.calibration[name].error,
@@ -256,7 +255,8 @@ def _caption(measured: EvaluationResults, mistake: Mistake) -> tuple[str, str, s
     analysis = measured.analyses[mistake.image]
     true = None if mistake.thing is None else measured.classes[sample.labels[mistake.thing]]
     if mistake.detection is None:
-        held_back = f"the best detection there scores {mistake.score:.2f}, below the threshold"
+        threshold = measured.model.metadata.thresholds.of(str(true))
+        held_back = f"the best detection there scores {mistake.score:.4f}, not above {threshold}"
         text = held_back if mistake.score else f"no detection there, not even at {SCORE:g}"
         return str(true), text, sample.path.name
     name = measured.classes[analysis.shown.labels[mistake.detection]]

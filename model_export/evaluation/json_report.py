@@ -8,9 +8,14 @@
 - `metrics`: all fields of `evaluation.coco_metrics.Evaluation`: the twelve COCO figures (`ap`,
   `ap50`, `ap75`, `ap_small` … `ar1`, `ar10`, `ar100`, `ar_small` …), `per_class`, `timing` in
   milliseconds per image;
-- `thresholds`: by class, the score threshold of highest F1 at IoU 0.50;
-- `operating_points`: by class, `best` (`threshold`, `precision`, `recall`, `f1` at that threshold)
-  and `recommended` (the same at the file's own threshold);
+- `thresholds`: by class, the score threshold that `export --data` would choose on these images;
+- `threshold_choice`: `score`, the threshold of highest F1 over all classes together, `images` and
+  `folds`, and what the thresholds are worth: `f1` on the images that they were chosen on,
+  `f1_cross_validated` on images that they were not chosen on, each with `micro` (all classes
+  together) and `macro` (mean over the classes that have objects);
+- `operating_points`: by class, `best` (`threshold`, `precision`, `recall`, `f1` where F1 is highest
+  on these images), `chosen` (the same at that of `thresholds`) and `recommended` (the same at the
+  file's own threshold);
 - `calibration`: `min_score`, `overall` and `per_class`, each with `d_ece`, `bias` (mean score minus
   precision), `detections` and `bins`;
 - `confusion`: `labels` of rows and columns; `counts[i][j]` objects of class i detected as j. The
@@ -38,6 +43,7 @@ SCHEMA: Final = 1
 def to_json(measured: EvaluationResults, against: Baseline | None = None) -> dict[str, Any]:
     """Return plain values in the module's schema."""
     dataset, evaluation = measured.dataset, measured.evaluation
+    chosen = measured.chosen
     kinds = Counter(each.outcome for each in measured.mistakes)
     written: dict[str, Any] = {
         "schema": SCHEMA,
@@ -52,9 +58,11 @@ def to_json(measured: EvaluationResults, against: Baseline | None = None) -> dic
         },
         "metrics": evaluation.to_dict(),
         "thresholds": {
-            name: None if each is None else each.best_threshold()
-            for name, each in measured.points.items()
+            name: None if chosen is None else chosen.thresholds.of(name) for name in dataset.classes
         },
+        "threshold_choice": (
+            None if chosen is None else {"score": chosen.thresholds.score, **chosen.to_dict()}
+        ),
         "operating_points": _operating_points(measured),
         "calibration": {
             "min_score": MIN_SCORE,
@@ -91,18 +99,25 @@ def _model(model: ModelFile) -> dict[str, Any]:
 
 
 def _operating_points(measured: EvaluationResults) -> dict[str, Any]:
-    own = measured.selection.scores
+    own = measured.model.metadata.thresholds
+    chosen = None if measured.chosen is None else measured.chosen.thresholds
     return {
         name: {
-            "best": None if each is None else _at(each, each.best_threshold()),
-            "recommended": None if each is None else _at(each, round(float(own[label]), 6)),
+            "best": _best(each),
+            "chosen": None if chosen is None else _at(each, chosen.of(name)),
+            "recommended": _at(each, own.of(name)),
         }
-        for label, (name, each) in enumerate(measured.points.items())
+        for name, each in measured.points.items()
     }
 
 
-def _at(points: OperatingPoints, threshold: float | None) -> dict[str, float | None] | None:
-    if threshold is None:
+def _best(points: OperatingPoints | None) -> dict[str, float | None] | None:
+    exact = None if points is None else points.best_threshold()
+    return None if points is None or exact is None else _at(points, points.written(exact))
+
+
+def _at(points: OperatingPoints | None, threshold: float) -> dict[str, float | None] | None:
+    if points is None:
         return None
     precision, recall, f1 = points.at(threshold)
     return {"threshold": threshold, "precision": precision, "recall": recall, "f1": f1}

@@ -82,7 +82,8 @@ def precision_recall(results: EvaluationResults, classes: Sequence[str]) -> Figu
         if points is None or not points.scores.size:
             continue
         (line,) = axes.plot(points.recall, points.precision, label=_plain(name))
-        precision, recall, _ = points.at(float(results.selection.scores[label]))
+        threshold = results.model.metadata.thresholds.of(results.classes[label])
+        precision, recall, _ = points.at(threshold)
         if precision is not None:
             axes.plot([recall], [precision], marker="o", color=line.get_color())
     axes.set(xlim=(0, 1.02), ylim=(0, 1.02))
@@ -91,17 +92,18 @@ def precision_recall(results: EvaluationResults, classes: Sequence[str]) -> Figu
 
 
 def f1_over_threshold(results: EvaluationResults, classes: Sequence[str]) -> Figure:
-    """F1 of each class at IoU 0.50 over the score threshold, a dot at the best threshold."""
+    """F1 of each class at IoU 0.50 over the score threshold, a dot at the chosen threshold."""
     title = "F1 over the score threshold at IoU 0.50"
     figure, axes = _figure(title, across="score threshold", up="F1")
-    for name, points in zip(classes, results.points.values(), strict=True):
+    chosen = None if results.chosen is None else results.chosen.thresholds
+    for label, (name, points) in enumerate(zip(classes, results.points.values(), strict=True)):
         if points is None or not points.scores.size:
             continue
-        best = points.best_threshold()
-        label = _plain(name) if best is None else f"{_plain(name)}: {best:.2f}"
-        (line,) = axes.plot(points.scores, points.f1, drawstyle="steps-post", label=label)
-        if best is not None:
-            axes.plot([best], [points.f1.max()], marker="o", color=line.get_color())
+        threshold = None if chosen is None else chosen.of(results.classes[label])
+        text = _plain(name) if threshold is None else f"{_plain(name)}: {threshold}"
+        (line,) = axes.plot(points.scores, points.f1, drawstyle="steps-post", label=text)
+        if threshold is not None:
+            axes.plot([threshold], [points.at(threshold)[2]], marker="o", color=line.get_color())
     axes.set(xlim=(0, 1), ylim=(0, 1.02))
     _legend(axes)
     return figure

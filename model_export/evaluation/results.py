@@ -23,7 +23,12 @@ from model_export.evaluation.error_analysis import (
 )
 from model_export.evaluation.inference import evaluate_file
 from model_export.evaluation.reliability import Reliability, reliability
-from model_export.evaluation.thresholds import OperatingPoints, operating_points
+from model_export.evaluation.thresholds import (
+    ChosenThresholds,
+    OperatingPoints,
+    choose_thresholds,
+    operating_points,
+)
 from service.engine import postprocessing as results
 from service.runtime.artifact import Metadata, read_artifact
 from service.runtime.detector import Detections
@@ -63,6 +68,8 @@ class EvaluationResults:
             digest.update(repr((each.path.name, tuple(each.size))).encode())
             for values in (each.boxes, each.labels, each.crowds, each.crowd_labels):
                 digest.update(repr(values.tolist()).encode())
+            if len(each.difficult) or each.annotated_areas is not None:
+                digest.update(repr((each.difficult.tolist(), each.areas.tolist())).encode())
         return digest.hexdigest()
 
     @cached_property
@@ -74,6 +81,18 @@ class EvaluationResults:
     def points(self) -> dict[str, OperatingPoints | None]:
         """By class name; None where the truth has no object."""
         return dict(zip(self.classes, map(operating_points, self.matches), strict=True))
+
+    @cached_property
+    def chosen(self) -> ChosenThresholds | None:
+        """The thresholds that these images choose; None where no detection hits an object."""
+        return choose_thresholds(self.dataset.samples, self.matches, self.classes)
+
+    def f1(self, name: str) -> float | None:
+        """Return F1 of a class at its chosen threshold; None where it has no object."""
+        points = self.points[name]
+        if points is None or self.chosen is None:
+            return None
+        return points.at(self.chosen.thresholds.of(name))[2]
 
     @cached_property
     def calibration(self) -> dict[str, Reliability]:

@@ -12,9 +12,9 @@ from typing import Any, Final
 from model_export.checkpoints import Checkpoint
 from model_export.data.datasets import Dataset
 from model_export.evaluation.calibration import Calibration, calibrate
-from model_export.evaluation.coco_metrics import Evaluation
+from model_export.evaluation.coco_metrics import Evaluation, match
 from model_export.evaluation.inference import detect, evaluate_file
-from model_export.evaluation.thresholds import best_thresholds
+from model_export.evaluation.thresholds import ChosenThresholds, choose_thresholds
 from model_export.export.comparison import Row, check_loss, side_by_side
 from model_export.export.graph import export, replace_weights
 from model_export.export.precision import Precision, write_reduced
@@ -52,6 +52,8 @@ class ExportResult:
     report: Report
     evaluation: Evaluation | None
     calibration: Calibration | None = None
+    chosen: ChosenThresholds | None = None
+    """The file's thresholds, where labelled images chose them."""
     reduced: Report | None = None
     """The smaller file against the float32 one."""
     rows: Sequence[Row] = ()
@@ -72,32 +74,32 @@ def export_model(
 ) -> ExportResult:
     """Write a model file, verify it on `images` and, given `held_out` data, measure it.
 
-    With `held_out` the file says how well it detects there, and its thresholds are the ones of
-    highest F1 for each class; `score` replaces these. `calibrate_on` gives data to calibrate the
-    scores on, before all of that. Raises VerificationError. The file is
-    moved into place at the end: if anything fails, an existing file stays unchanged.
+    With `held_out` the file says how well it detects there, and its thresholds are chosen there
+    as `evaluation.thresholds` says; `score` replaces them. `calibrate_on` gives data to calibrate
+    the scores on, before all of that. Raises VerificationError. The file is moved into place at
+    the end: if anything fails, an existing file stays unchanged.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=output.parent) as folder:
         draft = Path(folder) / output.name
         thresholds = Thresholds() if score is None else Thresholds(score=score)
         metadata = export(checkpoint, draft, name=name, canvas=canvas, thresholds=thresholds)
-        calibration = None
+        calibration = chosen = None
         if calibrate_on is not None:
             calibration, found = _calibrate(draft, calibrate_on)
             folded = calibration.score_map.fold(checkpoint.weights)
             checkpoint = dataclasses.replace(checkpoint, weights={**checkpoint.weights, **folded})
             metadata = _describe_calibration(metadata, calibration, calibrate_on)
             if score is None:
-                metadata = _with_thresholds(metadata, calibrate_on, found)
+                metadata, chosen = _with_thresholds(metadata, calibrate_on, found)
             replace_weights(draft, folded, metadata)
         report = verify(checkpoint.build(), _open(draft), images, metadata.canvas)
-        done = ExportResult(report, None, calibration)
+        done = ExportResult(report, None, calibration, chosen)
         choose = score is None
         if reduction is None and held_out is not None:
             evaluation, found = evaluate_file(draft, held_out)
-            _describe_measured(draft, held_out, evaluation, found, choose_thresholds=choose)
-            done = dataclasses.replace(done, evaluation=evaluation)
+            again = _describe_measured(draft, held_out, evaluation, found, choose=choose)
+            done = dataclasses.replace(done, evaluation=evaluation, chosen=again or chosen)
         if reduction is not None:
             smaller = Path(folder) / "smaller" / output.name
             done = _reduce(done, draft, smaller, reduction, held_out, images, choose)
@@ -133,12 +135,22 @@ def _describe_calibration(metadata: Metadata, calibration: Calibration, data: Da
     return metadata.model_copy(update={"calibrated": True, "provenance": provenance})
 
 
-def _with_thresholds(metadata: Metadata, data: Dataset, found: Sequence[Detections]) -> Metadata:
-    """Return the thresholds of highest F1 on labelled images."""
-    per_class = best_thresholds(data.samples, found, metadata.classes)
-    rounded = {label: round(value, 2) for label, value in per_class.items()}
-    thresholds = metadata.thresholds.model_copy(update={"per_class": rounded})
-    return metadata.model_copy(update={"thresholds": thresholds})
+def _with_thresholds(
+    metadata: Metadata, data: Dataset, found: Sequence[Detections]
+) -> tuple[Metadata, ChosenThresholds | None]:
+    """Choose the thresholds on labelled images; without a detection that hits they stay."""
+    matches = match(data.samples, found, metadata.classes)
+    chosen = choose_thresholds(data.samples, matches, metadata.classes)
+    if chosen is None:
+        return metadata, None
+    own = chosen.thresholds
+    thresholds = metadata.thresholds.model_copy(
+        update={"score": own.score, "per_class": own.per_class}
+    )
+    entry = {"data": data.root.resolve().name, "split": data.split, **chosen.to_dict()}
+    provenance = {**metadata.provenance, "thresholds": entry}
+    update = {"thresholds": thresholds, "provenance": provenance}
+    return metadata.model_copy(update=update), chosen
 
 
 def _describe_measured(
@@ -147,12 +159,12 @@ def _describe_measured(
     evaluation: Evaluation,
     found: Sequence[Detections],
     *,
-    choose_thresholds: bool,
-) -> None:
-    """Write the measured metrics into a file."""
-    metadata = read_artifact(model).metadata
-    if choose_thresholds:
-        metadata = _with_thresholds(metadata, held_out, found)
+    choose: bool,
+) -> ChosenThresholds | None:
+    """Write the measured metrics into a file, and the thresholds that are chosen by them."""
+    metadata, chosen = read_artifact(model).metadata, None
+    if choose:
+        metadata, chosen = _with_thresholds(metadata, held_out, found)
     metrics = None
     if evaluation.ap is not None and evaluation.ap50 is not None:
         metrics = Metrics(
@@ -162,6 +174,7 @@ def _describe_measured(
             ap50=round(evaluation.ap50, 4),
         )
     write_metadata(model, metadata.model_copy(update={"metrics": metrics}))
+    return chosen
 
 
 def _reduce(
@@ -171,7 +184,7 @@ def _reduce(
     reduction: PrecisionOptions,
     held_out: Dataset | None,
     images: Sequence[bytes],
-    choose_thresholds: bool,
+    choose: bool,
 ) -> ExportResult:
     """Write, verify and measure the file of smaller precision beside the float32 one."""
     precision = reduction.precision
@@ -180,10 +193,9 @@ def _reduce(
     report = verify_reduced(_open(full), _open(smaller), images, rule)
     rows, measured = side_by_side({Precision.FP32: full, precision: smaller}, held_out, images)
     check_loss(rows[0], rows[1], reduction.accepted_loss)
-    evaluation = None
-    if held_out is not None:
-        evaluation, found = measured[precision]
-        _describe_measured(
-            smaller, held_out, evaluation, found, choose_thresholds=choose_thresholds
-        )
-    return dataclasses.replace(done, evaluation=evaluation, reduced=report, rows=rows)
+    done = dataclasses.replace(done, reduced=report, rows=rows)
+    if held_out is None:
+        return done
+    evaluation, found = measured[precision]
+    chosen = _describe_measured(smaller, held_out, evaluation, found, choose=choose)
+    return dataclasses.replace(done, evaluation=evaluation, chosen=chosen or done.chosen)

@@ -51,7 +51,9 @@ def with_thresholds(metadata: Metadata, changes: Sequence[str]) -> Metadata:
         iou=metadata.thresholds.iou,
         max_detections=metadata.thresholds.max_detections,
     )
-    return metadata.model_copy(update={"thresholds": thresholds})
+    # What is written there of the thresholds is no longer true.
+    provenance = {key: value for key, value in metadata.provenance.items() if key != "thresholds"}
+    return metadata.model_copy(update={"thresholds": thresholds, "provenance": provenance})
 
 
 def _fraction(change: str, text: str) -> float:

@@ -44,7 +44,7 @@ def resolve(
     """
     defaults = metadata.thresholds
     if score_threshold is None:
-        per_class = [defaults.per_class.get(name, defaults.score) for name in metadata.classes]
+        per_class = [defaults.of(name) for name in metadata.classes]
     else:
         per_class = [score_threshold] * len(metadata.classes)
     scores = np.array(per_class, dtype=np.float32)

@@ -125,6 +125,10 @@ class Thresholds(BaseModel):
     """A box that overlaps a better one of its class by strictly more is suppressed."""
     max_detections: int = Field(default=300, ge=1, le=MAX_DETECTIONS_CAP)
 
+    def of(self, name: str) -> float:
+        """Return the score threshold of a class."""
+        return self.per_class.get(name, self.score)
+
 
 class Metrics(BaseModel):
     """Accuracy, measured on the exported file."""

@@ -105,7 +105,12 @@ def test_evaluate_prints_and_writes_everything(rectangles_model, rectangles_data
     assert values["metrics"]["ap50"] == pytest.approx(1.0)
     assert values["metrics"]["per_class"]["red"]["count"] == 5
     assert values["model"]["sha256"] == read_artifact(rectangles_model).sha256
-    assert values["thresholds"]["green"] == pytest.approx(0.455, abs=1e-4)
+    # Every rectangle is found, at 0.9: midway to the lowest score that is measured, 0.01.
+    assert values["thresholds"] == {"red": 0.455, "green": 0.455}
+    assert (
+        "thresholds chosen on 10 images: F1 1.0000 micro, 1.0000 macro there; "
+        "F1 1.0000 micro, 1.0000 macro by 5-fold cross-validation\n"
+    ) in result.stdout
     assert values["against"]["difference"]["ap"] == {"value": 0.0, "low": 0.0, "high": 0.0}
     assert len(list(figures.glob("*.png"))) == 5
     assert "no difference to be seen" in report.read_text()
@@ -429,7 +434,11 @@ def test_export_describes_and_verifies(exported):
     assert (metadata.metrics.dataset, metadata.metrics.split) == ("rectangles", "val")
     assert metadata.provenance["licences"] == ["data: MIT", "weights: Apache-2.0"]
     assert "6 images, canvases 96x128" in result.stdout
-    assert "score thresholds: 0.3" in result.stdout
+    assert "thresholds chosen on 10 images: F1 " in result.stdout
+    thresholds = metadata.thresholds
+    own = "".join(f", {name} {value!r}" for name, value in thresholds.per_class.items())
+    assert f"score thresholds: {thresholds.score!r}{own}\n" in result.stdout
+    assert metadata.provenance["thresholds"]["images"] == 10
     written = sorted(path.name for path in output.parent.iterdir())
     assert written == ["checkpoint.safetensors", "model.onnx", "model.sha256"]
 

@@ -22,7 +22,7 @@ from model_export.evaluation.bootstrap import (
 from model_export.evaluation.coco_metrics import coco_metrics, match
 from model_export.evaluation.inference import evaluate_file
 from model_export.evaluation.plots import open_font, precision_recall, save_plots
-from model_export.evaluation.thresholds import best_thresholds, operating_points
+from model_export.evaluation.thresholds import operating_points
 from service.errors import ArtifactError, DataError
 from tests.unit.model_export.cases import (
     CLASSES,
@@ -262,7 +262,7 @@ def test_order_of_images_and_of_detections_does_not_matter(seed, order):
         assert getattr(after, name) == pytest.approx(getattr(before, name), abs=1e-12)
 
 
-# --- matches, thresholds -------------------------------------------------------------------------
+# --- matches -------------------------------------------------------------------------------------
 
 
 def test_matches_by_hand():
@@ -281,75 +281,12 @@ def test_matches_by_hand():
     assert speck.hits.shape == (10, 0)
 
 
-def test_points_at_a_threshold():
-    truth = [sample([FULL, [200, 200, 300, 300]], [0, 0])]
-    found = [detections([FULL, [400, 0, 450, 50]], [0.875, 0.75], [0, 0])]
-    points = operating_points(match(truth, found, CLASSES)[0])
-    assert points.at(0.5) == (0.5, 0.5, 0.5)
-    # Strictly above: the one of 0.75 does not pass 0.75.
-    assert points.at(0.75) == (1.0, 0.5, pytest.approx(2 / 3))
-    assert points.at(0.875) == (None, 0.0, 0.0)
-
-
 def test_mean_of_the_interpolated_precision_is_ap50():
     truth, found = random_case(11)
     result = coco_metrics(truth, found, CLASSES)
     for name, each in zip(CLASSES, match(truth, found, CLASSES), strict=True):
         mean = operating_points(each).interpolated().mean()
         assert mean == pytest.approx(result.per_class[name].ap50, abs=1e-12)
-
-
-def test_operating_points_by_hand():
-    truth = [sample([FULL, [200, 200, 300, 300]], [0, 0])]
-    miss = [400, 0, 450, 50]
-    boxes = [FULL, miss, [200, 200, 300, 300], miss]
-    found = [detections(boxes, [0.875, 0.75, 0.5, 0.25], [0, 0, 0, 0])]
-    points = operating_points(match(truth, found, CLASSES)[0])
-    assert points.scores.tolist() == [0.875, 0.75, 0.5, 0.25]
-    assert points.precision == pytest.approx([1, 1 / 2, 2 / 3, 2 / 4])
-    assert points.recall == pytest.approx([0.5, 0.5, 1, 1])
-    assert points.f1 == pytest.approx([2 / 3, 1 / 2, 4 / 5, 2 / 3])
-    # Midway between the last score kept, 0.5, and the first left out, 0.25.
-    assert best_thresholds(truth, found, CLASSES) == {"cell": 0.375}
-
-
-def test_detections_of_equal_score_pass_together():
-    truth = [sample([FULL], [0])]
-    found = [detections([FULL, [400, 0, 450, 50]], [0.5, 0.5], [0, 0])]
-    points = operating_points(match(truth, found, CLASSES)[0])
-    assert points.scores.tolist() == [0.5]
-    assert points.precision.tolist() == [0.5]
-
-
-def test_threshold_when_everything_found_is_right_reaches_halfway_to_what_was_measured():
-    truth = [sample([FULL], [0])]
-    assert best_thresholds(truth, [detections([FULL], [0.75], [0])], CLASSES) == {"cell": 0.38}
-
-
-def test_no_threshold_without_a_hit():
-    truth = [sample([FULL, FULL], [0, 1])]
-    found = [detections([[400, 0, 450, 50]], [0.9], [0])]
-    assert best_thresholds(truth, found, CLASSES) == {}
-    assert best_thresholds([EMPTY], found, CLASSES) == {}
-
-
-@settings(max_examples=10, deadline=None)
-@given(seed=st.integers(0, 10_000))
-def test_best_threshold_is_best_among_all(seed):
-    truth, found = random_case(seed)
-    for name, threshold in best_thresholds(truth, found, CLASSES).items():
-        label = CLASSES.index(name)
-        best = f1_at(truth, found, label, threshold)
-        others = np.linspace(0.0, 0.99, 34)
-        assert best >= max(f1_at(truth, found, label, t) for t in others) - 1e-9
-
-
-def f1_at(truth, found, label: int, threshold: float) -> float:
-    """F1 counted from scratch on the detections strictly above a threshold."""
-    kept = [each.pick((each.scores > threshold) & (each.labels == label)) for each in found]
-    matched = match(truth, kept, CLASSES)[label]
-    hits = int(matched.hits[0].sum())
-    return 2 * hits / max(1, len(matched.scores) + int(matched.objects.sum()))
 
 
 # --- comparison ----------------------------------------------------------------------------------

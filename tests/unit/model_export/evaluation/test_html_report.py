@@ -19,6 +19,7 @@ from model_export.evaluation.coco_metrics import Timing
 from model_export.evaluation.json_report import to_json
 from model_export.evaluation.results import Baseline
 from service.errors import DataError
+from service.runtime.artifact import Thresholds
 from tests.unit.model_export.cases import (
     EMPTY,
     NOTHING,
@@ -172,6 +173,20 @@ def test_figures_name_every_class(image):
     assert "D-ECE" in overall
 
 
+def test_page_has_thresholds_in_full_and_their_f1_cross_validated(image):
+    own = Thresholds(score=0.5, per_class={"cell": 0.61803})
+    measured = shown(image, thresholds=own)
+    page = Page(report.render(measured))
+    text = page.text
+    assert str(measured.chosen) in text
+    assert "by 5-fold cross-validation" in text
+    for name in measured.classes:
+        assert f"{measured.f1(name):.3f}{measured.chosen.thresholds.of(name)}{own.of(name)}" in text
+    held_back = [each for each in measured.mistakes if each.detection is None and each.score]
+    assert held_back, "an object whose detection is held back is needed"
+    assert "not above 0.61803" in text or "not above 0.5" in text
+
+
 def test_comparison_is_told_in_words(image):
     measured = shown(image)
     worse = [each.pick(slice(None, None, 3)) for each in measured.found]
@@ -266,10 +281,19 @@ def test_answer_has_the_keys_that_are_promised():
     assert np.array(again["confusion"]["counts"]).shape == (3, 3)
     assert sum(again["mistakes"].values()) == len(measured.mistakes)
     assert again["calibration"]["overall"]["d_ece"] == measured.overall_calibration.error
-    best = again["operating_points"]["cell"]["best"]
-    assert best["threshold"] == again["thresholds"]["cell"]
-    assert best["f1"] == pytest.approx(measured.points["cell"].f1.max())
-    assert again["operating_points"]["cell"]["recommended"]["threshold"] == 0.3
+    points = again["operating_points"]["cell"]
+    assert points["chosen"]["threshold"] == again["thresholds"]["cell"]
+    assert points["chosen"]["f1"] == measured.f1("cell")
+    assert points["best"]["f1"] == measured.points["cell"].f1.max() >= points["chosen"]["f1"]
+    assert points["recommended"]["threshold"] == 0.3
+    choice = again["threshold_choice"]
+    assert choice["score"] == measured.chosen.thresholds.score
+    assert (choice["images"], choice["folds"]) == (len(measured.dataset.samples), 5)
+    for key, f1 in (
+        ("f1", measured.chosen.in_sample),
+        ("f1_cross_validated", measured.chosen.cross_validated),
+    ):
+        assert choice[key] == {"micro": round(f1.micro, 4), "macro": round(f1.macro, 4)}
     assert len(again["curves"]["speck"]["precision"]) == 101
     assert set(again["against"]["difference"]) == {"ap", "ap50", "d_ece"}
 
@@ -286,6 +310,8 @@ def test_digest_tells_data_apart():
 def test_answer_of_nothing_is_json():
     written = json.loads(json.dumps(to_json(measurement([EMPTY], [NOTHING])), allow_nan=False))
     assert written["curves"] == {"cell": None, "speck": None}
+    assert written["thresholds"] == {"cell": None, "speck": None}
+    assert written["threshold_choice"] is None
     assert "against" not in written
 
 

@@ -98,6 +98,12 @@ def test_a_calibrated_release(exported: RandomModel, data: Dataset, tmp_path: Pa
     plain = metadata.thresholds.per_class
     assert plain.keys() == set(CLASSES)
     assert plain != exported.metadata.thresholds.per_class
+    assert done.chosen is not None
+    assert (metadata.thresholds.score, plain) == (
+        done.chosen.thresholds.score, done.chosen.thresholds.per_class
+    )  # fmt: skip
+    of = {"data": data.root.name, "split": "val"}
+    assert metadata.provenance["thresholds"] == {**of, **done.chosen.to_dict()}
     assert metadata.thresholds.iou == exported.metadata.thresholds.iou
     for before, after in zip(found_in(exported.path, data), found_in(output, data), strict=True):
         wanted = calibration.score_map.detections(before)
@@ -112,10 +118,11 @@ def test_a_file_measured_without_objects_names_no_metrics(tmp_path: Path) -> Non
     root = rectangles.draw_data(tmp_path / "data", val_objects=False)
     dataset = load(root, "val", classes=rectangles.CLASSES)
     measured = evaluate_file(model, dataset, device="cpu")
-    pipeline._describe_measured(model, dataset, *measured, choose_thresholds=True)
+    before = read_artifact(model).metadata
+    assert pipeline._describe_measured(model, dataset, *measured, choose=True) is None
     metadata = read_artifact(model).metadata
     assert metadata.metrics is None
-    assert metadata.thresholds.per_class == {}
+    assert (metadata.thresholds, metadata.provenance) == (before.thresholds, before.provenance)
 
 
 def test_a_smaller_release_measured_beside_the_float32_one(
@@ -133,6 +140,10 @@ def test_a_smaller_release_measured_beside_the_float32_one(
     assert metadata.provenance["precision"] == "int8"
     assert metadata.metrics is not None
     assert metadata.metrics.ap == round(done.evaluation.ap or 0, 4)
+    # Chosen by the smaller file's own scores.
+    assert done.chosen is not None
+    assert metadata.thresholds.per_class == done.chosen.thresholds.per_class != {}
+    assert metadata.provenance["thresholds"]["images"] == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.sha256"]
 
 

@@ -404,8 +404,13 @@ def test_inspect_describes_the_model_file(models: Path) -> None:
 def test_set_threshold_changes_the_file_and_its_checksum(models: Path) -> None:
     path = models / "tiny" / "1" / "model.onnx"
     write_checksum(path)
+    metadata = read_artifact(path).metadata
+    told = {**metadata.provenance, "thresholds": {"images": 10, "f1": {"micro": 0.9}}}
+    write_metadata(path, metadata.model_copy(update={"provenance": told}))
     result = run("inspect", path, "--set-threshold", "0.25", "--set-threshold", "red=0.75")
     assert result.exit_code == 0
+    # What it said of thresholds that it no longer has.
+    assert read_artifact(path).metadata.provenance == metadata.provenance
     thresholds = read_artifact(path).metadata.thresholds
     assert thresholds.score == 0.25
     assert thresholds.per_class == {"blue": 0.8, "red": 0.75}
