@@ -199,6 +199,13 @@ Example:
     help="AP that a smaller precision may cost, of 100; default: fp16 0.5, int8 1.5.",
 )
 @click.option(
+    "--inputs",
+    type=click.Choice(["optional", "required"]),
+    default="optional",
+    show_default=True,
+    help="optional: all but images have a default; required: none has, as OpenVINO needs it.",
+)
+@click.option(
     "--save-weights",
     "weights_file",
     type=_NEW_FILE,

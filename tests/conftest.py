@@ -22,7 +22,8 @@ collect_ignore = ["torchvision_golden.py"]
 
 _UNIT = "tests/unit/model_export"
 ONE_EXPORT = tuple(
-    f"{_UNIT}/export/test_{name}.py" for name in ("graph", "precision", "pipeline", "verify")
+    f"{_UNIT}/export/test_{name}.py"
+    for name in ("graph", "precision", "pipeline", "verify", "openvino")
 )
 """These files share one exported network, so one worker runs them all."""
 

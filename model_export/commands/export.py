@@ -50,6 +50,7 @@ def run(
     calibrate_split: str = "val",
     precision: str = Precision.FP32,
     max_loss: float | None = None,
+    inputs: str = "optional",
 ) -> None:
     """Write, verify and, given data, measure a model file. Raises RetinaserveError."""
     target = Precision(precision)
@@ -88,6 +89,7 @@ def run(
         images=images,
         calibrate_on=calibration_data,
         reduction=_reduction(target, held_out, data_config(labels), images, max_loss),
+        required_inputs=inputs == "required",
     )
     click.echo(f"wrote {output}, {output.stat().st_size / 1e6:.1f} MB")
     click.echo(str(done.report))

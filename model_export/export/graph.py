@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from model_export.checkpoints import Checkpoint
 from model_export.export.decoding import PIXELS, map_names, surround
-from model_export.export.nms import append_selection, declare_inputs
+from model_export.export.nms import append_selection, declare_inputs, require_inputs
 from model_export.retinanet.model import RetinaNet
 from service.imaging.canvas import MULTIPLE, Buckets, ShortSide
 from service.runtime.artifact import Metadata, Thresholds, set_metadata, write_checksum
@@ -49,10 +49,11 @@ def export(
     name: str,
     canvas: Buckets | ShortSide | None = None,
     thresholds: Thresholds | None = None,
+    required_inputs: bool = False,
 ) -> Metadata:
     """Write `output`, and its checksum as `model.sha256` beside it. Returns its metadata.
 
-    `canvas` replaces the checkpoint's own rule.
+    `canvas` replaces the checkpoint's own rule. With `required_inputs` no input has a default.
     """
     description = checkpoint.description
     metadata = Metadata(
@@ -64,6 +65,8 @@ def export(
     )
     model = build(checkpoint.build(), classes=len(description.classes))
     set_metadata(model, metadata)
+    if required_inputs:
+        require_inputs(model)
     output.parent.mkdir(parents=True, exist_ok=True)
     # Beside the target first: a running service may be watching the folder.
     partial = output.with_name(output.name + ".part")

@@ -15,7 +15,7 @@ import onnx.parser
 from numpy.typing import NDArray
 
 from service.runtime.artifact import MAX_DETECTIONS_CAP, Thresholds
-from service.runtime.detector import OUTPUTS
+from service.runtime.detector import INPUTS, OUTPUTS
 
 # Class-aware by the class axis of NonMaxSuppression: a candidate has its score in its own class's
 # row, and -1, which no threshold lets through, in the others. The operator orders its answer by
@@ -132,3 +132,11 @@ def declare_inputs(model: onnx.ModelProto) -> None:
     graph.initializer.extend(
         onnx.numpy_helper.from_array(value, name) for name, value in values.items()
     )
+
+
+def require_inputs(model: onnx.ModelProto) -> None:
+    """Take the defaults away, for runtimes that make constants of inputs that have one."""
+    initializers = model.graph.initializer
+    for place in reversed(range(len(initializers))):
+        if initializers[place].name in INPUTS:
+            del initializers[place]

@@ -71,19 +71,28 @@ def export_model(
     images: Sequence[bytes],
     calibrate_on: Dataset | None = None,
     reduction: PrecisionOptions | None = None,
+    required_inputs: bool = False,
 ) -> ExportResult:
     """Write a model file, verify it on `images` and, given `held_out` data, measure it.
 
     With `held_out` the file says how well it detects there, and its thresholds are chosen there
     as `evaluation.thresholds` says; `score` replaces them. `calibrate_on` gives data to calibrate
-    the scores on, before all of that. Raises VerificationError. The file is moved into place at
-    the end: if anything fails, an existing file stays unchanged.
+    the scores on, before all of that. With `required_inputs` no input of the file has a default.
+    Raises VerificationError. The file is moved into place at the end: if anything fails, an
+    existing file stays unchanged.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=output.parent) as folder:
         draft = Path(folder) / output.name
         thresholds = Thresholds() if score is None else Thresholds(score=score)
-        metadata = export(checkpoint, draft, name=name, canvas=canvas, thresholds=thresholds)
+        metadata = export(
+            checkpoint,
+            draft,
+            name=name,
+            canvas=canvas,
+            thresholds=thresholds,
+            required_inputs=required_inputs,
+        )
         calibration = chosen = None
         if calibrate_on is not None:
             calibration, found = _calibrate(draft, calibrate_on)

@@ -33,6 +33,7 @@ from service.errors import DataError
 from service.imaging.canvas import Buckets, ShortSide
 from service.imaging.decode import prepare
 from service.runtime.artifact import read_artifact, set_metadata
+from service.runtime.detector import thresholds
 
 
 class Precision(StrEnum):
@@ -123,8 +124,12 @@ class CanvasReader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime 
         prepared = next(self._prepared, None)
         if prepared is None:
             return None
-        sizes = np.array([prepared.letterbox.resized], dtype=np.int64)
-        return {"images": prepared.canvas[np.newaxis], "image_sizes": sizes}
+        return {
+            "images": prepared.canvas[np.newaxis],
+            "image_sizes": np.array([prepared.letterbox.resized], dtype=np.int64),
+            # No part of the network reads them.
+            **thresholds(0.5, 0.5, 1),
+        }
 
 
 def find_network(model: onnx.ModelProto) -> Network:

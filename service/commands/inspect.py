@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import click
+import onnx
 import orjson
 
 from service.errors import InvalidParameter
 from service.imaging.canvas import Buckets
 from service.runtime.artifact import Artifact, Metadata, Thresholds, read_artifact, write_metadata
-from service.runtime.detector import Detector
+from service.runtime.detector import INPUTS
 from service.runtime.devices import Device, open_detector
 
 
@@ -25,8 +26,9 @@ def run(path: Path, changes: Sequence[str]) -> None:
     if changes:
         write_metadata(path, with_thresholds(artifact.metadata, changes))
         artifact = read_artifact(path)
-    detector = open_detector(artifact, Device("cpu"))
-    for line in _describe(artifact, detector):
+    # A file that onnxruntime cannot load says so here.
+    open_detector(artifact, Device("cpu"))
+    for line in _describe(artifact):
         click.echo(line)
 
 
@@ -66,16 +68,24 @@ def _fraction(change: str, text: str) -> float:
     return value
 
 
-def _describe(artifact: Artifact, detector: Detector) -> Iterator[str]:
+def _describe(artifact: Artifact) -> Iterator[str]:
     metadata, thresholds = artifact.metadata, artifact.metadata.thresholds
+    graph = onnx.load_model_from_string(artifact.content).graph
+    # Until IR version 4 the weights are inputs, too.
+    inputs = [value for value in graph.input if value.name in INPUTS]
+    defaults = {each.name for each in graph.initializer}.intersection(INPUTS)
     rows: list[tuple[str, Any]] = [
         ("file", artifact.path),
         ("size", f"{len(artifact.content) / 1e6:.2f} MB"),
         ("sha256", artifact.sha256),
         ("name", metadata.name),
         ("schema", metadata.schema_version),
-        *(("input", text) for text in detector.inputs()),
-        *(("output", text) for text in detector.outputs()),
+        ("inputs", "optional" if defaults else "required"),
+        *(
+            ("input", _signature(value) + " (has a default)" * (value.name in defaults))
+            for value in inputs
+        ),
+        *(("output", _signature(value)) for value in graph.output),
         ("classes", f"{len(metadata.classes)}: {', '.join(metadata.classes)}"),
         ("canvas", _canvas(metadata)),
         ("score threshold", thresholds.score),
@@ -94,6 +104,14 @@ def _describe(artifact: Artifact, detector: Detector) -> Iterator[str]:
     yield "provenance"
     text = orjson.dumps(metadata.provenance, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS)
     yield from (f"  {line}" for line in text.decode().splitlines())
+
+
+def _signature(value: onnx.ValueInfoProto) -> str:
+    """Return name, type and shape as text."""
+    tensor = value.type.tensor_type
+    element = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
+    shape = [each.dim_param or each.dim_value for each in tensor.shape.dim]
+    return f"{value.name} ({element}) {shape}"
 
 
 def _canvas(metadata: Metadata) -> str:

@@ -246,7 +246,7 @@ def write_metadata(path: Path, metadata: Metadata) -> None:
 
 
 def set_metadata(model: onnx.ModelProto, metadata: Metadata) -> None:
-    """Put the description into a model in memory; its thresholds become the inputs' defaults."""
+    """Put the description into a model in memory; its thresholds become the defaults of inputs."""
     others = {p.key: p.value for p in model.metadata_props if p.key != METADATA_KEY}
     onnx.helper.set_model_props(model, {**others, METADATA_KEY: metadata.to_json()})
     thresholds = metadata.thresholds

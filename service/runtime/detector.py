@@ -80,20 +80,6 @@ class Detector:
         """The execution providers in use, first choice first."""
         return list(self._session.get_providers())
 
-    def inputs(self) -> list[str]:
-        """Return name, type and shape of each input as text, with defaults marked."""
-        required = [
-            signature(value)
-            for value in self._session.get_inputs()
-            if value.name not in self._weights
-        ]
-        defaults = self._session.get_overridable_initializers()
-        return required + [f"{signature(value)} (has a default)" for value in defaults]
-
-    def outputs(self) -> list[str]:
-        """Return name, type and shape of each output as text."""
-        return [signature(value) for value in self._session.get_outputs()]
-
     def suited(self, *, lone: bool) -> Detector:
         """Return the detector to use for a call; `lone`: no other work is waiting."""
         return self
@@ -194,8 +180,3 @@ def _problem(found: Detections, classes: Sequence[str]) -> str | None:
             f"{len(classes)} classes: 0 to {len(classes) - 1}"
         )
     return None
-
-
-def signature(value: ort.NodeArg) -> str:
-    """Return name, type and shape as text."""
-    return f"{value.name} {value.type.removeprefix('tensor')} {value.shape}"

@@ -35,14 +35,6 @@ class SharedDetector(Detector):
         """The execution providers in use, first choice first."""
         return self._alone.providers
 
-    def inputs(self) -> list[str]:
-        """Return name, type and shape of each input as text, with defaults marked."""
-        return self._alone.inputs()
-
-    def outputs(self) -> list[str]:
-        """Return name, type and shape of each output as text."""
-        return self._alone.outputs()
-
     def __call__(
         self,
         canvases: Canvases,

@@ -16,6 +16,7 @@ from service.imaging.samples import draw_smear
 from service.settings import bundled_models
 from tests.api.conftest import Start
 from tests.images import encoded
+from tests.required_inputs import without_defaults
 
 Detections = list[dict[str, Any]]
 
@@ -66,7 +67,9 @@ def offline(contents: list[bytes], models: Path, folder: Path) -> list[Detection
     return [each["detections"] for each in json.loads(result.stdout)["results"]]
 
 
-async def check(contents: list[bytes], start: Start, models: Path, folder: Path) -> None:
+async def check(
+    contents: list[bytes], start: Start, models: Path, folder: Path
+) -> list[Detections]:
     # Batches on purpose: on a CPU the default would be one image at a time.
     async with start(models_dir=models, max_batch_size=4, max_queue_delay_ms=20) as client:
         ways = await all_ways(client, contents)
@@ -75,6 +78,7 @@ async def check(contents: list[bytes], start: Start, models: Path, folder: Path)
     for way in ways[1:]:
         for one, other in zip(ways[0], way, strict=True):
             assert_same(one, other, score_threshold=0.3)
+    return ways[0]
 
 
 async def test_every_route_gives_the_same_detections_on_drawn_images(
@@ -86,6 +90,21 @@ async def test_every_route_gives_the_same_detections_on_drawn_images(
         for seed, (width, height) in enumerate(sizes)
     ]
     await check(contents, start, bundled_models(), tmp_path)
+
+
+async def test_a_file_of_required_inputs_gives_the_same_detections(
+    start: Start, tmp_path: Path
+) -> None:
+    contents = [encoded(draw_smear(1, width=500, height=400)[0]), encoded(draw_smear(2)[0])]
+    (bundled,) = bundled_models().glob("*/*/model.onnx")
+    required = tmp_path / "models" / "blood-cells" / "1" / "model.onnx"
+    required.parent.mkdir(parents=True)
+    required.write_bytes(without_defaults(bundled.read_bytes()))
+    (tmp_path / "images").mkdir()
+    found = await check(contents, start, tmp_path / "models", tmp_path / "images")
+    expected = await check(contents, start, bundled_models(), tmp_path / "images")
+    for one, other in zip(found, expected, strict=True):
+        assert_same(one, other, score_threshold=0.3)
 
 
 async def test_every_route_gives_the_same_detections_on_real_images(

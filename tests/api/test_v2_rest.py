@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -30,6 +31,7 @@ from tests.api.inference_protocol import (
     with_raw,
 )
 from tests.images import BLUE, GREEN, RED, encoded, one_red, rotated, squares
+from tests.required_inputs import without_defaults
 
 RED_BOX = [[32.0, 16.0, 64.0, 48.0]]
 
@@ -135,8 +137,12 @@ async def test_v2_infer_accepts_canvases_as_json(client: httpx.AsyncClient, nest
     assert found["scores"].tolist() == [1.0]
 
 
-async def test_v2_infer_equals_the_model_file(start: Start) -> None:
-    async with start(max_batch_size=4) as client:
+@pytest.mark.parametrize("kind", ["optional", "required"])
+async def test_v2_infer_equals_the_model_file(start: Start, tmp_path: Path, kind: str) -> None:
+    served = tiny_model.save(tmp_path)
+    if kind == "required":
+        served.write_bytes(without_defaults(served.read_bytes()))
+    async with start(models_dir=tmp_path, max_batch_size=4) as client:
         given = canvas(
             squares((0, 0, (200, 0, 0)), (48, 0, GREEN), (96, 60, BLUE)),
             squares((5, 7, RED), (60, 50, (0, 0, 180))),

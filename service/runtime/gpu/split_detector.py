@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from service.errors import ArtifactError, DeviceError
 from service.imaging.canvas import Size
 from service.runtime.artifact import MAX_DETECTIONS_CAP, Artifact
-from service.runtime.detector import INPUTS, Canvases, Detections, Detector, signature, thresholds
+from service.runtime.detector import Canvases, Detections, Detector, thresholds
 from service.runtime.gpu.cuda import CaptureGate, Memory, is_out_of_memory, too_little_memory
 from service.runtime.gpu.engine import Engine, OpenSession
 from service.runtime.gpu.graph_split import Parts
@@ -34,19 +34,6 @@ class SplitDetector(Detector):
     def providers(self) -> list[str]:
         """The execution providers of the network's session, first choice first."""
         return list(self._engine.network.get_providers())
-
-    def inputs(self) -> list[str]:
-        """Return name, type and shape of each input as text, with defaults marked."""
-        given = [value for value in self._engine.network.get_inputs() if value.name in INPUTS[:2]]
-        given += [value for value in self._engine.selection.get_inputs() if value.name in INPUTS]
-        return [
-            signature(value) + (" (has a default)" if value.name != INPUTS[0] else "")
-            for value in given
-        ]
-
-    def outputs(self) -> list[str]:
-        """Return name, type and shape of each output as text."""
-        return [signature(value) for value in self._engine.selection.get_outputs()]
 
     def __call__(
         self,

@@ -19,6 +19,7 @@ from model_export.provenance import git_commit
 from service.cli import retinaserve
 from service.imaging.canvas import Buckets, ShortSide, Size
 from service.runtime.artifact import read_artifact
+from tests.required_inputs import without_defaults
 from tests.unit.model_export import rectangles
 
 TINY = {
@@ -443,22 +444,33 @@ def test_export_describes_and_verifies(exported):
     assert written == ["checkpoint.safetensors", "model.onnx", "model.sha256"]
 
 
-def test_exported_file_is_evaluated(exported, data):
+def test_exported_file_is_evaluated(exported, data, tmp_path):
     output, _ = exported
-    result = call("evaluate", output, "--data", data, "--device", "cpu")
-    assert result.exit_code == 0, result.output
-    assert "10 images, 9 objects" in result.stdout
+    required = tmp_path / "required.onnx"
+    required.write_bytes(without_defaults(output.read_bytes()))
+    found = []
+    for file in (output, required):
+        predictions = tmp_path / f"{file.stem}.json"
+        result = call(
+            *("evaluate", file, "--data", data, "--device", "cpu", "--predictions", predictions)
+        )
+        assert result.exit_code == 0, result.output
+        assert "10 images, 9 objects" in result.stdout
+        found.append(json.loads(predictions.read_bytes()))
+    assert found[0] == found[1] != []
 
 
-def test_export_without_data_and_with_another_canvas(exported, tmp_path):
+def test_export_without_data_and_with_other_canvas_and_inputs(exported, tmp_path):
     # A bare safetensors file, as the bundled model's.
     weights = exported[0].with_name("checkpoint.safetensors")
     output = tmp_path / "small.onnx"
     result = call(
         "export", weights, "--output", output, "--canvas", "64x96",
-        "--score-threshold", "0.25", "--licence", "CC0",
+        "--score-threshold", "0.25", "--licence", "CC0", "--inputs", "required",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
+    assert "\ninputs           required\n" in call("inspect", output).stdout
+    assert "\ninputs           optional\n" in call("inspect", exported[0]).stdout
     assert "canvases 64x96" in result.stdout
     metadata = read_artifact(output).metadata
     assert metadata.name == "small"

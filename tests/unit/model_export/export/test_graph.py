@@ -23,6 +23,7 @@ from model_export.retinanet.model import ModelConfig, RetinaNet
 from service.errors import ArtifactError
 from service.runtime.artifact import MODEL_FILE, read_artifact
 from service.settings import bundled_models
+from tests.required_inputs import without_defaults
 from tests.unit.model_export.random_model import CLASSES, THRESHOLDS, RandomModel
 
 Run = Callable[..., dict[str, NDArray[Any]]]
@@ -84,18 +85,22 @@ def assert_same(a: tuple[NDArray[Any], ...], b: tuple[NDArray[Any], ...]) -> Non
 # --- names, types, shapes ------------------------------------------------------------------------
 
 
-def test_inputs_and_outputs(file: Path) -> None:
-    session = open_session(file)
+@pytest.mark.parametrize("kind", ["optional", "required"])
+def test_inputs_and_outputs(file: Path, kind: str) -> None:
+    content = file.read_bytes()
+    session = open_session(content if kind == "optional" else without_defaults(content))
     required = {i.name: (i.type, i.shape) for i in session.get_inputs()}
-    assert required == {"images": ("tensor(uint8)", ["batch", "height", "width", 3])}
+    assert required.pop("images") == ("tensor(uint8)", ["batch", "height", "width", 3])
     optional = {i.name: (i.type, i.shape) for i in session.get_overridable_initializers()}
-    assert optional.keys() == {"image_sizes", "score_threshold", "iou_threshold", "max_detections"}
-    assert optional["image_sizes"][0] == "tensor(int64)"
-    assert optional["image_sizes"][1][1] == 2
-    assert isinstance(optional["image_sizes"][1][0], str)
-    assert optional["score_threshold"] == ("tensor(float)", [1])
-    assert optional["iou_threshold"] == ("tensor(float)", [1])
-    assert optional["max_detections"] == ("tensor(int64)", [1])
+    others, empty = (optional, required) if kind == "optional" else (required, optional)
+    assert not empty
+    assert others.keys() == {"image_sizes", "score_threshold", "iou_threshold", "max_detections"}
+    assert others["image_sizes"][0] == "tensor(int64)"
+    assert others["image_sizes"][1][1] == 2
+    assert isinstance(others["image_sizes"][1][0], str)
+    assert others["score_threshold"] == ("tensor(float)", [1])
+    assert others["iou_threshold"] == ("tensor(float)", [1])
+    assert others["max_detections"] == ("tensor(int64)", [1])
     assert [(o.name, o.type, o.shape) for o in session.get_outputs()] == [
         ("image_index", "tensor(int64)", ["detections"]),
         ("boxes", "tensor(float)", ["detections", 4]),

@@ -38,6 +38,7 @@ from service.runtime.artifact import read_artifact, scan_repository
 from service.runtime.detector import INPUTS, OUTPUTS, Detector
 from service.runtime.gpu.graph_split import split
 from service.settings import bundled_models
+from tests.required_inputs import without_defaults
 from tests.unit.model_export import random_model
 from tests.unit.model_export.random_model import CANVAS, MODEL, RandomModel
 
@@ -187,6 +188,17 @@ def test_inputs_outputs_and_seam_stay(
             assert types[node.input[0]] in (TensorProto.FLOAT, TensorProto.INT64)
     assert [o.name for o in after.graph.output] == list(OUTPUTS)
     assert after.producer_name == before.producer_name
+
+
+def test_a_reduced_file_of_required_inputs_has_the_same_network(
+    reduced: tuple[Precision, Path], exported: RandomModel, images: list[bytes], tmp_path: Path
+) -> None:
+    precision, expected = reduced
+    source, target = tmp_path / "required.onnx", tmp_path / "model.onnx"
+    source.write_bytes(without_defaults(exported.path.read_bytes()))
+    write_reduced(source, target, precision, images)
+    wanted = onnx.load_model_from_string(without_defaults(expected.read_bytes()))
+    assert onnx.load(target) == wanted
 
 
 def test_the_description_says_which_precision(

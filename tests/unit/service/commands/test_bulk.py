@@ -21,6 +21,7 @@ from service.runtime.artifact import Thresholds, read_artifact
 from service.runtime.detector import Detections, Detector
 from tests import tiny_model
 from tests.images import GREEN, RED, encoded, huge_png, one_red, squares
+from tests.required_inputs import without_defaults
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +90,14 @@ def test_bulk_writes_a_row_per_image(folder: Path, tmp_path: Path) -> None:
     bomb = by_name["bomb.png"]
     assert bomb["error"].startswith("too-large: the image has 9000 x 9000 = 81000000 pixels")
     assert bomb["width"] is bomb["boxes"] is bomb["labels"] is None
+
+
+def test_bulk_takes_a_file_of_required_inputs(folder: Path, tmp_path: Path, models: Path) -> None:
+    summary(bulk(folder, "--output", tmp_path / "optional"))
+    path = models / "tiny" / "1" / "model.onnx"
+    path.write_bytes(without_defaults(path.read_bytes()))
+    summary(bulk(folder, "--output", tmp_path / "required"))
+    assert rows(tmp_path / "required") == rows(tmp_path / "optional")
 
 
 def test_bulk_parts_describe_their_run(folder: Path, tmp_path: Path, models: Path) -> None:

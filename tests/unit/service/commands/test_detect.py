@@ -6,6 +6,7 @@ import csv
 import errno
 import io
 import json
+import re
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
@@ -22,6 +23,7 @@ from service.http.schemas import BatchAnswer, DetectAnswer
 from service.runtime.artifact import read_artifact, write_checksum, write_metadata
 from tests import tiny_model
 from tests.images import GREEN, RED, encoded, one_red, rotated, squares
+from tests.required_inputs import without_defaults
 
 
 @pytest.fixture
@@ -390,7 +392,8 @@ def test_detect_requires_a_name_among_models(models: Path, folder: Path) -> None
 def test_inspect_describes_the_model_file(models: Path) -> None:
     output = run("inspect", models / "tiny" / "1" / "model.onnx").output
     for text in (
-        "images (uint8) ['batch', 'height', 'width', 3]",
+        "inputs           optional\n",
+        "images (uint8) ['batch', 'height', 'width', 3]\n",
         "max_detections (int64) [1] (has a default)",
         "labels (int64) ['detections']",
         "96x128, 128x96, 96x96",
@@ -399,6 +402,22 @@ def test_inspect_describes_the_model_file(models: Path) -> None:
         '"model": "Apache-2.0"',
     ):
         assert text in output, text
+
+
+def test_commands_take_a_file_of_required_inputs(models: Path, folder: Path) -> None:
+    path = models / "tiny" / "1" / "model.onnx"
+    expected = run("detect", folder / "a.png", "--output", "coco")
+    assert "(has a default)" in run("inspect", path).output
+    path.write_bytes(without_defaults(path.read_bytes()))
+    output = run("inspect", path, "--set-threshold", "0.4").output
+    assert "\ninputs           required\n" in output
+    assert "(has a default)" not in output
+    assert "score threshold  0.4" in output
+    run("inspect", path, "--set-threshold", "0.5")
+    found = run("detect", folder / "a.png", "--output", "coco")
+    assert found.exit_code == expected.exit_code == 0
+    assert found.stdout == expected.stdout
+    assert re.search(r"tiny@1 +works on cpu", run("doctor").output)
 
 
 def test_set_threshold_changes_the_file_and_its_checksum(models: Path) -> None:

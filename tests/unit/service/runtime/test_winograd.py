@@ -24,6 +24,7 @@ from service.runtime.devices import Device, fitted, open_detector, providers, se
 from service.settings import Settings, bundled_models
 from service.system.cpus import cpu_count
 from tests.canvases import found, noise, sizes_of
+from tests.required_inputs import without_defaults
 
 CPU = Device("cpu")
 LARGE = Size(800, 1088)
@@ -394,14 +395,14 @@ def test_winograd_is_dear_for_several_threads_with_wide_vectors(
     assert bool(fitted(bundled, replace(CPU, threads=threads)).weights) == gains
 
 
-def test_winograd_filters_are_not_listed_as_inputs(bundled: Artifact) -> None:
-    assert [line.split()[0] for line in open_detector(bundled, CPU).inputs()] == [
-        "images",
-        "image_sizes",
-        "score_threshold",
-        "iou_threshold",
-        "max_detections",
-    ]
+def test_winograd_rewrites_a_file_of_required_inputs_alike(bundled: Artifact) -> None:
+    canvas = bundled.metadata.canvas.largest()
+    optional = winograd.rewrite(bundled.content, canvas)
+    required = winograd.rewrite(without_defaults(bundled.content), canvas)
+    assert optional is not None
+    assert required is not None
+    assert without_defaults(optional.content) == required.content
+    assert optional.weights.keys() == required.weights.keys()
 
 
 def test_winograd_leaves_a_file_without_gain(

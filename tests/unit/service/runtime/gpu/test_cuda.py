@@ -6,6 +6,7 @@ import ctypes
 import mmap
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from service.runtime.gpu.split_detector import SplitDetector
 from service.runtime.gpu.whole_detector import WholeDetector
 from tests import seam_model
 from tests.canvases import found, noise, same, sizes_of
+from tests.required_inputs import without_defaults
 
 SECONDS = 60.0
 
@@ -331,9 +333,13 @@ def test_gpu_runs_the_whole_file_by_default(
     assert isinstance(detector, WholeDetector)
 
 
-def test_gpu_io_binding_gives_the_same_detections(tmp_path: Path) -> None:
+@pytest.mark.parametrize("inputs", ["optional", "required"])
+def test_gpu_io_binding_gives_the_same_detections(tmp_path: Path, inputs: str) -> None:
     artifact = read_artifact(seam_model.save(tmp_path))
-    plain, bound = open_detector(artifact, Device("cpu")), open_whole(artifact, CaptureGate())
+    plain = open_detector(artifact, Device("cpu"))
+    if inputs == "required":
+        artifact = replace(artifact, content=without_defaults(artifact.content))
+    bound = open_whole(artifact, CaptureGate())
     canvas = Size(96, 128)
     for count in (1, 3, 2):
         canvases, sizes = noise(count, count, canvas), sizes_of(count, canvas, less=5)

@@ -40,6 +40,7 @@ from service.runtime.gpu.whole_detector import WholeDetector
 from service.settings import bundled_models
 from tests import seam_model, tiny_model
 from tests.canvases import found, noise, same, sizes_of
+from tests.required_inputs import without_defaults
 
 SECONDS = 60.0
 SMALL = Size(96, 96)
@@ -385,9 +386,10 @@ def test_split_detector_describes_itself(
 ) -> None:
     assert halves.metadata == whole.metadata
     assert halves.providers == whole.providers
-    # Their order is the parts'.
-    assert sorted(halves.inputs()) == sorted(whole.inputs())
-    assert halves.outputs() == whole.outputs()
+
+
+def test_file_of_required_inputs_is_split_into_the_same_parts(artifact: Artifact) -> None:
+    assert split(without_defaults(artifact.content)) == parts_of(artifact)
 
 
 def test_file_without_candidates_is_not_split(
