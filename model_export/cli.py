@@ -69,7 +69,8 @@ Example:
     "config_file",
     type=Recipe(),
     metavar="RECIPE|FILE.yaml",
-    help="Settings: light (a network for CPUs), blood-cells, or a file of your own.",
+    help="Settings: light (a network for CPUs, the default), paper (ResNet-50, for GPUs), "
+    "blood-cells, foreign-objects, or a file of your own.",
 )
 @click.option(
     "--set",
@@ -81,7 +82,14 @@ Example:
 @click.option(
     "--anchors",
     type=click.Choice(["auto"]),
-    help="Take the anchors that `data check` recommends, and its canvas where none is given.",
+    help="Take the anchors that `data check` recommends, even where the settings name others.",
+)
+@click.option(
+    "--budget-ms",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="MS",
+    help="Time that an image may take on two CPU cores, which limits the canvas that is chosen for "
+    "the data; default: 100 on a CPU, no limit on a GPU.",
 )
 @click.option(
     "--batch-size", type=click.IntRange(min=1), help="Images per step, over all processes."
@@ -100,7 +108,8 @@ Example:
 def train(**options: Any) -> None:
     """Train a detector on labelled images.
 
-    Before it starts it prints a summary of the data and the objects that no anchor reaches.
+    Canvas and anchors are chosen for the data unless the settings name them. Before it starts it
+    prints them, a summary of the data, the objects that no anchor reaches, and the time of a step.
     """
     from model_export.commands import train as command
 
@@ -328,7 +337,15 @@ Example:
     "config_file",
     type=Recipe(),
     metavar="RECIPE|FILE.yaml",
-    help="Settings of `train`, whose canvas and anchors are judged.",
+    help="Settings of `train`, whose canvas and anchors are judged; default: light.",
+)
+@click.option(
+    "--budget-ms",
+    type=click.FloatRange(min=0, min_open=True),
+    default=100.0,
+    show_default=True,
+    metavar="MS",
+    help="Time that an image may take on two CPU cores, which limits the recommended canvas.",
 )
 @click.option(
     "--json",

@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 
 from model_export.data.batches import Augmentation
 from model_export.data.formats import FormatName
+from model_export.retinanet.heads import PAPER_WIDTH
 from model_export.retinanet.losses import BoxLoss, ClassificationLoss, Focal, SmoothL1
 from model_export.retinanet.matching import IouMatcher, Matcher
 from model_export.retinanet.model import ModelConfig
@@ -148,6 +149,7 @@ def apply_overrides(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> 
     merged = copy.deepcopy(dict(values))
     for key, value in overrides.items():
         _set(merged, key.split("."), copy.deepcopy(value))
+    _norm_narrow_heads(merged)
     try:
         return TrainConfig.model_validate(merged)
     except ValidationError as error:
@@ -176,6 +178,22 @@ def _message(item: ErrorDetails) -> str:
     if item["type"] != "union_tag_not_found":
         return item["msg"]
     return f"{item['ctx']['discriminator']} must be given with it, to say what kind it is"
+
+
+def _norm_narrow_heads(values: dict[str, Any]) -> None:
+    """Give heads that are narrower than the paper's a group norm, unless the settings name one.
+
+    Without it they answer each level at another scale and learn slowly: docs/focal-loss-study.md.
+    A checkpoint's own description is not changed.
+    """
+    model = values.get("model")
+    width = model.get("head_width") if isinstance(model, dict) else None
+    if not isinstance(model, dict) or not isinstance(width, int) or "head_norm" in model:
+        return
+    if 8 <= width < PAPER_WIDTH:
+        groups = max(each for each in range(1, width // 8 + 1) if width % each == 0)
+        model["head_norm"] = "group"
+        model.setdefault("head_groups", groups)
 
 
 def _set(values: dict[str, Any], keys: Sequence[str], value: Any) -> None:

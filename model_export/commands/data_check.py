@@ -11,6 +11,7 @@ import click
 
 from model_export.commands.export import parse_canvas
 from model_export.commands.labelled_data import data_config
+from model_export.commands.options import DEFAULT_RECIPE
 from model_export.config import DataConfig, TrainConfig, load_config
 from model_export.data import datasets
 from model_export.data.account import FileCount, account
@@ -19,6 +20,7 @@ from model_export.data.folder import LabelledFolder
 from model_export.data.problems import BadData, Problem, describe_all
 from model_export.data.report import DataReport, summarise
 from model_export.training.recommendation import Recommendation, recommend
+from model_export.training.speed import within
 from service.errors import DataError
 from service.filenames import refuse_to_replace
 
@@ -33,6 +35,7 @@ def run(
     splits: Sequence[str],
     canvas: str | None,
     config_file: Path | None,
+    budget_ms: float,
     json_file: Path | None,
 ) -> None:
     """Print a summary of a folder. Raises DataError if a problem in it stops training."""
@@ -41,7 +44,7 @@ def run(
     overrides = {f"data.{key}": value for key, value in labels.items()}
     if canvas is not None:
         overrides["canvas"] = parse_canvas(canvas).model_dump(mode="json")
-    config = load_config(config_file, overrides)
+    config = load_config(config_file or DEFAULT_RECIPE, overrides)
     folder = LabelledFolder(root)
     found = _read_all(folder, splits or _splits_of(folder, config.data), config.data)
     reports = [summarise(each, config.canvas, config.model.anchors) for each in found.datasets]
@@ -52,7 +55,7 @@ def run(
     counts = account(folder, found.datasets, format=config.data.format) if found.is_sound else ()
     for count in counts:
         click.echo(str(count))
-    advice = _advice(found.datasets, config)
+    advice = _advice(found.datasets, config, budget_ms)
     if advice is not None:
         click.echo(str(advice))
     if json_file is not None:
@@ -117,12 +120,14 @@ def _splits_of(folder: LabelledFolder, choice: DataConfig) -> list[str]:
     return [split for split in _USUAL if split in there] or list(there)
 
 
-def _advice(found: Sequence[Dataset], config: TrainConfig) -> Recommendation | None:
-    """Recommend from the train split, as `train --anchors auto` does."""
+def _advice(
+    found: Sequence[Dataset], config: TrainConfig, budget_ms: float
+) -> Recommendation | None:
+    """Recommend from the train split, as `train` does."""
     training = next((each for each in found if each.split == "train"), None)
     if training is None or not any(len(sample.boxes) for sample in training.samples):
         return None
-    return recommend(training, config)
+    return recommend(training, config, limit=within(config.model, len(training.classes), budget_ms))
 
 
 def _unreached(report: DataReport) -> Iterator[str]:

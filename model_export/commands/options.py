@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 _RECIPES = Path(__file__).parents[1] / "recipes"
+DEFAULT_RECIPE = _RECIPES / "light.yaml"
 
 
 class Recipe(click.ParamType[Path]):

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from model_export.checkpoints import Checkpoint, fetch_imagenet, load_checkpoint
 from model_export.commands.labelled_data import as_options, load
+from model_export.commands.options import DEFAULT_RECIPE
 from model_export.config import DataConfig, TrainConfig, dump_config, load_config
 from model_export.data.account import account
 from model_export.data.datasets import Dataset
@@ -27,6 +28,7 @@ from model_export.training.callbacks import METRICS
 from model_export.training.distributed import launch, this_command, world
 from model_export.training.hardware import accelerator_for
 from model_export.training.recommendation import recommend
+from model_export.training.speed import BUDGET_MS, ENOUGH_EPOCHS, time_step, within
 from model_export.training.trainer import BEST, CONFIG, LAST, train
 from service.errors import DataError
 from service.filenames import refuse_to_replace
@@ -47,6 +49,7 @@ def run(
     config_file: Path | None,
     settings: Sequence[str],
     anchors: str | None,
+    budget_ms: float | None,
     weights: str | None,
     init: str | None,
     resume: bool,
@@ -78,15 +81,18 @@ def run(
         _start_processes(devices, device)
         return
     started_from = _load_init(init)
-    config = load_config(output / CONFIG if resume else config_file, overrides)
+    config = load_config(output / CONFIG if resume else config_file or DEFAULT_RECIPE, overrides)
     if started_from is not None:
-        config = adopt(config, started_from)
+        given_model = config_file is not None or any(key.startswith("model") for key in overrides)
+        config = adopt(config, started_from, given_model=given_model)
     known = load_checkpoint(output / LAST) if resume else started_from
     folder = LabelledFolder(data)
     training = _training_data(folder, config.data, known, resume=resume)
     validation = load(folder, "val", config.data, classes=training.classes)
-    if fit_anchors:
-        config = _with_advised_anchors(config, training)
+    if not resume and started_from is None:
+        config = _fitted(config, training, anchors=fit_anchors, budget_ms=budget_ms, device=device)
+    if world().size == 1:
+        _say_speed(config, training, device)
     _report(config, folder, training, validation)
     imagenet = _backbone_weights(weights, config)
     origin = _provenance(config, training, imagenet, started_from, licences)
@@ -133,10 +139,61 @@ def _say(text: str) -> None:
         click.echo(text)
 
 
-def _with_advised_anchors(config: TrainConfig, training: Dataset) -> TrainConfig:
-    advice = recommend(training, config)
+def _fitted(
+    config: TrainConfig,
+    training: Dataset,
+    *,
+    anchors: bool,
+    budget_ms: float | None,
+    device: str,
+) -> TrainConfig:
+    """Return the config with canvas and anchors that fit the data, where it names none.
+
+    With `anchors` they replace those that it names, too.
+    """
+    canvas_named = "canvas" in config.model_fields_set
+    anchors_named = "anchors" in config.model.model_fields_set and not anchors
+    if canvas_named and anchors_named:
+        return config
+    if budget_ms is None and accelerator_for(device, 1)[0] == "cpu":
+        budget_ms = BUDGET_MS
+    advice = recommend(
+        training, config, limit=within(config.model, len(training.classes), budget_ms)
+    )
+    # Several processes would each measure another time.
+    if config.max_minutes is not None and not canvas_named and world().size == 1:
+        step = time_step(config, len(training.classes), advice.after.canvas.largest(), device)
+        in_time = step.limit(len(training.samples), config.max_minutes)
+        if advice.after.canvas.largest().area > in_time.area:
+            advice = recommend(training, config, limit=in_time)
     _say(f"{advice}\n")
-    return advice.apply(config)
+    fitted = advice.apply(config)
+    return fitted.model_copy(update={"model": config.model}) if anchors_named else fitted
+
+
+def _say_speed(config: TrainConfig, training: Dataset, device: str) -> None:
+    """Print the time of a training step, and the number of epochs that fit into the time."""
+    canvas = config.canvas.largest()
+    step = time_step(config, len(training.classes), canvas, device)
+    epoch = step.epoch_seconds(len(training.samples), canvas.area)
+    text = (
+        f"a training step takes {step.seconds:.2g} s an image at {canvas.height}x{canvas.width}, "
+        f"{1 / step.seconds:.2g} images/s; an epoch takes {epoch / 60:.2g} min"
+    )
+    if config.max_minutes is None:
+        _say(
+            f"{text}, all {config.epochs} {config.epochs * epoch / 60:.2g} min; --max-minutes "
+            "fits the schedule to your time\n"
+        )
+        return
+    fit = int(config.max_minutes * 60 / epoch)
+    _say(f"{text}, so that about {min(fit, config.epochs)} fit into {config.max_minutes:g} min")
+    if fit < ENOUGH_EPOCHS:
+        _say(
+            f"note: fewer than {ENOUGH_EPOCHS} epochs learn little; give more --max-minutes, or a "
+            "smaller canvas"
+        )
+    _say("")
 
 
 def _provenance(
@@ -155,13 +212,14 @@ def _provenance(
     )
 
 
-def adopt(config: TrainConfig, checkpoint: Checkpoint) -> TrainConfig:
+def adopt(config: TrainConfig, checkpoint: Checkpoint, *, given_model: bool) -> TrainConfig:
     """Return the config with the checkpoint's network, and its canvas if the config names none.
 
-    Raises DataError if the config asks for another network.
+    Raises DataError if the config asks for another network; with `given_model` false it was not
+    the user who did.
     """
     model = checkpoint.description.model
-    if "model" in config.model_fields_set and config.model != model:
+    if given_model and "model" in config.model_fields_set and config.model != model:
         raise DataError(
             f"{checkpoint.path}: its network is {model.backbone} with heads of "
             f"{model.head_depth} x {model.head_width}, the config asks for another; leave "

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 PRIOR = 0.01
 """At the start every anchor says "object" with this probability (Focal Loss, section 3.3)."""
 
-_PAPER_WIDTH = 256
+PAPER_WIDTH = 256
+"""Channels of the heads in Focal Loss, section 4."""
 
 
 def prior_bias(prior: float = PRIOR) -> float:
@@ -67,7 +68,7 @@ class Head(nn.Module):
 
 
 def _initialise_hidden(conv: nn.Conv2d) -> None:
-    if conv.out_channels >= _PAPER_WIDTH:
+    if conv.out_channels >= PAPER_WIDTH:
         nn.init.normal_(conv.weight, std=0.01)
     else:
         # The paper's N(0, 0.01) is right for 256 channels; four narrower convolutions would

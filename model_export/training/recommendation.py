@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -15,6 +16,7 @@ from model_export.data.anchor_fit import Boxes, Fit, best_ious, fit_of, search
 from model_export.data.datasets import Dataset
 from model_export.data.samples import Sample
 from model_export.retinanet.anchors import AnchorConfig
+from model_export.training.speed import NO_LIMIT, Limit
 from service.errors import DataError
 from service.imaging.canvas import MULTIPLE, Buckets, ShortSide, Size
 
@@ -23,6 +25,9 @@ CLEAR_SIDE: Final = 32.0
 
 CLEAR_SHARE: Final = 0.95
 """Share of the boxes, the classes' mean, that a canvas must show clearly."""
+
+REACHED_SHARE: Final = 0.95
+"""Share of the boxes that anchors should reach; below, the recommendation says why they do not."""
 
 _SMALLEST_CANVAS: Final = 256
 _LARGEST_CANVAS: Final = 1024
@@ -57,6 +62,8 @@ class Recommendation:
     """The canvas is the one that was asked for."""
     smallest_canvas: Buckets
     """The smallest one that shows the objects clearly, or the images' own size."""
+    limit: Limit
+    """What may keep the canvas smaller than that."""
 
     def settings(self) -> dict[str, Any]:
         """Return the part of a config that is recommended."""
@@ -101,30 +108,39 @@ class Recommendation:
         yield _row(
             f"  {CLEAR_SIDE:g} px and more, the mean", f"{before.clear:.1%}", f"{after.clear:.1%}"
         )
+        own = _canvas(self.smallest_canvas)
         if self.canvas_kept:
-            own = _canvas(self.smallest_canvas)
             yield f"the canvas is the one asked for; of itself it would be {own}"
+        elif self.smallest_canvas != after.canvas:
+            yield f"the objects ask for {own}; {self.limit.reason}"
+        if after.overall.reached < REACHED_SHARE:
+            yield (
+                f"{1 - after.overall.reached:.0%} of the objects have no anchor at IoU 0.5: they "
+                f"are below {_smallest(after.anchors):g} px on this canvas, or of rare shapes; a "
+                "larger canvas helps against the first"
+            )
         if after.clear < CLEAR_SHARE:
             yield (
                 f"{1 - after.clear:.0%} of the objects stay below {CLEAR_SIDE:g} px: a larger "
                 "canvas (--canvas) has a finer grid; larger images, or tiles of these, show more"
             )
-        yield "for --config (train --anchors auto takes the same):"
+        yield "for --config (train takes the same where its config names neither):"
         yield yaml.safe_dump(self.settings(), sort_keys=False, default_flow_style=None).rstrip()
 
 
-def recommend(training: Dataset, config: TrainConfig) -> Recommendation:
+def recommend(training: Dataset, config: TrainConfig, *, limit: Limit = NO_LIMIT) -> Recommendation:
     """Recommend canvas and anchors for a train split; a canvas that the config names is kept.
 
-    The canvas is the smallest that shows CLEAR_SHARE of the objects at CLEAR_SIDE, and no larger
-    than the images, which enlarging makes no clearer. Raises DataError without objects.
+    The canvas is the smallest that shows CLEAR_SHARE of the objects at CLEAR_SIDE, no larger than
+    the images, which enlarging makes no clearer, and within the limit. Raises DataError without
+    objects.
     """
     samples = [sample for sample in training.samples if len(sample.boxes)]
     if not samples:
         raise DataError(f"{training.root}: no object to choose anchors for; label some")
     kept = "canvas" in config.model_fields_set
     smallest = choose_canvas(training.samples)
-    canvas = config.canvas if kept else smallest
+    canvas = config.canvas if kept else choose_canvas(training.samples, limit.area)
     groups = _on_canvas(samples, canvas)
     searched = _sample(groups)
     if config.augmentation.transpose > 0:
@@ -135,20 +151,28 @@ def recommend(training: Dataset, config: TrainConfig) -> Recommendation:
         after=_measure(samples, canvas, anchors),
         canvas_kept=kept,
         smallest_canvas=smallest,
+        limit=limit,
     )
 
 
-def choose_canvas(samples: Sequence[Sample]) -> Buckets:
-    """Return the smallest canvases, by the shapes of the images, that show the objects clearly."""
+def choose_canvas(samples: Sequence[Sample], area: float = math.inf) -> Buckets:
+    """Return the smallest canvases, by the shapes of the images, that show the objects clearly.
+
+    The largest of them has at most `area` pixels, if one of the smallest does.
+    """
     sides = np.array([sample.size for sample in samples], dtype=np.float64)
     own = float(np.percentile(sides.min(axis=1), 90))
     largest = min(_up(own), _LARGEST_CANVAS)
-    chosen = _buckets(sides, largest)
     labelled = [sample for sample in samples if len(sample.boxes)]
-    for short in range(min(_SMALLEST_CANVAS, largest), largest, MULTIPLE):
+    shortest = min(_SMALLEST_CANVAS, largest)
+    chosen = _buckets(sides, shortest)
+    for short in range(shortest, largest + 1, MULTIPLE):
         rule = _buckets(sides, short)
+        if rule.largest().area > area:
+            break
+        chosen = rule
         if _clear_share(_on_canvas(labelled, rule)) >= CLEAR_SHARE:
-            return rule
+            break
     return chosen
 
 
@@ -231,6 +255,11 @@ def _sample(groups: Sequence[Boxes]) -> list[Boxes]:
 def _transposed(group: Boxes) -> Boxes:
     swapped = Size(group.canvas.width, group.canvas.height)
     return Boxes(swapped, group.boxes[:, [1, 0, 3, 2]], group.weights)
+
+
+def _smallest(anchors: AnchorConfig) -> float:
+    """Side in pixels of a square that the smallest anchor still overlaps by half."""
+    return round(min(map(min, anchors.sizes)) / math.sqrt(2), 1)
 
 
 def _canvas(rule: Buckets | ShortSide) -> str:

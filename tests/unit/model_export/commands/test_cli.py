@@ -1,5 +1,6 @@
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,13 @@ from fontTools.ttLib import TTFont
 
 from model_export.checkpoints import fetch_imagenet, load_checkpoint
 from model_export.commands.export import default_name, parse_canvas
+from model_export.commands.labelled_data import load
+from model_export.commands.options import DEFAULT_RECIPE
 from model_export.commands.train import parse_setting
+from model_export.config import load_config
+from model_export.data.folder import LabelledFolder
 from model_export.provenance import git_commit
+from model_export.training.recommendation import recommend
 from service.cli import retinaserve
 from service.imaging.canvas import Buckets, ShortSide, Size
 from service.runtime.artifact import read_artifact
@@ -246,6 +252,46 @@ def test_train_writes_a_run(trained):
     assert config["model"]["backbone"] == "resnet18"
     assert "train: 6 images, 1 of them without objects; 5 objects" in result.stdout
     assert "no anchor" in result.stdout
+
+
+def test_train_told_nothing_else_fits_network_canvas_and_anchors_to_the_data(data, tmp_path):
+    result = call(
+        *("train", "--data", data, "--output", tmp_path / "run", "--device", "cpu"),
+        *("--epochs", 1, "--max-minutes", 60),
+    )
+    assert result.exit_code == 0, result.output
+    config = load_config(tmp_path / "run" / "config.yaml", {})
+    light = load_config(DEFAULT_RECIPE, {})
+    assert config.model.backbone == light.model.backbone
+    assert config.model.head_norm == "group"
+    training = load(LabelledFolder(data), "train")
+    # As large as the images, which are 200 x 150, 150 x 200 and 180 x 150.
+    assert {min(size) for size in config.canvas.sizes} == {160}
+    advice = recommend(training, light)
+    assert (config.canvas, config.model.anchors) == (advice.after.canvas, advice.after.anchors)
+    assert advice.after.overall.reached == 1
+    assert "recommended canvas: " in result.stdout
+    assert re.search(
+        r"a training step takes .* s an image at .*, so that about 1 fit", result.stdout
+    )
+
+
+def test_train_keeps_what_is_named_and_fits_the_rest(data, tmp_path):
+    sizes = [[24], [36], [48], [96], [192]]
+    model = TINY["model"] | {"anchors": {"sizes": sizes}}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY | {"model": model}))
+    for options, kept in (((), True), (("--anchors", "auto"), False)):
+        run = tmp_path / f"run-{kept}"
+        result = call(
+            *("train", "--data", data, "--output", run, "--device", "cpu", *options),
+            *("--config", tmp_path / "tiny.yaml", "--max-minutes", 0.0001),
+        )
+        assert result.exit_code == 0, result.output
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        assert config["canvas"]["sizes"] == TINY["canvas"]["sizes"]
+        assert (config["model"]["anchors"]["sizes"] == sizes) == kept
+        assert ("recommended canvas" in result.stdout) != kept
+        assert "fewer than 20 epochs learn little" in result.stdout
 
 
 def test_train_notes_where_the_model_comes_from(trained):
