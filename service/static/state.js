@@ -24,8 +24,12 @@ export function useModel(model) {
   state.hidden.clear();
 }
 
-/** The query of a request: all detections that any choice on the page can show. */
-export const lowestScore = () => Math.min(LOWEST_SCORE, ...Object.values(state.own));
+/**
+ * The query of a request: all detections that any choice on the page can show. In hundredths, the
+ * steps of the slider, which count from here.
+ */
+export const lowestScore = () =>
+  Math.floor(100 * Math.min(LOWEST_SCORE, ...Object.values(state.own))) / 100;
 
 export const isAbove = ({ label, score }) => score > (state.score ?? state.own[label] ?? 0.3);
 export const isShown = (detection) => isAbove(detection) && !state.hidden.has(detection.label);

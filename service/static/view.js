@@ -174,8 +174,9 @@ export function renderScore() {
   $("score").min = lowestScore();
   $("score").value = state.score ?? (own.length ? Math.min(...own) : 0.3);
   const isOneForAll = new Set(own).size <= 1;
-  const score = state.score ?? (isOneForAll ? (own[0] ?? 0.3) : null);
-  $("score-value").value = score === null ? "per class" : score.toFixed(2);
+  // The model's own in full: a rounded threshold may keep other detections.
+  const modelScore = isOneForAll ? String(own[0] ?? 0.3) : "per class";
+  $("score-value").value = state.score?.toFixed(2) ?? modelScore;
   $("score").setAttribute("aria-valuetext", $("score-value").value);
   const each = Object.entries(state.own).map(([name, value]) => `${name} ${value}`);
   const model = isOneForAll ? "The model's own threshold" : `The model's own: ${each.join(", ")}`;

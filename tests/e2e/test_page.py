@@ -221,8 +221,8 @@ def test_page_fits_narrow_screens_and_dark_mode(
 def test_page_offers_class_thresholds_and_models(
     browser: webdriver.Chrome, squares: Path, tmp_path: Path
 ) -> None:
-    tiny_model.save(tmp_path, name="strict", thresholds=Thresholds(score=0.9))
-    own = Thresholds(score=0.5, per_class={"red": 0.7})
+    tiny_model.save(tmp_path, name="strict", thresholds=Thresholds(score=0.9012))
+    own = Thresholds(score=0.5, per_class={"red": 0.7, "blue": 0.0118})
     tiny_model.save(tmp_path, name="lenient", thresholds=own)
     torn = tiny_model.save(tmp_path, name="torn")
     torn.write_bytes(torn.read_bytes()[:1000])
@@ -239,11 +239,14 @@ def test_page_offers_class_thresholds_and_models(
         page.until_settled()
         assert page.counts() == {"red": 1, "green": 1} == count(detect(url, squares))
         assert "red 0.7" in page["score-note"].text
+        # The slider keeps to two digits, which are what it shows, whatever the thresholds have.
         page.set_score(0.6)
+        assert (page["score"].get_property("value"), page["score-value"].text) == ("0.6", "0.60")
         assert page.counts() == {"red": 2, "green": 1}
         Select(page["model"]).select_by_visible_text("strict, version 1")
         page.until_settled()
         assert page.counts() == {"red": 1} == count(detect(url, squares, model="strict"))
+        assert page["score-value"].text == "0.9012"
         assert "model=strict" in page["curl-line"].get_attribute("textContent")
         page.screenshot("models")
         assert page.complaints() == []
