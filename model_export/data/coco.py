@@ -8,7 +8,7 @@ import mmap
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Final
 
 from model_export.data.annotations import Edges, LabelledImage, LabelledObject, SplitAnnotations
@@ -40,11 +40,6 @@ class CocoImage:
     size: tuple[float, float] | None
     """(height, width); None where it is missing or 0."""
     objects: list[LabelledObject]
-
-    @property
-    def stem(self) -> str:
-        """The file name without folders and suffix, also where Windows wrote it."""
-        return PurePosixPath("/".join(path_parts(self.file_name))).stem
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,7 +312,7 @@ def split_names(folder: LabelledFolder) -> tuple[str, ...]:
 def read(folder: LabelledFolder, split: str, *, naming: bool) -> SplitAnnotations:
     """Read one split; `naming`: also count the classes. Raises DataError.
 
-    Where one file holds everything, the images are split by a hash of their file names' stems.
+    Where one file holds everything, the images are split by a hash of their names.
     """
     layout = _lay_out(folder)
     if layout.whole is not None:
@@ -348,12 +343,17 @@ def _hashed(
         return [], _no_images(content)
     found, problems = _find_images(folder, content, None)
     if folder.image_splits:
-        everything = [each for _, each in found]
-        chosen, _, leaked = in_split_folder(folder, everything, split)
+        chosen, _, leaked = in_split_folder(folder, images, split)
         return chosen, problems + leaked
-    stems = (each.stem for each in content.images)
-    members = split_by_hash(folder.root, stems, split, unsplit=_UNSPLIT)
-    return [each for entry, each in found if entry.stem in members], problems
+    members, problems = split_by_hash(
+        folder.root,
+        (each.image for each in images),
+        split,
+        problems=problems,
+        unsplit=_UNSPLIT,
+        classes=(*content.names, *content.unused),
+    )
+    return [each for each in images if each.image in members], problems
 
 
 def _listed(
@@ -361,6 +361,7 @@ def _listed(
 ) -> tuple[list[LabelledImage], list[Problem]]:
     """Return all images of a file, and a problem for each that is in train, too."""
     found, problems = _find_images(layout.folder, content, split)
+    images = [each for _, each in found]
     images = [each for _, each in found]
     problems += _no_images(content)
     if train is not None and train is not content:

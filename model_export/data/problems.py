@@ -34,6 +34,8 @@ class Kind(StrEnum):
     LEAKED = "image of this split that is in train too"
     UNUSED_CLASS = "note on classes that are not used"
     CROWD = "note on regions that are no single object"
+    DIFFICULT = "note on objects marked difficult"
+    SEQUENCE = "note on numbered images in both splits"
     NEGATIVE = "note on images that nothing is written about"
 
 

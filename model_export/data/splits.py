@@ -6,6 +6,7 @@ import filecmp
 import hashlib
 import os
 import re
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -14,6 +15,8 @@ from model_export.data.problems import Kind, Problem
 from service.errors import DataError
 
 _HELD_OUT: Final = 5
+_NUMBER: Final = re.compile(r"[\s._-]*\(?\d+\)?$")
+_IMAGE_FOLDERS: Final = frozenset(["images", "jpegimages", "default", "data"])
 _ALIASES: Final = {
     "train": "train",
     "training": "train",
@@ -35,25 +38,79 @@ def split_called(name: str) -> str | None:
     return _ALIASES.get(_AROUND.sub("", _AROUND.sub("", name.lower())))
 
 
-def split_by_hash(root: Path, stems: Iterable[str], split: str, *, unsplit: str) -> frozenset[str]:
-    """Return the file stems of a split by hash: a fifth is "val", the rest "train".
+def split_by_hash(
+    root: Path,
+    images: Iterable[Path],
+    split: str,
+    *,
+    problems: Sequence[Problem],
+    unsplit: str,
+    classes: Iterable[str],
+) -> tuple[frozenset[Path], list[Problem]]:
+    """(the images of a split by hash: a fifth is "val", the rest "train"; `problems` and a note).
 
-    Adding images moves no image from one side to the other, tiny folders aside. `unsplit`
-    says what would have chosen the splits. Raises DataError if none is left.
+    Images of one folder whose names differ in the number at their end alone, as those of a video's
+    frames do, are a sequence and stay together. It is split image by image all the same, with a
+    note, if it has more than half of the images, or the name of one of `classes`: whole, it would
+    leave too few to train on, or none of its class. Adding images moves none from one side to the
+    other unless a sequence gets or loses that share, or val would be empty or more than half.
+    `unsplit` says what would have chosen the splits. Raises DataError if no image is left, where
+    no problem is fatal already.
     """
     if split not in ("train", "val"):
         raise DataError(f"{root}: no split {split!r}; without {unsplit} there are train and val")
-    digest = {stem: int(hashlib.sha256(os.fsencode(stem)).hexdigest(), 16) for stem in stems}
-    held_out = {stem for stem in digest if digest[stem] % _HELD_OUT == 0}
-    if len(digest) >= 2 and len(held_out) in (0, len(digest)):
-        held_out ^= {min(digest, key=digest.__getitem__)}
-    members = frozenset(stem for stem in digest if (stem in held_out) == (split == "val"))
-    if not members:
+    paths = sorted(frozenset(images))
+    names = {path: _sequence(root, path) for path in paths}
+    counts = Counter(names.values())
+    called = frozenset(name.casefold() for name in classes)
+    cut = {
+        name
+        for name, count in counts.items()
+        if count > 1
+        and (2 * count > len(paths) or not called.isdisjoint(name.casefold().split("/")))
+    }
+    units: dict[str, list[Path]] = defaultdict(list)
+    for path, name in names.items():
+        units[path.stem if name in cut else name].append(path)
+    digest = {name: int(hashlib.sha256(os.fsencode(name)).hexdigest(), 16) for name in units}
+    held_out = {name for name in digest if digest[name] % _HELD_OUT == 0}
+    if len(units) > 1 and not 0 < 2 * sum(len(units[name]) for name in held_out) <= len(paths):
+        held_out = {min(digest, key=digest.__getitem__)}
+    chosen = [name for name in units if (name in held_out) == (split == "val")]
+    if not chosen and not any(problem.fatal for problem in problems):
         raise DataError(
             f"{root}: no image falls into the split {split!r}; at least 2 annotated "
-            f"images are needed, {len(digest)} found"
+            f"images are needed, {len(units)} found"
         )
-    return members
+    members = frozenset(path for name in chosen for path in units[name])
+    parts = [[path for path in paths if names[path] == name] for name in sorted(cut)]
+    return members, [*problems, *([_cut_note(root, parts, unsplit)] if parts else [])]
+
+
+def _sequence(root: Path, image: Path) -> str:
+    """Return the name of an image, without the number at its end and then with its folders.
+
+    The folders that formats name are left out: the split is the same in every format.
+    """
+    number = _NUMBER.search(image.stem)
+    if number is None:
+        return image.stem
+    folders = image.relative_to(root).parts[:-1]
+    own = [part for part in folders if part.lower() not in _IMAGE_FOLDERS]
+    return "/".join([*own, image.stem[: number.start()]])
+
+
+def _cut_note(root: Path, sequences: Sequence[Sequence[Path]], unsplit: str) -> Problem:
+    largest = max(sequences, key=len)
+    others = f" (and {len(sequences) - 1} more such sequences)" if len(sequences) > 1 else ""
+    what = (
+        f"{len(largest)} images, {largest[0].name} to {largest[-1].name}{others}, are numbered as "
+        "one sequence, but it has more than half of all images or the name of a class: split image "
+        "by image. If they are frames of one video, train and val have almost the same images, "
+        f"and AP on val says little; choose the sides yourself, with {unsplit} or with folders "
+        "train/ and val/"
+    )
+    return Problem(root, None, what, fatal=False, kind=Kind.SEQUENCE)
 
 
 def leaks(

@@ -295,7 +295,7 @@ def split_names(folder: LabelledFolder) -> tuple[str, ...]:
 def read(folder: LabelledFolder, split: str, *, naming: bool) -> SplitAnnotations:
     """Read one split; `naming`: also count the classes. Raises DataError.
 
-    Objects marked difficult are kept. Without ImageSets/Main and without a folder for each split
+    Without ImageSets/Main and without a folder for each split
     the images are split by a hash.
     """
     layout = _lay_out(folder)
@@ -308,9 +308,15 @@ def read(folder: LabelledFolder, split: str, *, naming: bool) -> SplitAnnotation
     if folder.image_splits:
         chosen, train, leaked = in_split_folder(folder, images, split)
         return _split(chosen, train if naming else [], [*problems, *leaked])
-    stems = [each.stem for each in layout.entries]
-    members = split_by_hash(folder.root, stems, split, unsplit="ImageSets/Main")
-    chosen = [each for each in images if _without_suffix(each.annotation.stem) in members]
+    members, problems = split_by_hash(
+        folder.root,
+        (each.image for each in images),
+        split,
+        problems=problems,
+        unsplit="ImageSets/Main",
+        classes={item.name for each in images for item in each.objects},
+    )
+    chosen = [each for each in images if each.image in members]
     return _split(chosen, images if naming else [], problems)
 
 

@@ -328,7 +328,7 @@ def read(folder: LabelledFolder, split: str, *, naming: bool) -> SplitAnnotation
     """Read one split; `naming`: also count the classes. Raises DataError.
 
     An image without a label file, or with an empty one, has no objects. Where the YAML names one
-    folder only, the images are split by a hash of their file names' stems.
+    folder only, the images are split by a hash of their names.
     """
     layout = _lay_out(folder)
     members, training, problems = _choose(layout, split)
@@ -353,10 +353,16 @@ def _choose(layout: _Layout, split: str) -> tuple[list[_Member], list[_Member], 
     shared = list(_shared_labels([each for members, _ in found.values() for each in members]))
     if "" in layout.sources:
         everything, problems = found[""]
-        stems = (each.image.stem for each in everything)
-        chosen = split_by_hash(layout.root, stems, wanted, unsplit="a val folder")
-        mine = [each for each in everything if each.image.stem in chosen]
         problems = [*problems, *shared, *_unused_labels(layout, found, "")]
+        chosen, problems = split_by_hash(
+            layout.root,
+            (each.image for each in everything),
+            wanted,
+            problems=problems,
+            unsplit="a val folder",
+            classes=layout.description.names.values(),
+        )
+        mine = [each for each in everything if each.image in chosen]
         return mine, everything, problems
     if wanted not in layout.sources:
         raise DataError(

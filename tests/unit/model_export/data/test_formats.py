@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from model_export.data.datasets import Dataset, load, split_names
 from model_export.data.problems import BadData, Kind
-from model_export.data.splits import split_by_hash, split_called
+from model_export.data.splits import split_called
 from service.errors import DataError
 from tests.unit.model_export import copies
 from tests.unit.model_export.voc_folder import VocFolder, annotation, image
@@ -182,20 +183,43 @@ def test_splits_by_name(name: str, split: str | None) -> None:
     assert split_called(name) == split
 
 
-def test_the_hashed_split_is_the_same_in_every_format(tmp_path: Path) -> None:
+@pytest.mark.parametrize("names", ["image{0}{1}", "clip{0}-{1:03}", "video{0}/frame_{1:06}"])
+def test_the_hashed_split_is_the_same_in_every_format(tmp_path: Path, names: str) -> None:
     folder = VocFolder(tmp_path / "voc")
-    stems = [f"image{number}" for number in range(25)]
+    stems = [names.format(number // 5, number % 5) for number in range(25)]
     for stem in stems:
+        for place in (folder.images, folder.annotations):
+            (place / stem).parent.mkdir(exist_ok=True)
         folder.add(stem, [("cat", (10, 10, 40, 40))])
-    val = {sample.path.stem for sample in load(folder.root, "val").samples}
-    assert val == split_by_hash(folder.root, reversed(stems), "val", unsplit="lists")
+
+    def val(root: Path) -> set[str]:
+        return {"/".join(each.path.parts[-2:]) for each in load(root, "val").samples}
+
+    expected = {each.replace("JPEGImages", "images") for each in val(folder.root)}
+    assert 0 < len(expected) <= len(stems) / 2
     yolo = tmp_path / "yolo"
-    (yolo / "labels").mkdir(parents=True)
-    folder.images.rename(yolo / "images")
+    folder.images.rename(tmp_path / "images")
+    yolo.mkdir()
+    (tmp_path / "images").rename(yolo / "images")
     for stem in stems:
-        (yolo / "labels" / f"{stem}.txt").write_text("0 .5 .5 .5 .5")
+        path = yolo / "labels" / f"{stem}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("0 .5 .5 .5 .5")
     (yolo / "classes.txt").write_text("cat")
-    assert {sample.path.stem for sample in load(yolo, "val").samples} == val
+    assert val(yolo) == expected
+    coco = tmp_path / "coco"
+    coco.mkdir()
+    (yolo / "images").rename(coco / "images")
+    content = {
+        "images": [{"id": n, "file_name": f"{stem}.jpg"} for n, stem in enumerate(stems)],
+        "categories": [{"id": 1, "name": "cat"}],
+        "annotations": [
+            {"id": n, "image_id": n, "category_id": 1, "bbox": [9, 9, 9, 9]}
+            for n in range(len(stems))
+        ],
+    }
+    (coco / "labels.json").write_text(json.dumps(content))
+    assert val(coco) == expected
 
 
 def test_voc_in_a_folder_for_each_split(tmp_path: Path) -> None:
