@@ -16,7 +16,7 @@ from model_export.commands.labelled_data import data_config, load
 from model_export.config import DataConfig
 from model_export.data.datasets import Dataset
 from model_export.data.samples import ClassSelection
-from model_export.evaluation.bootstrap import Comparison, Difference, compare
+from model_export.evaluation.bootstrap import SEEDS_NOTE, Comparison, Difference, compare
 from model_export.evaluation.coco_metrics import Evaluation, Timing
 from model_export.evaluation.inference import evaluate_file
 from model_export.evaluation.json_report import to_json
@@ -49,7 +49,7 @@ def run(
     )
     choice = data_config(labels)
     dataset = load_for(model, data, split, choice)
-    if against is not None and not any(len(each.labels) for each in dataset.samples):
+    if against is not None and not any(each.counted.any() for each in dataset.samples):
         raise DataError(
             f"--against: no object is labelled in the split {split!r} of {data}, so there is "
             "nothing to compare on; name a split with objects"
@@ -242,6 +242,7 @@ def comparison_lines(against: Path, comparison: Comparison) -> Iterator[str]:
     figures = {"AP": comparison.ap, "AP50": comparison.ap50, "D-ECE": comparison.d_ece}
     for name, each in figures.items():
         yield f"{name:<5} {'-' if each is None else _difference(each)}"
+    yield SEEDS_NOTE
 
 
 def _compare(
@@ -260,7 +261,10 @@ def _compare(
         dataset,
         classes=classes,
         samples=tuple(
-            dataclasses.replace(each, labels=theirs[each.labels]) for each in dataset.samples
+            dataclasses.replace(
+                each, labels=theirs[each.labels], crowd_labels=theirs[each.crowd_labels]
+            )
+            for each in dataset.samples
         ),
     )
     evaluation, answers = evaluate_file(model, own, device=device, batch_size=batch_size)

@@ -25,6 +25,10 @@ class LabelledObject:
     box_line: int | None = None
     crowd: bool = False
     """Whether it is a region of many objects (COCO's iscrowd)."""
+    difficult: bool = False
+    """Whether it is hard to recognise (VOC's difficult): evaluation does not count it."""
+    area: float | None = None
+    """In pixels of the image, as annotated: that of its outline. None: that of the box."""
     rotation: float = 0.0
     """Degrees by which the box is turned about its centre, clockwise."""
     tag: str = ""

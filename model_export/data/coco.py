@@ -174,7 +174,9 @@ class _Reader:
         else:
             self._names[name] += 1
         self._images[image].objects.append(
-            LabelledObject(name, box, crowd=crowd, rotation=_rotation(entry), tag=tag)
+            LabelledObject(
+                name, box, crowd=crowd, area=_area(entry), rotation=_rotation(entry), tag=tag
+            )
         )
 
 
@@ -205,6 +207,19 @@ def _rotation(value: Mapping[str, Any]) -> float:
     if not math.isfinite(degrees):
         raise _Wrong(f"its 'rotation' is {_short(rotation)}; it must be a number of degrees")
     return degrees
+
+
+def _area(value: Mapping[str, Any]) -> float | None:
+    """Return the area of the object's outline; None without it."""
+    area = value.get("area")
+    if area is None:
+        return None
+    if not _is_finite(area) or area < 0:
+        raise _Wrong(
+            f"its 'area' is {_short(area)}; it must be a number of square pixels, at least 0, or "
+            "absent: then it is that of the box"
+        )
+    return float(area)
 
 
 def _name(value: Any, field: str, remedy: str) -> str:
@@ -342,6 +357,7 @@ def _hashed(
     if not content.images:
         return [], _no_images(content)
     found, problems = _find_images(folder, content, None)
+    images = [each for _, each in found]
     if folder.image_splits:
         chosen, _, leaked = in_split_folder(folder, images, split)
         return chosen, problems + leaked
@@ -361,7 +377,6 @@ def _listed(
 ) -> tuple[list[LabelledImage], list[Problem]]:
     """Return all images of a file, and a problem for each that is in train, too."""
     found, problems = _find_images(layout.folder, content, split)
-    images = [each for _, each in found]
     images = [each for _, each in found]
     problems += _no_images(content)
     if train is not None and train is not content:

@@ -150,12 +150,15 @@ def _check_there(root: Path, name: str, counts: Mapping[str, int], *, what: str)
 
 
 def _counted(root: Path, readers: Sequence[SampleReader]) -> Iterator[Problem]:
-    """Count the boxes that were changed or dropped."""
+    """Count the boxes that were changed or dropped, and those that evaluation does not count."""
     rotated = [(each.name, each.rotated) for each in readers if each.rotated]
     doubled = [(each.name, each.duplicates) for each in readers if each.duplicates]
+    difficult = [(each.name, each.difficult) for each in readers if each.difficult]
+    ignored = "trained on; in evaluation neither they nor their detections count"
     texts = (
         (Kind.ROTATED, rotated, "boxes have a rotation", "the upright box around each is used"),
         (Kind.DUPLICATE, doubled, "duplicates of boxes (same class, same edges)", "dropped"),
+        (Kind.DIFFICULT, difficult, "objects are marked difficult", ignored),
     )
     for kind, found, what, becomes in texts:
         if found:

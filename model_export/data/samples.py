@@ -47,6 +47,27 @@ class Sample:
     count neither as hits nor as mistakes."""
     crowd_labels: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     """(C,) index into the data set's classes."""
+    difficult: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """(M,) index of the objects marked difficult: trained on as any other, but neither they nor
+    their detections count in evaluation."""
+    annotated_areas: NDArray[np.float64] | None = None
+    """(N,) areas of the objects where they are annotated, nan elsewhere; None: nowhere."""
+
+    @property
+    def counted(self) -> NDArray[np.bool_]:
+        """(N,) whether evaluation counts each object."""
+        counted = np.ones(len(self.labels), dtype=bool)
+        counted[self.difficult] = False
+        return counted
+
+    @property
+    def areas(self) -> NDArray[np.float64]:
+        """(N,) areas by which objects are small or large: as annotated, else those of the boxes."""
+        boxes = self.boxes.astype(np.float64)
+        areas: NDArray[np.float64] = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
+        if self.annotated_areas is None:
+            return areas
+        return np.where(np.isnan(self.annotated_areas), areas, self.annotated_areas)
 
 
 class SampleReader:
@@ -67,6 +88,8 @@ class SampleReader:
         """Boxes with a rotation, which the upright ones around them replace."""
         self.duplicates = 0
         """Boxes dropped because the same box of the same class is there already."""
+        self.difficult = 0
+        """Objects marked difficult."""
 
     @property
     def name(self) -> str:
@@ -85,6 +108,8 @@ class SampleReader:
             return None
         boxes: list[Edges] = []
         labels: list[int] = []
+        difficult: list[int] = []
+        areas: list[float] = []
         crowds: list[Edges] = []
         crowd_labels: list[int] = []
         seen: set[tuple[str, bool, Edges]] = set()
@@ -109,8 +134,12 @@ class SampleReader:
             label = self._label(item, name)
             box = self._box(item, size)
             if label is not None and box is not None:
+                if item.difficult:
+                    difficult.append(len(boxes))
+                areas.append(math.nan if item.area is None else item.area)
                 boxes.append(box)
                 labels.append(label)
+        self.difficult = len(difficult)
         self.emptied = not boxes and bool(self.left_out)
         return Sample(
             path=path,
@@ -119,6 +148,8 @@ class SampleReader:
             labels=np.array(labels, dtype=np.int64),
             crowds=np.array(crowds, dtype=np.float32).reshape(-1, 4),
             crowd_labels=np.array(crowd_labels, dtype=np.int64),
+            difficult=np.array(difficult, dtype=np.int64),
+            annotated_areas=None if all(map(math.isnan, areas)) else np.array(areas),
         )
 
     def _note(self, line: int | None, what: str, *, fatal: bool, kind: Kind) -> None:

@@ -6,7 +6,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Final
 from xml.parsers import expat
@@ -42,6 +42,7 @@ _TEXTS: Final = frozenset(
         (*_SIZE, "width"),
         (*_SIZE, "height"),
         (*_OBJECT, "name"),
+        (*_OBJECT, "difficult"),
         *((*_OBJECT, "bndbox", edge) for edge in EDGES),
         (*_OBJECT, "attributes", "attribute", "name"),
         (*_OBJECT, "attributes", "attribute", "value"),
@@ -49,6 +50,10 @@ _TEXTS: Final = frozenset(
     ]
 )
 """Full paths, because VOC's body parts nest another <name> and <bndbox> inside <object>."""
+_DIFFICULT: Final = {"1": True, "true": True} | dict.fromkeys(
+    ("", "0", "false", "unspecified"), False
+)
+"""<difficult>, in lower case; some tools write Unspecified, which VOC has for the pose."""
 _DECLARED: Final = re.compile(rb"""^\s*<\?xml[^>]*encoding\s*=\s*["']([\w.-]+)["']""")
 
 
@@ -183,8 +188,9 @@ def _to_object(fields: Mapping[str, _Field]) -> LabelledObject:
     name = fields.get("name")
     if name is None or not name.text:
         raise AnnotationError(line, "the object has no <name>; write its class there")
+    difficult = _is_difficult(fields)
     if "robndbox/cx" in fields:
-        return _turned(name, fields)
+        return replace(_turned(name, fields), difficult=difficult)
     if "bndbox" not in fields:
         raise AnnotationError(
             line, f"the object {name.text!r} has no <bndbox>; boxes are needed, not outlines alone"
@@ -194,8 +200,22 @@ def _to_object(fields: Mapping[str, _Field]) -> LabelledObject:
     if "rotation" in fields:
         (rotation,) = _numbers(fields, "", ("rotation",), line)
     return LabelledObject(
-        name.text, (x1, y1, x2, y2), name.line, fields["bndbox"].line, rotation=rotation
+        name.text,
+        (x1, y1, x2, y2),
+        name.line,
+        fields["bndbox"].line,
+        difficult=difficult,
+        rotation=rotation,
     )
+
+
+def _is_difficult(fields: Mapping[str, _Field]) -> bool:
+    found = fields.get("difficult")
+    if found is None:
+        return False
+    if found.text.lower() not in _DIFFICULT:
+        raise AnnotationError(found.line, f"<difficult> is {found.text!r}; it must be 0 or 1")
+    return _DIFFICULT[found.text.lower()]
 
 
 def _turned(name: _Field, fields: Mapping[str, _Field]) -> LabelledObject:

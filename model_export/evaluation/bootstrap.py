@@ -22,6 +22,11 @@ from service.runtime.detector import Detections
 
 RESAMPLES: Final = 1000
 
+SEEDS_NOTE: Final = (
+    "The interval is that of these two files. It leaves out the spread over training seeds: to "
+    "compare recipes, train each with several seeds."
+)
+
 _INTERVAL: Final = (2.5, 97.5)
 _AT_ONCE: Final = 32
 """Draws; all of them times all detections would not fit into memory."""

@@ -43,7 +43,7 @@ class ClassResult:
     ap75: float | None
     ar100: float | None
     count: int
-    """Objects in the truth."""
+    """Objects in the truth, those marked difficult aside."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class Evaluation:
     ap50: float | None
     ap75: float | None
     ap_small: float | None
-    """Objects below 32^2 pixels of the original image."""
+    """Objects below 32^2 pixels of the original image: their annotated area, else their box's."""
     ap_medium: float | None
     ap_large: float | None
     """Objects above 96^2 pixels of the original image."""
@@ -106,9 +106,9 @@ class Matches:
     hits: NDArray[np.bool_]
     """(T, D) whether the detection matched an object at IoU 0.50, 0.55 .. 0.95."""
     ignored: NDArray[np.bool_]
-    """(T, D) neither hit nor miss: it lies in a crowd."""
+    """(T, D) neither hit nor miss: it lies in a crowd, or is that of a difficult object."""
     objects: NDArray[np.int64]
-    """(I,) objects in each image."""
+    """(I,) objects in each image, those marked difficult aside."""
 
     def at_50(self) -> MatchesAt50:
         """Return the detections that count at IoU 0.50."""
@@ -134,10 +134,10 @@ def coco_metrics(
 ) -> Evaluation:
     """Return COCO metrics of detections in original pixels, found[i] being those of truth[i].
 
-    The same numbers as pycocotools' own summary, to the last digit, if each object's area is that
-    of its box. `max_detections`, at least 10, counts per image and class. Images without
-    objects count through their false positives. Works without any detection and without any
-    object.
+    The same numbers as pycocotools' own summary, to the last digit. `max_detections`, at least
+    10, counts per image and class. Images without objects count through their false positives.
+    Objects marked difficult are not counted, nor any detection that overlaps one as a hit would
+    and hits no other object. Works without any detection and without any object.
     """
     with silence():
         run = evaluator(truth, found, classes)
@@ -235,7 +235,7 @@ def _collect(cells: Sequence[dict[str, Any] | None], thresholds: int) -> Matches
 def _count_labels(truth: Sequence[Sample], classes: int) -> NDArray[np.int64]:
     counts = np.zeros(classes, dtype=np.int64)
     for sample in truth:
-        counts += np.bincount(np.asarray(sample.labels, dtype=np.int64), minlength=classes)
+        counts += np.bincount(sample.labels[sample.counted], minlength=classes)
     return counts
 
 
@@ -245,6 +245,21 @@ def _mean(values: NDArray[np.float64]) -> float | None:
 
 
 Boxes = NDArray[np.floating[Any]]
+
+
+class _Evaluator(COCOeval):  # type: ignore[misc]  # pycocotools is untyped
+    """COCOeval that ignores objects marked difficult as the VOC devkit does.
+
+    Their overlap is the IoU, as that of any object, and any number of detections may match them,
+    as with a crowd. pycocotools itself overwrites an annotation's `ignore`.
+    """
+
+    def evaluateImg(self, image: int, label: int, sizes: Any, most: int) -> Any:  # noqa: N802
+        # By now all overlaps are computed, which alone tell a crowd from a difficult object.
+        for each in self._gts[image, label]:
+            if each["difficult"]:
+                each["iscrowd"] = each["ignore"] = 1
+        return super().evaluateImg(image, label, sizes, most)
 
 
 def evaluator(
@@ -262,12 +277,14 @@ def evaluator(
     ]
     categories = [{"id": index, "name": name} for index, name in enumerate(classes)]
     objects = [
-        _annotation(index, box, label)
+        {**_annotation(index, box, label), "area": float(area), "difficult": not counted}
         for index, sample in enumerate(truth)
-        for box, label in zip(sample.boxes, sample.labels, strict=True)
+        for box, label, area, counted in zip(
+            sample.boxes, sample.labels, sample.areas, sample.counted, strict=True
+        )
     ]
     objects += [
-        _annotation(index, box, label, crowd=True)
+        {**_annotation(index, box, label), "iscrowd": 1}
         for index, sample in enumerate(truth)
         for box, label in zip(sample.crowds, sample.crowd_labels, strict=True)
     ]
@@ -276,7 +293,7 @@ def evaluator(
         for index, each in enumerate(found)
         for box, label, score in zip(each.boxes, each.labels, each.scores, strict=True)
     ]
-    return COCOeval(
+    return _Evaluator(
         _index(images, categories, objects), _index(images, categories, detections), "bbox"
     )
 
@@ -322,14 +339,13 @@ def _index(
     return coco
 
 
-def _annotation(
-    image: int, box: NDArray[np.floating[Any]], label: int, *, crowd: bool = False
-) -> dict[str, Any]:
+def _annotation(image: int, box: NDArray[np.floating[Any]], label: int) -> dict[str, Any]:
     x1, y1, x2, y2 = (float(side) for side in box)
     return {
         "image_id": image,
         "category_id": int(label),
         "bbox": [x1, y1, x2 - x1, y2 - y1],
         "area": (x2 - x1) * (y2 - y1),
-        "iscrowd": int(crowd),
+        "iscrowd": 0,
+        "difficult": False,
     }

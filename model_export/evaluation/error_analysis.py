@@ -4,13 +4,15 @@ Detections and objects of an image are paired at IoU 0.50 in falling score, as C
 detection takes the free object of its class that it overlaps most. The rest is
 classified by the first of these that fits:
 
-- ignored: at least half of it lies in a crowd of its class;
+- ignored: at least half of it lies in a crowd of its class, or it overlaps an object of its class
+  that is marked difficult by at least 0.50;
 - confused: it overlaps a free object of another class by at least 0.50;
 - duplicate: it overlaps an object that is taken by at least 0.50;
 - misplaced: it overlaps a free object of its class by at least 0.10, but less than 0.50;
 - false: none of it.
 
-An object that no detection hit, confused or misplaced is missed.
+An object that no detection hit, confused or misplaced is missed. Objects marked difficult have no
+other part in it.
 """
 
 from __future__ import annotations
@@ -98,14 +100,15 @@ def analyse(sample: Sample, found: Detections, selection: Selection) -> ImageAna
     own = passing.labels[:, np.newaxis] == sample.labels
     outcomes = [Outcome.FALSE] * len(passing)
     objects = np.full(len(passing), -1, dtype=np.int64)
-    free = np.ones(len(sample.labels), dtype=bool)
+    counted = sample.counted
+    free = counted.copy()
     _claim(Outcome.HIT, np.where(own & (iou >= HIT_IOU), iou, 0.0), outcomes, objects, free)
-    for index, ignored in enumerate(_in_crowd(sample, passing)):
+    for index, ignored in enumerate(_ignored(sample, passing, iou)):
         if ignored and outcomes[index] is Outcome.FALSE:
             outcomes[index] = Outcome.IGNORED
     other = np.where(~own & (iou >= HIT_IOU), iou, 0.0)
     _claim(Outcome.CONFUSED, other, outcomes, objects, free)
-    again = np.where(~free & (iou >= HIT_IOU), iou, 0.0)
+    again = np.where(counted & ~free & (iou >= HIT_IOU), iou, 0.0)
     for index, row in enumerate(again):
         if outcomes[index] is Outcome.FALSE and row.any():
             outcomes[index], objects[index] = Outcome.DUPLICATE, int(row.argmax())
@@ -127,8 +130,7 @@ def find_mistakes(samples: Sequence[Sample], analyses: Sequence[ImageAnalysis]) 
     def badness(mistake: Mistake) -> tuple[float, float]:
         if mistake.outcome is not Outcome.MISSED:
             return -mistake.score, 0.0
-        x1, y1, x2, y2 = samples[mistake.image].boxes[mistake.thing]
-        return mistake.score, -float((x2 - x1) * (y2 - y1))
+        return mistake.score, -float(samples[mistake.image].areas[mistake.thing])
 
     found = [
         mistake
@@ -177,11 +179,15 @@ def _claim(
         free[best] = False
 
 
-def _in_crowd(sample: Sample, found: Detections) -> NDArray[np.bool_]:
-    """(D,) whether each detection lies in a crowd of its class."""
-    own = found.labels[:, np.newaxis] == sample.crowd_labels
-    there: NDArray[np.bool_] = own & (shares_inside(found.boxes, sample.crowds) >= HIT_IOU)
-    return np.asarray(there.any(axis=1))
+def _ignored(sample: Sample, found: Detections, iou: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """(D,) whether each detection lies in a crowd, or is of a difficult object, of its class.
+
+    `iou` (D, N) is that of the detections with the objects.
+    """
+    labels = found.labels[:, np.newaxis]
+    crowd = (labels == sample.crowd_labels) & (shares_inside(found.boxes, sample.crowds) >= HIT_IOU)
+    difficult = (labels == sample.labels) & (iou >= HIT_IOU) & ~sample.counted
+    return np.asarray(crowd.any(axis=1) | difficult.any(axis=1))
 
 
 def _best_scores(
@@ -234,7 +240,7 @@ def confusion(
         true[paired] = sample.labels[analysis.objects[paired]]
         counted = ~np.isin(analysis.outcomes, Outcome.IGNORED)
         np.add.at(counts, (true[counted], analysis.shown.labels[counted]), 1)
-        left = np.delete(sample.labels, analysis.objects[paired])
+        left = np.delete(sample.labels, [*analysis.objects[paired], *sample.difficult])
         counts[:, classes] += np.bincount(left, minlength=classes + 1)
     return Confusion(counts)
 

@@ -20,7 +20,7 @@ import onnxruntime
 from matplotlib.figure import Figure
 
 from model_export.evaluation import error_images, plots
-from model_export.evaluation.bootstrap import Difference
+from model_export.evaluation.bootstrap import SEEDS_NOTE, Difference
 from model_export.evaluation.coco_metrics import KEPT_DETECTIONS, MAX_DETECTIONS, SCORE
 from model_export.evaluation.error_analysis import HIT_IOU, MISTAKES, NEAR_IOU, Mistake, Outcome
 from model_export.evaluation.reliability import MIN_SCORE
@@ -280,6 +280,7 @@ def _against(against: Baseline) -> dict[str, Any]:
     return {
         "model": against.model,
         "evaluation": against.evaluation,
+        "note": SEEDS_NOTE,
         "rows": [
             (name, each, _verdict(each, sign)) for name, each, sign in rows if each is not None
         ],

@@ -7,7 +7,8 @@
   over file names, sizes and labels;
 - `metrics`: all fields of `evaluation.coco_metrics.Evaluation`: the twelve COCO figures (`ap`,
   `ap50`, `ap75`, `ap_small` … `ar1`, `ar10`, `ar100`, `ar_small` …), `per_class`, `timing` in
-  milliseconds per image;
+  milliseconds per image. The size of an object is its area as annotated, else that of its box;
+  objects marked difficult are not counted;
 - `thresholds`: by class, the score threshold that `export --data` would choose on these images;
 - `threshold_choice`: `score`, the threshold of highest F1 over all classes together, `images` and
   `folds`, and what the thresholds are worth: `f1` on the images that they were chosen on,
@@ -23,7 +24,8 @@
 - `mistakes`: how many of each kind at the recommended thresholds, by `error_analysis`;
 - `curves`: by class, `recall` and `precision`: COCO's interpolated precision at IoU 0.50;
 - `against`, with `--against` alone: `model`, `metrics`, and `difference` (this file minus that one)
-  of `ap`, `ap50`, `d_ece`, each with `value` and the ends `low` and `high` of its 95 % interval.
+  of `ap`, `ap50`, `d_ece`, each with `value` and the ends `low` and `high` of its 95 % interval;
+  `note`: what the interval leaves out.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from collections import Counter
 from dataclasses import asdict
 from typing import Any, Final
 
+from model_export.evaluation.bootstrap import SEEDS_NOTE
 from model_export.evaluation.error_analysis import MISTAKES
 from model_export.evaluation.reliability import MIN_SCORE
 from model_export.evaluation.results import Baseline, EvaluationResults, ModelFile
@@ -83,6 +86,7 @@ def to_json(measured: EvaluationResults, against: Baseline | None = None) -> dic
             "model": _model(against.model),
             "metrics": against.evaluation.to_dict(),
             "difference": asdict(against.comparison),
+            "note": SEEDS_NOTE,
         }
     return written
 

@@ -68,6 +68,8 @@ class EvaluationResults:
             digest.update(repr((each.path.name, tuple(each.size))).encode())
             for values in (each.boxes, each.labels, each.crowds, each.crowd_labels):
                 digest.update(repr(values.tolist()).encode())
+            if len(each.difficult) or each.annotated_areas is not None:
+                digest.update(repr((each.difficult.tolist(), each.areas.tolist())).encode())
         return digest.hexdigest()
 
     @cached_property

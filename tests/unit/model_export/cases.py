@@ -52,6 +52,28 @@ def with_crowds(truth, seed: int) -> list[Sample]:
     return regions
 
 
+def with_difficult(truth, seed: int) -> list[Sample]:
+    """The same, about a third of the objects marked difficult."""
+    generator = np.random.default_rng(seed)
+    return [
+        dataclasses.replace(
+            each, difficult=np.flatnonzero(generator.random(len(each.labels)) < 0.3)
+        )
+        for each in truth
+    ]
+
+
+def with_areas(truth, seed: int) -> list[Sample]:
+    """The same, the objects' outlines smaller than their boxes."""
+    generator = np.random.default_rng(seed)
+    return [
+        dataclasses.replace(
+            each, annotated_areas=each.areas * generator.uniform(0.05, 1, len(each.labels))
+        )
+        for each in truth
+    ]
+
+
 def random_case(seed: int, images: int = 12):
     """Objects, and detections that are the objects shaken, some missing, some invented."""
     generator = np.random.default_rng(seed)

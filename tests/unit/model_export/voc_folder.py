@@ -21,6 +21,7 @@ def annotation(
     *,
     size: tuple[int, int] | None = (80, 60),
     filename: str = "",
+    difficult: str = "0",
 ) -> str:
     """An annotation in VOC's usual form; `size` is (width, height)."""
     lines = ["<annotation>"]
@@ -32,7 +33,7 @@ def annotation(
         lines += [
             "  <object>",
             f"    <name>{name}</name>",
-            "    <difficult>0</difficult>",
+            f"    <difficult>{difficult}</difficult>",
             "    <bndbox>",
             f"      <xmin>{x1}</xmin><ymin>{y1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax>",
             "    </bndbox>",

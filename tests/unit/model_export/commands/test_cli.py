@@ -26,7 +26,7 @@ from service.cli import retinaserve
 from service.imaging.canvas import Buckets, ShortSide, Size
 from service.runtime.artifact import read_artifact
 from tests.required_inputs import without_defaults
-from tests.unit.model_export import rectangles
+from tests.unit.model_export import copies, rectangles
 
 TINY = {
     "model": {"backbone": "resnet18", "fpn_channels": 8, "head_width": 8, "head_depth": 0},
@@ -119,6 +119,8 @@ def test_evaluate_prints_and_writes_everything(rectangles_model, rectangles_data
         "F1 1.0000 micro, 1.0000 macro by 5-fold cross-validation\n"
     ) in result.stdout
     assert values["against"]["difference"]["ap"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    for said in (result.stdout, values["against"]["note"], report.read_text()):
+        assert "It leaves out the spread over training seeds" in said
     assert len(list(figures.glob("*.png"))) == 5
     assert "no difference to be seen" in report.read_text()
     assert "picture-0.png" not in report.read_text(), "every rectangle is found"
@@ -160,6 +162,34 @@ def test_evaluate_against_a_file_with_another_class_order(
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert "AP50  +0.0000  [+0.0000, +0.0000]" in result.stdout
+
+
+def test_evaluate_against_another_class_order_turns_crowds_and_difficult_objects(
+    rectangles_model, rectangles_data, tmp_path
+):
+    coco = copies.write_coco(rectangles_data, tmp_path / "coco", ("red", "green"))
+    truth = coco / "annotations" / "instances_val2017.json"
+    content = json.loads(truth.read_text())
+    content["annotations"][0]["iscrowd"] = 1
+    truth.write_text(json.dumps(content))
+    voc = copies.write_voc(rectangles_data, tmp_path / "voc")
+    path = sorted((voc / "Annotations").glob("*.xml"))[0]
+    hard = path.read_text().replace("<bndbox>", "<difficult>1</difficult><bndbox>")
+    # A link to the file that other tests read.
+    path.unlink()
+    path.write_text(hard)
+    turned = rectangles.write_model(tmp_path / "turned.onnx", classes=("green", "red"))
+    for data in (coco, voc):
+        answer = tmp_path / "answer.json"
+        result = call(
+            "evaluate", rectangles_model, "--data", data, "--against", turned, "--device", "cpu",
+            "--json", answer,
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+        values = json.loads(answer.read_text())
+        assert values["data"]["objects"] == 8
+        assert values["metrics"]["ap50"] == pytest.approx(1.0)
+        assert values["against"]["metrics"]["per_class"] == values["metrics"]["per_class"]
 
 
 def test_evaluate_against_other_classes_is_refused(rectangles_model, rectangles_data, tmp_path):

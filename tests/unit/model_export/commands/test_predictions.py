@@ -142,6 +142,12 @@ def write_other_case_and_suffix(content: Content) -> None:
         each["file_name"] = each["file_name"].replace("0.png", "0.PNG").replace("1.png", "1.jpg")
 
 
+def write_areas_of_outlines(content: Content) -> None:
+    # The boxes themselves are all small.
+    for number, each in enumerate(content["annotations"]):
+        each["area"] = (500.5, 1500, 10_000)[number % 3]
+
+
 CHANGES: dict[str, Callable[[Content], None]] = {
     "as it is": lambda content: None,
     "text for images": write_image_ids_as_text,
@@ -150,6 +156,7 @@ CHANGES: dict[str, Callable[[Content], None]] = {
     "another order": turn_tables,
     "paths of Windows": write_paths_of_windows,
     "other case and suffix": write_other_case_and_suffix,
+    "areas of outlines": write_areas_of_outlines,
 }
 
 
@@ -170,6 +177,7 @@ def test_pycocotools_gives_the_figures_of_evaluate(
     (tmp_path / "detected.json").write_text(detected.stdout)
     metrics = figures["metrics"]
     assert 0.1 < metrics["ap"] < 0.9
+    assert (metrics["ap_medium"] is None) == (change != "areas of outlines")
     for results in (predictions, tmp_path / "detected.json"):
         judgement = judged(truth_of(data), results)
         ours = [-1.0 if metrics[name] is None else metrics[name] for name in FIGURES]

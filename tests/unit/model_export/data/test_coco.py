@@ -123,6 +123,18 @@ def test_crowds_are_left_out_and_told(root: Path) -> None:
     )
 
 
+def test_areas_are_those_of_the_file_or_else_of_the_boxes(root: Path) -> None:
+    value = content("a", "b", "c")
+    areas = ({"area": 0.25}, {"area": None}, {})
+    for entry, area in zip(value["annotations"], areas, strict=True):
+        entry.pop("area", None)
+        entry["bbox"] = [1, 2, 30, 4]
+        entry.update(area)
+    write(root / "train.json", value)
+    draw(root / "train", "c")
+    assert [each.areas.tolist() for each in load(root, "train").samples] == [[0.25], [120], [120]]
+
+
 def test_two_categories_of_one_name_are_one_class(root: Path) -> None:
     value = content("a", "b")
     value["categories"][2]["name"] = " cat "
@@ -350,6 +362,10 @@ BROKEN: list[tuple[Callable[[Content], None], str, str]] = [
     (_set("annotations", 1, bbox=[10**400, 2, 3, 4]), "annotation 1", "its 'bbox' is [1000"),
     (_set("annotations", 1, iscrowd=2), "annotation 1", "its 'iscrowd' is 2; it must be 0 or 1"),
     (_set("annotations", 1, iscrowd=[]), "annotation 1", "its 'iscrowd' is []"),
+    *(
+        (_set("annotations", 1, area=area), "annotation 1", f"its 'area' is {area!r}; it must be")
+        for area in (-1, "9", True, float("nan"), float("inf"), [9])
+    ),
     (_replace("annotations", [[1]]), "", "annotation 0: it is [1]; it must be an object"),
     (_set("categories", 2, id=90), "category 2", "the id 90 is that of 'cat' too"),
     (_drop("categories", 1, "name"), "category 1", "category 1 (id 90): it has no 'name'"),

@@ -137,6 +137,43 @@ def test_a_size_behind_a_long_profile_is_found(folder: VocFolder) -> None:
     assert load_voc(folder.root, "train").samples[0].size == Size(60, 80)
 
 
+@pytest.mark.parametrize(
+    ("written", "difficult"),
+    [
+        ("1", True),
+        (" True\n", True),
+        ("0", False),
+        ("false", False),
+        ("", False),
+        ("Unspecified", False),
+    ],
+)
+def test_difficult_objects_are_kept_and_told(
+    folder: VocFolder, written: str, difficult: bool
+) -> None:
+    folder.add("a", [CELL])
+    text = annotation([CELL, ("cell", (50, 10, 70, 40)), CELL], difficult=written)
+    folder.annotate("a", text.replace(f">{written}<", ">0<", 1))
+    folder.list("train", "a")
+    dataset = load_voc(folder.root, "train")
+    (sample,) = dataset.samples
+    assert len(sample.boxes) == 2, "the third is the first again"
+    assert sample.difficult.tolist() == [1] * difficult
+    assert sample.counted.tolist() == [True, not difficult]
+    notes = [str(each) for each in dataset.problems if each.kind is Kind.DIFFICULT]
+    told = f"{folder.root}: 1 objects are marked difficult, the first in a.jpg: trained on; in "
+    assert notes == [f"{told}evaluation neither they nor their detections count"] * difficult
+
+
+def test_a_rotated_object_may_be_difficult(folder: VocFolder) -> None:
+    folder.add("a")
+    box = "<cx>40</cx><cy>30</cy><w>20</w><h>10</h><angle>0.1</angle>"
+    item = f"<object><name>cell</name><difficult>1</difficult><robndbox>{box}</robndbox></object>"
+    folder.annotate("a", f"<annotation>{item}</annotation>")
+    folder.list("train", "a")
+    assert load_voc(folder.root, "train").samples[0].difficult.tolist() == [0]
+
+
 # --- splits --------------------------------------------------------------------------------------
 
 
@@ -342,6 +379,8 @@ def test_folder_named_like_an_image_is_no_image(folder: VocFolder) -> None:
         (annotation([CELL]).replace("<ymax>40</ymax>", ""), 6, "<bndbox> has no <ymax>"),
         (annotation([("x", (1, 1, float("nan"), 9))]), 7, "<xmax> is 'nan'"),
         (annotation([("x", (1, 1, 9, 9))]).replace(">9<", ">nine<"), 7, "it must be a number"),
+        (annotation([CELL], difficult="2"), 5, "<difficult> is '2'; it must be 0 or 1"),
+        (annotation([CELL], difficult="maybe"), 5, "<difficult> is 'maybe'"),
         ("<?xml version='1.0' encoding='klingon'?>\n<annotation/>", 1, "unknown"),
     ],
 )

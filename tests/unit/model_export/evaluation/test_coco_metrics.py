@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 from operator import ne
@@ -19,7 +20,7 @@ from model_export.evaluation.bootstrap import (
     compare,
     mean_precisions,
 )
-from model_export.evaluation.coco_metrics import coco_metrics, match
+from model_export.evaluation.coco_metrics import coco_metrics, match, overlaps
 from model_export.evaluation.inference import evaluate_file
 from model_export.evaluation.plots import open_font, precision_recall, save_plots
 from model_export.evaluation.thresholds import operating_points
@@ -32,7 +33,9 @@ from tests.unit.model_export.cases import (
     measurement,
     random_case,
     sample,
+    with_areas,
     with_crowds,
+    with_difficult,
 )
 from tests.unit.model_export.voc_folder import load_voc
 
@@ -97,6 +100,73 @@ def test_sizes_are_of_the_original_image():
     assert result.ap_small == pytest.approx(1.0)
     assert result.ap_medium == pytest.approx(1.0)
     assert result.ap_large == 0.0
+
+
+def test_sizes_are_those_of_the_outlines():
+    # Boxes of 100^2, which are large, around outlines that are not.
+    boxes = [[0, 0, 100, 100], [200, 0, 300, 100], [400, 0, 500, 100], [0, 200, 100, 300]]
+    truth = dataclasses.replace(
+        sample(boxes, [0] * 4), annotated_areas=np.array([1024, 1025, 9217, np.nan])
+    )
+    result = coco_metrics([truth], [detections(boxes[:3], [0.9, 0.8, 0.7], [0] * 3)], CLASSES)
+    assert (result.ap_small, result.ap_medium) == pytest.approx((1, 1))
+    assert result.ar_large == 0.5
+
+
+# --- objects marked difficult, as the VOC devkit judges ----------------------------------------
+
+HARD = [200, 200, 300, 300]
+
+
+@pytest.mark.parametrize(
+    ("boxes", "ap50"),
+    [
+        pytest.param([FULL], 1.0, id="no miss"),
+        pytest.param([HARD, FULL], 1.0, id="no false positive"),
+        pytest.param([HARD, HARD, [200, 200, 300, 290], FULL], 1.0, id="however often"),
+        pytest.param([[200, 200, 300, 249], FULL], 0.5, id="from an IoU of 0.5"),
+        pytest.param([[210, 210, 230, 230], FULL], 0.5, id="unlike a crowd, which has it inside"),
+        pytest.param([HARD], 0.0, id="no hit"),
+    ],
+)
+def test_difficult_objects_count_neither_way(boxes, ap50):
+    truth = dataclasses.replace(sample([FULL, HARD], [0, 0]), difficult=np.array([1]))
+    found = detections(boxes, np.linspace(0.9, 0.1, len(boxes)), [0] * len(boxes))
+    result = coco_metrics([truth], [found], CLASSES)
+    assert result.ap50 == pytest.approx(ap50)
+    assert result.boxes == result.per_class["cell"].count == 1
+    (cell, _) = match([truth], [found], CLASSES)
+    assert cell.objects.tolist() == [1]
+    assert mean_precisions([cell], once([truth]))[0][1] == pytest.approx(result.ap50)
+
+
+def test_an_object_is_hit_before_a_difficult_one_is_ignored():
+    truth = dataclasses.replace(sample([[0, 0, 100, 90], FULL], [0, 0]), difficult=np.array([1]))
+    result = coco_metrics([truth], [detections([FULL], [0.9], [0])], CLASSES)
+    assert result.ap50 == pytest.approx(1.0)
+
+
+def test_difficult_objects_of_another_class_excuse_nothing():
+    truth = dataclasses.replace(sample([FULL, HARD], [0, 1]), difficult=np.array([1]))
+    found = detections([HARD, FULL], [0.9, 0.8], [0, 0])
+    result = coco_metrics([truth], [found], CLASSES)
+    assert result.per_class["cell"].ap50 == pytest.approx(0.5)
+    assert (result.per_class["speck"].ap, result.per_class["speck"].count) == (None, 0)
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_difficult_objects_without_detections_might_as_well_not_be_there(seed):
+    truth, found = random_case(seed)
+    hard = with_difficult(truth, seed)
+    without = [sample(each.boxes[each.counted], each.labels[each.counted]) for each in hard]
+    kept = []
+    for each, answers in zip(hard, found, strict=True):
+        ious = overlaps(answers.boxes, each.boxes[each.difficult])
+        kept.append(answers.pick((ious < 0.5).all(axis=1)))
+    for detected in (kept, [NOTHING] * len(kept)):
+        before = coco_metrics(hard, detected, CLASSES)
+        assert before == coco_metrics(without, detected, CLASSES)
 
 
 # --- empty and crowded ---------------------------------------------------------------------------
@@ -181,6 +251,14 @@ def reference(truth, found, folder: Path) -> np.ndarray:
             + [(b, k, 1) for b, k in zip(each.crowds.astype(float), each.crowd_labels, strict=True)]
         )
     ]
+    outlines = {
+        1000 * i + j + 1: float(area)
+        for i, each in enumerate(truth)
+        if each.annotated_areas is not None
+        for j, area in enumerate(each.annotated_areas)
+    }
+    for each in annotations:
+        each["area"] = outlines.get(each["id"], each["area"])
     answers = [
         {
             "image_id": i,
@@ -215,6 +293,18 @@ def test_agrees_with_pycocotools_on_json_files(seed, tmp_path):
     assert 0.05 < result.ap < 0.95
     # Not approximately: to the last digit.
     assert twelve(result) == expected.tolist()
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_agrees_with_pycocotools_where_areas_are_those_of_outlines(seed, tmp_path):
+    alone, found = random_case(seed, images=20)
+    truth = with_crowds(with_areas(alone, seed), seed)
+    result = coco_metrics(truth, found, CLASSES)
+    assert twelve(result) == reference(truth, found, tmp_path).tolist()
+    boxes = coco_metrics(with_crowds(alone, seed), found, CLASSES)
+    assert result.ap == boxes.ap
+    assert result.ap_small != boxes.ap_small
+    assert result.ar_medium != boxes.ar_medium
 
 
 @pytest.mark.parametrize("seed", [4, 5])

@@ -19,6 +19,7 @@ from tests.unit.model_export.cases import (
     random_case,
     sample,
     with_crowds,
+    with_difficult,
 )
 
 FULL = [0, 0, 100, 100]
@@ -110,6 +111,17 @@ def test_in_a_crowd_of_its_class_nothing_is_a_mistake():
     assert outcomes(truth, other) == ["false"]
 
 
+def test_of_a_difficult_object_nothing_is_a_mistake():
+    truth = dataclasses.replace(sample([FULL, ELSEWHERE], [0, 0]), difficult=np.array([0]))
+    # Twice over it, half of it, less than half of it, and another class over it.
+    boxes = [FULL, FULL, [0, 0, 100, 50], [0, 0, 100, 49], FULL]
+    found = detections(boxes, [0.9, 0.8, 0.7, 0.6, 0.5], [0, 0, 0, 0, 1])
+    analysis = analyse(truth, found, at(0.1, 0.1))
+    assert [str(each) for each in analysis.outcomes] == ["ignored"] * 3 + ["false"] * 2
+    assert analysis.missed.tolist() == [1]
+    assert confusion([truth], [analysis], 2).counts.tolist() == [[0, 0, 1], [0, 0, 0], [1, 1, 0]]
+
+
 def test_nothing_at_all():
     analysis = analyse(EMPTY, NOTHING, at(0.1, 0.1))
     assert analysis.outcomes == ()
@@ -132,6 +144,10 @@ def test_worst_first():
     # The large one that nothing speaks for, the small one, the one with a low score.
     missed = [(each.image, each.thing) for each in mistakes if each.outcome is Outcome.MISSED]
     assert missed == [(0, 0), (0, 1), (1, 0)]
+    # By the areas of the outlines the second is larger.
+    truth[0] = dataclasses.replace(truth[0], annotated_areas=np.array([20.0, np.nan]))
+    worst = [each for each in find_mistakes(truth, analyses) if each.outcome is Outcome.MISSED]
+    assert [each.thing for each in worst] == [1, 0, 0]
 
 
 def test_confusion_by_hand():
@@ -160,14 +176,14 @@ def test_confusion_of_nothing():
 @given(seed=st.integers(0, 10_000), score=st.floats(0.02, 0.9))
 def test_diagonal_is_what_coco_matches(seed, score):
     truth, found = random_case(seed)
-    truth = with_crowds(truth, seed)
+    truth = with_difficult(with_crowds(truth, seed), seed)
     selection = at(score, score)
     analyses = [analyse(s, f, selection) for s, f in zip(truth, found, strict=True)]
     table = confusion(truth, analyses, len(CLASSES))
     matches = match(truth, [each.shown for each in analyses], CLASSES)
     assert np.diagonal(table.counts)[:-1].tolist() == [int(each.hits[0].sum()) for each in matches]
     # Every object and every detection is counted once.
-    assert table.counts[:-1].sum() == sum(len(each.labels) for each in truth)
+    assert table.counts[:-1].sum() == sum(each.counted.sum() for each in truth)
     judged = sum(each.outcomes.count(Outcome.IGNORED) for each in analyses)
     assert table.counts[:, :-1].sum() == sum(len(each.shown) for each in analyses) - judged
 
@@ -176,7 +192,7 @@ def test_diagonal_is_what_coco_matches(seed, score):
 @given(seed=st.integers(0, 10_000))
 def test_confusion_agrees_with_the_curve_at_the_files_threshold(seed):
     truth, found = random_case(seed)
-    measured = measurement(with_crowds(truth, seed), found)
+    measured = measurement(with_difficult(with_crowds(truth, seed), seed), found)
     for label, name in enumerate(CLASSES):
         points = measured.points[name]
         if points is None:

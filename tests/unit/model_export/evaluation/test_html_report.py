@@ -28,6 +28,8 @@ from tests.unit.model_export.cases import (
     model_file,
     random_case,
     sample,
+    with_areas,
+    with_difficult,
 )
 
 EVIL = "<script>alert('x')</script>"
@@ -296,15 +298,18 @@ def test_answer_has_the_keys_that_are_promised():
         assert choice[key] == {"micro": round(f1.micro, 4), "macro": round(f1.macro, 4)}
     assert len(again["curves"]["speck"]["precision"]) == 101
     assert set(again["against"]["difference"]) == {"ap", "ap50", "d_ece"}
+    assert "leaves out the spread over training seeds" in again["against"]["note"]
 
 
 def test_digest_tells_data_apart():
     truth, found = random_case(3)
     moved = [dataclasses.replace(truth[0], boxes=truth[0].boxes + 1), *truth[1:]]
+    hard, outlined = with_difficult(truth, 3), with_areas(truth, 3)
     digest = measurement(truth, found).data_digest
     assert digest == measurement(truth, found[::-1]).data_digest
     assert digest != measurement(moved, found).data_digest
     assert digest != measurement(truth[::-1], found).data_digest
+    assert len({digest, *(measurement(each, found).data_digest for each in (hard, outlined))}) == 3
 
 
 def test_answer_of_nothing_is_json():
