@@ -84,7 +84,7 @@ def split_by_hash(
         )
     members = frozenset(path for name in chosen for path in units[name])
     parts = [[path for path in paths if names[path] == name] for name in sorted(cut)]
-    return members, [*problems, *([_cut_note(root, parts, unsplit)] if parts else [])]
+    return members, [*problems, *([_cut_note(root, parts, len(paths), unsplit)] if parts else [])]
 
 
 def _sequence(root: Path, image: Path) -> str:
@@ -100,15 +100,17 @@ def _sequence(root: Path, image: Path) -> str:
     return "/".join([*own, image.stem[: number.start()]])
 
 
-def _cut_note(root: Path, sequences: Sequence[Sequence[Path]], unsplit: str) -> Problem:
+def _cut_note(root: Path, sequences: Sequence[Sequence[Path]], total: int, unsplit: str) -> Problem:
     largest = max(sequences, key=len)
+    reason = (
+        "has more than half of all images" if 2 * len(largest) > total else "is named as a class"
+    )
     others = f" (and {len(sequences) - 1} more such sequences)" if len(sequences) > 1 else ""
     what = (
         f"{len(largest)} images, {largest[0].name} to {largest[-1].name}{others}, are numbered as "
-        "one sequence, but it has more than half of all images or the name of a class: split image "
-        "by image. If they are frames of one video, train and val have almost the same images, "
-        f"and AP on val says little; choose the sides yourself, with {unsplit} or with folders "
-        "train/ and val/"
+        f"one sequence, which {reason}: split image by image. If they are frames of one video, "
+        "train and val have almost the same images, and AP on val says little; choose the sides "
+        f"yourself, with {unsplit} or with folders train/ and val/"
     )
     return Problem(root, None, what, fatal=False, kind=Kind.SEQUENCE)
 

@@ -88,7 +88,7 @@ def test_one_sequence_of_all_images_is_split_image_by_image(
     assert 40 <= len(val) <= 80
     (note,) = notes(names)
     assert note.startswith(f"300 images, {first}.jpg to {last}.jpg, are numbered as one sequence")
-    assert "split image by image" in note
+    assert "which has more than half of all images: split image by image" in note
     assert "choose the sides yourself, with lists or with folders train/ and val/" in note
     # Others beside it do not change its sides.
     more = [*names, *(f"night_{number}" for number in range(50))]
@@ -110,7 +110,7 @@ def test_sequences_called_as_a_class_are_split_image_by_image(
     (note,) = notes(names, classes)
     assert note.startswith("50 images, ")
     assert f"(and {len(classes) - 1} more such sequences)" in note
-    assert "or the name of a class" in note
+    assert "which is named as a class: split image by image" in note
 
 
 def test_adding_images_moves_none() -> None:
