@@ -102,7 +102,7 @@ class RetinaNetModule(lightning.LightningModule):
         self.network.train()
         self.average.eval()
         if self._norms_frozen:
-            freeze_norms(self.network.modules())
+            freeze_norms(self.network.backbone.modules())
         self.sums = {"steps": 0.0, "classification": 0.0, "regression": 0.0}
 
     def transfer_batch_to_device(

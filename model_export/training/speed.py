@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model_export.config import TrainConfig
 from model_export.retinanet.anchors import level_anchors
-from model_export.retinanet.model import ModelConfig, RetinaNet
+from model_export.retinanet.model import ModelConfig, RetinaNet, freeze_norms
 from model_export.training.detection_loss import assign, assigned_loss, normaliser
-from model_export.training.hardware import accelerator_for, precision_for
+from model_export.training.hardware import accelerator_for, keep_freed_memory, precision_for
 from service.imaging.canvas import Size
 
 GFLOPS: Final = 100.0
@@ -98,40 +98,46 @@ def time_step(config: TrainConfig, classes: int, canvas: Size, device: str) -> S
     if config.channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     network.train()
+    if config.freeze_norms:
+        freeze_norms(network.backbone.modules())
+    if accelerator == "cpu":
+        keep_freed_memory()
     # The first steps allocate memory and choose kernels.
-    single = min(_step(network, config, canvas, 1, accelerator) for _ in range(2))
+    single = min(_seconds(network, config, canvas, 1) for _ in range(2))
     count = -(-config.batch_size // config.accumulate)
     if single * count > _PATIENCE:
         return StepTime(canvas, single)
-    batch = min(_step(network, config, canvas, count, accelerator) for _ in range(2))
-    return StepTime(canvas, batch / count)
+    return StepTime(canvas, min(_seconds(network, config, canvas, count) for _ in range(2)) / count)
 
 
-def _step(
-    network: RetinaNet, config: TrainConfig, canvas: Size, count: int, accelerator: str
-) -> float:
-    """Return the seconds of one step on `count` images with an object each."""
-    precision: Any = precision_for(config.precision, accelerator)
-    kinds = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-    images = torch.randint(0, 256, (count, *canvas, 3), dtype=torch.uint8, device=accelerator)
-    sizes = torch.tensor([canvas] * count, device=accelerator)
-    boxes = [torch.tensor([[0.0, 0.0, canvas.width / 4, canvas.height / 4]], device=accelerator)]
-    labels = [torch.zeros(1, dtype=torch.int64, device=accelerator)]
-    anchors = [level.to(accelerator) for level in level_anchors(config.model.anchors, *canvas)]
+def _seconds(network: RetinaNet, config: TrainConfig, canvas: Size, count: int) -> float:
+    network.zero_grad()
     started = time.monotonic()
-    assigned = assign(anchors, boxes * count, labels * count, config.matching)
-    with torch.autocast(accelerator, kinds.get(precision), enabled=precision in kinds):
-        levels = network(images, sizes)
+    noise_step(network, config, canvas, count)
+    if network.mean.is_cuda:
+        torch.cuda.synchronize()
+    return time.monotonic() - started
+
+
+def noise_step(network: RetinaNet, config: TrainConfig, canvas: Size, count: int) -> None:
+    """Forward and backward pass on `count` images of noise, each with an object."""
+    device = network.mean.device
+    precision: Any = precision_for(config.precision, device.type)
+    kinds = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+    images = torch.randint(0, 256, (count, *canvas, 3), dtype=torch.uint8, device=device)
+    sizes = torch.tensor([canvas] * count, device=device)
+    box = torch.tensor([[0.0, 0.0, canvas.width / 4, canvas.height / 4]], device=device)
+    boxes = [box] * count
+    labels = [torch.zeros(1, dtype=torch.int64, device=device)] * count
+    anchors = [level.to(device) for level in level_anchors(config.model.anchors, *canvas)]
+    assigned = assign(anchors, boxes, labels, config.matching)
+    with torch.autocast(device.type, kinds.get(precision), enabled=precision in kinds):
         losses = assigned_loss(
-            levels,
+            network(images, sizes),
             assigned,
-            boxes * count,
-            labels * count,
+            boxes,
+            labels,
             loss=config.loss,
             scale=normaliser(assigned),
         )
     (losses.classification + losses.regression).backward()  # type: ignore[no-untyped-call]
-    network.zero_grad()
-    if accelerator == "cuda":
-        torch.cuda.synchronize()
-    return time.monotonic() - started

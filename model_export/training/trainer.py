@@ -41,6 +41,7 @@ from model_export.training.distributed import (
 from model_export.training.hardware import (
     accelerator_for,
     compiler_works,
+    keep_freed_memory,
     precision_for,
     workers_for,
 )
@@ -88,6 +89,8 @@ def train(
     place = world()
     accelerator, devices = accelerator_for(device, place.local_size)
     precision = precision_for(config.precision, accelerator)
+    if accelerator == "cpu":
+        keep_freed_memory()
     last = output / LAST
     if resume and not last.exists():
         raise DataError(f"{last}: nothing to resume; start the run without --resume")

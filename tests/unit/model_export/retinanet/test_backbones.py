@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model_export.checkpoints import fetch_imagenet, load_backbone
+from model_export.retinanet import backbones
 from model_export.retinanet.backbones import (
     BACKBONES,
     Backbone,
@@ -167,6 +169,64 @@ def test_freeze_norms_keeps_statistics_and_lets_weights_learn() -> None:
     assert all(torch.equal(backbone.state_dict()[k], v) for k, v in before.items())
     assert backbone.training
     assert all(p.requires_grad for p in backbone.parameters())
+
+
+def gradients(backbone: Backbone, image: Tensor, **autocast: Any) -> dict[str, Tensor]:
+    backbone.zero_grad()
+    with torch.autocast("cpu", **autocast):
+        total = sum(level.float().square().mean() for level in backbone(image))
+    assert isinstance(total, Tensor)
+    total.backward()
+    return {name: p.grad.clone() for name, p in backbone.named_parameters() if p.grad is not None}
+
+
+def trained_norms(name: str) -> Backbone:
+    """A backbone in training whose frozen norms do something."""
+    torch.manual_seed(0)
+    backbone = BACKBONES[name].build().train()
+    for module in backbone.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            nn.init.uniform_(module.running_mean, -0.2, 0.2)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.2, 0.2)
+    freeze_norms(backbone.modules())
+    return backbone
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2_tf", "efficientnet_lite0"])
+def test_a_frozen_norm_inside_its_convolution_has_the_same_gradients(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = trained_norms(name).double()
+    image = torch.randn(1, 3, 32, 64, dtype=torch.float64)
+    folded = gradients(backbone, image, enabled=False)
+    monkeypatch.setattr(backbones, "conv_norm", lambda conv, norm, x: norm(conv(x)))
+    plain = gradients(backbone, image, enabled=False)
+    # Every parameter, those of the norms included.
+    assert folded.keys() == plain.keys() == dict(backbone.named_parameters()).keys()
+    for parameter, gradient in plain.items():
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(folded[parameter], gradient, rtol=0, atol=1e-6 * scale + 1e-12)
+
+
+def test_norms_that_learn_their_statistics_still_do() -> None:
+    backbone = BACKBONES["mobilenet_v2"].build().train()
+    backbone(torch.randn(2, 3, 64, 64))
+    norms = [m for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert all(m.running_mean is not None and m.running_mean.any() for m in norms)
+
+
+def test_bfloat16_gradients_follow_float32() -> None:
+    backbone = trained_norms("mobilenet_v2")
+    image = torch.randn(2, 3, 64, 96)
+    exact = gradients(backbone, image, enabled=False)
+    rounded = gradients(backbone, image, dtype=torch.bfloat16)
+    for name in ("features.0.0.weight", "features.2.conv.1.0.weight", "features.7.conv.1.1.bias"):
+        a, b = exact[name].flatten(), rounded[name].flatten()
+        assert torch.cosine_similarity(a, b, dim=0) > 0.97, name
 
 
 # --- the published EfficientNet-Lite0 -------------------------------------------------------------
