@@ -127,7 +127,7 @@ def ablate(
             )
             summaries = _write(study, runs, output)
     click.echo(f"wrote {output}/ablation.csv, .md and .png")
-    for line in ablation_report.table(summaries, study.reference):
+    for line in ablation_report.table(summaries):
         click.echo(line)
 
 
@@ -169,9 +169,9 @@ def _write(
 ) -> list[ablation_report.Summary]:
     """Write the table of all finished runs; called after every run, as the next may be killed."""
     results = [result for run in runs if (result := ablation.finished(run)) is not None]
-    summaries = ablation_report.summarise(ablation.expand(study.rows), results, study.reference)
+    summaries = ablation_report.summarise(ablation.expand(study.rows, study.reference), results)
     ablation_report.write_results(results, output / "ablation.csv")
-    lines = ablation_report.table(summaries, study.reference)
+    lines = ablation_report.table(summaries)
     ablation.replace_file(output / "ablation.md", "\n".join(lines) + "\n")
     ablation_report.write_plot(study.title, summaries, results, output / "ablation.png")
     return summaries

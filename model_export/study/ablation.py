@@ -54,6 +54,8 @@ class RowConfig(_Config):
     """Dotted settings with the values that each takes."""
     paper: float | None = None
     """AP of the paper's row, in points, to stand beside ours."""
+    reference: str | None = None
+    """The row from which the difference is taken; left out, the study's."""
 
     @model_validator(mode="after")
     def _check(self) -> RowConfig:
@@ -92,8 +94,9 @@ class StudyConfig(_Config):
         folders = [_slug(name) for name in names]
         if len(set(folders)) != len(folders):
             raise ValueError(f"rows differ in signs only: {', '.join(sorted(names))}")
-        if self.reference is not None and self.reference not in names:
-            raise ValueError(f"reference {self.reference!r} is no row; one of {', '.join(names)}")
+        for reference in (self.reference, *(row.reference for row in self.rows)):
+            if reference is not None and reference not in names:
+                raise ValueError(f"reference {reference!r} is no row; one of {', '.join(names)}")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds repeat: {self.seeds}")
         if "seed" in self.base:
@@ -107,7 +110,8 @@ class Row:
 
     name: str
     settings: Mapping[str, Any]
-    paper: float | None
+    paper: float | None = None
+    reference: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +138,10 @@ class Result:
     """Why the run gave up, or None."""
 
 
-def expand(rows: Sequence[RowConfig]) -> list[Row]:
+def expand(rows: Sequence[RowConfig], reference: str | None = None) -> list[Row]:
     """Return rows with their grids multiplied out, in the order of the config.
+
+    `reference` is that of rows without one of their own.
 
     >>> [row.name for row in expand([RowConfig(name="FL", grid={"loss.gamma": [0, 2]})])]
     ['FL, gamma 0', 'FL, gamma 2']
@@ -148,7 +154,8 @@ def expand(rows: Sequence[RowConfig]) -> list[Row]:
                 f"{key.rsplit('.', 1)[-1]} {value}" for key, value in zip(keys, values, strict=True)
             ]
             settings = {**row.set, **dict(zip(keys, values, strict=True))}
-            expanded.append(Row(", ".join([row.name, *names]), settings, row.paper))
+            name = ", ".join([row.name, *names])
+            expanded.append(Row(name, settings, row.paper, row.reference or reference))
     return expanded
 
 

@@ -32,6 +32,7 @@ class Summary:
     ap50: float | None
     minutes: float
     paper: float | None
+    reference: str | None
     difference: Difference | None
     """From the reference row; None without one, and of that row itself."""
 
@@ -76,16 +77,14 @@ def paired(row: Sequence[Result], reference: Sequence[Result]) -> Difference | N
     return Difference(statistics.mean(points), error, len(points))
 
 
-def summarise(
-    rows: Sequence[Row], results: Sequence[Result], reference: str | None = None
-) -> list[Summary]:
+def summarise(rows: Sequence[Row], results: Sequence[Result]) -> list[Summary]:
     """Return each row that has a result, in the order of the rows."""
     summaries = []
-    compared = [result for result in results if result.row == reference]
     for row in rows:
         own = [result for result in results if result.row == row.name]
         if not own:
             continue
+        compared = [result for result in results if result.row == row.reference]
         sound = [result for result in own if result.diverged is None]
         points = [100 * result.ap for result in sound]
         summaries.append(
@@ -100,25 +99,27 @@ def summarise(
                 ap50=statistics.mean(100 * each.ap50 for each in sound) if sound else None,
                 minutes=statistics.mean(each.minutes for each in sound or own),
                 paper=row.paper,
-                difference=None if row.name == reference else paired(own, compared),
+                reference=row.reference,
+                difference=None if row.name == row.reference else paired(own, compared),
             )
         )
     return summaries
 
 
-def table(summaries: Sequence[Summary], reference: str | None = None) -> Iterator[str]:
+def table(summaries: Sequence[Summary]) -> Iterator[str]:
     """Return the rows as lines of Markdown."""
+    compared = any(each.reference for each in summaries)
     heads = ["row", "runs", "AP", "sd", "min to max", "AP50", "minutes", "paper's AP"]
-    if reference is not None:
-        heads.insert(5, f"minus {reference}")
+    if compared:
+        heads.insert(5, "difference")
     yield f"| {' | '.join(heads)} |"
     yield "|" + "---|" * len(heads)
     for each in summaries:
         runs = f"{each.runs}" + (f", {each.diverged} diverged" if each.diverged else "")
         span = f"{_points(each.least)} to {_points(each.most)}"
         cells = [each.mean, each.deviation, span, each.ap50, each.minutes, each.paper]
-        if reference is not None:
-            cells.insert(3, str(each.difference or ""))
+        if compared:
+            cells.insert(3, f"{each.difference} to {each.reference}" if each.difference else "")
         yield f"| {each.name} | {runs} | {' | '.join(map(_points, cells))} |"
 
 

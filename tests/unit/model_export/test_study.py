@@ -346,6 +346,7 @@ def test_settings_of_a_row_and_of_the_command_reach_the_run(tmp_path: Path) -> N
         ({"rows": [{"name": "a|b"}]}, "name"),
         ({"rows": [{"name": ".."}]}, "name"),
         ({"base": {"seed": 3}}, "base.seed"),
+        ({"rows": [{"name": "a", "reference": "CE"}]}, "reference 'CE' is no row; one of a"),
         ({"reference": "CE"}, "reference 'CE' is no row; one of star, hinge"),
         ({"pictures": 99}, "99 images"),
         ({"validation_pictures": 99}, "99 images"),
@@ -442,19 +443,29 @@ def test_the_table_has_mean_and_spread_over_seeds() -> None:
 
 
 def test_differences_are_taken_seed_by_seed_from_the_reference() -> None:
-    rows = [ablation.Row(name, {}, None) for name in ("a", "b", "c")]
+    rows = [ablation.Row(name, {}, reference="a") for name in ("a", "b", "c")]
+    rows.append(ablation.Row("d", {}, reference="b"))
     results = [
         ablation.Result(row, seed, ap, ap, 1.0, None)
-        for row, aps in (("a", (0.10, 0.20, 0.30)), ("b", (0.11, 0.22, 0.33)))
+        for row, aps in (
+            ("a", (0.10, 0.20, 0.30)),
+            ("b", (0.11, 0.22, 0.33)),
+            ("d", (0.10, 0.21, 0.32)),
+        )
         for seed, ap in enumerate(aps)
     ]
     results.append(ablation.Result("b", 3, 0.9, 0.9, 1.0, None))
     results.append(ablation.Result("c", 1, 0.0, 0.0, 1.0, "not finite"))
-    summaries = ablation_report.summarise(rows, results, "a")
-    lines = list(ablation_report.table(summaries, "a"))
+    summaries = ablation_report.summarise(rows, results)
+    lines = list(ablation_report.table(summaries))
     # Differences of 1, 2 and 3: sd 1, times 4.303 / sqrt(3). Seed 3 has no partner.
-    assert lines[0].startswith("| row | runs | AP | sd | min to max | minus a |")
-    assert [line.split(" | ")[5] for line in lines[2:]] == ["-", "+2.0 ± 2.5", "-"]
+    assert lines[0].startswith("| row | runs | AP | sd | min to max | difference |")
+    assert [line.split(" | ")[5] for line in lines[2:]] == [
+        "-",
+        "+2.0 ± 2.5 to a",
+        "-",
+        "-1.0 ± 0.0 to b",
+    ]
     assert summaries[1].difference is not None
     assert summaries[1].difference.seeds == 3
 
