@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from model_export.config import TrainConfig, load_config
 from model_export.commands.options import DEFAULT_RECIPE
+from model_export.config import TrainConfig, load_config
 from model_export.data.datasets import Dataset, Sample
 from model_export.retinanet.model import ModelConfig
 from model_export.training.recommendation import choose_canvas, recommend
