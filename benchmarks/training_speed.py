@@ -27,9 +27,9 @@ from model_export.commands.options import DEFAULT_RECIPE
 from model_export.config import TrainConfig, load_config
 from model_export.retinanet import backbones
 from model_export.retinanet.model import RetinaNet, freeze_norms
-from model_export.training.hardware import keep_freed_memory
 from model_export.training.speed import noise_step
 from service.imaging.canvas import Size
+from service.system.memory import keep_freed_memory
 
 WAYS: Final = ("retinaserve", "plain torch")
 CLASSES: Final = 31
@@ -54,7 +54,7 @@ def network_of(config: TrainConfig) -> RetinaNet:
 def child(way: str, config: TrainConfig, canvas: Size, steps: int) -> None:
     """Print images a second, and images for each second of a core."""
     if way == WAYS[0]:
-        keep_freed_memory()
+        keep_freed_memory(activations=True)
     else:
         backbones.conv_norm = plain_conv_norm
     network = network_of(config)

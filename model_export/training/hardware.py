@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
-import platform
 import re
 from typing import Any, Final
 
@@ -14,10 +12,6 @@ import torch
 from service.errors import DataError, DeviceError
 
 _DEVICE: Final = re.compile(r"cpu|cuda(?::(\d+))?")
-
-# malloc.h: M_TRIM_THRESHOLD, M_TOP_PAD and M_MMAP_MAX. Nothing is mapped by itself, and the heap's
-# end stays.
-_MALLOPT: Final = {-1: 2**31 - 1, -2: 64 << 20, -4: 0}
 
 _log = logging.getLogger(__name__)
 
@@ -65,19 +59,6 @@ def workers_for(asked: int | None, accelerator: str, processes: int) -> int:
     if asked is not None:
         return asked
     return 0 if accelerator == "cpu" else min(8, max(1, (os.cpu_count() or 1) // processes))
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep memory that is freed for the next allocation, in this process.
-
-    Otherwise it returns every large activation to the kernel, and a fifth of a step on CPUs is
-    spent on fetching its pages again. Its environment variables do not reach above 32 MB. Other
-    C libraries have no such call.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt is not None and platform.libc_ver()[0] == "glibc":
-        for parameter, value in _MALLOPT.items():
-            mallopt(parameter, value)
 
 
 def compiler_works(accelerator: str) -> bool:

@@ -14,8 +14,9 @@ from model_export.config import TrainConfig
 from model_export.retinanet.anchors import level_anchors
 from model_export.retinanet.model import ModelConfig, RetinaNet, freeze_norms
 from model_export.training.detection_loss import assign, assigned_loss, normaliser
-from model_export.training.hardware import accelerator_for, keep_freed_memory, precision_for
+from model_export.training.hardware import accelerator_for, precision_for
 from service.imaging.canvas import Size
+from service.system.memory import keep_freed_memory
 
 GFLOPS: Final = 100.0
 """Floating-point operations, in 10^9 a second, that onnxruntime reaches on two cores."""
@@ -101,7 +102,7 @@ def time_step(config: TrainConfig, classes: int, canvas: Size, device: str) -> S
     if config.freeze_norms:
         freeze_norms(network.backbone.modules())
     if accelerator == "cpu":
-        keep_freed_memory()
+        keep_freed_memory(activations=True)
     # The first steps allocate memory and choose kernels.
     single = min(_seconds(network, config, canvas, 1) for _ in range(2))
     count = -(-config.batch_size // config.accumulate)

@@ -41,12 +41,12 @@ from model_export.training.distributed import (
 from model_export.training.hardware import (
     accelerator_for,
     compiler_works,
-    keep_freed_memory,
     precision_for,
     workers_for,
 )
 from model_export.training.lightning_module import RetinaNetModule
 from service.errors import DataError
+from service.system.memory import keep_freed_memory
 
 __all__ = ["BEST", "CONFIG", "LAST", "train"]
 
@@ -90,7 +90,7 @@ def train(
     accelerator, devices = accelerator_for(device, place.local_size)
     precision = precision_for(config.precision, accelerator)
     if accelerator == "cpu":
-        keep_freed_memory()
+        keep_freed_memory(activations=True)
     last = output / LAST
     if resume and not last.exists():
         raise DataError(f"{last}: nothing to resume; start the run without --resume")

@@ -9,12 +9,12 @@ import sys
 import pytest
 
 _FAULTS = """
-import resource
+import resource, sys
 from service.system.memory import keep_freed_memory
 
-print(keep_freed_memory())
-blocks = []
-for size in (1, 3):
+activations = sys.argv[1] == "activations"
+print(keep_freed_memory(activations=activations))
+for size in (80, 200) if activations else (1, 3):
     bytearray(size << 20)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(50):
@@ -23,10 +23,10 @@ for size in (1, 3):
 """
 
 
-def run(**environment: str) -> list[str]:
+def run(what: str = "images", **environment: str) -> list[str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     done = subprocess.run(
-        [sys.executable, "-c", _FAULTS],
+        [sys.executable, "-c", _FAULTS, what],
         env=kept | environment,
         capture_output=True,
         text=True,
@@ -36,8 +36,9 @@ def run(**environment: str) -> list[str]:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's settings")
-def test_allocator_keeps_freed_images() -> None:
-    done, *faults = run()
+@pytest.mark.parametrize("what", ["images", "activations"])
+def test_allocator_keeps_freed(what: str) -> None:
+    done, *faults = run(what)
     assert done == "True"
     # Each of the 50 would cost a fault for every 4 KiB.
     assert all(int(each) < 50 for each in faults)
