@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -142,9 +146,7 @@ def _results(
         yield from ((run, execution(run), False) for run in unfinished)
         return
     # Spawned: a fork would copy torch's locks, but not its threads.
-    with ProcessPoolExecutor(
-        jobs, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_begin) as pool:
         running = {pool.submit(execution, run): run for run in unfinished}
         try:
             for done in as_completed(running):
@@ -154,6 +156,20 @@ def _results(
                 f"a process of --jobs {jobs} was killed, perhaps for memory; the finished runs "
                 "are kept: run the command again to continue"
             ) from error
+
+
+def _begin() -> None:
+    """Prepare a process of --jobs: one thread for torch, and an end with its parent."""
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        wait([parent.sentinel])
+        # The run goes on from its last epoch; two processes must not write to one folder.
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def _choose(runs: Sequence[ablation.Run], only: Sequence[str]) -> list[ablation.Run]:
