@@ -6,16 +6,12 @@ Both carry the same description: classes, model config, canvas and where the wei
 from __future__ import annotations
 
 import argparse
-import errno
-import hashlib
 import importlib.metadata
 import json
-import os
 import re
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,6 +21,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from model_export.download import check_hash, fetch, name_digits
 from model_export.retinanet.backbones import BACKBONES
 from model_export.retinanet.model import ModelConfig, RetinaNet
 from service.contents import kind_of
@@ -227,8 +224,7 @@ def few_keys(keys: Iterable[Any]) -> str:
 def fetch_imagenet(backbone: str, cache: Path) -> Path:
     """Return the published ImageNet weights of a backbone: a package's file, or downloaded once.
 
-    Their hash is checked. Raises DataError where the package is not installed, when offline or
-    where they cannot be stored, naming the alternative.
+    Their hash is checked. Raises DataError where the package is not installed, and as `fetch` does.
     """
     url, package = BACKBONES[backbone].weights_url, BACKBONES[backbone].weights_package
     if package is not None:
@@ -237,31 +233,7 @@ def fetch_imagenet(backbone: str, cache: Path) -> Path:
         raise DataError(
             f"{backbone} has no published weights to download; give a file: --weights FILE"
         )
-    name = url.rsplit("/", 1)[1]
-    folder = cache
-    try:
-        folder = cache.expanduser()
-        path = folder / name
-        if path.exists():
-            return _with_its_hash(path, "delete the file and try again")
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except (OSError, RuntimeError) as error:
-        # Without HOME and without an entry in passwd no home directory is known.
-        reason = getattr(error, "strerror", None) or str(error).rstrip(".")
-        raise DataError(
-            f"ImageNet weights cannot be stored in {folder}: {reason}; set HOME to a folder that "
-            f"can be written, or fetch {url} and give it by --weights FILE"
-        ) from error
-    try:
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=_digits(path), progress=False)
-    except (OSError, HTTPException, RuntimeError) as error:
-        raise DataError(
-            f"cannot download {url} ({error}); fetch it on a machine that can, "
-            "then give it by --weights FILE"
-        ) from error
-    return path
+    return fetch(url, cache, option="--weights")
 
 
 def _installed_weights(backbone: str, package: str) -> Path:
@@ -277,19 +249,7 @@ def _installed_weights(backbone: str, package: str) -> Path:
             f"the ImageNet weights of {backbone} are a file of the package {package}, which is "
             f"not installed: {remedy}"
         )
-    return _with_its_hash(found[0], remedy)
-
-
-def _digits(path: Path) -> str:
-    """Return the digits of its sha256 with which the name of a file of weights ends."""
-    return path.stem.rsplit("-", 1)[1]
-
-
-def _with_its_hash(path: Path, remedy: str) -> Path:
-    """Return the path of a file whose content is what its name says. Raises DataError."""
-    if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(_digits(path)):
-        raise DataError(f"{path}: sha256 is not {_digits(path)}…; {remedy}")
-    return path
+    return check_hash(found[0], name_digits(found[0].name), remedy)
 
 
 def _other_content(path: Path) -> str:

@@ -302,6 +302,46 @@ def import_torchvision(**options: Any) -> None:
     command.run(**options)
 
 
+_PULL_EXAMPLE = """\b
+Example:
+  retinaserve pull coco
+  retinaserve serve --models models
+"""
+
+
+@click.command(context_settings=_CONTEXT, epilog=_PULL_EXAMPLE)
+@click.argument("name", required=False, metavar="[NAME]")
+@click.option(
+    "--from",
+    "source",
+    type=_FILE,
+    metavar="FILE",
+    help="The published file, fetched on another machine, in place of the download.",
+)
+@click.option(
+    "--canvas",
+    metavar="HxW[,HxW…]|short-side:S,L",
+    help="Size that images are scaled to; default: short-side:400,667, for CPUs. "
+    "short-side:800,1333 is the published size, for GPUs: slower, finds smaller objects.",
+)
+@click.option(
+    "--output",
+    type=_NEW_FILE,
+    metavar="MODEL.onnx",
+    help="The file; default: models/NAME/1/model.onnx, which must not exist yet.",
+)
+def pull(**options: Any) -> None:
+    """Make a model file of a published detector.
+
+    Without a name it lists what there is. The weights are downloaded once into
+    ~/.cache/retinaserve, an interrupted download is continued, and the file's hash is checked.
+    Nothing in it is executed. The model file is verified against torch.
+    """
+    from model_export.commands import pull as command
+
+    command.run(**options)
+
+
 # --- data ----------------------------------------------------------------------------------------
 
 

@@ -44,6 +44,7 @@ _SUMMARIES: Final = {
     "export": "Write a checkpoint as a model file.",
     "data": "What is in labelled images, what is wrong, what they need.",
     "import-torchvision": "Turn a RetinaNet of torchvision's into a checkpoint.",
+    "pull": "Make a model file of a published detector.",
     "study": "The paper's exhibits: loss curves, distributions, ablations.",
 }
 """Lines for --help: loading a command to ask it may take seconds."""

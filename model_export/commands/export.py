@@ -78,7 +78,7 @@ def run(
             )
     if calibrate_on is not None:
         calibration_data = load(calibrate_on, calibrate_split, data_config(labels), classes=classes)
-    images = _images(held_out)
+    images = images_to_verify(held_out)
     done = export_model(
         checkpoint,
         output,
@@ -218,7 +218,7 @@ def range_images(held_out: Dataset, choice: DataConfig) -> list[bytes]:
     return _read(samples[::step][:RANGE_IMAGES])
 
 
-def _images(held_out: Dataset | None) -> list[bytes]:
+def images_to_verify(held_out: Dataset | None = None) -> list[bytes]:
     """Return images to verify on: the data's own, then drawn ones, landscape and portrait."""
     images: list[bytes] = []
     if held_out is not None:

@@ -22,6 +22,7 @@ from model_export.data.account import account
 from model_export.data.datasets import Dataset
 from model_export.data.folder import LabelledFolder
 from model_export.data.report import summarise
+from model_export.download import CACHE
 from model_export.provenance import provenance, resumed
 from model_export.retinanet.backbones import BACKBONES
 from model_export.training.callbacks import METRICS
@@ -38,7 +39,6 @@ from service.settings import bundled_models
 IMAGENET: Final = "imagenet"
 BUNDLED: Final = "bundled"
 
-_CACHE: Final = Path("~/.cache/retinaserve")
 
 
 def run(
@@ -306,7 +306,7 @@ def _backbone_weights(weights: str | None, config: TrainConfig) -> Path | None:
                 f"model.norm_eps {eps:g}: the ImageNet weights of {backbone} were trained with "
                 f"{trained_with:g}; set that, or leave it out"
             )
-        return fetch_imagenet(backbone, _CACHE)
+        return fetch_imagenet(backbone, CACHE)
     return Path(weights)
 
 

@@ -150,7 +150,7 @@ def run(
                 problem = saver.save(source, found.detections, loaded.classes)
             if problem is not None:
                 failed += 1
-                _complain(problem)
+                complain(problem)
             writer.add(index, source, found)
             bar.update()
     # Not after an exception: what is cut short should not look whole.
@@ -277,18 +277,19 @@ def _report_differences(like: Path, ids: CocoIds) -> int:
     """Name the images that are in one of the annotation file and PATH alone; return their count."""
     if ids.unlisted:
         names = shown_list(image_names(ids.unlisted))
-        _complain(f"{len(ids.unlisted)} images without an entry in {like} are left out: {names}")
+        complain(f"{len(ids.unlisted)} images without an entry in {like} are left out: {names}")
     if ids.unmatched:
-        _complain(
+        complain(
             f"{len(ids.unmatched)} images of {like} are not given, and count as without detections "
             f"where results are compared with it: {shown_list(ids.unmatched)}"
         )
     for note in ids.notes:
-        _complain(f"note: {note}")
+        complain(f"note: {note}")
     return len(ids.unlisted) + len(ids.unmatched)
 
 
-def _complain(problem: str) -> None:
+def complain(problem: str) -> None:
+    """Write a line to stderr, above a progress bar."""
     tqdm.write(one_line(f"retinaserve: {problem}"), file=sys.stderr)
 
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
@@ -268,6 +272,26 @@ def test_a_run_that_was_killed_before_its_result_is_not_trained_again(
     result = ablation.finished(killed)
     assert result is not None
     assert result.diverged is None
+
+
+@pytest.mark.slow
+def test_processes_of_a_killed_study_end_with_it(rectangles_data: Path, tmp_path: Path) -> None:
+    base = BASE | {"epochs": 500, "validate_every": 500}
+    config, output = write_study(tmp_path / "study.yaml", base=base), tmp_path / "out"
+    command = [sys.executable, "-c", "from service.cli import main; main()", "study", "ablate"]
+    command += ["--config", config, "--data", rectangles_data, "--output", output, "--jobs", "2"]
+    started = subprocess.Popen([str(each) for each in command], stderr=subprocess.DEVNULL)
+    try:
+        while len(list(output.glob("*/*/last.ckpt"))) < 2:
+            assert started.poll() is None
+            time.sleep(0.2)
+        processes = psutil.Process(started.pid).children(recursive=True)
+    finally:
+        started.kill()
+        started.wait()
+    assert len(processes) >= 2
+    _, alive = psutil.wait_procs(processes, timeout=60)
+    assert not alive
 
 
 @pytest.mark.slow
