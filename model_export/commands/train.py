@@ -40,7 +40,6 @@ IMAGENET: Final = "imagenet"
 BUNDLED: Final = "bundled"
 
 
-
 def run(
     *,
     data: Path,

@@ -278,9 +278,10 @@ def test_a_run_that_was_killed_before_its_result_is_not_trained_again(
 def test_processes_of_a_killed_study_end_with_it(rectangles_data: Path, tmp_path: Path) -> None:
     base = BASE | {"epochs": 500, "validate_every": 500}
     config, output = write_study(tmp_path / "study.yaml", base=base), tmp_path / "out"
-    command = [sys.executable, "-c", "from service.cli import main; main()", "study", "ablate"]
-    command += ["--config", config, "--data", rectangles_data, "--output", output, "--jobs", "2"]
-    started = subprocess.Popen([str(each) for each in command], stderr=subprocess.DEVNULL)
+    command: list[str | Path] = [sys.executable, "-c", "from service.cli import main; main()"]
+    command += ["study", "ablate", "--config", config, "--data", rectangles_data]
+    command += ["--output", output, "--jobs", "2"]
+    started = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
         while len(list(output.glob("*/*/last.ckpt"))) < 2:
             assert started.poll() is None
