@@ -93,11 +93,11 @@ def _download(url: str, path: Path, digits: str, instead: str, timeout: float) -
         request.add_header("Range", f"bytes={begun}-")
         if tag.exists():
             request.add_header("If-Range", tag.read_text())
-    with _network_errors(url, instead):
+    with _network_errors(path.name, instead):
         response = _open(request, timeout)
     if response is not None:
         with response:
-            _receive(response, url, part, tag, instead)
+            _receive(response, part, tag, instead)
     tag.unlink(missing_ok=True)
     try:
         check_hash(part, digits, f"they were deleted; try again, or {instead}")
@@ -119,12 +119,12 @@ def _open(request: Request, timeout: float) -> HTTPResponse | None:
         raise
 
 
-def _receive(response: HTTPResponse, url: str, part: Path, tag: Path, instead: str) -> None:
+def _receive(response: HTTPResponse, part: Path, tag: Path, instead: str) -> None:
     """Write a response to `part`, or append it where it is the rest of one."""
     if response.headers.get_content_type() == "text/html":
         raise DataError(
-            f"cannot download {url}: {response.url} answers with a web page, as networks with a "
-            f"login do; log in and try again, or {instead}"
+            f"cannot download {part.stem}: {response.url} answers with a web page, as networks "
+            f"with a login do; log in and try again, or {instead}"
         )
     resumed = response.status == HTTPStatus.PARTIAL_CONTENT
     if not resumed:
@@ -139,14 +139,14 @@ def _receive(response: HTTPResponse, url: str, part: Path, tag: Path, instead: s
         with tqdm(
             desc=part.stem, total=total, initial=begun, unit="B", unit_scale=True, disable=None
         ) as bar:
-            for chunk in _chunks(response, url, instead):
+            for chunk in _chunks(response, part.stem, instead):
                 file.write(chunk)
                 bar.update(len(chunk))
 
 
-def _chunks(response: HTTPResponse, url: str, instead: str) -> Iterator[bytes]:
+def _chunks(response: HTTPResponse, name: str, instead: str) -> Iterator[bytes]:
     missing = response.length
-    with _network_errors(url, instead):
+    with _network_errors(name, instead):
         while chunk := response.read1(_CHUNK):
             yield chunk
             missing = None if missing is None else missing - len(chunk)
@@ -155,13 +155,13 @@ def _chunks(response: HTTPResponse, url: str, instead: str) -> Iterator[bytes]:
 
 
 @contextmanager
-def _network_errors(url: str, instead: str) -> Iterator[None]:
+def _network_errors(name: str, instead: str) -> Iterator[None]:
     try:
         yield
     except (OSError, HTTPException, ValueError) as error:
         # What urllib wraps says more than its wrapping.
         reason = str(error.reason if type(error) is URLError else error) or type(error).__name__
         raise DataError(
-            f"cannot download {url} ({reason}); try again, which continues what has begun; "
+            f"cannot download {name} ({reason}); try again, which continues what has begun; "
             f"behind a proxy set HTTPS_PROXY; offline, {instead}"
         ) from error

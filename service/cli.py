@@ -255,6 +255,77 @@ def detect(
     sys.exit(2 if failed else 0)
 
 
+_LABEL_EXAMPLE = """\b
+Example:
+  retinaserve label new-images --model models/cells/1/model.onnx \\
+      --output to-correct --format voc
+"""
+
+
+@retinaserve.command(epilog=_LABEL_EXAMPLE)
+@click.argument(
+    "paths", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path), metavar="PATH…"
+)
+@click.option(
+    "--model",
+    metavar="NAME[@VERSION]|FILE.onnx",
+    help="Model of the repository, or a model file; default: the default model.",
+)
+@click.option(
+    "--output",
+    type=PathOption(file_okay=False, path_type=Path),
+    required=True,
+    metavar="DIR",
+    help="Folder for the images and their labels, outside of PATH.",
+)
+@click.option(
+    "--format",
+    "layout",
+    type=click.Choice(["voc", "yolo", "coco", "label-studio"]),
+    default="voc",
+    show_default=True,
+    help="voc: for labelImg and CVAT; yolo: for Ultralytics, CVAT and FiftyOne; coco: for FiftyOne "
+    "and CVAT; label-studio: for Label Studio.",
+)
+@click.option(
+    "--score-threshold",
+    type=click.FloatRange(0.0, 1.0),
+    help="Only detections that score above this; default: the model's own.",
+)
+@click.option(
+    "--tile",
+    default="off",
+    show_default=True,
+    metavar="off|auto|N",
+    help="Cut large images into overlapping tiles, as `detect` does.",
+)
+@click.option("--device", help="auto, cpu, cuda or cuda:1.")
+@click.option("--link", is_flag=True, help="Link the images (symbolic links) instead of copying.")
+@click.option(
+    "--overwrite", is_flag=True, help="Replace labels that are there; images are never replaced."
+)
+def label(tile: str, **options: Any) -> None:
+    r"""Write detections as labels, to be opened in a tool and corrected.
+
+    \b
+    DIR gets copies of the images, and for each FORMAT:
+      voc           NAME.xml beside NAME.jpg
+      yolo          images/, labels/ and data.yaml (dataset.yaml is the same)
+      coco          data/ and labels.json
+      label-studio  images/, tasks.json and config.xml (the labelling interface)
+
+    All images are in one folder, as most tools need it: a/b.jpg becomes a_b.jpg. Boxes are pixels
+    of the upright image, after EXIF orientation. Images that have labels in DIR already are left
+    out, so an interrupted run continues; labels.json and tasks.json must not be there. A file that
+    does not decode is reported, the others go on, and the exit code is 2.
+    """
+    from service.commands import label as command
+    from service.engine.tiling import parse_tile
+
+    failed = command.run(tile=parse_tile(tile), **options)
+    sys.exit(2 if failed else 0)
+
+
 @retinaserve.command()
 @devices_option
 def doctor(device: str | None) -> None:

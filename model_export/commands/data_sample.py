@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from xml.etree import ElementTree
 
 import click
 import numpy as np
 from tqdm import tqdm
 
-from model_export.data.voc import EDGES
+from service.commands.label_formats import voc_xml
 from service.errors import DataError
-from service.imaging.samples import Box, draw_smear
+from service.imaging.canvas import Size
+from service.imaging.samples import draw_smear
 
 
 def run(folder: Path, *, images: int, size: tuple[int, int], seed: int) -> None:
@@ -36,26 +35,9 @@ def run(folder: Path, *, images: int, size: tuple[int, int], seed: int) -> None:
         )
         path = folder / f"smear-{number:0{digits}}.jpg"
         image.save(path, quality=90)
-        path.with_suffix(".xml").write_bytes(_annotation(path.name, image.size, cells))
+        path.with_suffix(".xml").write_bytes(voc_xml(path.name, Size(height, width), cells))
         objects += len(cells)
     click.echo(
         f"{images} images with {objects} objects in {folder}; next:\n"
         f"  retinaserve data check {folder}"
     )
-
-
-def _annotation(name: str, size: tuple[int, int], cells: Sequence[tuple[str, Box]]) -> bytes:
-    """Pascal VOC's XML; `size` is (width, height)."""
-    root = ElementTree.Element("annotation")
-    ElementTree.SubElement(root, "filename").text = name
-    of_image = ElementTree.SubElement(root, "size")
-    for tag, value in zip(("width", "height", "depth"), (*size, 3), strict=True):
-        ElementTree.SubElement(of_image, tag).text = str(value)
-    for label, box in cells:
-        cell = ElementTree.SubElement(root, "object")
-        ElementTree.SubElement(cell, "name").text = label
-        around = ElementTree.SubElement(cell, "bndbox")
-        for edge, pixels in zip(EDGES, box, strict=True):
-            ElementTree.SubElement(around, edge).text = f"{pixels:g}"
-    ElementTree.indent(root)
-    return ElementTree.tostring(root) + b"\n"

@@ -46,8 +46,10 @@ def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
     bias = norm.bias - norm.running_mean * scale
     if isinstance(conv, SamePadConv2d):
         x = conv.pad(x)
-    # oneDNN 3.12 takes 4 to 14 times as long for the gradient of these in bfloat16.
-    slow = x.dtype == torch.bfloat16 and conv.groups > 1 and conv.stride[0] > 1 and x.is_cpu
+    # oneDNN 3.12 takes 3 to 14 times as long for the gradient of these depthwise convolutions in
+    # bfloat16.
+    depthwise = x.is_cpu and conv.groups > 1 and (conv.stride[0] > 1 or conv.kernel_size[0] > 3)
+    slow = depthwise and x.dtype == torch.bfloat16
     with torch.autocast(x.device.type, enabled=False) if slow else nullcontext():
         out = F.conv2d(
             x.float() if slow else x,

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import http.server
 import io
-import os
 import pickle
 import re
-import subprocess
 import sys
-import threading
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +34,7 @@ from model_export.retinanet.backbones import BACKBONES, BackboneSpec
 from model_export.retinanet.model import ModelConfig, RetinaNet
 from service.errors import DataError
 from service.imaging.canvas import Buckets, Size
+from tests.unit.model_export.file_server import File, serving
 
 CONFIG = ModelConfig(
     backbone="mobilenet_v2",
@@ -456,116 +452,24 @@ def test_no_backbone_file(tmp_path: Path) -> None:
 # --- downloads -----------------------------------------------------------------------------------
 
 
-@contextmanager
-def serving(body: bytes, *, announced: int) -> Iterator[str]:
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.send_header("Content-Length", str(announced))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *arguments: Any) -> None:
-            """Tests are quiet."""
-
-    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
 def publish(monkeypatch: pytest.MonkeyPatch, url: str | None) -> None:
     spec = BackboneSpec(BACKBONES["resnet18"].build, (0, 0, 0), (1, 1, 1), url)
     monkeypatch.setattr("model_export.checkpoints.BACKBONES", {"tested": spec})
 
 
-def test_weights_are_fetched_once_and_checked(
+def test_published_weights_are_downloaded_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    body = b"weights"
-    digits = hashlib.sha256(body).hexdigest()[:8]
-    cache = tmp_path / "cache"
-    with serving(body, announced=len(body)) as url:
-        publish(monkeypatch, f"{url}/tested-{digits}.pth")
-        path = fetch_imagenet("tested", cache)
-    assert path == cache / f"tested-{digits}.pth"
-    assert path.read_bytes() == body
+    monkeypatch.setenv("no_proxy", "*")
+    name = f"tested-{hashlib.sha256(b'weights').hexdigest()[:8]}.pth"
+    with serving(File(b"weights")) as url:
+        publish(monkeypatch, f"{url}/{name}")
+        path = fetch_imagenet("tested", tmp_path / "cache")
+    assert path.read_bytes() == b"weights"
     # The server is gone.
-    assert fetch_imagenet("tested", cache) == path
-    assert [item.name for item in cache.iterdir()] == [path.name]
-    path.write_bytes(b"rotten")
-    with pytest.raises(DataError, match="delete the file and try again"):
-        fetch_imagenet("tested", cache)
-
-
-def test_another_file_than_the_published_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with serving(b"an error page", announced=13) as url:
-        publish(monkeypatch, f"{url}/tested-01234567.pth")
-        with pytest.raises(DataError, match=r"invalid hash value .*01234567"):
-            fetch_imagenet("tested", tmp_path / "cache")
-    assert not list((tmp_path / "cache").iterdir())
-
-
-def test_a_download_that_breaks_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with serving(b"half", announced=1000) as url:
-        publish(monkeypatch, f"{url}/tested-01234567.pth")
-        with pytest.raises(DataError, match=r"cannot download .* --weights FILE"):
-            fetch_imagenet("tested", tmp_path)
-
-
-def test_offline_the_error_names_the_alternative(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with serving(b"", announced=0) as url:
-        pass
-    publish(monkeypatch, f"{url}/tested-01234567.pth")
-    with pytest.raises(DataError, match=r"cannot download .* --weights FILE"):
-        fetch_imagenet("tested", tmp_path)
-
-
-_FETCH = (
-    "from pathlib import Path\n"
-    "from model_export.checkpoints import fetch_imagenet\n"
-    "from service.errors import DataError\n"
-    "try:\n"
-    "    fetch_imagenet('resnet18', Path('~/.cache/retinaserve'))\n"
-    "except DataError as error:\n"
-    "    print(error)\n"
-)
-
-
-@pytest.mark.parametrize(
-    ("home", "words"),
-    [
-        (None, "stored in ~/.cache/retinaserve: Could not determine home directory"),
-        ("/proc", "stored in /proc/.cache/retinaserve: No such file or directory"),
-        ("FILE", "/home/.cache/retinaserve: Not a directory"),
-    ],
-)
-def test_weights_that_cannot_be_stored(home: str | None, words: str, tmp_path: Path) -> None:
-    file = tmp_path / "home"
-    file.touch()
-    environment = {key: value for key, value in os.environ.items() if key != "HOME"}
-    if home is not None:
-        environment["HOME"] = str(file) if home == "FILE" else home
-    # Without HOME the user's entry in passwd names the folder; a container's user has none.
-    lost = "import pwd\npwd.getpwuid = {}.__getitem__\n" if home is None else ""
-    done = subprocess.run(
-        [sys.executable, "-c", lost + _FETCH],
-        env=environment, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    (line,) = done.stdout.splitlines()
-    assert line.startswith("ImageNet weights cannot be stored in ")
-    assert words in line
-    assert "; set HOME to a folder that can be written, or fetch https://" in line
-    assert line.endswith(".pth and give it by --weights FILE")
+    assert fetch_imagenet("tested", tmp_path / "cache") == path
+    with pytest.raises(DataError, match=r"cannot download .* give it by --weights FILE"):
+        fetch_imagenet("tested", tmp_path / "another")
 
 
 def test_a_backbone_without_published_weights(tmp_path: Path) -> None:

@@ -56,14 +56,14 @@ def check_refused(result: Result, *words: str) -> None:
 # --- help, and without the extra -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "export"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "export", "pull"])
 def test_help_shows_an_example(command):
     result = call(command, "--help")
     assert result.exit_code == 0
     assert f"Example:\n    retinaserve {command} " in result.stdout
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "export"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "export", "pull"])
 def test_without_the_train_extra(command, tmp_path):
     file = tmp_path / "file"
     file.touch()
@@ -71,6 +71,7 @@ def test_without_the_train_extra(command, tmp_path):
         "train": ["--data", str(tmp_path), "--output", str(tmp_path / "run")],
         "evaluate": [str(file), "--data", str(tmp_path)],
         "export": [str(file), "--output", str(tmp_path / "m.onnx")],
+        "pull": ["coco"],
     }[command]
     # An import of a name that is None in sys.modules fails as if it was not installed.
     script = (
