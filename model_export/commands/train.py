@@ -90,7 +90,7 @@ def run(
     validation = load(folder, "val", config.data, classes=training.classes)
     if not resume and started_from is None:
         config = _fitted(config, training, anchors=fit_anchors, budget_ms=budget_ms, device=device)
-    if world().size == 1:
+    if world().size == 1 and not resume:
         _say_speed(config, training, device)
     _report(config, folder, training, validation)
     imagenet = _backbone_weights(weights, config)

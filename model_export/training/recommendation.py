@@ -109,10 +109,12 @@ class Recommendation:
             f"  {CLEAR_SIDE:g} px and more, the mean", f"{before.clear:.1%}", f"{after.clear:.1%}"
         )
         own = _canvas(self.smallest_canvas)
+        too_large = after.canvas.largest().area > self.limit.area
         if self.canvas_kept:
             yield f"the canvas is the one asked for; of itself it would be {own}"
-        elif self.smallest_canvas != after.canvas:
-            yield f"the objects ask for {own}; {self.limit.reason}"
+        elif too_large or self.smallest_canvas != after.canvas:
+            rest = f", and {_canvas(after.canvas)} is the smallest" if too_large else ""
+            yield f"the objects ask for {own}; {self.limit.reason}{rest}"
         if after.overall.reached < REACHED_SHARE:
             yield (
                 f"{1 - after.overall.reached:.0%} of the objects have no anchor at IoU 0.5: they "

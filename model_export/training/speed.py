@@ -103,11 +103,11 @@ def time_step(config: TrainConfig, classes: int, canvas: Size, device: str) -> S
         freeze_norms(network.backbone.modules())
     if accelerator == "cpu":
         keep_freed_memory(activations=True)
-    # The first steps allocate memory and choose kernels.
-    single = min(_seconds(network, config, canvas, 1) for _ in range(2))
     count = -(-config.batch_size // config.accumulate)
+    single = _seconds(network, config, canvas, 1)
     if single * count > _PATIENCE:
         return StepTime(canvas, single)
+    # The first step of a size allocates memory and chooses kernels.
     return StepTime(canvas, min(_seconds(network, config, canvas, count) for _ in range(2)) / count)
 
 

@@ -78,6 +78,8 @@ def test_the_canvas_keeps_the_budget(size: Size, side: float, budget_ms: float) 
     assert (canvas.width / canvas.height) / (size.width / size.height) == pytest.approx(1, abs=0.1)
     if advice.after.canvas != advice.smallest_canvas:
         assert limit.reason in str(advice)
+    too_large = inference_ms(LIGHT.model, 1, canvas.area) > budget_ms
+    assert (" is the smallest" in str(advice)) == too_large
 
 
 def test_without_a_limit_the_objects_decide() -> None:
