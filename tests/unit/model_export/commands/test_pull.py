@@ -100,7 +100,7 @@ def test_a_published_detector_becomes_a_described_model_file(
     assert metadata.classes == COCO_CLASSES
     assert metadata.canvas == ShortSide(short=96, long=128)
     assert metadata.thresholds.score == 0.5
-    # Measured by nobody here; what is published is so called.
+    # What is published was not measured on this file.
     assert metadata.metrics is None
     origin = metadata.provenance
     assert origin["published"]["ap"] == 0.415
