@@ -12,7 +12,14 @@ import yaml
 from numpy.typing import NDArray
 
 from model_export.config import TrainConfig
-from model_export.data.anchor_fit import Boxes, Fit, best_ious, fit_of, search
+from model_export.data.anchor_fit import (
+    FOREGROUND_IOU,
+    Boxes,
+    Fit,
+    best_ious,
+    fit_of,
+    search,
+)
 from model_export.data.datasets import Dataset
 from model_export.data.samples import Sample
 from model_export.retinanet.anchors import AnchorConfig
@@ -25,6 +32,9 @@ CLEAR_SIDE: Final = 32.0
 
 CLEAR_SHARE: Final = 0.95
 """Share of the boxes, the classes' mean, that a canvas must show clearly."""
+
+TINY_SIDE: Final = 12.0
+"""Canvas pixels, root of the area: below one and a half cells of P3, anchors miss by their grid."""
 
 REACHED_SHARE: Final = 0.95
 """Share of the boxes that anchors should reach; below, the recommendation says why they do not."""
@@ -50,6 +60,8 @@ class Setup:
     """Every box counts the same."""
     clear: float
     """Share of the boxes, the classes' mean, of at least CLEAR_SIDE on the canvas."""
+    missed_tiny: float
+    """Share of the boxes without an anchor that are smaller than TINY_SIDE; 0 without such."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +129,9 @@ class Recommendation:
             yield f"the objects ask for {own}; {self.limit.reason}{rest}"
         if after.overall.reached < REACHED_SHARE:
             yield (
-                f"{1 - after.overall.reached:.0%} of the objects have no anchor at IoU 0.5: they "
-                f"are below {_smallest(after.anchors):g} px on this canvas, or of rare shapes; a "
-                "larger canvas helps against the first"
+                f"{1 - after.overall.reached:.0%} of the objects have no anchor at IoU 0.5; "
+                f"{after.missed_tiny:.0%} of these are smaller than {TINY_SIDE:g} px on the canvas "
+                "and fall between the cells of its grid, the others have rare shapes"
             )
         if after.clear < CLEAR_SHARE:
             yield (
@@ -218,19 +230,25 @@ def _measure(
     groups = _on_canvas(samples, canvas)
     ious = np.concatenate([best_ious(group.boxes, group.canvas, anchors) for group in groups])
     weights = np.concatenate([group.weights for group in groups])
+    sides = np.sqrt(np.concatenate([_areas(group) for group in groups]))
+    missed = ious < FOREGROUND_IOU
     return Setup(
         canvas=canvas,
         anchors=anchors,
         balanced=fit_of(ious, weights),
         overall=fit_of(ious, np.ones(len(ious))),
         clear=_clear_share(groups),
+        missed_tiny=float((sides[missed] < TINY_SIDE).mean()) if missed.any() else 0.0,
     )
 
 
+def _areas(group: Boxes) -> NDArray[np.float64]:
+    return np.asarray((group.boxes[:, 2:].astype(np.float64) - group.boxes[:, :2]).prod(axis=1))
+
+
 def _clear_share(groups: Sequence[Boxes]) -> float:
-    boxes = np.concatenate([group.boxes for group in groups])
+    areas = np.concatenate([_areas(group) for group in groups])
     weights = np.concatenate([group.weights for group in groups])
-    areas = (boxes[:, 2:].astype(np.float64) - boxes[:, :2]).prod(axis=1)
     return float(weights[areas >= CLEAR_SIDE**2].sum() / weights.sum())
 
 
@@ -257,11 +275,6 @@ def _sample(groups: Sequence[Boxes]) -> list[Boxes]:
 def _transposed(group: Boxes) -> Boxes:
     swapped = Size(group.canvas.width, group.canvas.height)
     return Boxes(swapped, group.boxes[:, [1, 0, 3, 2]], group.weights)
-
-
-def _smallest(anchors: AnchorConfig) -> float:
-    """Side in pixels of a square that the smallest anchor still overlaps by half."""
-    return round(min(map(min, anchors.sizes)) / math.sqrt(2), 1)
 
 
 def _canvas(rule: Buckets | ShortSide) -> str:

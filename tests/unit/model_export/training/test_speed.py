@@ -52,8 +52,12 @@ def test_cost_is_proportional_to_the_canvas() -> None:
 
 
 def samples(size: Size, side: float) -> list[Sample]:
-    box = np.array([[8.0, 8.0, 8.0 + side, 8.0 + side]], dtype=np.float32)
-    return [Sample(Path("a.jpg"), size, box, np.zeros(1, dtype=np.int64))]
+    """An image of 40 boxes of about that side, of other shapes, everywhere."""
+    rng = np.random.default_rng(0)
+    sides = side * np.exp(rng.uniform(-0.3, 0.3, (40, 2)))
+    corners = rng.uniform(0, 1, (40, 2)) * (np.array([size.width, size.height]) - sides)
+    boxes = np.concatenate([corners, corners + sides], axis=1).astype(np.float32)
+    return [Sample(Path("a.jpg"), size, boxes, np.zeros(40, dtype=np.int64))]
 
 
 @pytest.mark.parametrize(
@@ -78,6 +82,13 @@ def test_the_canvas_keeps_the_budget(size: Size, side: float, budget_ms: float) 
     assert (canvas.width / canvas.height) / (size.width / size.height) == pytest.approx(1, abs=0.1)
     if advice.after.canvas != advice.smallest_canvas:
         assert limit.reason in str(advice)
+    # Anchors reach the objects, or the advice says which ones they do not.
+    assert (advice.after.overall.reached < 0.95) == ("have no anchor at IoU 0.5" in str(advice))
+    sides = side * (canvas.width / size.width)
+    if sides > 20:
+        assert advice.after.overall.reached >= 0.95
+    if sides < 8:
+        assert advice.after.missed_tiny > 0.9
     too_large = inference_ms(LIGHT.model, 1, canvas.area) > budget_ms
     assert (" is the smallest" in str(advice)) == too_large
 
