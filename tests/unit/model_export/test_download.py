@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -199,11 +198,11 @@ FETCH = (
 
 def test_a_full_disk(tmp_path: Path) -> None:
     """The limit on a file's size ends a write as a full disk does."""
+    limit = f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({HALF}, {HALF}))\n"
     with serving(File(BODY)) as url:
         done = subprocess.run(
-            [sys.executable, "-c", FETCH, f"{url}/{NAME}", tmp_path],
+            [sys.executable, "-c", limit + FETCH, f"{url}/{NAME}", tmp_path],
             capture_output=True, text=True, check=True,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (HALF, HALF)),
         )  # fmt: skip
         (line,) = done.stdout.splitlines()
         assert line.startswith(f"{NAME} cannot be stored in {tmp_path}: File too large; ")
@@ -215,9 +214,12 @@ def test_a_full_disk(tmp_path: Path) -> None:
 def test_an_interrupt_leaves_the_part(tmp_path: Path) -> None:
     file = File(BODY, cut=HALF, stall=True)
     part = tmp_path / f"{NAME}.part"
+    # A background process may have inherited that it ignores the signal.
+    heard = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
     with serving(file) as url:
         process = subprocess.Popen(
-            [sys.executable, "-c", FETCH, f"{url}/{NAME}", tmp_path], stderr=subprocess.DEVNULL
+            [sys.executable, "-c", heard + FETCH, f"{url}/{NAME}", tmp_path],
+            stderr=subprocess.DEVNULL,
         )
         deadline = time.monotonic() + 60
         while not (part.exists() and part.stat().st_size >= HALF // 2):
