@@ -34,6 +34,7 @@ from service.imaging.canvas import Buckets, ShortSide
 from service.imaging.decode import prepare
 from service.runtime.artifact import read_artifact, set_metadata
 from service.runtime.detector import thresholds
+from service.runtime.norms import fold_norms
 
 
 class Precision(StrEnum):
@@ -100,6 +101,8 @@ def write_reduced(
     """
     model = onnx.load(source)
     metadata = read_artifact(source).metadata
+    # A norm between a quantised convolution and its activation would stay in float32.
+    fold_norms(model)
     network = find_network(model)
     reader = CanvasReader(images, metadata.canvas)
     if precision is Precision.FP16:

@@ -8,16 +8,24 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model_export.retinanet.anchors import LEVELS
+from model_export.retinanet.heads import LevelNorms
+
 
 class FeaturePyramid(nn.Module):
     """C3, C4, C5 to P3 .. P7 of `channels` channels each.
 
     P6 is a stride-2 3x3 convolution on C5 (or, with `p6_from`, on P5), P7 the same on ReLU(P6).
-    Convolutions start Kaiming uniform with a = 1.
+    Convolutions start Kaiming uniform with a = 1. With `norm` a batch norm follows each output.
     """
 
     def __init__(
-        self, in_channels: Sequence[int], channels: int, *, p6_from: Literal["c5", "p5"] = "c5"
+        self,
+        in_channels: Sequence[int],
+        channels: int,
+        *,
+        p6_from: Literal["c5", "p5"] = "c5",
+        norm: bool = False,
     ) -> None:
         super().__init__()
         self._p6_from = p6_from
@@ -28,6 +36,7 @@ class FeaturePyramid(nn.Module):
         p6_inputs = {"c5": in_channels[-1], "p5": channels}[p6_from]
         self.p6 = nn.Conv2d(p6_inputs, channels, 3, stride=2, padding=1)
         self.p7 = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.norms = LevelNorms(channels, len(LEVELS)) if norm else None
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_uniform_(module.weight, a=1)
@@ -44,5 +53,11 @@ class FeaturePyramid(nn.Module):
                 top, scale_factor=2.0, mode="nearest"
             )
             outputs.insert(0, self.layer_blocks[index](top))
+        outputs = [self._normed(each, level) for level, each in enumerate(outputs)]
         p6 = self.p6({"c5": features[-1], "p5": outputs[-1]}[self._p6_from])
-        return [*outputs, p6, self.p7(F.relu(p6))]
+        outputs.append(self._normed(p6, len(outputs)))
+        p7 = self.p7(F.relu(outputs[-1]))
+        return [*outputs, self._normed(p7, len(outputs))]
+
+    def _normed(self, x: Tensor, level: int) -> Tensor:
+        return x if self.norms is None else self.norms(x, level)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 PRIOR = 0.01
@@ -22,11 +23,35 @@ def prior_bias(prior: float = PRIOR) -> float:
     return -math.log((1 - prior) / prior)
 
 
+class LevelNorm(nn.BatchNorm2d):
+    """A batch norm that a batch of a single value does not stop: it counts with the mean so far."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W)."""
+        if self.training and x[:, 0].numel() == 1:
+            return F.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+            )
+        return super().forward(x)
+
+
+class LevelNorms(nn.ModuleList):
+    """A batch norm for each pyramid level: the levels share weights, but not their scale."""
+
+    def __init__(self, channels: int, levels: int) -> None:
+        super().__init__(LevelNorm(channels) for _ in range(levels))
+
+    def forward(self, x: Tensor, level: int) -> Tensor:
+        """(B, C, H, W) of one level."""
+        normed: Tensor = self[level](x)
+        return normed
+
+
 class Head(nn.Module):
     """`depth` 3x3 convolutions with ReLU, then one 3x3 convolution to `anchors * outputs` maps.
 
-    With `groups` a group norm (arXiv 1803.08494) of that many groups precedes each ReLU, and its
-    bias replaces the convolution's.
+    With `groups` a group norm (arXiv 1803.08494) of that many groups precedes each ReLU, with
+    `levels` a batch norm for each of that many pyramid levels; its bias replaces the convolution's.
     """
 
     def __init__(
@@ -39,12 +64,17 @@ class Head(nn.Module):
         outputs: int,
         bias: float,
         groups: int = 0,
+        levels: int = 0,
     ) -> None:
         super().__init__()
         self.outputs = outputs
         layers: list[nn.Module] = []
         for index in range(depth):
-            norms = [nn.GroupNorm(groups, width)] if groups else []
+            norms: list[nn.Module] = []
+            if levels:
+                norms.append(LevelNorms(width, levels))
+            elif groups:
+                norms.append(nn.GroupNorm(groups, width))
             inputs = channels if index == 0 else width
             conv = nn.Conv2d(inputs, width, 3, padding=1, bias=not norms)
             _initialise_hidden(conv)
@@ -55,14 +85,16 @@ class Head(nn.Module):
         assert self.out.bias is not None
         nn.init.constant_(self.out.bias, bias)
 
-    def maps(self, feature: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, anchors * outputs, H, W)."""
-        maps: Tensor = self.out(self.conv(feature))
+    def maps(self, feature: Tensor, level: int = 0) -> Tensor:
+        """(B, C, H, W) of a level, the finest being 0, to (B, anchors * outputs, H, W)."""
+        for layer in self.conv:
+            feature = layer(feature, level) if isinstance(layer, LevelNorms) else layer(feature)
+        maps: Tensor = self.out(feature)
         return maps
 
-    def forward(self, feature: Tensor) -> Tensor:
+    def forward(self, feature: Tensor, level: int = 0) -> Tensor:
         """(B, C, H, W) to (B, H * W * anchors, outputs), row by row, cell by cell."""
-        maps = self.maps(feature)
+        maps = self.maps(feature, level)
         # To channels-last, then the channels split into (anchors, outputs).
         return maps.permute(0, 2, 3, 1).reshape(maps.shape[0], -1, self.outputs)
 

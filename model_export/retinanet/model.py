@@ -44,8 +44,12 @@ class ModelConfig(BaseModel):
     head_width: int = Field(default=256, ge=8)
     head_depth: int = Field(default=4, ge=0)
     """3x3 convolutions before the output convolution of each head."""
-    head_norm: Literal["none", "group"] = "none"
-    """Behind each of these convolutions: nothing, or a group norm."""
+    head_norm: Literal["none", "group", "batch"] = "none"
+    """Behind each of these convolutions: nothing, a group norm, or a batch norm for each level.
+
+    batch also norms the pyramid's outputs. In serving it costs nothing: its scale and shift become
+    part of the convolutions.
+    """
     head_groups: int = Field(default=32, ge=1)
     """Its groups; the usual 32 are 8 channels each where the heads are 256 wide."""
     prior: float = Field(default=PRIOR, gt=0, lt=1)
@@ -98,10 +102,14 @@ class RetinaNet(nn.Module):
             if isinstance(module, nn.BatchNorm2d):
                 module.eps = config.norm_eps
         self.fpn = FeaturePyramid(
-            self.backbone.channels, config.fpn_channels, p6_from=config.p6_from
+            self.backbone.channels,
+            config.fpn_channels,
+            p6_from=config.p6_from,
+            norm=config.head_norm == "batch",
         )
         per_cell = config.anchors.per_cell
         groups = config.head_groups if config.head_norm == "group" else 0
+        levels = len(LEVELS) if config.head_norm == "batch" else 0
         self.classification_head = Head(
             config.fpn_channels,
             width=config.head_width,
@@ -110,6 +118,7 @@ class RetinaNet(nn.Module):
             outputs=classes,
             bias=prior_bias(config.prior),
             groups=groups,
+            levels=levels,
         )
         self.regression_head = Head(
             config.fpn_channels,
@@ -119,6 +128,7 @@ class RetinaNet(nn.Module):
             outputs=4,
             bias=0.0,
             groups=groups,
+            levels=levels,
         )
         self.register_buffer("mean", torch.tensor(spec.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(3, 1, 1), persistent=False)
@@ -134,8 +144,8 @@ class RetinaNet(nn.Module):
         features = self.fpn(self.backbone(self._normalise(images, image_sizes)))
         return [
             Level(
-                logits=self.classification_head(feature),
-                deltas=self.regression_head(feature),
+                logits=self.classification_head(feature, index),
+                deltas=self.regression_head(feature, index),
                 anchors=grid_anchors(
                     self.get_buffer(f"anchors_p{level}"),
                     height=feature.shape[2],
@@ -149,7 +159,7 @@ class RetinaNet(nn.Module):
                     offset=self.config.anchors.offset,
                 ),
             )
-            for level, feature in zip(LEVELS, features, strict=True)
+            for index, (level, feature) in enumerate(zip(LEVELS, features, strict=True))
         ]
 
     def maps(self, pixels: Tensor) -> list[Tensor]:
@@ -158,8 +168,8 @@ class RetinaNet(nn.Module):
         For P3 to P7 (B, anchors * K, H, W) and (B, anchors * 4, H, W).
         """
         return [
-            head.maps(feature)
-            for feature in self.fpn(self.backbone(pixels))
+            head.maps(feature, level)
+            for level, feature in enumerate(self.fpn(self.backbone(pixels)))
             for head in (self.classification_head, self.regression_head)
         ]
 

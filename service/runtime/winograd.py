@@ -27,6 +27,7 @@ from numpy.typing import ArrayLike, NDArray
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
 
 from service.imaging.canvas import Size
+from service.runtime.norms import fold_norms
 
 _INPUT_TRANSFORM: Final = np.array(
     [
@@ -111,6 +112,7 @@ def rewrite(content: bytes, canvas: Size, *, wide: bool = False) -> Rewritten | 
     model = onnx.load_model_from_string(content)
     if not _is_understood(model):
         return None
+    fold_norms(model)
     consumers = _consumers(model.graph)
     price = _PRICE_BESIDE_WIDE if wide else 1.0
     chosen = _choose(model.graph, consumers, canvas, price)

@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -19,9 +19,11 @@ from numpy.typing import NDArray
 
 from model_export.export.decoding import PIXELS, map_names
 from model_export.export.graph import build
+from model_export.retinanet.anchors import LEVELS
 from model_export.retinanet.model import ModelConfig, RetinaNet
 from service.errors import ArtifactError
 from service.runtime.artifact import MODEL_FILE, read_artifact
+from service.runtime.norms import fold_norms
 from service.settings import bundled_models
 from tests.required_inputs import without_defaults
 from tests.unit.model_export.random_model import CLASSES, THRESHOLDS, RandomModel
@@ -286,17 +288,30 @@ def test_canvases_it_was_not_exported_with(run: Run, height: int, width: int) ->
     assert_same(of_image(found, 1), of_image(alone, 0))
 
 
-@pytest.mark.parametrize("backbone", ["mobilenet_v2_tf", "efficientnet_lite0"])
-def test_the_network_knows_no_size(backbone: str, untraced_exporter: None) -> None:
+@pytest.mark.parametrize(
+    ("backbone", "norm"), [("mobilenet_v2_tf", "batch"), ("efficientnet_lite0", "group")]
+)
+def test_the_network_knows_no_size(
+    backbone: str, norm: Literal["batch", "group"], untraced_exporter: None
+) -> None:
     torch.manual_seed(0)
     config = ModelConfig(
-        backbone=backbone, fpn_channels=16, head_width=16, head_depth=1, head_norm="group",
+        backbone=backbone, fpn_channels=16, head_width=16, head_depth=1, head_norm=norm,
         head_groups=4,
     )  # fmt: skip
-    network = RetinaNet(config, classes=2).eval()
+    network = RetinaNet(config, classes=2)
+    # Each norm learns other statistics.
+    network.train()
+    network(torch.randint(0, 256, (2, 128, 128, 3)), torch.tensor([[128, 128], [128, 96]]))
+    network.eval()
     model = build(network, classes=2)
-    # Both become part of the convolutions; left beside them, int8 files are slower.
-    assert not {node.op_type for node in model.graph.node} & {"Pad", "BatchNormalization"}
+    # Heads keep their weights once for all levels, and a norm for each; the backbone's are part of
+    # its convolutions, as its padding is.
+    kinds = Counter(node.op_type for node in model.graph.node)
+    assert kinds["Pad"] == 0
+    assert kinds["BatchNormalization"] == (10 if norm == "batch" else 0)
+    assert len(LEVELS) * 2 == 10
+    assert fold_norms(model) == kinds["BatchNormalization"]
     names = [PIXELS, *map_names()]
     for name in names:
         kind = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)

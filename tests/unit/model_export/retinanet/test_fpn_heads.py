@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model_export.retinanet.fpn import FeaturePyramid
-from model_export.retinanet.heads import PRIOR, Head, prior_bias
+from model_export.retinanet.heads import PRIOR, Head, LevelNorms, prior_bias
 
 # --- pyramid -------------------------------------------------------------------------------------
 
@@ -210,3 +210,42 @@ def test_group_norms_stand_before_each_relu_and_bring_the_bias() -> None:
             module.weight.mul_(0.25)
     assert strong.std() > 0.3
     assert torch.allclose(made.conv(feature), strong, atol=0.01)
+
+
+# --- batch norms of levels -----------------------------------------------------------------------
+
+
+def test_each_level_has_a_batch_norm_of_its_own() -> None:
+    made = Head(16, width=24, depth=2, anchors=9, outputs=3, bias=prior_bias(), levels=3)
+    assert [type(module) for module in made.conv] == [nn.Conv2d, LevelNorms, nn.ReLU] * 2
+    norms = made.conv[1]
+    assert isinstance(norms, LevelNorms)
+    before = {name: value.clone() for name, value in norms.state_dict().items()}
+    made(3 * torch.randn(2, 16, 6, 6), 1)
+    changed = {
+        name.split(".")[0]
+        for name, value in norms.state_dict().items()
+        if not torch.equal(value, before[name])
+    }
+    assert changed == {"1"}
+    # In training features of any scale come out at the same one.
+    small, large = (made.conv[0:1](torch.randn(2, 16, 6, 6) * scale) for scale in (0.1, 10.0))
+    deviations = [norms(each, 0).std().item() for each in (small, large)]
+    assert deviations == pytest.approx([1, 1], abs=0.02)
+
+
+def test_a_single_value_is_normed_by_the_statistics_so_far() -> None:
+    """P7 of one image on a canvas of 128 px has one cell, of which no variance can be taken."""
+    made = Head(16, width=8, depth=1, anchors=9, outputs=3, bias=prior_bias(), levels=5)
+    feature = torch.randn(1, 16, 1, 1)
+    trained = made(feature, 4)
+    assert torch.equal(trained, made.eval()(feature, 4))
+    assert trained.requires_grad
+
+
+def test_the_pyramid_s_outputs_have_one_scale_with_norms() -> None:
+    torch.manual_seed(0)
+    made = FeaturePyramid((8, 16, 32), 24, norm=True)
+    levels = made([torch.randn(2, c, 32 // s, 32 // s) * c for c, s in ((8, 1), (16, 2), (32, 4))])
+    assert [each.std().item() for each in levels[:4]] == pytest.approx([1] * 4, abs=0.02)
+    assert [each.shape[2] for each in levels] == [32, 16, 8, 4, 2]

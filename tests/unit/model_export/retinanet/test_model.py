@@ -137,7 +137,7 @@ def test_the_state_dict_holds_what_is_learned_and_nothing_else() -> None:
         ({"depth": 3}, "depth"),
         ({"norm_eps": -1e-5}, "norm_eps"),
         ({"p6_from": "c4"}, "p6_from"),
-        ({"head_norm": "batch"}, "head_norm"),
+        ({"head_norm": "layer"}, "head_norm"),
         ({"head_norm": "group", "head_width": 32}, "set head_groups, to 4 for example"),
         ({"head_norm": "group", "head_width": 100}, "head_width 100"),
         ({"head_norm": "group", "head_width": 60, "head_groups": 8}, "8 equal groups"),

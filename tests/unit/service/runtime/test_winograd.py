@@ -157,6 +157,26 @@ def test_winograd_handles_heads_with_shared_weights() -> None:
     assert len(weights) == 5, "shared ones are there once"
 
 
+def test_winograd_takes_norms_into_its_filters() -> None:
+    content = model(
+        """
+        level (float[n, c, h, w] x) => (float[n, k, h, w] y)
+        <float[128] one = {ONES}>
+        {
+            a = Conv <pads = [1, 1, 1, 1]> (x, w1)
+            b = BatchNormalization <epsilon = 1.0> (a, scale, shift, shift, one)
+            y = Relu (b)
+        }
+        """.replace("ONES", ", ".join(["1.0"] * 128)),
+        {"w1": (128, 128, 3, 3), "scale": (128,), "shift": (128,)},
+    )
+
+    network = compared(content, {"x": drawn(1, 128, 10, 11)})
+
+    kinds = {node.op_type for node in network.graph.node}
+    assert not kinds & {"Conv", "BatchNormalization"}
+
+
 def test_winograd_keeps_values_read_elsewhere() -> None:
     """An output, another operator, a branch: each finds the map under its name."""
     content = model(
