@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,24 @@ async def test_formats_match_their_openapi_schemas(
         # From JSON, where an array is what a tuple is written as.
         assert TypeAdapter(documented).validate_json(answer.content, strict=True) is not None
         TypeAdapter(AnyAnswer).validate_json(answer.content, strict=True)
+
+
+async def test_supervision_reads_the_roboflow_format(client: httpx.AsyncClient) -> None:
+    with warnings.catch_warnings():
+        # Without OpenCV it says that it computes with NumPy.
+        warnings.filterwarnings("ignore", message="OpenCV")
+        from supervision import Detections
+    content = encoded(squares((32, 16, RED), (80, 48, GREEN)))
+    answer = await client.post("/v1/detect?format=roboflow", content=content)
+    found = Detections.from_inference(answer.json())
+    expected = (await client.post("/v1/detect", content=content)).json()["detections"]
+    assert len(expected) == 2
+    assert found.xyxy.tolist() == [list(each["box"].values()) for each in expected]
+    assert found.class_id.tolist() == [each["class_id"] for each in expected]
+    assert found.data["class_name"].tolist() == [each["label"] for each in expected]
+    np.testing.assert_allclose(found.confidence, [each["score"] for each in expected], atol=1e-6)
+    none = await client.post("/v1/detect?format=roboflow", content=encoded(squares()))
+    assert len(Detections.from_inference(none.json())) == 0
 
 
 async def test_formats_describe_the_same_detections(client: httpx.AsyncClient) -> None:
