@@ -21,6 +21,7 @@ from model_export.commands.train import parse_setting
 from model_export.config import load_config
 from model_export.data.folder import LabelledFolder
 from model_export.provenance import git_commit
+from model_export.retinanet.matching import AtssMatcher
 from model_export.training.recommendation import recommend
 from service.cli import retinaserve
 from service.imaging.canvas import Buckets, ShortSide, Size
@@ -294,7 +295,8 @@ def test_train_told_nothing_else_fits_network_canvas_and_anchors_to_the_data(dat
     config = load_config(tmp_path / "run" / "config.yaml", {})
     light = load_config(DEFAULT_RECIPE, {})
     assert config.model.backbone == light.model.backbone
-    assert config.model.head_norm == "group"
+    assert config.model.head_norm == light.model.head_norm == "batch"
+    assert config.matching == light.matching == AtssMatcher()
     training = load(LabelledFolder(data), "train")
     # As large as the images, which are 200 x 150, 150 x 200 and 180 x 150.
     assert {min(size) for size in config.canvas.sizes} == {160}
