@@ -517,7 +517,7 @@ def cdf(**options: Any) -> None:
 @_data_option
 @_exhibit_option
 @click.option(
-    "--weights", type=_FILE, metavar="FILE", help="Start backbones from ImageNet weights."
+    "--weights", metavar="FILE|imagenet", help="Start backbones from ImageNet weights."
 )
 @click.option(
     "--set",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import threading
@@ -18,7 +19,7 @@ import torch
 
 from model_export.checkpoints import load_checkpoint
 from model_export.commands.labelled_data import load
-from model_export.commands.train import messages, parse_setting
+from model_export.commands.train import backbone_weights, messages, parse_setting
 from model_export.config import TrainConfig, apply_overrides
 from model_export.data.batches import CanvasCache
 from model_export.study import (
@@ -87,7 +88,7 @@ def ablate(
     config_file: Path,
     data: Path,
     output: Path,
-    weights: Path | None,
+    weights: str | None,
     settings: Sequence[str],
     only: Sequence[str],
     jobs: int,
@@ -100,7 +101,10 @@ def ablate(
     accelerator_for(device, 1)
     study = ablation.load_study(config_file)
     runs = ablation.plan(study, output, dict(map(parse_setting, settings)))
-    chosen = _choose(runs, only)
+    chosen = [
+        dataclasses.replace(run, weights=backbone_weights(weights, run.config))
+        for run in _choose(runs, only)
+    ]
     choice = runs[0].config.data
     training = load(data, "train", choice)
     validation = load(data, "val", choice, classes=training.classes)
@@ -116,12 +120,12 @@ def ablate(
     if not any(len(sample.boxes) for sample in validation.samples):
         raise DataError(f"{data}: no object in the val images that were chosen; choose more")
     for run in chosen:
-        ablation.check_folder(run, ablation.run_inputs(run, training, validation, weights))
+        ablation.check_folder(run, ablation.run_inputs(run, training, validation))
     click.echo(
         f"{study.title}: {len(chosen)} runs on {len(training.samples)} images, measured on "
         f"{len(validation.samples)}"
     )
-    execution = ablation.Execution(training, validation, weights=weights, device=device)
+    execution = ablation.Execution(training, validation, device)
     with messages():
         for number, (run, result, before) in enumerate(_results(chosen, execution, jobs), start=1):
             click.echo(

@@ -93,7 +93,7 @@ def run(
     if world().size == 1 and not resume:
         _say_speed(config, training, device)
     _report(config, folder, training, validation)
-    imagenet = _backbone_weights(weights, config)
+    imagenet = backbone_weights(weights, config)
     origin = _provenance(config, training, imagenet, started_from, licences)
     if resume and known is not None:
         origin = resumed(known.description.provenance, config.model_dump(mode="json"))
@@ -294,7 +294,8 @@ def _training_data(
     return training
 
 
-def _backbone_weights(weights: str | None, config: TrainConfig) -> Path | None:
+def backbone_weights(weights: str | None, config: TrainConfig) -> Path | None:
+    """Return the file that --weights means, for the backbone of a config. Raises DataError."""
     if weights is None:
         return None
     if weights == IMAGENET:
@@ -306,6 +307,8 @@ def _backbone_weights(weights: str | None, config: TrainConfig) -> Path | None:
                 f"{trained_with:g}; set that, or leave it out"
             )
         return fetch_imagenet(backbone, CACHE)
+    if not Path(weights).is_file():
+        raise DataError(f"--weights {weights}: no such file; name one, or say imagenet")
     return Path(weights)
 
 

@@ -14,7 +14,7 @@ import json
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -122,6 +122,8 @@ class Run:
     seed: int
     config: TrainConfig
     folder: Path
+    weights: Path | None = None
+    """ImageNet weights from which the backbone starts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,15 +238,14 @@ def merge_classes(dataset: Dataset, name: str | None) -> Dataset:
     return dataclasses.replace(dataset, classes=(name,), samples=samples)
 
 
-def run_inputs(
-    run: Run, training: Dataset, validation: Dataset, weights: Path | None
-) -> dict[str, Any]:
+def run_inputs(run: Run, training: Dataset, validation: Dataset) -> dict[str, Any]:
     """Return the inputs that determine a run's result: settings, images and weights."""
 
     def digest(dataset: Dataset) -> str:
         names = "\n".join(sample.path.name for sample in dataset.samples)
         return hashlib.sha256(names.encode()).hexdigest()
 
+    weights = run.weights
     content = {
         "config": run.config.model_dump(mode="json"),
         "classes": training.classes,
@@ -290,14 +291,12 @@ class Execution:
 
     training: Dataset
     validation: Dataset
-    _: KW_ONLY
-    weights: Path | None
     device: str
 
     def __call__(self, run: Run) -> Result:
         """Return the result of the run."""
         started = time.monotonic()
-        content = run_inputs(run, self.training, self.validation, self.weights)
+        content = run_inputs(run, self.training, self.validation)
         run.folder.mkdir(parents=True, exist_ok=True)
         replace_file(run.folder / MADE_OF, json.dumps(content, indent=2) + "\n")
         diverged = None
@@ -307,13 +306,13 @@ class Execution:
                 self.training,
                 self.validation,
                 run.folder,
-                weights=self.weights,
+                weights=run.weights,
                 resume=(run.folder / LAST).exists(),
                 device=self.device,
                 provenance=provenance(
                     config=run.config.model_dump(mode="json"),
                     data=self.training,
-                    weights=self.weights,
+                    weights=run.weights,
                     init=None,
                     licences=(),
                 ),

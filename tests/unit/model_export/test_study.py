@@ -260,7 +260,7 @@ def test_a_run_that_was_killed_before_its_result_is_not_trained_again(
     training = load(rectangles_data, "train")
     validation = load(rectangles_data, "val", classes=training.classes)
     train(killed.config, training, validation, killed.folder, device="cpu")
-    run_inputs = ablation.run_inputs(killed, training, validation, None)
+    run_inputs = ablation.run_inputs(killed, training, validation)
     (killed.folder / ablation.MADE_OF).write_text(json.dumps(run_inputs))
     before = (killed.folder / METRICS).read_text()
     answer = run(
@@ -419,7 +419,7 @@ def test_a_result_that_is_none_is_refused(rectangles_data: Path, tmp_path: Path)
     training = load(rectangles_data, "train")
     validation = load(rectangles_data, "val", classes=training.classes)
     [first] = [each for each in ablation.plan(study, output, {}) if each.row.name == "star"]
-    run_inputs = ablation.run_inputs(first, training, validation, None)
+    run_inputs = ablation.run_inputs(first, training, validation)
     (broken.parent / ablation.MADE_OF).write_text(json.dumps(run_inputs))
     answer = run("ablate", "--config", config, "--data", rectangles_data, "--output", output)
     assert isinstance(answer.exception, DataError)
