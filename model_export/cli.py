@@ -6,6 +6,7 @@ names the remedy where the extra is missing.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -349,7 +350,7 @@ def pull(**options: Any) -> None:
 
 @click.group(context_settings=_CONTEXT)
 def data() -> None:
-    """Check labelled images, or draw a sample data set."""
+    """Check labelled images, pick those to label next, or draw a sample data set."""
 
 
 _CHECK_EXAMPLE = """\b
@@ -405,6 +406,72 @@ def check(**options: Any) -> None:
     from model_export.commands import data_check as command
 
     command.run(**options)
+
+
+_PICK_EXAMPLE = """\b
+Example:
+  retinaserve data pick new-images --model models/cells/1/model.onnx \\
+      --count 50 --labelled cells --output to-correct
+"""
+
+
+@data.command(context_settings=_CONTEXT, epilog=_PICK_EXAMPLE)
+@click.argument("pool", type=_DATA, metavar="POOL")
+@click.option(
+    "--model",
+    metavar="NAME[@VERSION]|FILE.onnx",
+    help="Model of the repository, or a model file; default: the default model.",
+)
+@click.option(
+    "--against",
+    metavar="NAME[@VERSION]|FILE.onnx",
+    help="Another version: objects that only one of the two finds count as doubts, too.",
+)
+@click.option(
+    "--count", type=click.IntRange(min=1), default=200, show_default=True, help="Images to choose."
+)
+@click.option(
+    "--output", type=_FOLDER, required=True, metavar="DIR", help="New folder, outside of POOL."
+)
+@click.option(
+    "--labelled",
+    type=_DATA,
+    metavar="DIR",
+    help="Images that are labelled already: they and their near-duplicates are left out.",
+)
+@click.option(
+    "--format",
+    "layout",
+    type=click.Choice(["voc", "yolo", "coco", "label-studio"]),
+    default="voc",
+    show_default=True,
+    help="Of the pre-labels, as `label` writes them.",
+)
+@click.option(
+    "--tile",
+    default="off",
+    show_default=True,
+    metavar="off|auto|N",
+    help="Cut large images into overlapping tiles, as `detect` does.",
+)
+@click.option("--device", help="auto, cpu, cuda or cuda:1.")
+@click.option("--link", is_flag=True, help="Link the images (symbolic links) instead of copying.")
+def pick(tile: str, **options: Any) -> None:
+    """Choose the unlabelled images that teach a model most.
+
+    First those with many detections near the threshold of their class, spread over the pool: each
+    further image counts by its distance from all that are labelled or chosen, compared as images
+    of 16 x 16 pixels, and near-duplicates, such as the next frame of a video, are left out. The
+    same pool and model give the same choice.
+
+    DIR gets the images with pre-labels, as `label` writes them, why.csv with the score and the
+    reasons of each, and why.html to look at.
+    """
+    from model_export.commands import data_pick as command
+    from service.engine.tiling import parse_tile
+
+    failed = command.run(tile=parse_tile(tile), **options)
+    sys.exit(2 if failed else 0)
 
 
 _SAMPLE_EXAMPLE = """\b

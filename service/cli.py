@@ -42,7 +42,7 @@ _SUMMARIES: Final = {
     "train": "Train a detector on labelled images.",
     "evaluate": "COCO metrics of a model file on labelled images.",
     "export": "Write a checkpoint as a model file.",
-    "data": "What is in labelled images, what is wrong, what they need.",
+    "data": "What is in labelled images, what is wrong; which images to label next.",
     "import-torchvision": "Turn a RetinaNet of torchvision's into a checkpoint.",
     "pull": "Make a model file of a published detector.",
     "study": "The paper's exhibits: loss curves, distributions, ablations.",

@@ -71,6 +71,15 @@ _MEANINGS: Final = {
 
 def render(measured: EvaluationResults, against: Baseline | None = None) -> str:
     """Return the page. Raises DataError if an image can no longer be read."""
+    return (
+        page_templates()
+        .get_template("report.html")
+        .render(**_context(measured), against=None if against is None else _against(against))
+    )
+
+
+def page_templates() -> jinja2.Environment:
+    """Return the templates of self-contained pages; all values are escaped."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("model_export"),
         autoescape=True,
@@ -79,9 +88,7 @@ def render(measured: EvaluationResults, against: Baseline | None = None) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(fixed=_fixed, percent=_percent)
-    return environment.get_template("report.html").render(
-        **_context(measured), against=None if against is None else _against(against)
-    )
+    return environment
 
 
 def _context(measured: EvaluationResults) -> dict[str, Any]:
