@@ -1,7 +1,8 @@
-"""Whether images chosen by `data pick` teach more than images chosen by chance.
+r"""Whether images chosen by `data pick` teach more than images chosen by chance.
 
     python benchmarks/pick.py --data /data/fod-a-mini --data /data/bccd --output runs/pick
-    python benchmarks/pick.py --data /data/bccd --output runs/quick --seeds 1 --epochs 1
+    python benchmarks/pick.py --data /data/bccd --output runs/quick --seeds 1 --epochs 1 \
+        --start --config light --weights mobilenet_v2.pth
 
 For each data set (Pascal VOC with train and val lists) and seed: train on a quarter of the train
 images, add a tenth of them by `data pick` and by chance, train each on from the first checkpoint
