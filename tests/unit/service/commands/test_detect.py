@@ -57,7 +57,7 @@ def labels(result: dict[str, object]) -> list[str]:
 def test_help_on_every_level_is_quick_and_light() -> None:
     probe = (
         "import sys; from click.testing import CliRunner; from service import cli\n"
-        "for line in ([], ['serve'], ['detect'], ['doctor'], ['inspect']):\n"
+        "for line in ([], ['serve'], ['detect'], ['label'], ['doctor'], ['inspect']):\n"
         "    result = CliRunner().invoke(cli.retinaserve, [*line, '--help'])\n"
         "    assert result.exit_code == 0 and 'Usage: ' in result.output, result.output\n"
         "heavy = {'torch', 'onnxruntime', 'fastapi', 'PIL', 'model_export'} & set(sys.modules)\n"
