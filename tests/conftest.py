@@ -17,7 +17,7 @@ from xdist.scheduler.loadfile import LoadFileScheduling
 ROOT = Path(__file__).resolve().parent.parent
 TIERS = frozenset({"unit", "api", "e2e", "reliability"})
 
-collect_ignore = ["torchvision_golden.py"]
+collect_ignore = ["efficientnet_golden.py", "torchvision_golden.py"]
 """It runs in an environment of its own, which has torchvision."""
 
 _UNIT = "tests/unit/model_export"
