@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TIERS = frozenset({"unit", "api", "e2e", "reliability"})
 
 collect_ignore = ["efficientnet_golden.py", "torchvision_golden.py"]
-"""It runs in an environment of its own, which has torchvision."""
+"""They run in environments of their own."""
 
 _UNIT = "tests/unit/model_export"
 ONE_EXPORT = tuple(
