@@ -578,8 +578,8 @@ def cdf(**options: Any) -> None:
     type=Recipe(_STUDIES),
     required=True,
     metavar="STUDY|FILE.yaml",
-    help="losses, detector, detector-blood-cells (all small), grid, anchors, blood-cells, or a "
-    "file of your own.",
+    help="losses, losses-tuning, imbalance, blood-cells, recipe, recipe-blood-cells, detector, "
+    "detector-blood-cells (an hour or two each), anchors (for a GPU), or a file of your own.",
 )
 @_data_option
 @_exhibit_option
