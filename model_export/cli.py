@@ -583,9 +583,7 @@ def cdf(**options: Any) -> None:
 )
 @_data_option
 @_exhibit_option
-@click.option(
-    "--weights", metavar="FILE|imagenet", help="Start backbones from ImageNet weights."
-)
+@click.option("--weights", metavar="FILE|imagenet", help="Start backbones from ImageNet weights.")
 @click.option(
     "--set",
     "settings",
