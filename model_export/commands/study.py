@@ -30,6 +30,7 @@ from model_export.study import (
 )
 from model_export.training.hardware import accelerator_for
 from service.errors import DataError
+from service.system.memory import keep_freed_memory
 
 
 def curves(output: Path) -> None:
@@ -98,7 +99,8 @@ def ablate(
 
     Raises RetinaserveError.
     """
-    accelerator_for(device, 1)
+    if accelerator_for(device, 1)[0] == "cpu":
+        keep_freed_memory(activations=True)
     study = ablation.load_study(config_file)
     runs = ablation.plan(study, output, dict(map(parse_setting, settings)))
     chosen = [
@@ -165,6 +167,7 @@ def _results(
 def _begin() -> None:
     """Prepare a process of --jobs: one thread for torch, and an end with its parent."""
     torch.set_num_threads(1)
+    keep_freed_memory(activations=True)
     parent = multiprocessing.parent_process()
     assert parent is not None
 

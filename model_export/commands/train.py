@@ -35,6 +35,7 @@ from service.errors import DataError
 from service.filenames import refuse_to_replace
 from service.runtime.artifact import MODEL_FILE
 from service.settings import bundled_models
+from service.system.memory import keep_freed_memory
 
 IMAGENET: Final = "imagenet"
 BUNDLED: Final = "bundled"
@@ -74,11 +75,17 @@ def run(
     if not resume and world().is_first:
         sources = [Path(each) for each in (data, config_file, init, weights) if each is not None]
         refuse_to_replace((output / name for name in (BEST, CONFIG, METRICS)), sources)
-    if fit_anchors and (resume or init is not None):
-        raise DataError("--anchors goes with a new network only: the checkpoint has its anchors")
+    if resume or init is not None:
+        for option, value in (("--anchors", anchors), ("--budget-ms", budget_ms)):
+            if value is not None:
+                raise DataError(
+                    f"{option} goes with a new network only: the checkpoint has canvas and anchors"
+                )
     if devices is not None and devices != world().local_size:
         _start_processes(devices, device)
         return
+    if accelerator_for(device, world().local_size)[0] == "cpu":
+        keep_freed_memory(activations=True)
     started_from = _load_init(init)
     config = load_config(output / CONFIG if resume else config_file or DEFAULT_RECIPE, overrides)
     if started_from is not None:

@@ -16,13 +16,12 @@ from model_export.retinanet.model import ModelConfig, RetinaNet, freeze_norms
 from model_export.training.detection_loss import assign, assigned_loss, normaliser
 from model_export.training.hardware import accelerator_for, precision_for
 from service.imaging.canvas import Size
-from service.system.memory import keep_freed_memory
 
 GFLOPS: Final = 100.0
 """Floating-point operations, in 10^9 a second, that onnxruntime reaches on two cores."""
 
 BUDGET_MS: Final = 100.0
-"""Milliseconds that an image may take unless somebody says otherwise."""
+"""Milliseconds that an image may take unless --budget-ms says otherwise."""
 
 ENOUGH_EPOCHS: Final = 20
 """Epochs below which a larger canvas is not worth its time."""
@@ -101,8 +100,6 @@ def time_step(config: TrainConfig, classes: int, canvas: Size, device: str) -> S
     network.train()
     if config.freeze_norms:
         freeze_norms(network.backbone.modules())
-    if accelerator == "cpu":
-        keep_freed_memory(activations=True)
     count = -(-config.batch_size // config.accumulate)
     single = _seconds(network, config, canvas, 1)
     if single * count > _PATIENCE:

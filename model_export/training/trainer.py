@@ -46,7 +46,6 @@ from model_export.training.hardware import (
 )
 from model_export.training.lightning_module import RetinaNetModule
 from service.errors import DataError
-from service.system.memory import keep_freed_memory
 
 __all__ = ["BEST", "CONFIG", "LAST", "train"]
 
@@ -89,8 +88,6 @@ def train(
     place = world()
     accelerator, devices = accelerator_for(device, place.local_size)
     precision = precision_for(config.precision, accelerator)
-    if accelerator == "cpu":
-        keep_freed_memory(activations=True)
     last = output / LAST
     if resume and not last.exists():
         raise DataError(f"{last}: nothing to resume; start the run without --resume")

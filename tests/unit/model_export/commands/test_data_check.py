@@ -200,6 +200,9 @@ def test_train_takes_what_check_recommends(rectangles_data: Path, tmp_path: Path
     again = call("train", "--data", data, "--output", run, "--resume", "--anchors", "auto")
     assert again.exit_code == 2
     assert "--anchors goes with a new network only" in again.stderr
+    again = call("train", "--data", data, "--output", run, "--resume", "--budget-ms", "50")
+    assert again.exit_code == 2
+    assert "--budget-ms goes with a new network only" in again.stderr
 
 
 def test_evaluate_reads_other_formats_and_names(
