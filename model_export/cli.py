@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from model_export.commands.options import Recipe, label_options, licence_option
-from service.commands.options import PathOption
+from service.commands.options import Number, PathOption
 
 _CONTEXT = {"help_option_names": ["-h", "--help"]}
 _FOLDER = PathOption(file_okay=False, path_type=Path)
@@ -62,7 +62,7 @@ Example:
 @click.option("--epochs", type=click.IntRange(min=1), help="Passes over the data.")
 @click.option(
     "--max-minutes",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Number(min=0, min_open=True),
     help="Time limit; the schedule is fitted to it.",
 )
 @click.option(
@@ -87,7 +87,7 @@ Example:
 )
 @click.option(
     "--budget-ms",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Number(min=0, min_open=True),
     metavar="MS",
     help="Time that an image may take on two CPU cores, which limits the canvas that is chosen for "
     "the data; default: 100 on a CPU, no limit on a GPU.",
@@ -176,7 +176,7 @@ Example:
 @click.option(
     "--score-threshold",
     "score",
-    type=click.FloatRange(0.0, 1.0),
+    type=Number(0.0, 1.0),
     help="Threshold of the file for every class; otherwise --data or --calibrate choose them.",
 )
 @click.option(
@@ -204,7 +204,7 @@ Example:
 )
 @click.option(
     "--max-loss",
-    type=click.FloatRange(min=0),
+    type=Number(min=0),
     metavar="POINTS",
     help="AP that a smaller precision may cost, of 100; default: fp16 0.5, int8 1.5.",
 )
@@ -384,7 +384,7 @@ Example:
 )
 @click.option(
     "--budget-ms",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Number(min=0, min_open=True),
     default=100.0,
     show_default=True,
     metavar="MS",

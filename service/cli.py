@@ -14,7 +14,7 @@ from typing import Any, Final
 import click
 
 from service.commands.bulk_cli import bulk
-from service.commands.options import PathOption, devices_option, models_option
+from service.commands.options import Number, PathOption, devices_option, models_option
 from service.errors import (
     ArtifactError,
     DataError,
@@ -185,7 +185,7 @@ def serve(
 )
 @click.option(
     "--score-threshold",
-    type=click.FloatRange(0.0, 1.0),
+    type=Number(0.0, 1.0),
     help="Only detections that score above this; default: the model's own.",
 )
 @click.option(
@@ -289,7 +289,7 @@ Example:
 )
 @click.option(
     "--score-threshold",
-    type=click.FloatRange(0.0, 1.0),
+    type=Number(0.0, 1.0),
     help="Only detections that score above this; default: the model's own.",
 )
 @click.option(

@@ -158,23 +158,26 @@ def _fitted(
     With `anchors` they replace those that it names, too.
     """
     canvas_named = "canvas" in config.model_fields_set
-    anchors_named = "anchors" in config.model.model_fields_set and not anchors
-    if canvas_named and anchors_named:
+    keep = "anchors" in config.model.model_fields_set and not anchors
+    if canvas_named and budget_ms is not None:
+        raise DataError(
+            "--budget-ms limits the canvas that is chosen for the data, and the settings name "
+            "one; leave one of the two out"
+        )
+    if canvas_named and keep:
         return config
     if budget_ms is None and accelerator_for(device, 1)[0] == "cpu":
         budget_ms = BUDGET_MS
-    advice = recommend(
-        training, config, limit=within(config.model, len(training.classes), budget_ms)
-    )
+    limit = within(config.model, len(training.classes), budget_ms)
+    advice = recommend(training, config, limit=limit, keep_anchors=keep)
     # Several processes would each measure another time.
     if config.max_minutes is not None and not canvas_named and world().size == 1:
         step = time_step(config, len(training.classes), advice.after.canvas.largest(), device)
         in_time = step.limit(len(training.samples), config.max_minutes)
         if advice.after.canvas.largest().area > in_time.area:
-            advice = recommend(training, config, limit=in_time)
+            advice = recommend(training, config, limit=in_time, keep_anchors=keep)
     _say(f"{advice}\n")
-    fitted = advice.apply(config)
-    return fitted.model_copy(update={"model": config.model}) if anchors_named else fitted
+    return advice.apply(config)
 
 
 def _say_speed(config: TrainConfig, training: Dataset, device: str) -> None:

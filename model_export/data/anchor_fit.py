@@ -5,6 +5,7 @@ Sizes and boxes are in canvas pixels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -173,10 +174,19 @@ def _ratio_sets(
     sides = np.concatenate([group.boxes[:, 2:] - group.boxes[:, :2] for group in groups])
     logs = np.log(sides[:, 1].astype(np.float64) / sides[:, 0])
     own = (
-        tuple(round(float(np.exp(mean)), 2) for mean in cluster(logs, weights, count))
+        tuple(_ratio(np.exp(mean)) for mean in cluster(logs, weights, count))
         for count in range(1, _MOST_RATIOS + 1)
     )
     yield from dict.fromkeys([*_USUAL_RATIOS, *own])
+
+
+def _ratio(value: float) -> float:
+    """Return a ratio with two decimal places, or as many as a small one needs for two digits.
+
+    >>> _ratio(1.234), _ratio(0.1234), _ratio(0.001234)
+    (1.23, 0.12, 0.0012)
+    """
+    return round(float(value), max(2, 1 - math.floor(math.log10(value))))
 
 
 def _lattice(

@@ -43,6 +43,8 @@ _SMALLEST_CANVAS: Final = 256
 _LARGEST_CANVAS: Final = 1024
 _SQUARE: Final = 1.15
 """Images whose sides differ by less get a square canvas."""
+_LONG: Final = 4.0
+"""Aspect of a panorama: its canvas has no more pixels than one of this aspect."""
 _RARE_SHAPE: Final = 0.02
 _SEARCHED: Final = 2000
 """Boxes that the search looks at; the figures are of all."""
@@ -136,14 +138,22 @@ class Recommendation:
         if after.clear < CLEAR_SHARE:
             yield (
                 f"{1 - after.clear:.0%} of the objects stay below {CLEAR_SIDE:g} px: a larger "
-                "canvas (--canvas) has a finer grid; larger images, or tiles of these, show more"
+                "canvas has a finer grid; larger images, or tiles of these, show more"
             )
-        yield "for --config (train takes the same where its config names neither):"
+        yield "settings (train takes them where its config names none):"
         yield yaml.safe_dump(self.settings(), sort_keys=False, default_flow_style=None).rstrip()
 
 
-def recommend(training: Dataset, config: TrainConfig, *, limit: Limit = NO_LIMIT) -> Recommendation:
+def recommend(
+    training: Dataset,
+    config: TrainConfig,
+    *,
+    limit: Limit = NO_LIMIT,
+    keep_anchors: bool = False,
+) -> Recommendation:
     """Recommend canvas and anchors for a train split; a canvas that the config names is kept.
+
+    With `keep_anchors` its anchors are, too.
 
     The canvas is the smallest that shows CLEAR_SHARE of the objects at CLEAR_SIDE, no larger than
     the images, which enlarging makes no clearer, and within the limit. Raises DataError without
@@ -155,11 +165,12 @@ def recommend(training: Dataset, config: TrainConfig, *, limit: Limit = NO_LIMIT
     kept = "canvas" in config.model_fields_set
     smallest = choose_canvas(training.samples)
     canvas = config.canvas if kept else choose_canvas(training.samples, limit.area)
-    groups = _on_canvas(samples, canvas)
-    searched = _sample(groups)
-    if config.augmentation.transpose > 0:
-        searched += [_transposed(group) for group in searched]
-    anchors = search(searched, config.model.anchors)
+    anchors = config.model.anchors
+    if not keep_anchors:
+        searched = _sample(_on_canvas(samples, canvas))
+        if config.augmentation.transpose > 0:
+            searched += [_transposed(group) for group in searched]
+        anchors = search(searched, anchors)
     return Recommendation(
         before=_measure(samples, config.canvas, config.model.anchors),
         after=_measure(samples, canvas, anchors),
@@ -175,7 +186,9 @@ def choose_canvas(samples: Sequence[Sample], area: float = math.inf) -> Buckets:
     The largest of them has at most `area` pixels, if one of the smallest does.
     """
     sides = np.array([sample.size for sample in samples], dtype=np.float64)
-    own = float(np.percentile(sides.min(axis=1), 90))
+    # Of a panorama the short side of this area at the aspect _LONG.
+    short_sides = np.maximum(sides.min(axis=1), np.sqrt(sides.prod(axis=1) / _LONG))
+    own = float(np.percentile(short_sides, 90))
     largest = min(_up(own), _LARGEST_CANVAS)
     labelled = [sample for sample in samples if len(sample.boxes)]
     shortest = min(_SMALLEST_CANVAS, largest)
@@ -200,10 +213,22 @@ def _buckets(sides: NDArray[np.float64], short: int) -> Buckets:
         if len(members) < max(1, _RARE_SHAPE * len(aspects)):
             continue
         aspect = float(np.median(members))
-        long = max(short, MULTIPLE * round(short * max(aspect, 1 / aspect) / MULTIPLE))
-        size = {1: Size(short, long), -1: Size(long, short), 0: Size(short, short)}[kind]
+        low, long = _sides(short, max(aspect, 1 / aspect))
+        size = {1: Size(low, long), -1: Size(long, low), 0: Size(short, short)}[kind]
         sizes[size] = len(members)
     return Buckets(sizes=tuple(sorted(sizes, key=lambda size: -sizes[size])))
+
+
+def _sides(short: int, aspect: float) -> tuple[int, int]:
+    """Return the sides of a canvas of about this aspect: the shorter is `short`, or a panorama's.
+
+    >>> _sides(256, 1.5), _sides(256, 16.0), _sides(256, 5000.0)
+    ((256, 384), (128, 2048), (32, 8192))
+    """
+    low = MULTIPLE * max(1, int(short * min(1.0, _LONG / aspect) ** 0.5) // MULTIPLE)
+    # Where the least height is too high for the aspect, the area decides.
+    long = min(low * aspect, _LONG * short**2 / low)
+    return low, max(low, MULTIPLE * round(long / MULTIPLE))
 
 
 def _up(side: float) -> int:

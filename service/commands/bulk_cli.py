@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from service.commands.options import PathOption, devices_option, models_option
+from service.commands.options import Number, PathOption, devices_option, models_option
 
 _PLACE = PathOption(readable=False)
 """A path or a URL, not empty."""
@@ -47,12 +47,12 @@ _PLACE = PathOption(readable=False)
 )
 @click.option(
     "--score-threshold",
-    type=click.FloatRange(0.0, 1.0),
+    type=Number(0.0, 1.0),
     help="Only detections that score above this; default: the model's own.",
 )
 @click.option(
     "--iou-threshold",
-    type=click.FloatRange(0.0, 1.0),
+    type=Number(0.0, 1.0),
     help="A box that overlaps a better one of its class by more is suppressed.",
 )
 @click.option(

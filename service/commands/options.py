@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -21,6 +23,19 @@ class PathOption(click.Path):
         if not os.fspath(value):
             self.fail("it is empty; give a path, or leave it out", param, ctx)
         return super().convert(value, param, ctx)
+
+
+class Number(click.FloatRange):
+    """A finite number in a range; `nan` is inside every range of click's."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Return the number. Fails for one that is none, not finite, or out of the range."""
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number; give one, or leave it out", param, ctx)
+        return number
 
 
 models_option = click.option(

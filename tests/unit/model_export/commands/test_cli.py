@@ -447,6 +447,14 @@ def test_init_takes_network_and_canvas_from_the_checkpoint(trained, tmp_path):
     assert description.provenance["init"]["file"] == "last.ckpt"
 
 
+def test_budget_for_a_canvas_that_is_named_is_refused(data, tmp_path):
+    result = call(
+        "train", "--data", data, "--output", tmp_path / "run", "--config", "blood-cells",
+        "--budget-ms", "50",
+    )  # fmt: skip
+    check_refused(result, "--budget-ms limits the canvas", "leave one of the two out")
+
+
 def test_init_of_another_network_is_refused(data, trained, tmp_path):
     checkpoint = trained[0] / "last.ckpt"
     result = call(

@@ -159,6 +159,12 @@ def test_check_without_the_train_extra(tmp_path: Path) -> None:
         (["data", "check", ".", "--classes", "a,b,a"], "classes names one twice: a, b, a"),
         (["data", "check", ".", "--config", "missing"], "neither a file nor one of"),
         (["train", "--data", ".", "--output", "run", "--anchors", "best"], "Invalid value"),
+        (["train", "--data", ".", "--output", "r", "--max-minutes", "nan"], "not a finite number"),
+        (["train", "--data", ".", "--output", "r", "--budget-ms", "inf"], "not a finite number"),
+        (["data", "check", ".", "--budget-ms", "nan"], "not a finite number"),
+        (["detect", ".", "--score-threshold", "nan"], "not a finite number"),
+        (["label", ".", "--output", "o", "--score-threshold", "nan"], "not a finite number"),
+        (["bulk", ".", "--output", "o", "--iou-threshold", "nan"], "not a finite number"),
     ],
 )
 def test_wrong_usage(

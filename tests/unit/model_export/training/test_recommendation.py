@@ -166,6 +166,27 @@ def test_images_of_each_shape_get_a_canvas() -> None:
     assert rule.sizes == (Size(640, 480), Size(480, 640), Size(480, 480))
 
 
+@pytest.mark.parametrize(
+    ("size", "canvas"),
+    [
+        (Size(500, 2000), Size(256, 1024)),
+        (Size(500, 10_000), Size(96, 1920)),
+        (Size(10_000, 500), Size(1920, 96)),
+        (Size(50, 50_000), Size(32, 8192)),
+        (Size(250, 200_000), Size(32, 8192)),
+        (Size(1, 60_000), Size(32, 2048)),
+    ],
+)
+def test_a_panorama_s_canvas_is_no_larger_than_others(size: Size, canvas: Size) -> None:
+    there = [sample(size, boxes((0, 0, size.width / 2, size.height)))]
+    assert choose_canvas(there, area=1).sizes == (canvas,)
+    # Small objects ask for more, within the images' own size.
+    small = [sample(size, boxes((0, 0, 1, 1)))]
+    (most,) = choose_canvas(small).sizes
+    assert canvas.area <= most.area <= 1.2 * 4 * 1024**2
+    assert min(most) < min(size) + 32
+
+
 # --- advice --------------------------------------------------------------------------------------
 
 
@@ -192,6 +213,26 @@ def test_the_settings_are_a_config(canvas: dict[str, object] | None, tmp_path: P
 def test_without_objects_there_is_nothing_to_recommend() -> None:
     with pytest.raises(DataError, match="no object to choose anchors for"):
         recommend(dataset(sample(Size(10, 10), boxes())), TrainConfig())
+
+
+def test_named_anchors_are_judged_on_the_canvas() -> None:
+    data = dataset(sample(Size(512, 512), grid_of(20, 20)))
+    config = TrainConfig.model_validate({"model": {"anchors": {"ratios": [5.0]}}})
+    kept = recommend(data, config, keep_anchors=True)
+    assert kept.apply(config).model == config.model
+    chosen = recommend(data, config)
+    assert kept.after.canvas == chosen.after.canvas
+    assert kept.after.overall.reached < chosen.after.overall.reached
+
+
+@pytest.mark.parametrize("size", [Size(480, 640), Size(640, 480)])
+def test_lines_get_anchors_of_their_shape(size: Size) -> None:
+    height, width = size
+    line = (0, 100, width, 101.5) if width > height else (100, 0, 101.5, height)
+    config = TrainConfig.model_validate({"augmentation": {"transpose": 0.0}})
+    advice = recommend(dataset(sample(size, boxes(line))), config)
+    (ratio,) = advice.after.anchors.ratios
+    assert max(ratio, 1 / ratio) == pytest.approx(640 / 1.5, rel=0.05)
 
 
 def test_objects_that_no_canvas_shows_are_told() -> None:
