@@ -13,6 +13,7 @@ from enum import IntEnum
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, TypeVar
+from urllib.parse import unquote
 
 from model_export.data.annotations import LabelledImage
 from model_export.data.problems import Kind, Problem
@@ -168,6 +169,8 @@ class Step(IntEnum):
     CASE = 2
     STEM = 3
     TAIL = 4
+    URL = 5
+    UPLOAD = 6
 
 
 _WORDS: Final = {
@@ -175,7 +178,10 @@ _WORDS: Final = {
     Step.CASE: "in other case",
     Step.STEM: "with another suffix",
     Step.TAIL: "by the end of the path",
+    Step.URL: "by the path in a URL",
+    Step.UPLOAD: "without the prefix of an upload to Label Studio",
 }
+_UPLOAD: Final = re.compile(r"[0-9a-f]{8}-(?=.)")
 
 
 def _key(text: str, step: Step) -> str:
@@ -223,17 +229,30 @@ class ImageFinder:
         `bases` are the folders that the name may be relative to, the likeliest first. In turn: as
         it is written; in another Unicode form; in other case; with another suffix; then the same
         for the end of the path, the longest that is here; then the file name alone, if that is
-        unique in the folder. The end of a path leads neither out of a folder that is here nor into
-        that of another split. Where two images fit equally well there is none.
+        unique in the folder; at last the same for the path that a URL holds, and for the name that
+        a file had before its upload to Label Studio.
+
+        The end of a path leads neither out of a folder that is here nor into that of another split.
+        Where two images fit equally well there is none.
         """
-        path, step = self._search(name, bases, self._folder.by_stem)
+        path, step = self._search_all(name, bases, self._folder.by_stem)
         if path is not None and step is not Step.WRITTEN:
             self._found[step].append(f"{shown(name)} is {shown(self._folder.inside(path))}")
         return path
 
     def unread(self, name: str, bases: Sequence[Path]) -> Path | None:
         """Return the file of a name, or of its stem, whose format is not read."""
-        return self._search(name, bases, self._folder.not_read_by_stem)[0]
+        return self._search_all(name, bases, self._folder.not_read_by_stem)[0]
+
+    def _search_all(
+        self, name: str, bases: Sequence[Path], by_stem: Mapping[str, Sequence[Path]]
+    ) -> tuple[Path | None, Step]:
+        path, step = self._search(name, bases, by_stem)
+        for other, meant in () if path is not None else _meant(name):
+            path, step = self._search(other, bases, by_stem)[0], meant
+            if path is not None:
+                break
+        return path, step
 
     def _search(
         self, name: str, bases: Sequence[Path], by_stem: Mapping[str, Sequence[Path]]
@@ -301,6 +320,16 @@ class ImageFinder:
         ]
 
 
+def _meant(name: str) -> Iterator[tuple[str, Step]]:
+    """Yield the other names that a name may stand for."""
+    path = url_path(name)
+    if path != name:
+        yield path, Step.URL
+    last = PurePosixPath(path).name
+    if _UPLOAD.match(last):
+        yield _UPLOAD.sub("", last, count=1), Step.UPLOAD
+
+
 def _rank(path: Path, base: Path, parts: Sequence[str]) -> tuple[int, Step] | None:
     """(how many parts of a name are dropped, how the rest is compared) for it to be a path."""
     if not path.is_relative_to(base):
@@ -366,6 +395,18 @@ def shown(name: str) -> str:
         for each in text
     )
     return f"'{marked}'"
+
+
+def url_path(name: str) -> str:
+    """Return a URL without query and encoding; Label Studio's local files have the path there.
+
+    >>> url_path("https://host/a%20b.jpg?width=9"), url_path("/data/local-files/?d=x%2Fa.jpg")
+    ('https://host/a b.jpg', 'x/a.jpg')
+    """
+    _, local, path = name.partition("/local-files/?d=")
+    if not local:
+        path = re.split("[?#]", name, maxsplit=1)[0] if "://" in name else name
+    return unquote(path)
 
 
 # --- text ----------------------------------------------------------------------------------------

@@ -146,12 +146,20 @@ DECOMPOSED = unicodedata.normalize("NFD", "Küche")
         ("gate/{}.jpg", "D:\\data\\gate\\{}.jpg", True),
         ("{}.jpg", "gate/{}.jpg", True),
         ("a b ü/{}.jpg", "a b ü/{}.jpg", False),
+        ("100%25 {}.jpg", "100%25 {}.jpg", False),
+        ("{} #1?.jpg", "{}%20%231%3f.jpg", True),
+        ("ü {}.jpg", "https://host/x/%C3%BC%20{}.jpg?width=9#top", True),
+        ("gate/{}.png", "https://[host/gate/{}.png?a=b/c", None),
+        ("a b/{}.jpg", "/data/local-files/?d=a%20b%2F{}.jpg", None),
+        ("{}.jpg", "/data/local-files/?d={}.jpg", True),
+        ("{}.jpg", "/label-studio/data/media/upload/1/3f2a9c0{}-{}.jpg", True),
+        ("3f2a9c01-{}.jpg", "/data/upload/1/3f2a9c01-{}.jpg", True),
     ],
 )
 def test_images_are_found_by_the_names_that_labels_give(
     tmp_path: Path, form: str, disk: str, written: str, noted: bool | None
 ) -> None:
-    rows = [(disk.format(number), written.format(number)) for number in range(4)]
+    rows = [(disk.format(number), written.format(number, number)) for number in range(4)]
     datasets = read_all(make(tmp_path, form, rows))
     assert total(datasets) == (4, 4)
     if noted is not None:
