@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import shlex
 import sys
@@ -29,7 +30,7 @@ from service.commands.detect import (
     find_images,
     load_model,
 )
-from service.commands.label import LabelFolder, origin_of, refuse_inside
+from service.commands.label import LabelFolder, origin_of, refuse_inside, write
 from service.commands.label_formats import FORMATS
 from service.engine.drawing import LabelFont, draw
 from service.engine.offline import Found
@@ -99,6 +100,10 @@ def run(
         _descriptors(known, reader, settings),
         count,
     )
+    if not picks:
+        raise DataError(
+            f"{pool}: its {len(candidates)} images are near-duplicates of labelled ones; add others"
+        )
     chosen = [candidates[each.index] for each in picks]
     folder = LabelFolder(output, FORMATS[layout], origin, reader, link=link)
     folder.open([each.source for each in chosen], overwrite=False)
@@ -229,12 +234,13 @@ def _reasons(candidate: Candidate, place: Pick) -> str:
 
 
 def _write_table(output: Path, written: Sequence[tuple[Candidate, Pick, Path]]) -> None:
-    with (output / TABLE).open("w", encoding="utf-8", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(("file", "score", "reasons", "source"))
-        for each, place, target in written:
-            cells = target.name, f"{each.score:.3f}", _reasons(each, place), each.source.name
-            rows.writerow([csv_cell(cell) for cell in cells])
+    text = io.StringIO(newline="")
+    rows = csv.writer(text)
+    rows.writerow(("file", "score", "reasons", "source"))
+    for each, place, target in written:
+        cells = target.name, f"{each.score:.3f}", _reasons(each, place), each.source.name
+        rows.writerow([csv_cell(cell) for cell in cells])
+    write(output / TABLE, text.getvalue().encode())
 
 
 def _write_sheet(
@@ -265,7 +271,7 @@ def _write_sheet(
             total=len(written),
         )
     )
-    (output / SHEET).write_text(page, encoding="utf-8")
+    write(output / SHEET, page.encode())
 
 
 def _thumbnail(each: Candidate, model: LoadedModel, reader: Reader, font: LabelFont) -> str:

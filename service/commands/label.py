@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import filecmp
 import re
 import shlex
 import sys
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Final
@@ -119,6 +121,7 @@ class LabelFolder:
         self._reader = reader
         self._link = link
         self._names: Mapping[Source, str] = {}
+        self._overwrite = False
         self._images = self._objects = 0
         self._shared: list[LabelledImage] = []
 
@@ -128,9 +131,11 @@ class LabelFolder:
     def open(self, sources: Sequence[Source], *, overwrite: bool) -> tuple[list[Source], int]:
         """Make the folder. Return the images without labels, and how many have some.
 
-        With `overwrite` all are without. Raises DataError if a file would be lost.
+        With `overwrite` all are without. Labels count where their image is there, too. Raises
+        DataError if a file would be lost.
         """
         self._names = flat_names(sources)
+        self._overwrite = overwrite
         places = {source: self._folder / self._place(source) for source in sources}
         settings = self._settings()
         written = {*places.values(), *settings}
@@ -151,7 +156,11 @@ class LabelFolder:
                             f"{path} is there already; name another folder, or replace it by "
                             "--overwrite"
                         )
-            wanted = [source for source, place in places.items() if not place.exists()]
+            wanted = [
+                source
+                for source, place in places.items()
+                if not (place.exists() and _same(source.path, self._image(source)))
+            ]
         for path in {self._folder / self._format.images, *(each.parent for each in written)}:
             files_of(str(path)).make(str(path))
         return wanted, len(sources) - len(wanted)
@@ -165,26 +174,29 @@ class LabelFolder:
             kinds = ", ".join(sorted(SUFFIXES))
             raise Unreadable(f"labelling tools go by the suffix of an image ({kinds}); rename it")
         image = LabelledImage(name, size, detections)
-        target = self._folder / self._format.images / name
-        try:
-            self._put(source.path, target)
-            if self._format.shared:
-                self._shared.append(image)
-            else:
-                self._write(self._place(source), self._format.write([image], self._origin))
-        except OSError as error:
-            reason = error.strerror or error
-            raise DataError(f"{target} or its labels cannot be written: {reason}") from error
+        target, labels = self._image(source), self._folder / self._place(source)
+        alone = not (self._format.shared or self._overwrite or target.exists())
+        if alone and labels.exists():
+            raise DataError(
+                f"{labels} is there without {target.name}, and may be another image's; name "
+                "another folder, or replace it by --overwrite"
+            )
+        self._put(source.path, target)
+        if self._format.shared:
+            self._shared.append(image)
+        else:
+            write(labels, self._format.write([image], self._origin))
         self._images += 1
         self._objects += len(detections)
         return target
 
     def close(self) -> None:
-        """Write the files of all images. Raises OSError."""
+        """Write the files of all images. Raises DataError."""
         for path, content in self._settings().items():
-            self._write(path.name, content)
+            write(path, content)
         if self._format.shared:
-            self._write(self._format.place(""), self._format.write(self._shared, self._origin))
+            content = self._format.write(self._shared, self._origin)
+            write(self._folder / self._format.place(""), content)
 
     def _settings(self) -> dict[Path, bytes]:
         made = self._format.settings(self._origin)
@@ -193,34 +205,56 @@ class LabelFolder:
     def _place(self, source: Source) -> str:
         return self._format.place(self._names[source])
 
+    def _image(self, source: Source) -> Path:
+        return self._folder / self._format.images / self._names[source]
+
     def _put(self, source: Path, target: Path) -> None:
-        """Copy or link an image. Raises DataError if another one is there, or OSError."""
+        """Copy or link an image. Raises DataError if another one is there, or it cannot be."""
         if target.exists():
-            if not target.samefile(source) and target.read_bytes() != source.read_bytes():
+            if not _same(source, target):
                 raise DataError(f"{target} is another image; name another folder")
         elif self._link:
-            target.symlink_to(source.absolute())
+            with _named(target):
+                target.symlink_to(source.absolute())
         else:
-            with files_of(str(target)).write(str(target)) as file:
-                file.write(self._reader.read(source))
+            write(target, self._reader.read(source))
 
-    def _write(self, place: str, content: bytes) -> None:
-        path = str(self._folder / place)
-        with files_of(path).write(path) as file:
-            file.write(content)
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file, whole or not at all. Raises DataError."""
+    with _named(path), files_of(str(path)).write(str(path)) as file:
+        file.write(content)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Raise DataError with the file's name for what the system says."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _same(source: Path, target: Path) -> bool:
+    """Return whether two files have the same content; not where one of them cannot be read."""
+    try:
+        return target.samefile(source) or filecmp.cmp(source, target, shallow=False)
+    except OSError:
+        return False
 
 
 def flat_names(sources: Iterable[Source]) -> dict[Source, str]:
     """Return a file name for each image: a/b.jpg is a_b.jpg, and no two stems are alike.
 
-    Tools find labels by the stem alone, and some look into one folder only. Stems that differ by
-    case or Unicode form are one file on some disks.
+    Readers take a backslash for a slash, as on Windows. Tools find labels by the stem alone, and
+    some look into one folder only. Stems that differ by case or Unicode form are one file on some
+    disks.
     """
     taken: set[str] = set()
     names: dict[Source, str] = {}
     for source in sources:
         # Not hidden: readers of labels pass hidden files over.
-        path = PurePosixPath("_".join(source.relative.parts).lstrip("."))
+        path = PurePosixPath("_".join(source.relative.parts).replace("\\", "_").lstrip("."))
         stem, number = path.stem, 2
         while (key := unicodedata.normalize("NFC", stem.casefold())) in taken:
             stem, number = f"{path.stem}-{number}", number + 1

@@ -107,6 +107,13 @@ def test_labelled_images_and_those_like_them_are_left_out(
     assert names == {"&<b>.png", "low.png", "none.png", "sure"}
 
 
+def test_nothing_is_written_where_nothing_is_left(models: Path, pool: Path, tmp_path: Path) -> None:
+    result = run(pool, "--labelled", pool, "--output", tmp_path / "next")
+    assert result.exit_code == 2
+    assert "its 21 images are near-duplicates of labelled ones; add others" in result.stderr
+    assert not (tmp_path / "next").exists()
+
+
 def test_disagreement_of_two_models_counts(models: Path, pool: Path, tmp_path: Path) -> None:
     other = tiny_model.save(tmp_path / "other", thresholds=Thresholds(score=0.5), white=128.0)
     alone = run(pool, "--count", 1, "--output", tmp_path / "alone")

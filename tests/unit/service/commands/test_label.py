@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -28,7 +30,7 @@ from tests.images import BLUE, GREEN, RED, encoded, one_red, rotated, squares
 
 CLASSES = ("red & <hot>", "Größe 'x' \"y\" 🩸", "no: #1")
 """Spaces, and what XML and YAML have a meaning for."""
-OBJECTS = 21
+OBJECTS = 22
 """In the images of `folder`: in a scaled image two cells may find one square."""
 READ = ("voc", "yolo", "coco")
 SUFFIX = {"voc": "cells.xml", "yolo": "labels/cells.txt"}
@@ -68,6 +70,7 @@ def folder(tmp_path: Path) -> Path:
         "north/images/train/d.png": encoded(squares((16, 16, GREEN))),
         "Labels/val/d.png": encoded(squares((48, 16, RED))),
         "test/.hidden.png": encoded(squares((64, 16, RED))),
+        "back\\slash.png": encoded(squares((16, 48, RED))),
     }
     for name, data in content.items():
         path = root / name
@@ -130,7 +133,7 @@ def test_labels_are_read_back_as_they_were_detected(
 ) -> None:
     output = tmp_path / "to correct"
     result = labelled(folder, output, layout, *link)
-    assert f"12 images with {OBJECTS} objects in {output}" in result.stdout
+    assert f"13 images with {OBJECTS} objects in {output}" in result.stdout
     assert f"retinaserve data check '{output}'" in result.stdout
     expected = detected(folder)
     assert expected["empty.png"] == []
@@ -138,7 +141,7 @@ def test_labels_are_read_back_as_they_were_detected(
     checked = run("data", "check", output)
     assert checked.exit_code == 0, checked.output
     images = [path for path in output.rglob("*") if path.suffix in (".png", ".jpg")]
-    assert len(images) == 12
+    assert len(images) == 13
     assert all(path.is_symlink() == bool(link) for path in images)
 
 
@@ -224,6 +227,57 @@ def test_corrected_labels_are_kept(models: Path, tmp_path: Path, layout: str) ->
     assert place.read_bytes() == written
 
 
+@pytest.mark.parametrize("layout", SUFFIX)
+def test_labels_of_other_images_are_not_taken_for_theirs(
+    models: Path, tmp_path: Path, layout: str
+) -> None:
+    pool, other, output = tmp_path / "pool", tmp_path / "other", tmp_path / "out"
+    for folder, name, content in (
+        (pool, "cells.png", one_red()),
+        (other, "cells.png", squares((0, 0, BLUE))),
+        (other, "dots.png", squares((0, 0, RED))),
+    ):
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_bytes(encoded(content))
+    labelled(pool, output, layout)
+    place = output / SUFFIX[layout]
+    written = place.read_bytes()
+    # The same name in another folder.
+    result = run("label", other, "--output", output, "--format", layout)
+    assert result.exit_code == 2
+    assert "cells.png is another image; name another folder" in result.stderr
+    assert "1 images with 1 objects" in result.stdout
+    assert place.read_bytes() == written
+    # A new image that takes the name of the first, which becomes cells-2.
+    (pool / "cells.jpg").write_bytes(encoded(squares((0, 0, GREEN)), "JPEG"))
+    result = run("label", pool, "--output", output, "--format", layout)
+    assert result.exit_code == 2
+    assert f"{place} is there without cells.jpg, and may be another image's" in result.stderr
+    assert place.read_bytes() == written
+    assert not [*output.rglob("cells.jpg")]
+
+
+@pytest.mark.parametrize("layout", [*READ, "label-studio"])
+def test_file_that_cannot_be_written_is_named(
+    models: Path, folder: Path, tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is full for all but the smallest images: as for root, modes forbid nothing."""
+    real = os.fsync
+
+    def full(number: int) -> None:
+        if os.fstat(number).st_size > 500:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(number)
+
+    monkeypatch.setattr(os, "fsync", full)
+    result = run("label", folder, "--output", tmp_path / "out", "--format", layout)
+    assert result.exit_code == 2
+    lines = [line for line in result.stderr.splitlines() if "No space left" in line]
+    assert lines
+    assert all(re.search(r"/out/.+ cannot be written: No space left", line) for line in lines)
+    assert not [*(tmp_path / "out").rglob("*.unfinished")]
+
+
 @pytest.mark.parametrize(("layout", "name"), [("coco", "labels"), ("label-studio", "tasks")])
 def test_one_file_of_labels_is_kept(
     models: Path, folder: Path, tmp_path: Path, layout: str, name: str
@@ -269,7 +323,7 @@ def test_images_are_never_replaced(models: Path, folder: Path, tmp_path: Path) -
     result = run("label", folder, "--output", output, "--overwrite")
     assert result.exit_code == 2
     assert f"{output}/empty.png is another image; name another folder" in result.stderr
-    assert f"11 images with {OBJECTS} objects" in result.stdout
+    assert f"12 images with {OBJECTS} objects" in result.stdout
     assert (output / "empty.png").read_bytes() == b"of somebody else"
     assert not (output / "empty.xml").exists()
     assert {path: path.read_bytes() for path in before} == before
