@@ -49,11 +49,8 @@ def run(
     )
     choice = data_config(labels)
     dataset = load_for(model, data, split, choice)
-    if against is not None and not any(each.counted.any() for each in dataset.samples):
-        raise DataError(
-            f"--against: no object is labelled in the split {split!r} of {data}, so there is "
-            "nothing to compare on; name a split with objects"
-        )
+    if against is not None:
+        _check_comparable(dataset, against)
     ids = None if predictions is None else coco_ids(dataset, choice)
     draw = None if plots is None else _drawer(plots)
     measured = measure(model, dataset, device=device, batch_size=batch_size)
@@ -77,6 +74,21 @@ def run(
             )
         for note in ids.notes:
             click.echo(f"note: {note}")
+
+
+def _check_comparable(dataset: Dataset, against: Path) -> None:
+    """Raise DataError where another file cannot be compared: before minutes of measuring."""
+    classes = read_artifact(against).metadata.classes
+    if set(classes) != set(dataset.classes):
+        raise DataError(
+            f"{against}: its classes are {', '.join(classes)}, those of the first file are "
+            f"{', '.join(dataset.classes)}; only models of the same classes can be compared"
+        )
+    if not any(each.counted.any() for each in dataset.samples):
+        raise DataError(
+            f"--against: no object in the split {dataset.split!r} of {dataset.root} counts, as those "
+            "marked difficult do not, so there is nothing to compare on; name a split with objects"
+        )
 
 
 def _drawer(folder: Path) -> Callable[[EvaluationResults], list[Path]]:
@@ -251,11 +263,6 @@ def _compare(
     """Evaluate another file on the same images; its labels become those of the first."""
     dataset = measured.dataset
     classes = read_artifact(model).metadata.classes
-    if set(classes) != set(dataset.classes):
-        raise DataError(
-            f"{model}: its classes are {', '.join(classes)}, those of the first file are "
-            f"{', '.join(dataset.classes)}; only models of the same classes can be compared"
-        )
     theirs = np.array([classes.index(name) for name in dataset.classes], dtype=np.int64)
     own = dataclasses.replace(
         dataset,
