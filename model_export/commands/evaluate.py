@@ -86,8 +86,8 @@ def _check_comparable(dataset: Dataset, against: Path) -> None:
         )
     if not any(each.counted.any() for each in dataset.samples):
         raise DataError(
-            f"--against: no object in the split {dataset.split!r} of {dataset.root} counts, as those "
-            "marked difficult do not, so there is nothing to compare on; name a split with objects"
+            f"--against: no object counts in the split {dataset.split!r} of {dataset.root}, where "
+            "those marked difficult do not; name a split with objects"
         )
 
 
