@@ -175,6 +175,8 @@ def describe(error: ValidationError) -> str:
 
 
 def _message(item: ErrorDetails) -> str:
+    if item["type"] in ("model_type", "model_attributes_type"):
+        return f"a group of settings is expected, found {item['input']!r}"
     if item["type"] != "union_tag_not_found":
         return item["msg"]
     return f"{item['ctx']['discriminator']} must be given with it, to say what kind it is"

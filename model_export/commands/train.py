@@ -92,6 +92,8 @@ def run(
         given_model = config_file is not None or any(key.startswith("model") for key in overrides)
         config = adopt(config, started_from, given_model=given_model)
     known = load_checkpoint(output / LAST) if resume else started_from
+    if resume and known is not None:
+        _check_unchanged(config, known)
     folder = LabelledFolder(data)
     training = _training_data(folder, config.data, known, resume=resume)
     validation = load(folder, "val", config.data, classes=training.classes)
@@ -228,11 +230,14 @@ def adopt(config: TrainConfig, checkpoint: Checkpoint, *, given_model: bool) -> 
     the user who did.
     """
     model = checkpoint.description.model
-    if given_model and "model" in config.model_fields_set and config.model != model:
+    asked = config.model
+    if "anchors" not in asked.model_fields_set:
+        asked = asked.model_copy(update={"anchors": model.anchors})
+    if given_model and "model" in config.model_fields_set and asked != model:
         raise DataError(
             f"{checkpoint.path}: its network is {model.backbone} with heads of "
-            f"{model.head_depth} x {model.head_width}, the config asks for another; leave "
-            "`model` and --backbone out with --init"
+            f"{model.head_depth} x {model.head_width}, the config asks for another, or for other "
+            "anchors; leave `model` and --backbone out with --init"
         )
     update: dict[str, Any] = {"model": model}
     if "canvas" not in config.model_fields_set:
@@ -271,6 +276,20 @@ def _check_folder(
     for option, value in (("--config", config_file), ("--weights", weights), ("--init", init)):
         if value is not None:
             raise DataError(f"{option} does not go with --resume: the run goes on as it began")
+
+
+def _check_unchanged(config: TrainConfig, last: Checkpoint) -> None:
+    """Raise DataError if a run would go on with another network or canvas than it began with."""
+    began = last.description
+    for name, differs in (
+        ("model", config.model != began.model),
+        ("canvas", config.canvas != began.canvas),
+    ):
+        if differs:
+            raise DataError(
+                f"{last.path}: the run began with another `{name}` than the settings name; leave "
+                f"it out with --resume, or begin a new run by --init {last.path}"
+            )
 
 
 def _load_init(init: str | None) -> Checkpoint | None:

@@ -13,17 +13,18 @@ import yaml
 from click.testing import CliRunner, Result
 from fontTools.ttLib import TTFont
 
-from model_export.checkpoints import fetch_imagenet, load_checkpoint
+from model_export.checkpoints import Checkpoint, fetch_imagenet, load_checkpoint
 from model_export.commands.export import default_name, parse_canvas
 from model_export.commands.labelled_data import load
 from model_export.commands.options import DEFAULT_RECIPE
-from model_export.commands.train import parse_setting
-from model_export.config import load_config
+from model_export.commands.train import adopt, parse_setting
+from model_export.config import apply_overrides, load_config
 from model_export.data.folder import LabelledFolder
 from model_export.provenance import git_commit
 from model_export.retinanet.matching import AtssMatcher
 from model_export.training.recommendation import recommend
 from service.cli import retinaserve
+from service.errors import DataError
 from service.imaging.canvas import Buckets, ShortSide, Size
 from service.runtime.artifact import read_artifact
 from tests.required_inputs import without_defaults
@@ -425,6 +426,23 @@ def test_resume_keeps_what_the_run_began_with(data, trained):
     check_refused(result, "--init does not go with --resume")
 
 
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (("--backbone", "resnet34"), "`model`"),
+        (("--set", "model.anchors.ratios=[1.0]"), "`model`"),
+        (("--set", "canvas.sizes=[[64, 64]]"), "`canvas`"),
+    ],
+)
+def test_resume_keeps_network_and_canvas(options, name, data, trained):
+    run = trained[0]
+    before = (run / "config.yaml").read_bytes()
+    result = call("train", "--data", data, "--output", run, "--resume", *options)
+    check_refused(result, f"the run began with another {name}", "--init")
+    # What names another network could not be resumed any more.
+    assert (run / "config.yaml").read_bytes() == before
+
+
 def test_resume_on_other_classes_is_refused(trained, tmp_path):
     other = rectangles.draw_data(tmp_path / "animals", names=("cat", "dog"))
     result = call("train", "--data", other, "--output", trained[0], "--resume")
@@ -456,6 +474,18 @@ def test_budget_for_a_canvas_that_is_named_is_refused(data, tmp_path):
     check_refused(result, "--budget-ms limits the canvas", "leave one of the two out")
 
 
+def test_init_keeps_anchors_that_the_config_leaves_to_the_data(trained):
+    description = load_checkpoint(trained[0] / "last.ckpt").description
+    fitted = description.model.anchors.model_copy(update={"ratios": (0.7,)})
+    model = description.model.model_copy(update={"anchors": fitted})
+    checkpoint = Checkpoint(Path("last.ckpt"), description.model_copy(update={"model": model}), {})
+    # The config that the checkpoint was trained with.
+    assert adopt(apply_overrides(TINY, {}), checkpoint, given_model=True).model == model
+    named = {**TINY, "model": {**TINY["model"], "anchors": {"ratios": [2.0]}}}
+    with pytest.raises(DataError, match="other anchors"):
+        adopt(apply_overrides(named, {}), checkpoint, given_model=True)
+
+
 def test_init_of_another_network_is_refused(data, trained, tmp_path):
     checkpoint = trained[0] / "last.ckpt"
     result = call(
@@ -471,6 +501,8 @@ def test_init_of_another_network_is_refused(data, trained, tmp_path):
         ("--backbone", "vgg", ["unknown backbone 'vgg'", "resnet18"]),
         ("--set", "optimiser.speed=3", ["optimiser.speed"]),
         ("--set", "epochs", ["expected KEY=VALUE"]),
+        ("--set", "canvas=64x64", ["canvas: a group of settings is expected, found '64x64'"]),
+        ("--set", "model=tiny", ["model: a group of settings is expected, found 'tiny'"]),
         ("--weights", "missing.pth", ["missing.pth", "no such file"]),
         ("--init", "missing.ckpt", ["missing.ckpt", "no such checkpoint"]),
     ],
