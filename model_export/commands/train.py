@@ -279,11 +279,13 @@ def _check_folder(
 
 
 def _check_unchanged(config: TrainConfig, last: Checkpoint) -> None:
-    """Raise DataError if a run would go on with another network or canvas than it began with."""
+    """Raise DataError if a run cannot go on by its settings, before they are written down."""
     began = last.description
+    noted = began.provenance.get("config", {}).get("optimiser", {})
     for name, differs in (
         ("model", config.model != began.model),
         ("canvas", config.canvas != began.canvas),
+        ("optimiser.name", config.optimiser.name != noted.get("name", config.optimiser.name)),
     ):
         if differs:
             raise DataError(

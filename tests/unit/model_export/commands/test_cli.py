@@ -432,14 +432,15 @@ def test_resume_keeps_what_the_run_began_with(data, trained):
         (("--backbone", "resnet34"), "`model`"),
         (("--set", "model.anchors.ratios=[1.0]"), "`model`"),
         (("--set", "canvas.sizes=[[64, 64]]"), "`canvas`"),
+        (("--set", "optimiser.name=adamw"), "`optimiser.name`"),
     ],
 )
-def test_resume_keeps_network_and_canvas(options, name, data, trained):
+def test_resume_keeps_what_cannot_change(options, name, data, trained):
     run = trained[0]
     before = (run / "config.yaml").read_bytes()
     result = call("train", "--data", data, "--output", run, "--resume", *options)
     check_refused(result, f"the run began with another {name}", "--init")
-    # What names another network could not be resumed any more.
+    # With another network written there, the run could not be resumed any more.
     assert (run / "config.yaml").read_bytes() == before
 
 
