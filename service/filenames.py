@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from urllib.parse import unquote
 
 from service.errors import DataError
 
@@ -30,6 +32,18 @@ def written(name: str | Path) -> str:
     except UnicodeEncodeError:
         return Path(text).absolute().as_uri()
     return text
+
+
+def url_path(name: str) -> str:
+    """Return a URL without query and encoding; Label Studio's local files have the path there.
+
+    >>> url_path("https://host/a%20b.jpg?width=9"), url_path("/data/local-files/?d=x%2Fa.jpg")
+    ('https://host/a b.jpg', 'x/a.jpg')
+    """
+    _, local, path = name.partition("/local-files/?d=")
+    if not local:
+        path = re.split("[?#]", name, maxsplit=1)[0] if "://" in name else name
+    return unquote(path)
 
 
 def one_line(text: str) -> str:

@@ -13,13 +13,13 @@ from enum import IntEnum
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, TypeVar
-from urllib.parse import unquote
 
 from model_export.data.annotations import LabelledImage
 from model_export.data.problems import Kind, Problem
 from model_export.data.splits import leaks, split_called
 from service.contents import is_lfs_pointer
 from service.errors import DataError
+from service.filenames import url_path
 from service.imaging.decode import ACCEPTED, SUFFIXES
 
 NOT_READ: Final = frozenset(
@@ -395,18 +395,6 @@ def shown(name: str) -> str:
         for each in text
     )
     return f"'{marked}'"
-
-
-def url_path(name: str) -> str:
-    """Return a URL without query and encoding; Label Studio's local files have the path there.
-
-    >>> url_path("https://host/a%20b.jpg?width=9"), url_path("/data/local-files/?d=x%2Fa.jpg")
-    ('https://host/a b.jpg', 'x/a.jpg')
-    """
-    _, local, path = name.partition("/local-files/?d=")
-    if not local:
-        path = re.split("[?#]", name, maxsplit=1)[0] if "://" in name else name
-    return unquote(path)
 
 
 # --- text ----------------------------------------------------------------------------------------

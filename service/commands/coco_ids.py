@@ -6,7 +6,7 @@ import json
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
@@ -16,7 +16,7 @@ import numpy as np
 
 from service.contents import is_lfs_pointer
 from service.errors import DataError, shown, shown_list
-from service.filenames import written
+from service.filenames import url_path, written
 from service.runtime.detector import Detections
 
 _PLACEHOLDER: Final = re.compile(r"__background__|class_\d+")
@@ -83,15 +83,17 @@ def read_ids(
 ) -> CocoIds:
     """Return the ids that an annotation file has for `classes`, by name, and for `images`.
 
-    An image is found by its file name, if need be in other case or with another suffix, and where
-    several entries have that name by its folders, too. `rename` gives the class of a category.
+    An image is found by its file name, or the one in a URL, if need be in other case or with
+    another suffix, and where several entries have that name by its folders, too. `rename` gives the
+    class of a category.
     Raises DataError where an id is missing or not certain.
     """
     tables = _read(path)
     named = _named(path, tables, "categories", "name")
     categories = _categories(path, tables, named, classes, rename)
     entries = dict(_named(path, tables, "images", "file_name"))
-    places = {key: _parts(name.replace("\\", "/")) for key, name in entries.items()}
+    stems = {_FORMS[-1](_parts(image.name)[0]) for image in images}
+    places = {key: _place(name, stems) for key, name in entries.items()}
     found, unlisted = _match(path, entries, places, images)
     if not found:
         raise DataError(
@@ -288,6 +290,14 @@ def _likeness(image: tuple[str, ...], entry: tuple[str, ...]) -> tuple[int, bool
     folders = zip(reversed(image[:-1]), reversed(entry[:-1]), strict=False)
     alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], folders))
     return -step, alike == len(entry) - 1, alike + 1
+
+
+def _place(name: str, stems: Set[str]) -> tuple[str, ...]:
+    """Return the parts of an entry's file name, of a URL's path where only that is an image's."""
+    parts = _parts(name.replace("\\", "/"))
+    if parts and _FORMS[-1](parts[-1]) in stems:
+        return parts
+    return _parts(url_path(name))
 
 
 def _parts(path: str) -> tuple[str, ...]:

@@ -40,6 +40,9 @@ def write(path: Path, names: Sequence[str], **tables: Any) -> Path:
         (["a.jpg"], ["a.png", "a.jpg", "A.jpg"], {"a.jpg": 1}),
         (["D:\\x\\a.jpg", "D:\\y\\a.jpg"], ["y/a.jpg", "x/a.jpg"], {"x/a.jpg": 1, "y/a.jpg": 2}),
         (["/old/x/A.jpg", "/old/y/A.jpg"], ["y/a.jpg"], {"y/a.jpg": 2}),
+        (["/data/local-files/?d=x%2Fa%20b.jpg"], ["x/a b.jpg"], {"x/a b.jpg": 1}),
+        (["https://host/x/a%23.jpg?width=9"], ["x/a#.jpg"], {"x/a#.jpg": 1}),
+        (["a%23.jpg", "a#.jpg"], ["a#.jpg", "a%23.jpg"], {"a#.jpg": 2, "a%23.jpg": 1}),
     ],
 )
 def test_images_are_found_by_name(
