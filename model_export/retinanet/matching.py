@@ -17,6 +17,8 @@ from model_export.retinanet.choice import by_name
 
 BACKGROUND: Final = -1
 IGNORED: Final = -2
+_AT_ONCE: Final = 128
+"""Objects that are compared with all anchors together: thousands would not fit into memory."""
 
 
 def box_iou(a: Tensor, b: Tensor) -> Tensor:
@@ -95,8 +97,20 @@ def match_adaptively(levels: Sequence[Tensor], boxes: Tensor, *, cells: int = 9)
     [0, -1, -1]
     """
     anchors = torch.cat([level.flatten(0, 1) for level in levels])
-    if len(boxes) == 0:
-        return torch.full((len(anchors),), BACKGROUND, dtype=torch.int64, device=anchors.device)
+    matched = torch.full((len(anchors),), BACKGROUND, dtype=torch.int64, device=anchors.device)
+    most = anchors.new_zeros(len(anchors))
+    for first in range(0, len(boxes), _AT_ONCE):
+        part = boxes[first : first + _AT_ONCE]
+        best, place = _learned(anchors, levels, part, cells).max(dim=0)
+        # Of equal overlaps the first object's counts.
+        better = best > most
+        most = torch.where(better, best, most)
+        matched = torch.where(better, place + first, matched)
+    return matched
+
+
+def _learned(anchors: Tensor, levels: Sequence[Tensor], boxes: Tensor, cells: int) -> Tensor:
+    """(N, A) IoU of each of (N, 4) objects with the anchors that learn it, 0 with all others."""
     iou = box_iou(boxes, anchors)
     candidates = _nearest(levels, _centres(boxes), cells)
     overlaps = iou.gather(1, candidates)
@@ -112,9 +126,7 @@ def match_adaptively(levels: Sequence[Tensor], boxes: Tensor, *, cells: int = 9)
     learned = torch.zeros_like(iou).scatter(1, candidates, overlaps.where(chosen, 0.0))
     best, place = iou.max(dim=1, keepdim=True)
     missed = ~chosen.any(dim=1, keepdim=True)
-    learned = torch.where(missed, torch.zeros_like(iou).scatter(1, place, best), learned)
-    most, matched = learned.max(dim=0)
-    return matched.masked_fill(most <= 0, BACKGROUND)
+    return torch.where(missed, torch.zeros_like(iou).scatter(1, place, best), learned)
 
 
 def _nearest(levels: Sequence[Tensor], points: Tensor, cells: int) -> Tensor:
@@ -159,8 +171,9 @@ class IouMatcher(_Matcher):
 
     def __call__(self, levels: Sequence[Tensor], boxes: Tensor) -> Tensor:
         """(A,) targets of anchors [(cells, A, 4)] for boxes (N, 4); see `match`."""
+        anchors = torch.cat([level.flatten(0, 1) for level in levels])
         return match(
-            box_iou(boxes, torch.cat([level.flatten(0, 1) for level in levels])),
+            torch.cat([box_iou(part, anchors) for part in torch.split(boxes, _AT_ONCE)]),
             foreground=self.foreground,
             background=self.background,
             low_quality_matches=self.low_quality_matches,

@@ -15,6 +15,8 @@ from model_export.retinanet.anchors import AnchorConfig, level_anchors
 from model_export.retinanet.matching import (
     BACKGROUND,
     IGNORED,
+    AtssMatcher,
+    IouMatcher,
     box_iou,
     match,
     match_adaptively,
@@ -293,3 +295,17 @@ def test_small_objects_learn_from_many_anchors() -> None:
     adaptive = match_adaptively(levels, objects)
     assert (adaptive >= 0).sum() > 2 * (fixed >= 0).sum()
     assert not (adaptive == IGNORED).any()
+
+
+@pytest.mark.parametrize("matcher", [IouMatcher(), AtssMatcher()])
+def test_many_objects_are_matched_in_parts_as_together(
+    matcher: IouMatcher | AtssMatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    levels = level_anchors(AnchorConfig(), 160, 224)
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.rand(60, 2, generator=generator) * 120
+    boxes = torch.cat([corners, corners + 4 + torch.rand(60, 2, generator=generator) * 40], dim=1)
+    together = matcher(levels, boxes)
+    assert len(set(together.tolist())) > 40
+    monkeypatch.setattr("model_export.retinanet.matching._AT_ONCE", 7)
+    assert torch.equal(matcher(levels, boxes), together)
