@@ -136,15 +136,15 @@ def parse_canvas(text: str) -> Buckets | ShortSide:
         if short_side := _SHORT_SIDE.fullmatch(text):
             return ShortSide(short=int(short_side[1]), long=int(short_side[2]))
         sizes = [_SIZE.fullmatch(part.strip()) for part in text.split(",")]
-        return Buckets(
-            sizes=tuple(Size(int(size[1]), int(size[2])) for size in sizes if size is not None)
-            if all(sizes)
-            else ()
-        )
+        if all(sizes):
+            return Buckets(
+                sizes=tuple(Size(int(size[1]), int(size[2])) for size in sizes if size is not None)
+            )
+        reason = ""
     except ValidationError as error:
-        reason = describe(error)
+        reason = f"{describe(error)}; "
     raise click.BadParameter(
-        f"--canvas {text!r}: {reason}; expected HEIGHTxWIDTH[,…] in multiples of 32, such as "
+        f"--canvas {text!r}: {reason}expected HEIGHTxWIDTH[,…] in multiples of 32, such as "
         "384x512,512x384, or short-side:SHORT,LONG"
     )
 
