@@ -30,7 +30,14 @@ from service.commands.detect import (
     find_images,
     load_model,
 )
-from service.commands.label import LabelFolder, origin_of, refuse_inside, write
+from service.commands.label import (
+    LabelFolder,
+    check_name,
+    flat_names,
+    origin_of,
+    refuse_inside,
+    write,
+)
 from service.commands.label_formats import FORMATS
 from service.engine.drawing import LabelFont, draw
 from service.engine.offline import Found
@@ -155,7 +162,11 @@ class _Scorer:
         """Return the images that could be read, and the number of the others."""
         descriptors: dict[Path, NDArray[np.float32]] = {}
 
+        names = {source.path: name for source, name in flat_names(sources).items()}
+
         def read(path: Path) -> bytes:
+            # Not chosen: it could not be written.
+            check_name(names[path])
             # In a decode thread, where the bytes are at hand.
             data = self._reader.read(path)
             descriptors[path] = describe(data, max_pixels=self._settings.max_image_pixels)

@@ -168,11 +168,7 @@ class LabelFolder:
     def add(self, source: Source, size: Size, detections: Detections) -> Path:
         """Write an image and its labels; return where the image is. Raises RetinaserveError."""
         name = self._names[source]
-        if _UNWRITABLE.search(name):
-            raise Unreadable("its name has characters that label files cannot hold; rename it")
-        if PurePosixPath(name).suffix.lower() not in SUFFIXES:
-            kinds = ", ".join(sorted(SUFFIXES))
-            raise Unreadable(f"labelling tools go by the suffix of an image ({kinds}); rename it")
+        check_name(name)
         image = LabelledImage(name, size, detections)
         target, labels = self._image(source), self._folder / self._place(source)
         alone = not (self._format.shared or self._overwrite or target.exists())
@@ -241,6 +237,15 @@ def _same(source: Path, target: Path) -> bool:
         return target.samefile(source) or filecmp.cmp(source, target, shallow=False)
     except OSError:
         return False
+
+
+def check_name(name: str) -> None:
+    """Raise Unreadable for a file name that label files or tools cannot have."""
+    if _UNWRITABLE.search(name):
+        raise Unreadable("its name has characters that label files cannot hold; rename it")
+    if PurePosixPath(name).suffix.lower() not in SUFFIXES:
+        kinds = ", ".join(sorted(SUFFIXES))
+        raise Unreadable(f"labelling tools go by the suffix of an image ({kinds}); rename it")
 
 
 def flat_names(sources: Iterable[Source]) -> dict[Source, str]:

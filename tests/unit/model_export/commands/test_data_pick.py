@@ -107,6 +107,18 @@ def test_labelled_images_and_those_like_them_are_left_out(
     assert names == {"&<b>.png", "low.png", "none.png", "sure"}
 
 
+def test_images_whose_names_cannot_be_written_take_no_place(
+    models: Path, pool: Path, tmp_path: Path
+) -> None:
+    bad = pool / "two\nlines.png"
+    bad.write_bytes(scene((0, 0, 60), 128, 130, 132, 127))
+    output = tmp_path / "next"
+    result = run(pool, "--count", 2, "--output", output)
+    assert result.exit_code == 2
+    assert "its name has characters that label files cannot hold" in result.stderr
+    assert len(rows(output)) == 2
+
+
 def test_nothing_is_written_where_nothing_is_left(models: Path, pool: Path, tmp_path: Path) -> None:
     result = run(pool, "--labelled", pool, "--output", tmp_path / "next")
     assert result.exit_code == 2
