@@ -59,7 +59,9 @@ class RetinaNetModule(lightning.LightningModule):
         # deep networks explode or go silent.
         self._norms_frozen = config.freeze_norms and pretrained
         self.network = network
-        self.average = AveragedModel(network, multi_avg_fn=averaging(config.ema_decay))
+        # Averaged weights want averaged statistics: those of the last few batches are of others.
+        average = averaging(config.ema_decay)
+        self.average = AveragedModel(network, multi_avg_fn=average, use_buffers=True)
         self.average.requires_grad_(False)
         self.config = config
         self.description = description
@@ -289,10 +291,14 @@ def parameter_groups(
 def averaging(decay: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:
     """Return an exponential average whose decay rises to `decay`: it forgets its start.
 
-    It is taken of all weights at once: on a GPU one by one would cost more than the step.
+    It is taken of all weights at once: on a GPU one by one would cost more than the step. Counts of
+    batches, which are integers, are copied.
     """
 
     def average(averaged: Tensors, current: Tensors, count: Tensor | int) -> None:
+        if not averaged[0].is_floating_point():
+            torch._foreach_copy_(averaged, current)
+            return
         number = float(count)
         warm = min(decay, (1 + number) / (10 + number))
         torch._foreach_lerp_(averaged, current, 1 - warm)

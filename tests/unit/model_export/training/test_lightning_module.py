@@ -56,6 +56,22 @@ def test_a_resumed_run_goes_on_as_it_began(pretrained: bool) -> None:
     assert norms_learn_statistics(resumed) is not pretrained
 
 
+def test_statistics_of_norms_are_averaged_with_the_weights() -> None:
+    """Those of the last batches alone are of other weights, and change AP by points."""
+    made = module(freeze_norms=False)
+
+    def norms(network: nn.Module) -> nn.BatchNorm2d:
+        return next(m for m in network.modules() if isinstance(m, nn.BatchNorm2d))
+
+    made.average.update_parameters(made.network)
+    for mean in (10.0, -10.0) * 5:
+        norms(made.network).running_mean.fill_(mean)  # type: ignore[union-attr]
+        norms(made.network).num_batches_tracked.add_(1)  # type: ignore[union-attr]
+        made.average.update_parameters(made.network)
+    assert -10 < norms(made.average.module).running_mean[0] < 10  # type: ignore[index]
+    assert norms(made.average.module).num_batches_tracked == 10
+
+
 def test_large_gradients_are_clipped() -> None:
     made = module()
     optimiser = made.configure_optimizers()
