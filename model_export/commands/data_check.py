@@ -47,7 +47,10 @@ def run(
     config = load_config(config_file or DEFAULT_RECIPE, overrides)
     folder = LabelledFolder(root)
     found = _read_all(folder, splits or _splits_of(folder, config.data), config.data)
-    reports = [summarise(each, config.canvas, config.model.anchors) for each in found.datasets]
+    reports = [
+        summarise(each, config.canvas, config.model.anchors, config.matching)
+        for each in found.datasets
+    ]
     for report in reports:
         click.echo(f"{report}\n")
         for line in _unreached(report):

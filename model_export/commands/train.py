@@ -347,7 +347,7 @@ def _report(
     config: TrainConfig, folder: LabelledFolder, training: Dataset, validation: Dataset
 ) -> None:
     for dataset in (training, validation):
-        _say(f"{summarise(dataset, config.canvas, config.model.anchors)}\n")
+        _say(f"{summarise(dataset, config.canvas, config.model.anchors, config.matching)}\n")
     for count in account(folder, (training, validation), format=config.data.format):
         _say(str(count))
     if not any(len(sample.boxes) for sample in validation.samples):

@@ -20,6 +20,7 @@ from model_export.retinanet.anchors import (
     level_base_anchors,
     level_shapes,
 )
+from model_export.retinanet.matching import AtssMatcher, IouMatcher, Matcher
 from service.imaging.canvas import Size
 
 STEPS: Final = 6
@@ -45,7 +46,7 @@ class Fit:
     """Fit of anchors to a set of boxes."""
 
     reached: float
-    """Share of the boxes that some anchor overlaps by FOREGROUND_IOU."""
+    """Share of the boxes that an anchor reaches."""
     overlap: float
     """Mean over the boxes of their best IoU."""
 
@@ -89,15 +90,32 @@ def best_ious(
     return best
 
 
-def fit_of(ious: NDArray[np.float64], weights: NDArray[np.float64]) -> Fit:
+def reached(
+    boxes: NDArray[np.float32], canvas: Size, config: AnchorConfig, matching: Matcher
+) -> NDArray[np.bool_]:
+    """(N,) whether an anchor reaches each box.
+
+    By fixed thresholds an anchor at FOREGROUND_IOU does, by ATSS one whose centre lies inside.
+    """
+    if isinstance(matching, IouMatcher):
+        return best_ious(boxes, canvas, config) >= FOREGROUND_IOU
+    halves = (boxes[:, 2:].astype(np.float64) - boxes[:, :2]) / 2
+    apart = [_distances(_centres(boxes), canvas, level, config) for level in range(len(LEVELS))]
+    return np.asarray((np.array(apart) < halves).all(axis=2).any(axis=0))
+
+
+def fit_of(
+    ious: NDArray[np.float64], reached: NDArray[np.bool_], weights: NDArray[np.float64]
+) -> Fit:
     """Return the fit of boxes with these best IoUs, each counted by its weight."""
     total = max(float(weights.sum()), np.finfo(np.float64).tiny)
-    reached = float(weights[ious >= FOREGROUND_IOU].sum()) / total
-    return Fit(reached=reached, overlap=float((ious * weights).sum()) / total)
+    return Fit(float(weights[reached].sum()) / total, float((ious * weights).sum()) / total)
 
 
-def search(groups: Sequence[Boxes], like: AnchorConfig) -> AnchorConfig:
+def search(groups: Sequence[Boxes], like: AnchorConfig, matching: Matcher) -> AnchorConfig:
     """Return the fewest anchors per cell that fit about as well as any; other settings as `like`.
+
+    For ATSS that is one square: more do not help (docs/focal-loss-study.md).
 
     Each level has 1 to 3 sizes at equal steps within a doubling, and doubles those below; ratios
     are the means of 1 to 3 clusters of log(height / width), or the usual ones. "About as well":
@@ -105,9 +123,11 @@ def search(groups: Sequence[Boxes], like: AnchorConfig) -> AnchorConfig:
     """
     weights = np.concatenate([group.weights for group in groups])
     found: list[tuple[Fit, Shapes]] = []
-    for ratios in _ratio_sets(groups, weights):
+    one = isinstance(matching, AtssMatcher)
+    for ratios in [(1.0,)] if one else _ratio_sets(groups, weights):
         table = _lattice(groups, ratios, like)  # (levels, lattice, N)
-        found += [_best_start(table, weights, ratios, count) for count in range(1, _MOST_SIZES + 1)]
+        counts = range(1, 2 if one else _MOST_SIZES + 1)
+        found += [_best_start(table, weights, ratios, count) for count in counts]
     reach = max(fit.reached for fit, _ in found) - _REACH_SLACK
     overlap = max(fit.overlap for fit, _ in found) - _OVERLAP_SLACK
     good = [each for each in found if each[0].reached >= reach and each[0].overlap >= overlap]
@@ -226,7 +246,7 @@ def _best_start(
     best: tuple[Fit, int] | None = None
     for start in range(_DOUBLINGS * STEPS + 1):
         ious = table[:, [start + step for step in steps]].max(axis=(0, 1)).astype(np.float64)
-        fit = fit_of(ious, weights)
+        fit = fit_of(ious, ious >= FOREGROUND_IOU, weights)
         if best is None or (fit.reached, fit.overlap) > (best[0].reached, best[0].overlap):
             best = fit, start
     assert best is not None, "the lattice is never empty"

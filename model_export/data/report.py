@@ -11,10 +11,11 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from model_export.data.anchor_fit import FOREGROUND_IOU, best_ious
+from model_export.data.anchor_fit import reached
 from model_export.data.datasets import Dataset, Sample
 from model_export.data.problems import Problem, problem_listing
 from model_export.retinanet.anchors import AnchorConfig
+from model_export.retinanet.matching import Matcher
 from service.imaging.canvas import Buckets, ShortSide, Size
 
 UNREACHED_WARNING: Final = 0.02
@@ -40,7 +41,7 @@ class ClassSummary:
     median: tuple[float, float]
     """(width, height) in canvas pixels; 0 without objects."""
     unreached: int
-    """Objects that no anchor overlaps by FOREGROUND_IOU."""
+    """Objects that no anchor reaches."""
 
     @property
     def unreached_share(self) -> float:
@@ -50,7 +51,7 @@ class ClassSummary:
 
 @dataclass(frozen=True, slots=True)
 class Missed:
-    """An object that no anchor overlaps by FOREGROUND_IOU."""
+    """An object that no anchor reaches."""
 
     image: Path
     name: str
@@ -102,8 +103,7 @@ class DataReport:
             if len(poor) > _NAMED:
                 named += f" and too much of {len(poor) - _NAMED} classes more"
             warnings.append(
-                f"warning: no anchor reaches {named} (IoU {FOREGROUND_IOU:g}); a larger canvas or "
-                "other anchor sizes and ratios would"
+                f"warning: no anchor reaches {named}; a larger canvas or other anchors would"
             )
         return warnings + self._balance_warnings()
 
@@ -186,6 +186,7 @@ def summarise(
     dataset: Dataset,
     rule: Buckets | ShortSide,
     anchors: AnchorConfig,
+    matching: Matcher,
 ) -> DataReport:
     """Measure a data set on the canvases of `rule`."""
     by_canvas: dict[Size, list[tuple[Sample, NDArray[np.float32]]]] = {}
@@ -201,7 +202,7 @@ def summarise(
     named: list[Missed] = []
     for canvas, members in by_canvas.items():
         there = np.concatenate([item[1] for item in members])
-        out = best_ious(there, canvas, anchors) < FOREGROUND_IOU
+        out = ~reached(there, canvas, anchors, matching)
         boxes = np.concatenate([boxes, there])
         labels = np.concatenate([labels, *(item[0].labels for item in members)])
         missed = np.concatenate([missed, out])

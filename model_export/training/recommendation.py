@@ -13,16 +13,17 @@ from numpy.typing import NDArray
 
 from model_export.config import TrainConfig
 from model_export.data.anchor_fit import (
-    FOREGROUND_IOU,
     Boxes,
     Fit,
     best_ious,
     fit_of,
+    reached,
     search,
 )
 from model_export.data.datasets import Dataset
 from model_export.data.samples import Sample
 from model_export.retinanet.anchors import AnchorConfig
+from model_export.retinanet.matching import Matcher
 from model_export.training.speed import NO_LIMIT, Limit
 from service.errors import DataError
 from service.imaging.canvas import MULTIPLE, Buckets, ShortSide, Size
@@ -112,7 +113,7 @@ class Recommendation:
         yield f"recommended canvas: {_canvas(after.canvas)} (before: {_canvas(before.canvas)})"
         yield _row("", "before", "after")
         yield _row("anchors per cell", before.anchors.per_cell, after.anchors.per_cell)
-        yield _row("objects with an anchor at IoU 0.5", *_shares(before.overall, after.overall))
+        yield _row("objects that an anchor reaches", *_shares(before.overall, after.overall))
         yield _row("  the mean over the classes", *_shares(before.balanced, after.balanced))
         yield _row(
             "  their best IoU, the mean",
@@ -131,7 +132,7 @@ class Recommendation:
             yield f"the objects ask for {own}; {self.limit.reason}{rest}"
         if after.overall.reached < REACHED_SHARE:
             yield (
-                f"{1 - after.overall.reached:.0%} of the objects have no anchor at IoU 0.5; "
+                f"{1 - after.overall.reached:.0%} of the objects are reached by no anchor; "
                 f"{after.missed_tiny:.0%} of these are smaller than {TINY_SIDE:g} px on the canvas "
                 "and fall between the cells of its grid, the others have rare shapes"
             )
@@ -170,10 +171,10 @@ def recommend(
         searched = _sample(_on_canvas(samples, canvas))
         if config.augmentation.transpose > 0:
             searched += [_transposed(group) for group in searched]
-        anchors = search(searched, anchors)
+        anchors = search(searched, anchors, config.matching)
     return Recommendation(
-        before=_measure(samples, config.canvas, config.model.anchors),
-        after=_measure(samples, canvas, anchors),
+        before=_measure(samples, config.canvas, config.model.anchors, config.matching),
+        after=_measure(samples, canvas, anchors, config.matching),
         canvas_kept=kept,
         smallest_canvas=smallest,
         limit=limit,
@@ -250,18 +251,22 @@ def _on_canvas(samples: Sequence[Sample], rule: Buckets | ShortSide) -> list[Box
 
 
 def _measure(
-    samples: Sequence[Sample], canvas: Buckets | ShortSide, anchors: AnchorConfig
+    samples: Sequence[Sample],
+    canvas: Buckets | ShortSide,
+    anchors: AnchorConfig,
+    matching: Matcher,
 ) -> Setup:
     groups = _on_canvas(samples, canvas)
     ious = np.concatenate([best_ious(group.boxes, group.canvas, anchors) for group in groups])
     weights = np.concatenate([group.weights for group in groups])
     sides = np.sqrt(np.concatenate([_areas(group) for group in groups]))
-    missed = ious < FOREGROUND_IOU
+    hit = np.concatenate([reached(each.boxes, each.canvas, anchors, matching) for each in groups])
+    missed = ~hit
     return Setup(
         canvas=canvas,
         anchors=anchors,
-        balanced=fit_of(ious, weights),
-        overall=fit_of(ious, np.ones(len(ious))),
+        balanced=fit_of(ious, hit, weights),
+        overall=fit_of(ious, hit, np.ones(len(ious))),
         clear=_clear_share(groups),
         missed_tiny=float((sides[missed] < TINY_SIDE).mean()) if missed.any() else 0.0,
     )

@@ -61,9 +61,11 @@ def test_check_counts_and_recommends(rectangles_data: Path, tmp_path: Path) -> N
 
 def test_check_judges_the_canvas_that_is_asked_for(rectangles_data: Path, tmp_path: Path) -> None:
     file = tmp_path / "answer.json"
-    result = call("data", "check", rectangles_data, "--canvas", "32x32", "--json", file)
+    result = call(
+        "data", "check", rectangles_data, "--config", "paper", "--canvas", "32x32", "--json", file
+    )
     assert result.exit_code == 0, result.output
-    # Rectangles of about 60 px in 200 x 150: 10 px here, which no anchor of 32 px reaches.
+    # Rectangles of about 60 px in 200 x 150: 10 px here, which the anchors of `paper` do not reach.
     assert "objects that no anchor reaches, the smallest of 5:" in result.stdout
     assert "px on the canvas" in result.stdout
     assert "the canvas is the one asked for; of itself it would be " in result.stdout

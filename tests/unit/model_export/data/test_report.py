@@ -13,6 +13,7 @@ from model_export.data.datasets import Dataset, Sample
 from model_export.data.problems import Kind, Problem, problem_listing
 from model_export.data.report import DataReport, summarise
 from model_export.retinanet.anchors import AnchorConfig
+from model_export.retinanet.matching import IouMatcher
 from service.imaging.canvas import Buckets, Size
 from tests.unit.model_export.voc_folder import load_voc
 
@@ -22,7 +23,7 @@ def boxes(*rows: tuple[float, float, float, float]) -> NDArray[np.float32]:
 
 
 def report_of(dataset: Dataset, canvas: Size) -> DataReport:
-    return summarise(dataset, Buckets(sizes=(canvas,)), AnchorConfig())
+    return summarise(dataset, Buckets(sizes=(canvas,)), AnchorConfig(), IouMatcher())
 
 
 # --- summary -------------------------------------------------------------------------------------
@@ -52,7 +53,7 @@ def test_counts_sizes_and_warnings() -> None:
     assert "train: 3 images, 1 of them without objects; 3 objects" in text
     assert "cell          2         1    50 x 40 px      0.0 %" in text
     assert "warning: no 'unseen' in the split 'train'" in text
-    assert "warning: no anchor reaches 100.0 % of speck (IoU 0.5)" in text
+    assert "warning: no anchor reaches 100.0 % of speck;" in text
 
 
 @pytest.mark.parametrize(("missed", "warned"), [(1, False), (2, True)])

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from model_export.config import TrainConfig, load_config
-from model_export.data.anchor_fit import Boxes, best_ious, cluster, fit_of, search
+from model_export.data.anchor_fit import Boxes, best_ious, cluster, fit_of, reached, search
 from model_export.data.datasets import Dataset, Sample, load
 from model_export.retinanet.anchors import AnchorConfig, canvas_anchors
-from model_export.retinanet.matching import box_iou
+from model_export.retinanet.matching import AtssMatcher, IouMatcher, box_iou
 from model_export.training.recommendation import choose_canvas, recommend
 from service.errors import DataError
 from service.imaging.canvas import Buckets, ShortSide, Size
@@ -79,9 +79,10 @@ def test_a_hand_computed_fit() -> None:
     # P3's cell in the corner has its middle at (4, 4): a 16 px anchor there is -4..12. With the
     # box 0..8 it shares 64 of 256 pixels.
     config = AnchorConfig(sizes=((16,), (32,), (64,), (128,), (256,)), ratios=(1.0,))
-    ious = best_ious(boxes((0, 0, 8, 8), (44, 44, 60, 60)), CANVAS, config)
+    rows = boxes((0, 0, 8, 8), (44, 44, 60, 60))
+    ious = best_ious(rows, CANVAS, config)
     assert ious.tolist() == [0.25, 1.0]
-    fit = fit_of(ious, np.array([1.0, 3.0]))
+    fit = fit_of(ious, reached(rows, CANVAS, config, IouMatcher()), np.array([1.0, 3.0]))
     assert (fit.reached, fit.overlap) == (0.75, (0.25 + 3) / 4)
 
 
@@ -89,8 +90,17 @@ def test_an_overlap_of_exactly_the_threshold_reaches() -> None:
     # 16 x 8 in the middle of a 16 px anchor is an IoU of exactly 0.5.
     config = AnchorConfig(sizes=((16,), (32,), (64,), (128,), (256,)), ratios=(1.0,))
     rows = boxes((44, 48, 60, 56), (44, 48, 60, 55.9))
-    fit = fit_of(best_ious(rows, CANVAS, config), np.ones(2))
-    assert fit.reached == 0.5
+    assert reached(rows, CANVAS, config, IouMatcher()).tolist() == [True, False]
+
+
+def test_atss_reaches_what_holds_the_centre_of_a_cell() -> None:
+    # The centres of P3's cells are at 4, 12, 20, ..., of P4's at 8, 24, ..., of P6's at 32.
+    config = AnchorConfig(sizes=((16,), (32,), (64,), (128,), (256,)), ratios=(1.0,))
+    rows = boxes(
+        (3, 3, 5, 5), (5, 3, 11, 5), (12.5, 0, 15.5, 99), (0, 19, 99, 21), (31, 31, 33, 33)
+    )
+    found = reached(rows, CANVAS, config, AtssMatcher())
+    assert found.tolist() == [True, False, False, True, True]
 
 
 def test_clusters_of_numbers() -> None:
@@ -114,21 +124,29 @@ def grid_of(width: float, height: float) -> NDArray[np.float32]:
 def test_boxes_of_one_shape_need_one_anchor(width: float, height: float, ratio: float) -> None:
     there = grid_of(width, height)
     group = Boxes(Size(512, 512), there, np.ones(len(there)))
-    found = search([group], AnchorConfig())
+    found = search([group], AnchorConfig(), IouMatcher())
     assert found.per_cell <= 2
     assert found.ratios == (ratio,)
     nearest = min((abs(np.log(size / (width * height) ** 0.5))) for size in sum(found.sizes, ()))
     assert nearest < np.log(2) / 6
-    fit = fit_of(best_ious(there, group.canvas, found), group.weights)
-    before = fit_of(best_ious(there, group.canvas, AnchorConfig()), group.weights)
-    assert fit.reached == 1.0 >= before.reached
-    assert fit.overlap > before.overlap - 0.015
+    fit = best_ious(there, group.canvas, found)
+    before = best_ious(there, group.canvas, AnchorConfig())
+    assert fit.min() >= 0.5
+    assert fit.mean() > before.mean() - 0.015
+
+
+def test_for_atss_one_square_is_enough() -> None:
+    there = np.concatenate([grid_of(25, 100), grid_of(60, 60)])
+    group = Boxes(Size(512, 512), there, np.ones(len(there)))
+    found = search([group], AnchorConfig(), AtssMatcher())
+    assert (found.per_cell, found.ratios) == (1, (1.0,))
+    assert any(48 <= size <= 72 for size in sum(found.sizes, ()))
 
 
 def test_only_shapes_change() -> None:
     like = AnchorConfig(offset=0.0, stride="canvas", round_corners=True)
     there = grid_of(50, 30)
-    found = search([Boxes(Size(512, 512), there, np.ones(len(there)))], like)
+    found = search([Boxes(Size(512, 512), there, np.ones(len(there)))], like, IouMatcher())
     assert (found.offset, found.stride, found.round_corners) == (0.0, "canvas", True)
     assert AnchorConfig.model_validate(found.model_dump()) == found
 

@@ -83,7 +83,7 @@ def test_the_canvas_keeps_the_budget(size: Size, side: float, budget_ms: float) 
     if advice.after.canvas != advice.smallest_canvas:
         assert limit.reason in str(advice)
     # Anchors reach the objects, or the advice says which ones they do not.
-    assert (advice.after.overall.reached < 0.95) == ("have no anchor at IoU 0.5" in str(advice))
+    assert (advice.after.overall.reached < 0.95) == ("are reached by no anchor" in str(advice))
     sides = side * (canvas.width / size.width)
     if sides > 20:
         assert advice.after.overall.reached >= 0.95
