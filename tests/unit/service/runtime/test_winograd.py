@@ -386,9 +386,13 @@ def test_winograd_keeps_detections_of_the_bundled_model(
 
         for one, other in zip(mine, theirs, strict=True):
             assert len(one) == len(other) > 0
-            np.testing.assert_allclose(one.boxes, other.boxes, rtol=0, atol=0.01)
-            np.testing.assert_allclose(one.scores, other.scores, rtol=0, atol=1e-5)
-            np.testing.assert_array_equal(one.labels, other.labels)
+            # Where scores are almost the same the order may differ.
+            apart = np.abs(one.boxes[:, None] - other.boxes).max(axis=2)
+            apart[one.labels[:, None] != other.labels] = np.inf
+            nearest = apart.argmin(axis=1)
+            assert sorted(nearest) == list(range(len(other)))
+            np.testing.assert_allclose(one.boxes, other.boxes[nearest], rtol=0, atol=0.01)
+            np.testing.assert_allclose(one.scores, other.scores[nearest], rtol=0, atol=1e-5)
 
 
 def test_winograd_reduces_multiplications_of_the_bundled_model(
@@ -402,7 +406,10 @@ def test_winograd_reduces_multiplications_of_the_bundled_model(
     assert re.search(r"\d+ convolutions multiply less .* filters take \d+\.\d MB", caplog.text)
     assert fitted(made, CPU) is made, "once, however many sessions there are"
     assert fitted(bundled, Device("cuda")) is bundled
-    assert len(made.content) < len(bundled.content), "filters are there once"
+    graph = onnx.load_from_string(made.content).graph
+    stored = {each.name for each in graph.initializer if each.raw_data}
+    assert stored.isdisjoint(made.weights), "filters are there once"
+    assert stored <= {name for node in graph.node for name in node.input}, "and no others"
     assert made.sha256 == bundled.sha256
 
 
