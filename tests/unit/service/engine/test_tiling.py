@@ -98,11 +98,11 @@ def test_tiling_counts_tiles_and_the_whole(size: tuple[int, int], tile: Tile, co
 
 
 def test_tiling_accepts_a_4k_frame() -> None:
-    bundled = Buckets(sizes=(Size(448, 608), Size(608, 448), Size(512, 512)))
+    bundled = Buckets(sizes=(Size(480, 640), Size(640, 480), Size(544, 544)))
     chosen = plan(Size(2160, 3840), bundled, "auto")
-    # Lying 9 x 7, standing 12 x 5, square 10 x 6.
-    assert chosen.count == 12 * 5 + 1 <= tiling.MAX_VIEWS
-    assert chosen.tile.canvas == (608, 448)
+    # Lying 8 x 6, standing 11 x 5, square 10 x 5.
+    assert chosen.count == 8 * 6 + 1 <= tiling.MAX_VIEWS
+    assert chosen.tile.canvas == (480, 640)
 
 
 rules = st.sampled_from([RULE, TORCHVISION, Buckets(sizes=(Size(96, 128),))])
