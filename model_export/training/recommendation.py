@@ -261,14 +261,13 @@ def _measure(
     weights = np.concatenate([group.weights for group in groups])
     sides = np.sqrt(np.concatenate([_areas(group) for group in groups]))
     hit = np.concatenate([reached(each.boxes, each.canvas, anchors, matching) for each in groups])
-    missed = ~hit
     return Setup(
         canvas=canvas,
         anchors=anchors,
         balanced=fit_of(ious, hit, weights),
         overall=fit_of(ious, hit, np.ones(len(ious))),
         clear=_clear_share(groups),
-        missed_tiny=float((sides[missed] < TINY_SIDE).mean()) if missed.any() else 0.0,
+        missed_tiny=0.0 if hit.all() else float((sides[~hit] < TINY_SIDE).mean()),
     )
 
 
