@@ -19,7 +19,8 @@ from model_export.commands.labelled_data import data_config, load
 from model_export.config import DataConfig, describe
 from model_export.data import datasets
 from model_export.data.datasets import Dataset, Sample
-from model_export.evaluation.calibration import FOLDS, Calibration
+from model_export.data.splits import FOLDS
+from model_export.evaluation.calibration import Calibration
 from model_export.export.comparison import table as comparison_table
 from model_export.export.pipeline import VERIFIED_IMAGES, PrecisionOptions, export_model
 from model_export.export.precision import RANGE_IMAGES, Precision

@@ -1,4 +1,4 @@
-"""Splits: their names, the split by hash, leaks between splits."""
+"""Splits: their names, the split by hash, folds of cross-validation, leaks between splits."""
 
 from __future__ import annotations
 
@@ -7,12 +7,18 @@ import hashlib
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+from numpy.typing import NDArray
+
 from model_export.data.problems import Kind, Problem
 from service.errors import DataError
+
+FOLDS: Final = 5
+"""Folds of cross-validation, where there are as many images."""
 
 _HELD_OUT: Final = 5
 _NUMBER: Final = re.compile(r"[\s._-]*\(?\d+\)?$")
@@ -61,14 +67,7 @@ def split_by_hash(
         raise DataError(f"{root}: no split {split!r}; without {unsplit} there are train and val")
     paths = sorted(frozenset(images))
     names = {path: _sequence(root, path) for path in paths}
-    counts = Counter(names.values())
-    called = frozenset(name.casefold() for name in classes)
-    cut = {
-        name
-        for name, count in counts.items()
-        if count > 1
-        and (2 * count > len(paths) or not called.isdisjoint(name.casefold().split("/")))
-    }
+    cut = _cut(names.values(), classes)
     units: dict[str, list[Path]] = defaultdict(list)
     for path, name in names.items():
         units[path.stem if name in cut else name].append(path)
@@ -85,6 +84,45 @@ def split_by_hash(
     members = frozenset(path for name in chosen for path in units[name])
     parts = [[path for path in paths if names[path] == name] for name in sorted(cut)]
     return members, [*problems, *([_cut_note(root, parts, len(paths), unsplit)] if parts else [])]
+
+
+def folds_of(images: Sequence[Path], classes: Iterable[str]) -> NDArray[np.int64]:
+    """(I,) the fold of each image by a hash of its name, whatever the order and the folder.
+
+    Sequences stay together, but for those that `split_by_hash` splits; where that leaves fewer than
+    `FOLDS` to part, each image is on its own. The folds are of equal size as far as sequences
+    allow; there are fewer than `FOLDS` for fewer images.
+    """
+    root = Path(os.path.commonpath([path.parent for path in images])) if images else Path()
+    names = [_sequence(root, path) for path in images]
+    for cut in (_cut(names, classes), frozenset(names)):
+        units: dict[str | int, list[int]] = defaultdict(list)
+        for index, name in enumerate(names):
+            units[index if name in cut else name].append(index)
+        if len(units) >= FOLDS:
+            break
+    order = []
+    for unit, members in units.items():
+        first = images[members[0]]
+        hashed = first.name if len(members) == 1 else str(unit)
+        order.append((hashlib.sha256(os.fsencode(hashed)).digest(), first, members))
+    folds, sizes = np.empty(len(images), dtype=np.int64), [0] * FOLDS
+    for _, _, members in sorted(order):
+        smallest = sizes.index(min(sizes))
+        folds[members] = smallest
+        sizes[smallest] += len(members)
+    return folds
+
+
+def _cut(names: Collection[str], classes: Iterable[str]) -> frozenset[str]:
+    """Return the sequences whose images are parted; `names` has each image's sequence."""
+    called = frozenset(name.casefold() for name in classes)
+    return frozenset(
+        name
+        for name, count in Counter(names).items()
+        if count > 1
+        and (2 * count > len(names) or not called.isdisjoint(name.casefold().split("/")))
+    )
 
 
 def _sequence(root: Path, image: Path) -> str:

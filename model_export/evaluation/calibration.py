@@ -8,7 +8,7 @@ that map, one without any has nothing else. How strongly is chosen by held-out i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model_export.data.datasets import Sample
+from model_export.data.splits import FOLDS, folds_of
 from model_export.evaluation.coco_metrics import KEPT_DETECTIONS, Matches, match
 from model_export.evaluation.reliability import reliability
 from service.errors import DataError
@@ -27,7 +28,6 @@ Array = NDArray[np.float64]
 
 STRENGTHS: Final = (1.0, 10.0, 100.0, 1000.0, np.inf)
 """Pulls towards the shared map that are tried; `inf` is the shared map itself."""
-FOLDS: Final = 5
 LEAST: Final = 20
 """Detections that hit, and such that miss, without which no map is fitted."""
 
@@ -128,11 +128,12 @@ def calibrate(
     """
     matched = outcomes(match(truth, found, classes, max_detections=KEPT_DETECTIONS))
     check_enough(matched, len(truth))
-    strength = choose_strength(matched)
+    folds = folds_of([each.path for each in truth], classes)
+    strength = choose_strength(matched, folds)
     hits = np.concatenate([each.hits for each in matched]) > 0
     before, after = (
         reliability(np.concatenate(scores), hits).error or 0.0
-        for scores in ([_sigmoid(each.logits) for each in matched], cross_validated(matched))
+        for scores in ([_sigmoid(each.logits) for each in matched], cross_validated(matched, folds))
     )
     return Calibration(
         score_map=fit(matched, strength),
@@ -175,13 +176,15 @@ def fit(classes: Sequence[Outcomes], strength: float) -> ScoreMap:
     return ScoreMap(scales=np.exp(found[:, 0]), offsets=found[:, 1])
 
 
-def choose_strength(classes: Sequence[Outcomes], *, seed: int = 0) -> float:
-    """Return the pull of least log loss on images that the map was not fitted on."""
-    folds = _folds(classes, seed)
+def choose_strength(classes: Sequence[Outcomes], folds: NDArray[np.int64]) -> float:
+    """Return the pull of least log loss on images that the map was not fitted on.
+
+    `folds` has the fold of each image, (I,).
+    """
     losses = [
         sum(
             log_loss(_apply(fit(kept, strength), held), held)
-            for kept, held in _splits(classes, folds)
+            for _, kept, held in _parts(classes, folds)
         )
         for strength in STRENGTHS
     ]
@@ -189,17 +192,16 @@ def choose_strength(classes: Sequence[Outcomes], *, seed: int = 0) -> float:
     return STRENGTHS[len(losses) - 1 - int(np.argmin(losses[::-1]))]
 
 
-def cross_validated(classes: Sequence[Outcomes], *, seed: int = 0) -> list[Array]:
-    """Return each class's scores by maps that were fitted without their image.
+def cross_validated(classes: Sequence[Outcomes], folds: NDArray[np.int64]) -> list[Array]:
+    """Return each class's scores by maps that were fitted without their image's fold.
 
-    The choice of the strength is part of what is repeated without it.
+    The choice of the strength, on the other folds, is part of what is repeated without it.
     """
-    folds = _folds(classes, seed)
     answer = [np.zeros_like(each.logits) for each in classes]
-    for fold, (kept, held) in enumerate(_splits(classes, folds)):
-        scores = _apply(fit(kept, choose_strength(kept, seed=seed + 1)), held)
-        for whole, own, each in zip(answer, scores, classes, strict=True):
-            whole[folds[each.images] == fold] = own
+    for inside, kept, held in _parts(classes, folds):
+        scores = _apply(fit(kept, choose_strength(kept, folds)), held)
+        for whole, own, mask in zip(answer, scores, inside, strict=True):
+            whole[mask] = own
     return answer
 
 
@@ -279,20 +281,14 @@ def _apply(score_map: ScoreMap, classes: Sequence[Outcomes]) -> list[Array]:
     ]
 
 
-def _folds(classes: Sequence[Outcomes], seed: int) -> NDArray[np.int64]:
-    """Return the fold of every image; an image's detections share its fold."""
-    images = 1 + max(int(each.images.max(initial=0)) for each in classes)
-    folds = np.arange(images) % FOLDS
-    return np.random.default_rng(seed).permutation(folds)
-
-
-def _splits(
+def _parts(
     classes: Sequence[Outcomes], folds: NDArray[np.int64]
-) -> Iterable[tuple[list[Outcomes], list[Outcomes]]]:
-    """Yield the detections outside and inside of each fold."""
-    for fold in range(FOLDS):
+) -> Iterator[tuple[list[NDArray[np.bool_]], list[Outcomes], list[Outcomes]]]:
+    """Yield (whether a detection is inside, those outside, those inside) of each fold in use."""
+    for fold in np.unique(folds[np.concatenate([each.images for each in classes])]):
         inside = [folds[each.images] == fold for each in classes]
         yield (
+            inside,
             [each.pick(~mask) for each, mask in zip(classes, inside, strict=True)],
             [each.pick(mask) for each, mask in zip(classes, inside, strict=True)],
         )

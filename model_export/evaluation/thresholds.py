@@ -9,8 +9,6 @@ tells what thresholds that are chosen this way are worth on images they were not
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
@@ -19,13 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model_export.data.datasets import Sample
+from model_export.data.splits import folds_of
 from model_export.evaluation.coco_metrics import SCORE, Matches
 from service.runtime.artifact import Thresholds
 
 RECALLS: Final = np.linspace(0.0, 1.0, 101)
 """COCO's AP is the mean of the interpolated precision at these."""
-
-FOLDS: Final = 5
 
 _SHARED_WEIGHT: Final = 10
 """Objects of a class whose own threshold weighs as much as that of all classes."""
@@ -174,7 +171,7 @@ def choose_thresholds(
     chosen = choose(matches, classes)
     if chosen is None:
         return None
-    folds = fold_of(samples)
+    folds = folds_of([each.path for each in samples], classes)
     count = int(folds.max()) + 1
     cross_validated = None
     if count > 1:
@@ -206,18 +203,6 @@ def choose(matches: Sequence[Matches], classes: Sequence[str]) -> Thresholds | N
             shrunk = (count * own + _SHARED_WEIGHT * shared) / (count + _SHARED_WEIGHT)
             per_class[name] = points.written(shrunk)
     return Thresholds(score=together.written(shared), per_class=per_class)
-
-
-def fold_of(samples: Sequence[Sample]) -> NDArray[np.int64]:
-    """(I,) the fold of each image by a hash of its name, whatever the order and the folder.
-
-    The folds are of equal size up to one image; there are fewer than `FOLDS` for fewer images.
-    """
-    hashes = [hashlib.sha256(os.fsencode(each.path.name)).digest() for each in samples]
-    order = sorted(range(len(samples)), key=lambda index: (hashes[index], samples[index].path))
-    folds = np.empty(len(samples), dtype=np.int64)
-    folds[order] = np.arange(len(samples)) % FOLDS
-    return folds
 
 
 def _on(matches: Matches, images: NDArray[np.bool_]) -> Matches:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from model_export.data.datasets import load
 from model_export.data.problems import Kind
-from model_export.data.splits import split_by_hash
+from model_export.data.splits import FOLDS, folds_of, split_by_hash
 from service.errors import DataError
 from tests.unit.model_export.voc_folder import VocFolder
 
@@ -155,3 +156,56 @@ def test_the_note_is_among_the_problems_of_a_folder(tmp_path: Path) -> None:
         (note,) = load(tmp_path, side).problems
         assert note.kind is Kind.SEQUENCE
         assert "with ImageSets/Main or with folders train/ and val/" in note.what
+
+
+# --- folds ---------------------------------------------------------------------------------------
+
+NAMES = [f"image-{index}.png" for index in range(12)]
+
+
+def folds(names: Iterable[str], classes: Iterable[str] = ("cat",)) -> list[int]:
+    return folds_of([Path(name) for name in names], classes).tolist()
+
+
+def test_folds_follow_from_the_names() -> None:
+    found = folds(NAMES)
+    assert found == [2, 1, 4, 0, 3, 0, 3, 0, 1, 1, 2, 4]
+    # In another order, in another folder.
+    order = np.random.default_rng(0).permutation(len(NAMES))
+    assert folds(f"/elsewhere/{NAMES[index]}" for index in order) == [found[i] for i in order]
+
+
+@pytest.mark.parametrize("images", [0, 1, 2, 4, 5, 6, 12])
+def test_every_image_has_one_of_at_most_five_folds(images: int) -> None:
+    sizes = np.bincount(folds(NAMES[:images]))
+    assert len(sizes) == min(FOLDS, images)
+    assert sizes.sum() == images
+    assert not images or sizes.max() - sizes.min() <= 1
+
+
+def test_images_of_equal_names_are_told_apart() -> None:
+    assert sorted(folds(["a/1.png", "b/1.png"])) == [0, 1]
+    assert folds(["b/1.png", "a/1.png"]) == folds(["a/1.png", "b/1.png"])[::-1]
+
+
+def test_frames_of_one_video_share_a_fold() -> None:
+    frames = videos("clip{}_{:04}.jpg", 10)
+    own = [
+        set(folds([name for video in frames for name in video])[i : i + 40])
+        for i in range(0, 400, 40)
+    ]
+    assert all(len(each) == 1 for each in own)
+    # Videos of one length: two in each fold.
+    assert np.bincount([each.pop() for each in own]).tolist() == [2] * FOLDS
+
+
+@pytest.mark.parametrize(
+    ("names", "classes"),
+    [
+        ([f"cat_{i}.jpg" for i in range(40)] + [f"street {i}.jpg" for i in range(60)], ["cat"]),
+        ([f"one_{i}.jpg" for i in range(50)] + [f"two_{i}.jpg" for i in range(50)], []),
+    ],
+    ids=["as a class and most of all", "two videos"],
+)
+def test_too_few_sequences_are_parted(names: list[str], classes: list[str]) -> None:
+    assert np.bincount(folds(names, classes)).tolist() == [20] * FOLDS

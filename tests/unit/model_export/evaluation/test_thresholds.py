@@ -12,7 +12,6 @@ from model_export.evaluation.thresholds import (
     F1,
     choose,
     choose_thresholds,
-    fold_of,
     operating_points,
 )
 from service.engine.postprocessing import resolve
@@ -210,37 +209,6 @@ def kept_at_best(matches, scores) -> list[float]:
 
 
 # --- cross-validation ----------------------------------------------------------------------------
-
-
-def named(*paths: str):
-    return [sample([], [], Path(each)) for each in paths]
-
-
-NAMES = [f"image-{index}.png" for index in range(12)]
-
-
-def test_folds_follow_from_the_names():
-    folds = fold_of(named(*NAMES))
-    assert folds.tolist() == [2, 1, 4, 0, 3, 0, 3, 0, 1, 1, 2, 4]
-    # In another order, in another folder.
-    order = np.random.default_rng(0).permutation(len(NAMES))
-    moved = fold_of(named(*(f"/elsewhere/{NAMES[index]}" for index in order)))
-    assert np.array_equal(moved, folds[order])
-
-
-@pytest.mark.parametrize("images", [1, 2, 4, 5, 6, 12])
-def test_every_image_has_one_of_at_most_five_folds(images):
-    sizes = np.bincount(fold_of(named(*NAMES[:images])))
-    assert len(sizes) == min(5, images)
-    assert sizes.sum() == images
-    assert sizes.max() - sizes.min() <= 1
-
-
-def test_images_of_equal_names_are_told_apart():
-    assert sorted(fold_of(named("a/1.png", "b/1.png"))) == [0, 1]
-    assert fold_of(named("b/1.png", "a/1.png")).tolist() == fold_of(
-        named("a/1.png", "b/1.png")
-    ).tolist()[::-1]  # fmt: skip
 
 
 def test_images_are_judged_by_thresholds_chosen_on_the_others():
