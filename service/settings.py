@@ -50,7 +50,7 @@ class Settings(BaseSettings):
     all cores. Default: half the cores, but at least 2 where there are 2 cores, and at most 4."""
 
     cpu_winograd: bool = True
-    """Whether a CPU may compute 3 x 3 convolutions with fewer multiplications, where that is
+    """Whether a CPU may compute convolutions with fewer multiplications or in strips, where that is
     faster: to about six digits."""
 
     gpu_engine: Literal["session", "graphs"] = "session"

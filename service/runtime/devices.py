@@ -35,7 +35,7 @@ from service.runtime.gpu.engine import SLOTS
 from service.runtime.gpu.graph_split import Parts, split
 from service.runtime.gpu.split_detector import open_split
 from service.runtime.gpu.whole_detector import WholeDetector
-from service.runtime.winograd import rewrite
+from service.runtime.rewriting import rewrite
 from service.settings import Settings
 from service.system.cpus import cpu_count, has_wide_vectors
 
@@ -62,7 +62,7 @@ class Device:
     graphs: bool = False
     """Whether a GPU runs the network as CUDA graphs, split from the selection; else whole."""
     winograd: bool = True
-    """Whether a CPU may compute convolutions with fewer multiplications."""
+    """Whether a CPU may compute convolutions with fewer multiplications, and in strips."""
     threads: int | None = None
     """Threads of a CPU's session that share an inference; None: one for each core."""
     gate: CaptureGate = field(default_factory=CaptureGate, compare=False, repr=False)
@@ -151,23 +151,30 @@ def resolve_for(settings: Settings, *, threads: int | None = None) -> Hardware:
 
 
 def fitted(artifact: Artifact, device: Device) -> Artifact:
-    """Return what sessions on a device are opened from: on a CPU, with fewer multiplications.
+    """Return what sessions on a device are opened from: on a CPU, a file that is computed faster.
 
     `open_detector` does this itself; to open several sessions, do it once before. A session of one
     thread gains where one of several, which wait for each other after each transform, does not.
     """
     if device.kind != "cpu" or not device.winograd or artifact.weights is not None:
         return artifact
-    canvas = artifact.metadata.canvas.largest()
-    dear = has_wide_vectors() and device.threads != 1
-    rewritten = rewrite(artifact.content, canvas, wide=dear)
+    rule, threads = artifact.metadata.canvas, device.threads or cpu_count()
+    rewritten = rewrite(
+        artifact.content,
+        rule.largest(),
+        wide=has_wide_vectors() and device.threads != 1,
+        canvases=rule.all_canvases(),
+        threads=threads,
+    )
     if rewritten is None:
         return replace(artifact, weights={})
     _log.info(
-        "%s: %d convolutions multiply less than in the file; their filters take %.1f MB",
+        "%s: %d convolutions multiply less than in the file, their filters take %.1f MB; the first "
+        "ones are computed in %d strips",
         artifact.path,
         rewritten.count,
         sum(weight.nbytes for weight in rewritten.weights.values()) / 1e6,
+        rewritten.strips,
     )
     return replace(artifact, content=rewritten.content, weights=rewritten.weights)
 

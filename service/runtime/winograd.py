@@ -16,7 +16,7 @@ until something else wants the map.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final
@@ -24,10 +24,9 @@ from typing import Any, Final
 import numpy as np
 import onnx
 from numpy.typing import ArrayLike, NDArray
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
+from onnx import AttributeProto, GraphProto, NodeProto, TensorProto
 
 from service.imaging.canvas import Size
-from service.runtime.norms import fold_norms
 
 _INPUT_TRANSFORM: Final = np.array(
     [
@@ -63,9 +62,7 @@ _OUT: Final = 4
 """Pixels of a tile's side that come out."""
 _IN: Final = 6
 """Pixels of a tile's side that go in: one more on each side."""
-_PREFIX: Final = "winograd/"
-_OPSET: Final = 13
-"""From here on the axes of Squeeze and the padding of int64 are as they are used below."""
+PREFIX: Final = "winograd/"
 _ACTIVATIONS: Final = frozenset({"Relu", "Clip"})
 """What does the same to rows as to a map."""
 
@@ -87,39 +84,23 @@ products take half as long, transforms are twice as dear: with AVX-512 and 1.0 t
 64 channels, took 1.2 to 1.3 times as long on two threads, but 0.94 on one thread beside another. A
 ResNet-50 took 0.77 with either."""
 
-_Consumers = Mapping[str, list[int | None]]
+Consumers = Mapping[str, Sequence[int | None]]
 """By a value's name, the places of the nodes that read it; None for the caller and subgraphs."""
 
 
-@dataclass(frozen=True, slots=True)
-class Rewritten:
-    """A model file that needs fewer multiplications, and what it takes as inputs for that."""
+def multiply_less(
+    graph: GraphProto, canvas: Size, *, wide: bool = False
+) -> tuple[dict[str, NDArray[np.float32]], int]:
+    """Rewrite the convolutions of a graph that gain; (the transformed filters by name, how many).
 
-    content: bytes
-    weights: Mapping[str, NDArray[np.float32]]
-    """Transformed filters: inputs of the file, so that all its sessions share them."""
-    count: int
-    """Of the convolutions that were rewritten."""
-
-
-def rewrite(content: bytes, canvas: Size, *, wide: bool = False) -> Rewritten | None:
-    """Return the same detector with fewer multiplications; None if nothing would be gained.
-
-    On canvases of other sizes than `canvas` it answers as well; the gain is reckoned for this one.
-    `wide`: products cost less than they are reckoned with, on vectors wider than AVX2's, and
-    several threads share them.
+    The filters are inputs of the graph then, so that all its sessions share them. On canvases of
+    other sizes than `canvas` it answers as well; the gain is reckoned for this one. `wide`:
+    products cost less than they are reckoned with, on vectors wider than AVX2's, and several
+    threads share them.
     """
-    model = onnx.load_model_from_string(content)
-    if not _is_understood(model):
-        return None
-    fold_norms(model)
-    consumers = _consumers(model.graph)
-    price = _PRICE_BESIDE_WIDE if wide else 1.0
-    chosen = _choose(model.graph, consumers, canvas, price)
-    if not chosen:
-        return None
-    weights = _Rewriter(model.graph, consumers, chosen).rewrite()
-    return Rewritten(model.SerializeToString(), weights, len(chosen))
+    consumers = consumers_of(graph)
+    chosen = _choose(graph, consumers, canvas, _PRICE_BESIDE_WIDE if wide else 1.0)
+    return (_Rewriter(graph, consumers, chosen).rewrite() if chosen else {}), len(chosen)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,18 +116,8 @@ class _Convolution:
     """Of the activation, if there is one."""
 
 
-def _is_understood(model: ModelProto) -> bool:
-    names = (name for node in model.graph.node for name in node.output)
-    opset = next((each.version for each in model.opset_import if not each.domain), 0)
-    return (
-        opset >= _OPSET
-        and not model.functions
-        and not any(name.startswith(_PREFIX) for name in names)
-    )
-
-
 def _choose(
-    graph: GraphProto, consumers: _Consumers, canvas: Size, price: float
+    graph: GraphProto, consumers: Consumers, canvas: Size, price: float
 ) -> dict[int, _Convolution]:
     """Return the convolutions that gain, by their index among the nodes."""
     # A caller may give an input with a default another value.
@@ -195,7 +166,7 @@ def _convolution(
     graph: GraphProto,
     node: NodeProto,
     constants: Mapping[str, TensorProto],
-    consumers: _Consumers,
+    consumers: Consumers,
 ) -> _Convolution:
     output, activation = node.output[0], None
     match consumers.get(output):
@@ -237,7 +208,8 @@ def _gains(
     return bool(cost < direct)
 
 
-def _consumers(graph: GraphProto) -> _Consumers:
+def consumers_of(graph: GraphProto) -> Consumers:
+    """Return the nodes that read each value of a graph."""
     found: dict[str, list[int | None]] = defaultdict(list)
     for place, node in enumerate(graph.node):
         for name in node.input:
@@ -280,7 +252,7 @@ class _Rewriter:
     """Replaces the chosen convolutions of a graph."""
 
     def __init__(
-        self, graph: GraphProto, consumers: _Consumers, chosen: Mapping[int, _Convolution]
+        self, graph: GraphProto, consumers: Consumers, chosen: Mapping[int, _Convolution]
     ) -> None:
         self._graph = graph
         self._consumers = consumers
@@ -364,7 +336,7 @@ class _Rewriter:
         return self._transformed[source]
 
     def _weight(self, weight: TensorProto) -> str:
-        name = f"{_PREFIX}filters/{weight.name}"
+        name = f"{PREFIX}filters/{weight.name}"
         if name not in self._weights:
             filters, channels = weight.dims[:2]
             kernels = onnx.numpy_helper.to_array(weight).transpose(2, 3, 1, 0).reshape(9, -1)
@@ -485,7 +457,7 @@ class _Writer:
     ) -> str:
         """Add a node; its inputs are names of values, or constants. Return its output's name."""
         names = [each if isinstance(each, str) else self.constant(each) for each in inputs]
-        output = output or f"{_PREFIX}value/{len(self.nodes)}"
+        output = output or f"{PREFIX}value/{len(self.nodes)}"
         self.nodes.append(onnx.helper.make_node(operator, names, [output], **given))
         return output
 
@@ -501,7 +473,7 @@ class _Writer:
 
     def copy(self, node: NodeProto, source: str) -> str:
         """Add the same node for another first input."""
-        output = f"{_PREFIX}value/{len(self.nodes)}"
+        output = f"{PREFIX}value/{len(self.nodes)}"
         copied = NodeProto()
         copied.CopyFrom(node)
         copied.input[0], copied.output[0] = source, output
@@ -513,7 +485,7 @@ class _Writer:
         array = np.asarray(value)
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self.constants:
-            name = f"{_PREFIX}constant/{len(self.constants)}"
+            name = f"{PREFIX}constant/{len(self.constants)}"
             self.constants[key] = onnx.numpy_helper.from_array(array, name)
         return self.constants[key].name
 

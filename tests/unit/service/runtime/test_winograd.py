@@ -18,30 +18,20 @@ from onnx import ModelProto, TensorProto
 
 from service.engine.models.startup import open_models
 from service.imaging.canvas import Size
-from service.runtime import devices, winograd
+from service.runtime import devices
 from service.runtime.artifact import Artifact, read_artifact, scan_repository
 from service.runtime.devices import Device, fitted, open_detector, providers, session_options
+from service.runtime.rewriting import rewrite
 from service.settings import Settings, bundled_models
 from service.system.cpus import cpu_count
 from tests.canvases import found, noise, sizes_of
 from tests.required_inputs import without_defaults
+from tests.unit.service.runtime.networks import model
 
 CPU = Device("cpu")
 LARGE = Size(800, 1088)
 """What the gain is reckoned for, so that what is run may be small."""
 Values = dict[str, NDArray[np.float32]]
-
-
-def model(text: str, weights: dict[str, tuple[int, ...]], *, opset: int = 18) -> bytes:
-    """A network, of which `weights` says the constants' shapes; drawn so that values keep size."""
-    parsed = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : {opset}]> {text}')
-    dice = np.random.default_rng(len(text))
-    for name, shape in weights.items():
-        spread = 1.0 if len(shape) == 1 else float(np.sqrt(2 / np.prod(shape[1:])))
-        drawn = dice.normal(0.0, spread, shape).astype(np.float32)
-        parsed.graph.initializer.append(onnx.numpy_helper.from_array(drawn, name))
-    onnx.checker.check_model(parsed, full_check=True)
-    return bytes(parsed.SerializeToString())
 
 
 def run(content: bytes, values: Values) -> list[NDArray[np.float32]]:
@@ -52,7 +42,7 @@ def run(content: bytes, values: Values) -> list[NDArray[np.float32]]:
 
 def compared(content: bytes, values: Values) -> ModelProto:
     """The rewritten network, once it has given what the plain one gives."""
-    rewritten = winograd.rewrite(content, LARGE)
+    rewritten = rewrite(content, LARGE)
     assert rewritten is not None
     expected = run(content, values)
     answer = run(rewritten.content, {**values, **rewritten.weights})
@@ -220,10 +210,10 @@ def test_winograd_handles_activation_bounds_computed_later() -> None:
 
 def test_winograd_rewrite_is_idempotent() -> None:
     content = model(ONE, {"w1": (128, 128, 3, 3), "b1": (128,)})
-    once = winograd.rewrite(content, LARGE)
+    once = rewrite(content, LARGE)
     assert once is not None
 
-    assert winograd.rewrite(once.content, LARGE) is None
+    assert rewrite(once.content, LARGE) is None
 
 
 def test_winograd_pads_beyond_the_map_in_every_layer() -> None:
@@ -263,7 +253,7 @@ def test_winograd_keeps_other_convolutions(convolution: str) -> None:
     shapes = {"w1": (128, 128, 3, 3), "half": (128, 64, 3, 3)}
     shapes |= {"point": (128, 128, 1, 1), "five": (128, 128, 5, 5)}
 
-    assert winograd.rewrite(model(text, shapes), LARGE) is None
+    assert rewrite(model(text, shapes), LARGE) is None
 
 
 def test_winograd_keeps_replaceable_weights() -> None:
@@ -272,7 +262,7 @@ def test_winograd_keeps_replaceable_weights() -> None:
     { y = Conv <pads = [1, 1, 1, 1]> (x, w1) }
     """
 
-    assert winograd.rewrite(model(text, {"w1": (128, 128, 3, 3)}), LARGE) is None
+    assert rewrite(model(text, {"w1": (128, 128, 3, 3)}), LARGE) is None
 
 
 def test_winograd_keeps_half_precision_weights() -> None:
@@ -283,7 +273,7 @@ def test_winograd_keeps_half_precision_weights() -> None:
     for value in chain(parsed.graph.input, parsed.graph.output):
         value.type.tensor_type.elem_type = TensorProto.FLOAT16
 
-    assert winograd.rewrite(parsed.SerializeToString(), LARGE) is None
+    assert rewrite(parsed.SerializeToString(), LARGE) is None
 
 
 def test_winograd_keeps_files_with_functions_or_old_opsets() -> None:
@@ -295,8 +285,8 @@ def test_winograd_keeps_files_with_functions_or_old_opsets() -> None:
                                    "{ b = Relu (a) }")
     )  # fmt: skip
 
-    assert winograd.rewrite(old, LARGE) is None
-    assert winograd.rewrite(functions.SerializeToString(), LARGE) is None
+    assert rewrite(old, LARGE) is None
+    assert rewrite(functions.SerializeToString(), LARGE) is None
 
 
 @pytest.mark.parametrize(
@@ -317,7 +307,7 @@ def test_winograd_rewrites_only_what_gains(
 ) -> None:
     content = model(ONE, {"w1": (filters, channels, 3, 3), "b1": (filters,)})
 
-    assert (winograd.rewrite(content, canvas) is not None) == worth
+    assert (rewrite(content, canvas) is not None) == worth
 
 
 def test_winograd_gain_depends_on_the_map_size() -> None:
@@ -339,7 +329,7 @@ def test_winograd_gain_depends_on_the_map_size() -> None:
     )
     canvas = Size(96, 128)
 
-    rewritten = winograd.rewrite(content, canvas)
+    rewritten = rewrite(content, canvas)
 
     assert rewritten is not None
     left = [node.output[0] for node in onnx.load_model_from_string(rewritten.content).graph.node]
@@ -364,8 +354,8 @@ def test_winograd_keeps_few_channels_with_wide_vectors(channels: int, worth: boo
     """
     content = model(text, {"w1": (channels, channels, 3, 3)})
 
-    assert winograd.rewrite(content, LARGE) is not None
-    assert (winograd.rewrite(content, LARGE, wide=True) is not None) == worth
+    assert rewrite(content, LARGE) is not None
+    assert (rewrite(content, LARGE, wide=True) is not None) == worth
 
 
 @pytest.fixture(scope="module")
@@ -403,7 +393,7 @@ def test_winograd_reduces_multiplications_of_the_bundled_model(
         made = fitted(bundled, CPU)
 
     assert made.weights
-    assert re.search(r"\d+ convolutions multiply less .* filters take \d+\.\d MB", caplog.text)
+    assert re.search(r"\d+ convolutions multiply less .* filters take \d+\.\d MB;", caplog.text)
     assert fitted(made, CPU) is made, "once, however many sessions there are"
     assert fitted(bundled, Device("cuda")) is bundled
     graph = onnx.load_from_string(made.content).graph
@@ -424,8 +414,8 @@ def test_winograd_is_dear_for_several_threads_with_wide_vectors(
 
 def test_winograd_rewrites_a_file_of_required_inputs_alike(bundled: Artifact) -> None:
     canvas = bundled.metadata.canvas.largest()
-    optional = winograd.rewrite(bundled.content, canvas)
-    required = winograd.rewrite(without_defaults(bundled.content), canvas)
+    optional = rewrite(bundled.content, canvas)
+    required = rewrite(without_defaults(bundled.content), canvas)
     assert optional is not None
     assert required is not None
     assert without_defaults(optional.content) == required.content
