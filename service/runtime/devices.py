@@ -158,13 +158,12 @@ def fitted(artifact: Artifact, device: Device) -> Artifact:
     """
     if device.kind != "cpu" or not device.winograd or artifact.weights is not None:
         return artifact
-    rule, threads = artifact.metadata.canvas, device.threads or cpu_count()
+    rule, shared = artifact.metadata.canvas, device.threads != 1
     rewritten = rewrite(
         artifact.content,
         rule.largest(),
-        wide=has_wide_vectors() and device.threads != 1,
-        canvases=rule.all_canvases(),
-        threads=threads,
+        wide=has_wide_vectors() and shared,
+        canvases=() if shared else rule.all_canvases(),
     )
     if rewritten is None:
         return replace(artifact, weights={})

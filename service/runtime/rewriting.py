@@ -38,21 +38,18 @@ def rewrite(
     *,
     wide: bool = False,
     canvases: Sequence[Size] = (),
-    threads: int = 1,
 ) -> Rewritten | None:
     """Return the same detector, computed faster; None if nothing would be gained.
 
-    `canvas` is the largest; `canvases` are all on which it answers, empty where they are not known.
-    `wide` is as in `multiply_less`, `threads` those of a session.
+    `canvas` is the largest. `wide` is as in `multiply_less`. With `canvases` its first convolutions
+    may be computed in strips; it then answers on these alone.
     """
     model = onnx.load_model_from_string(content)
     if not _is_understood(model):
         return None
     fold_norms(model)
     weights, count = winograd.multiply_less(model.graph, canvas, wide=wide)
-    parts = strips.compute_in_strips(
-        model.graph, canvases, winograd.consumers_of(model.graph), threads
-    )
+    parts = strips.compute_in_strips(model.graph, canvases, winograd.consumers_of(model.graph))
     if not weights and not parts:
         return None
     return Rewritten(model.SerializeToString(), weights, count, parts)

@@ -2,8 +2,8 @@
 
 The first maps are the largest and do not fit into a core's cache, where a convolution waits for
 memory. Strip by strip through a chain of convolutions they do. A strip needs some rows of its
-neighbours, which are computed twice; every sum stays the same. (Lin et al., "MCUNetV2", 2021, do
-so to need less memory.)
+neighbours, which are computed twice. It is for sessions of one thread: several wait for each other
+in every strip. (Lin et al., "MCUNetV2", 2021, compute so to need less memory.)
 """
 
 from __future__ import annotations
@@ -23,21 +23,18 @@ from service.runtime.winograd import Consumers
 PREFIX: Final = "strips/"
 _ACTIVATIONS: Final = frozenset({"Relu", "Clip"})
 _CACHED: Final = 4_000_000
-"""Bytes of a strip's largest map for each thread, where a core has 1 MB of second-level cache."""
+"""Bytes of a strip's largest map: measured with 1 MB of second-level cache a core."""
 
 
-def compute_in_strips(
-    graph: GraphProto, canvases: Sequence[Size], consumers: Consumers, threads: int
-) -> int:
+def compute_in_strips(graph: GraphProto, canvases: Sequence[Size], consumers: Consumers) -> int:
     """Rewrite the chain of convolutions that the image goes through first; return its strips.
 
-    The graph then answers on `canvases` only. 0: nothing is rewritten. Each of a session's
-    `threads` computes a part of each strip.
+    The graph then answers on `canvases` only. 0: nothing is rewritten.
     """
     places, steps = _first_chain(graph, consumers)
     if not steps or not canvases:
         return 0
-    count = -(-max(_largest_map(steps, canvas) for canvas in canvases) // (threads * _CACHED))
+    count = -(-max(_largest_map(steps, canvas) for canvas in canvases) // _CACHED)
     stride = math.prod(step.stride for step in steps)
     # The rows that a strip needs beyond those of the image that its share of the last map covers.
     above, below = 0, 0

@@ -43,10 +43,10 @@ def little_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(strips, "_CACHED", 33_000)
 
 
-def in_strips(content: bytes, canvases: tuple[Size, ...] = CANVASES, threads: int = 1) -> int:
+def in_strips(content: bytes, canvases: tuple[Size, ...] = CANVASES) -> int:
     """In how many strips the first convolutions are; the values are compared."""
     largest = max(canvases, key=lambda size: size.area, default=CANVASES[0])
-    made = rewrite(content, largest, canvases=canvases, threads=threads)
+    made = rewrite(content, largest, canvases=canvases)
     if made is None:
         return 0
     assert made.count == 0
@@ -88,11 +88,6 @@ def test_strips_of_any_kernel(pads: list[int], kernel: int, stride: int) -> None
     }}"""
     weights = {"w0": (4, 3, 3, 3), "w1": (16, 4, kernel, kernel)}
     assert in_strips(model(text, weights)) == 3
-
-
-def test_threads_share_a_strip() -> None:
-    assert in_strips(model(CHAIN, WEIGHTS), threads=2) == 2
-    assert in_strips(model(CHAIN, WEIGHTS), threads=3) == 0
 
 
 def test_canvases_that_are_low_or_unknown_stay_whole(monkeypatch: pytest.MonkeyPatch) -> None:
