@@ -6,7 +6,7 @@
 
 For each canvas of the model and batches of 1, 2, 4 and 8, in turn within one run: a loop over the
 service's detector, and one over `InferenceSession.run` on the file, with the same options. The
-detector multiplies less (`service/runtime/winograd.py`).
+detector multiplies less (`service/runtime/rewriting.py`).
 
 The ResNet-50 is a RetinaNet of 91 classes as torchvision builds it, exported with random weights,
 which needs the training side.

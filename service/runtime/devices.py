@@ -158,12 +158,12 @@ def fitted(artifact: Artifact, device: Device) -> Artifact:
     """
     if device.kind != "cpu" or not device.winograd or artifact.weights is not None:
         return artifact
-    rule, shared = artifact.metadata.canvas, device.threads != 1
+    shared = device.threads != 1
     rewritten = rewrite(
         artifact.content,
-        rule.largest(),
+        artifact.metadata.canvas.largest(),
         wide=has_wide_vectors() and shared,
-        canvases=() if shared else rule.all_canvases(),
+        in_strips=not shared,
     )
     if rewritten is None:
         return replace(artifact, weights={})

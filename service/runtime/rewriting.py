@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -37,19 +37,19 @@ def rewrite(
     canvas: Size,
     *,
     wide: bool = False,
-    canvases: Sequence[Size] = (),
+    in_strips: bool = False,
 ) -> Rewritten | None:
     """Return the same detector, computed faster; None if nothing would be gained.
 
-    `canvas` is the largest. `wide` is as in `multiply_less`. With `canvases` its first convolutions
-    may be computed in strips; it then answers on these alone.
+    `canvas` is the largest; the gain is reckoned for it. `wide` is as in `multiply_less`;
+    `in_strips` allows strips for the first convolutions.
     """
     model = onnx.load_model_from_string(content)
     if not _is_understood(model):
         return None
     fold_norms(model)
     weights, count = winograd.multiply_less(model.graph, canvas, wide=wide)
-    parts = strips.compute_in_strips(model.graph, canvases, winograd.consumers_of(model.graph))
+    parts = strips.compute_in_strips(model.graph, canvas) if in_strips else 0
     if not weights and not parts:
         return None
     return Rewritten(model.SerializeToString(), weights, count, parts)

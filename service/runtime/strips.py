@@ -11,50 +11,48 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
-import numpy as np
 import onnx
-from onnx import GraphProto, NodeProto, numpy_helper
+from onnx import GraphProto, NodeProto
 
-from service.imaging.canvas import Size
-from service.runtime.winograd import Consumers
+from service.imaging.canvas import MULTIPLE, Size
+from service.runtime.graphs import GraphWriter, consumers_of
 
 PREFIX: Final = "strips/"
 _ACTIVATIONS: Final = frozenset({"Relu", "Clip"})
 _CACHED: Final = 4_000_000
-"""Bytes of a strip's largest map: measured with 1 MB of second-level cache a core."""
+"""Bytes below which a strip's largest map gains nothing more, with 1 MB of second-level cache."""
 
 
-def compute_in_strips(graph: GraphProto, canvases: Sequence[Size], consumers: Consumers) -> int:
+def compute_in_strips(graph: GraphProto, canvas: Size) -> int:
     """Rewrite the chain of convolutions that the image goes through first; return its strips.
 
-    The graph then answers on `canvases` only. 0: nothing is rewritten.
+    Their number is for `canvas`, the largest; canvases of any size are answered. 0: nothing is
+    rewritten.
     """
-    places, steps = _first_chain(graph, consumers)
-    if not steps or not canvases:
-        return 0
-    count = -(-max(_largest_map(steps, canvas) for canvas in canvases) // _CACHED)
+    places, steps = _first_chain(graph)
     stride = math.prod(step.stride for step in steps)
+    if MULTIPLE % stride or not all(step.divides_evenly for step in steps):
+        return 0
     # The rows that a strip needs beyond those of the image that its share of the last map covers.
     above, below = 0, 0
     for step in reversed(steps):
         above = above * step.stride + step.top
         below = below * step.stride + step.kernel - step.stride - step.top
-    heights = {canvas.height for canvas in canvases}
-    if count < 2 or any(
-        _height(steps, height) * stride != height
-        or height // stride // count * stride < max(above, below)
-        for height in heights
-    ):
+    # On the lowest canvas, too, no strip but the first and last needs rows beyond the image.
+    most = MULTIPLE // (math.ceil(max(above, below, 1) / stride) * stride)
+    count = min(math.ceil(_largest_map(steps, canvas) / _CACHED), most)
+    if count < 2:
         return 0
-    chain = [graph.node[place] for place in places]
-    written = _write(graph, chain, count, stride, (above, below))
     nodes = list(graph.node)
+    write = GraphWriter(PREFIX)
+    _write(write, [nodes[place] for place in places], count, stride, (above, below))
     kept = [node for place, node in enumerate(nodes[: places[-1]]) if place not in places]
     after = nodes[places[-1] + 1 :]
     del graph.node[:], graph.value_info[:]
-    graph.node.extend([*kept, *written, *after])
+    graph.node.extend([*kept, *write.nodes, *after])
+    graph.initializer.extend(write.constants.values())
     return count
 
 
@@ -68,12 +66,21 @@ class _Step:
     bottom: int
     filters: int
 
+    @property
+    def divides_evenly(self) -> bool:
+        """Whether of stride * n rows it makes n."""
+        return -self.stride <= self.top + self.bottom - self.kernel < 0
 
-def _first_chain(graph: GraphProto, consumers: Consumers) -> tuple[list[int], list[_Step]]:
+
+def _first_chain(graph: GraphProto) -> tuple[list[int], list[_Step]]:
     """(places of the nodes from the first convolution to the first fork, their convolutions)."""
-    filters = {each.name: each.dims for each in graph.initializer}
+    filters = {each.name: list(each.dims) for each in graph.initializer}
+    consumers = consumers_of(graph)
     first = next((place for place, node in enumerate(graph.node) if node.op_type == "Conv"), None)
-    source = "" if first is None else graph.node[first].input[0]
+    if first is None or filters.get(graph.node[first].input[1], [])[1:2] != [3]:
+        # Not of an image's three channels, so perhaps not of all its rows.
+        return [], []
+    source = graph.node[first].input[0]
     places: list[int] = []
     steps: list[_Step] = []
     readers: Sequence[int | None] = [first]
@@ -91,10 +98,10 @@ def _first_chain(graph: GraphProto, consumers: Consumers) -> tuple[list[int], li
     return places, steps
 
 
-def _step(node: NodeProto, filters: Mapping[str, Sequence[int]]) -> _Step | None:
+def _step(node: NodeProto, filters: Mapping[str, list[int]]) -> _Step | None:
     """Return what a convolution makes of rows; None where that is not known, or not the same."""
-    given = _attributes(node)
-    dims = filters.get(node.input[1], ())
+    given = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
+    dims = filters.get(node.input[1], [])
     if len(dims) != 4 or given.get("auto_pad", b"NOTSET") != b"NOTSET":
         return None
     top, _, bottom, _ = given.get("pads", [0] * 4)
@@ -102,16 +109,6 @@ def _step(node: NodeProto, filters: Mapping[str, Sequence[int]]) -> _Step | None
     if stride != across or given.get("dilations", [1, 1]) != [1, 1]:
         return None
     return _Step(dims[2], stride, top, bottom, dims[0])
-
-
-def _attributes(node: NodeProto) -> dict[str, Any]:
-    return {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
-
-
-def _height(steps: Sequence[_Step], height: int) -> int:
-    for step in steps:
-        height = (height + step.top + step.bottom - step.kernel) // step.stride + 1
-    return height
 
 
 def _largest_map(steps: Sequence[_Step], canvas: Size) -> int:
@@ -124,56 +121,25 @@ def _largest_map(steps: Sequence[_Step], canvas: Size) -> int:
 
 
 def _write(
-    graph: GraphProto, chain: Sequence[NodeProto], count: int, stride: int, reach: tuple[int, int]
-) -> list[NodeProto]:
-    """Return the nodes that compute a chain in strips, and add their constants to the graph."""
-    written: list[NodeProto] = []
-
-    def constant(name: str, value: Any) -> str:
-        array = np.array(value, dtype=np.int64)
-        graph.initializer.append(numpy_helper.from_array(array, PREFIX + name))
-        return PREFIX + name
-
-    def node(kind: str, inputs: Sequence[str], name: str, **attributes: Any) -> str:
-        outputs = [PREFIX + name]
-        written.append(onnx.helper.make_node(kind, inputs, outputs, outputs[0], **attributes))
-        return outputs[0]
-
+    write: GraphWriter, chain: Sequence[NodeProto], count: int, stride: int, reach: tuple[int, int]
+) -> None:
+    """Write a chain in strips, each with `reach` rows of its neighbours (above, below)."""
     source = chain[0].input[0]
-    rows = constant("rows", [2])
-    size = constant("stride", stride)
-    # The first row of each strip but the first is that of its share of the last map's rows.
-    height = node("Gather", [node("Shape", [source], "shape"), rows], "height")
-    shares = node(
-        "Mul", [node("Div", [height, size], "mapped"), constant("k", range(1, count))], "shares"
-    )
-    seams = node("Mul", [node("Div", [shares, constant("count", count)], "last"), size], "seams")
-    starts = node("Sub", [seams, constant("above", reach[0])], "starts")
-    ends = node("Add", [seams, constant("below", reach[1])], "ends")
-    zero = constant("zero", [0])
-    seam = [constant(f"seam/{index}", [index]) for index in range(count - 1)]
+    height = write("Slice", write("Shape", source), [2], [3])
+    shares = write("Mul", write("Div", height, [stride]), range(1, count))
+    # The image's row at which a strip begins, but for the first.
+    seams = write("Mul", write("Div", shares, [count]), [stride])
+    starts = write("Concat", [0], write("Sub", seams, [reach[0]]), axis=0)
+    ends = write("Concat", write("Add", seams, [reach[1]]), height, axis=0)
     strips = []
     for strip in range(count):
-        is_first, is_last = strip == 0, strip == count - 1
-        start, end = zero, height
-        if not is_first:
-            start = node("Gather", [starts, seam[strip - 1]], f"{strip}/start")
-        if not is_last:
-            end = node("Gather", [ends, seam[strip]], f"{strip}/end")
-        value = node("Slice", [source, start, end, rows], f"{strip}/in")
-        for place, each in enumerate(chain):
-            copy = NodeProto()
-            copy.CopyFrom(each)
-            copy.name = copy.output[0] = f"{PREFIX}{strip}/{place}"
-            copy.input[0] = value
-            value = copy.output[0]
-            for attribute in copy.attribute:
+        bounds = [write("Gather", each, [strip]) for each in (starts, ends)]
+        value = write("Slice", source, *bounds, [2])
+        for node in chain:
+            value = write.copy(node, value)
+            for attribute in write.nodes[-1].attribute:
                 if attribute.name == "pads":
-                    attribute.ints[0] *= is_first
-                    attribute.ints[2] *= is_last
-            written.append(copy)
+                    attribute.ints[0] *= strip == 0
+                    attribute.ints[2] *= strip == count - 1
         strips.append(value)
-    written.append(
-        onnx.helper.make_node("Concat", strips, chain[-1].output, f"{PREFIX}map", axis=2)
-    )
-    return written
+    write("Concat", *strips, axis=2, output=chain[-1].output[0])

@@ -15,18 +15,18 @@ until something else wants the map.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import onnx
-from numpy.typing import ArrayLike, NDArray
-from onnx import AttributeProto, GraphProto, NodeProto, TensorProto
+from numpy.typing import NDArray
+from onnx import GraphProto, NodeProto, TensorProto
 
 from service.imaging.canvas import Size
+from service.runtime.graphs import Consumers, GraphWriter, consumers_of
 
 _INPUT_TRANSFORM: Final = np.array(
     [
@@ -83,9 +83,6 @@ _PRICE_BESIDE_WIDE: Final = 2.0
 products take half as long, transforms are twice as dear: with AVX-512 and 1.0 the bundled model, of
 64 channels, took 1.2 to 1.3 times as long on two threads, but 0.94 on one thread beside another. A
 ResNet-50 took 0.77 with either."""
-
-Consumers = Mapping[str, Sequence[int | None]]
-"""By a value's name, the places of the nodes that read it; None for the caller and subgraphs."""
 
 
 def multiply_less(
@@ -208,30 +205,6 @@ def _gains(
     return bool(cost < direct)
 
 
-def consumers_of(graph: GraphProto) -> Consumers:
-    """Return the nodes that read each value of a graph."""
-    found: dict[str, list[int | None]] = defaultdict(list)
-    for place, node in enumerate(graph.node):
-        for name in node.input:
-            found[name].append(place)
-        for name in _read_inside(node):
-            found[name].append(None)
-    for value in graph.output:
-        found[value.name].append(None)
-    return found
-
-
-def _read_inside(node: NodeProto) -> Iterator[str]:
-    for attribute in node.attribute:
-        if attribute.type not in (AttributeProto.GRAPH, AttributeProto.GRAPHS):
-            continue
-        for graph in (attribute.g, *attribute.graphs):
-            for inner in graph.node:
-                yield from inner.input
-                yield from _read_inside(inner)
-            yield from (value.name for value in graph.output)
-
-
 def _steps(graph: GraphProto) -> dict[str, int]:
     """Return the strides of feature maps, in pixels of the canvas, where they are known.
 
@@ -257,7 +230,7 @@ class _Rewriter:
         self._graph = graph
         self._consumers = consumers
         self._chosen = chosen
-        self._writer = _Writer()
+        self._writer = GraphWriter(PREFIX)
         self._weights: dict[str, NDArray[np.float32]] = {}
         self._rows: dict[str, str] = {}
         """By the value's name, in the order of tiles."""
@@ -306,7 +279,7 @@ class _Rewriter:
         tiling = self._tilings.setdefault(convolution.source, _Tiling(write, convolution.source))
         tiles = self._tiles(convolution.source, tiling, channels)
         products = write("MatMul", tiles, self._weight(weight))
-        back = write.in_both_directions(_OUTPUT_TRANSFORM, products)
+        back = _in_both_directions(write, _OUTPUT_TRANSFORM, products)
         rows = write("Reshape", back, [-1, filters])
         if convolution.bias is not None:
             rows = write("Add", rows, convolution.bias)
@@ -331,7 +304,7 @@ class _Rewriter:
             # What the tables call the row behind the last: the padding.
             padded = write("Concat", rows, np.zeros((1, channels), np.float32), axis=0)
             tiles = write("Gather", padded, places, axis=0)
-            transformed = write.in_both_directions(_INPUT_TRANSFORM, tiles)
+            transformed = _in_both_directions(write, _INPUT_TRANSFORM, tiles)
             self._transformed[source] = write("Reshape", transformed, [_IN**2, -1, channels])
         return self._transformed[source]
 
@@ -348,7 +321,7 @@ class _Rewriter:
 class _Tiling:
     """The tiles of maps of one size, and tables of which row is which pixel."""
 
-    def __init__(self, write: _Writer, like: str) -> None:
+    def __init__(self, write: GraphWriter, like: str) -> None:
         self._write = write
         self._like = like
 
@@ -445,49 +418,15 @@ class _Tiling:
         return write("Reshape", write("Transpose", windows, perm=[1, 3, 0, 2, 4]), [-1])
 
 
-class _Writer:
-    """Writes nodes, one after the other, with names of their own."""
+def _in_both_directions(write: GraphWriter, transform: NDArray[np.floating], tiles: str) -> str:
+    """Transform tiles, (36, tiles, channels), down and then across.
 
-    def __init__(self) -> None:
-        self.nodes: list[NodeProto] = []
-        self.constants: dict[tuple[object, ...], TensorProto] = {}
-
-    def __call__(
-        self, operator: str, *inputs: str | ArrayLike, output: str | None = None, **given: Any
-    ) -> str:
-        """Add a node; its inputs are names of values, or constants. Return its output's name."""
-        names = [each if isinstance(each, str) else self.constant(each) for each in inputs]
-        output = output or f"{PREFIX}value/{len(self.nodes)}"
-        self.nodes.append(onnx.helper.make_node(operator, names, [output], **given))
-        return output
-
-    def in_both_directions(self, transform: NDArray[np.floating], tiles: str) -> str:
-        """Transform tiles, (36, tiles, channels), down and then across.
-
-        Both at once, by one matrix of 36 columns, is two to three times the multiplications.
-        """
-        out, into = transform.shape
-        matrix = self.constant(transform.astype(np.float32))
-        down = self("MatMul", matrix, self("Reshape", tiles, [into, -1]))
-        return self("MatMul", matrix, self("Reshape", down, [out, into, -1]))
-
-    def copy(self, node: NodeProto, source: str) -> str:
-        """Add the same node for another first input."""
-        output = f"{PREFIX}value/{len(self.nodes)}"
-        copied = NodeProto()
-        copied.CopyFrom(node)
-        copied.input[0], copied.output[0] = source, output
-        self.nodes.append(copied)
-        return output
-
-    def constant(self, value: ArrayLike) -> str:
-        """Return the name of an initializer; equal ones share it."""
-        array = np.asarray(value)
-        key = (array.dtype.str, array.shape, array.tobytes())
-        if key not in self.constants:
-            name = f"{PREFIX}constant/{len(self.constants)}"
-            self.constants[key] = onnx.numpy_helper.from_array(array, name)
-        return self.constants[key].name
+    Both at once, by one matrix of 36 columns, is two to three times the multiplications.
+    """
+    out, into = transform.shape
+    matrix = write.constant(transform.astype(np.float32))
+    down = write("MatMul", matrix, write("Reshape", tiles, [into, -1]))
+    return write("MatMul", matrix, write("Reshape", down, [out, into, -1]))
 
 
 def _squared(transform: NDArray[np.floating]) -> NDArray[np.float32]:

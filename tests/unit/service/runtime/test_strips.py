@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +20,8 @@ from tests.canvases import found, noise, sizes_of
 from tests.unit.service.runtime.networks import model
 
 CPU = Device("cpu")
-CANVASES = (Size(96, 64), Size(64, 96), Size(128, 32))
+LARGEST = Size(96, 64)
+CANVASES = (LARGEST, Size(64, 96), Size(128, 32), Size(32, 96), Size(32, 32))
 CHAIN = """mobile (float[n, 3, h, w] x) => (float[n, 8, a, b] y, float[n, 8, a, b] z)
     <float low = {0}, float high = {6}> {
     c0 = Conv <pads = [0, 0, 1, 1], strides = [2, 2]> (x, w0, b0)
@@ -43,10 +45,9 @@ def little_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(strips, "_CACHED", 33_000)
 
 
-def in_strips(content: bytes, canvases: tuple[Size, ...] = CANVASES) -> int:
-    """In how many strips the first convolutions are; the values are compared."""
-    largest = max(canvases, key=lambda size: size.area, default=CANVASES[0])
-    made = rewrite(content, largest, canvases=canvases)
+def in_strips(content: bytes) -> int:
+    """In how many strips the first convolutions are; the values on all canvases are compared."""
+    made = rewrite(content, LARGEST, in_strips=True)
     if made is None:
         return 0
     assert made.count == 0
@@ -55,7 +56,7 @@ def in_strips(content: bytes, canvases: tuple[Size, ...] = CANVASES) -> int:
         ort.InferenceSession(each, session_options(CPU), providers=providers(CPU))
         for each in (content, made.content)
     )
-    for height, width in canvases:
+    for height, width in CANVASES:
         x = np.random.default_rng(0).normal(size=(2, 3, height, width)).astype(np.float32)
         for mine, theirs in zip(
             striped.run(None, {"x": x}), plain.run(None, {"x": x}), strict=True
@@ -64,10 +65,16 @@ def in_strips(content: bytes, canvases: tuple[Size, ...] = CANVASES) -> int:
     return made.strips
 
 
-@pytest.mark.parametrize("cached", [10_000, 17_000, 33_000, 50_000])
-def test_strips_give_the_values_of_whole_maps(cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("cached", "count"),
+    # More than eight would need rows beyond a canvas of 32.
+    [(1_000, 8), (17_000, 6), (33_000, 3), (50_000, 2), (98_304, 0)],
+)
+def test_strips_give_the_values_of_whole_maps(
+    cached: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(strips, "_CACHED", cached)
-    assert in_strips(model(CHAIN, WEIGHTS)) == -(-98_304 // cached)
+    assert in_strips(model(CHAIN, WEIGHTS)) == count
 
 
 @pytest.mark.parametrize(
@@ -90,12 +97,14 @@ def test_strips_of_any_kernel(pads: list[int], kernel: int, stride: int) -> None
     assert in_strips(model(text, weights)) == 3
 
 
-def test_canvases_that_are_low_or_unknown_stay_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    content = model(CHAIN, WEIGHTS)
-    monkeypatch.setattr(strips, "_CACHED", 10_000)
-    assert in_strips(content) == 10
-    assert in_strips(content, (*CANVASES, Size(32, 96))) == 0
-    assert in_strips(content, ()) == 0
+def test_files_are_computed_whole_unless_strips_are_allowed() -> None:
+    assert rewrite(model(CHAIN, WEIGHTS), LARGEST) is None
+
+
+def test_strips_are_written_once() -> None:
+    made = rewrite(model(CHAIN, WEIGHTS), LARGEST, in_strips=True)
+    assert made is not None
+    assert rewrite(made.content, LARGEST, in_strips=True) is None
 
 
 @pytest.mark.parametrize(
@@ -121,22 +130,24 @@ def test_a_chain_ends_at_what_rows_do_not_pass(old: str, new: str) -> None:
 # --- the bundled model ---------------------------------------------------------------------------
 
 
-def test_strips_keep_detections_of_the_bundled_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strips_keep_detections_of_the_bundled_model(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.undo()
     bundled = read_artifact(scan_repository(bundled_models())[0].path)
     one = replace(CPU, threads=1)
-    made = fitted(bundled, one)
-    kinds = [node.op_type for node in onnx.load_model_from_string(made.content).graph.node]
-    # The largest map, of 96 channels at half the canvas, has 29.5 MB.
-    assert kinds.count("Slice") >= 8
+    with caplog.at_level(logging.INFO):
+        made = fitted(bundled, one)
+    assert "the first ones are computed in 4 strips" in caplog.text
     plain = open_detector(bundled, replace(one, winograd=False))
     striped = open_detector(made, one)
-    for size in bundled.metadata.canvas.all_canvases():
+    # /v2 takes any canvas.
+    for size in (*bundled.metadata.canvas.all_canvases(), Size(32, 32), Size(96, 640)):
         canvases, sizes = noise(1, 2, size), sizes_of(2, size)
         for mine, theirs in zip(
             found(striped, canvases, sizes, score=0.01),
             found(plain, canvases, sizes, score=0.01),
             strict=True,
         ):
-            assert len(mine) == len(theirs) > 0
+            assert len(mine) == len(theirs)
             np.testing.assert_allclose(mine.scores, theirs.scores, rtol=0, atol=1e-5)
