@@ -154,17 +154,12 @@ def fitted(artifact: Artifact, device: Device) -> Artifact:
     """Return what sessions on a device are opened from: on a CPU, a file that is computed faster.
 
     `open_detector` does this itself; to open several sessions, do it once before. A session of one
-    thread gains where one of several, which wait for each other after each transform, does not.
+    thread gains where one of several, which wait for each other after each step, does not.
     """
     if device.kind != "cpu" or not device.winograd or artifact.weights is not None:
         return artifact
-    shared = device.threads != 1
-    rewritten = rewrite(
-        artifact.content,
-        artifact.metadata.canvas.largest(),
-        wide=has_wide_vectors() and shared,
-        in_strips=not shared,
-    )
+    dear = has_wide_vectors() and device.threads != 1
+    rewritten = rewrite(artifact.content, artifact.metadata.canvas.largest(), dear=dear)
     if rewritten is None:
         return replace(artifact, weights={})
     _log.info(

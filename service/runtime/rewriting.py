@@ -32,24 +32,18 @@ class Rewritten:
     """In which the first convolutions are computed; 0: the whole map at a time."""
 
 
-def rewrite(
-    content: bytes,
-    canvas: Size,
-    *,
-    wide: bool = False,
-    in_strips: bool = False,
-) -> Rewritten | None:
+def rewrite(content: bytes, canvas: Size, *, dear: bool = False) -> Rewritten | None:
     """Return the same detector, computed faster; None if nothing would be gained.
 
-    `canvas` is the largest; the gain is reckoned for it. `wide` is as in `multiply_less`;
-    `in_strips` allows strips for the first convolutions.
+    `canvas` is the largest; the gain is reckoned for it. `dear`: steps are, since several threads
+    with vectors wider than AVX2's share them.
     """
     model = onnx.load_model_from_string(content)
     if not _is_understood(model):
         return None
     fold_norms(model)
-    weights, count = winograd.multiply_less(model.graph, canvas, wide=wide)
-    parts = strips.compute_in_strips(model.graph, canvas) if in_strips else 0
+    weights, count = winograd.multiply_less(model.graph, canvas, dear=dear)
+    parts = 0 if dear else strips.compute_in_strips(model.graph, canvas)
     if not weights and not parts:
         return None
     return Rewritten(model.SerializeToString(), weights, count, parts)

@@ -1,9 +1,8 @@
 """The first convolutions of a network on a CPU, one strip of the image after the other.
 
 The first maps are the largest and do not fit into a core's cache, where a convolution waits for
-memory. Strip by strip through a chain of convolutions they do. A strip needs some rows of its
-neighbours, which are computed twice. It is for sessions of one thread: several wait for each other
-in every strip. (Lin et al., "MCUNetV2", 2021, compute so to need less memory.)
+memory. Of a strip through a chain of convolutions more stays there. It needs some rows of its
+neighbours, which are computed twice. (Lin et al., "MCUNetV2", 2021, do so to need less memory.)
 """
 
 from __future__ import annotations

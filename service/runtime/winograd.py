@@ -86,17 +86,17 @@ ResNet-50 took 0.77 with either."""
 
 
 def multiply_less(
-    graph: GraphProto, canvas: Size, *, wide: bool = False
+    graph: GraphProto, canvas: Size, *, dear: bool = False
 ) -> tuple[dict[str, NDArray[np.float32]], int]:
     """Rewrite the convolutions of a graph that gain; (the transformed filters by name, how many).
 
     The filters are inputs of the graph then, so that all its sessions share them. On canvases of
-    other sizes than `canvas` it answers as well; the gain is reckoned for this one. `wide`:
+    other sizes than `canvas` it answers as well; the gain is reckoned for this one. `dear`:
     products cost less than they are reckoned with, on vectors wider than AVX2's, and several
     threads share them.
     """
     consumers = consumers_of(graph)
-    chosen = _choose(graph, consumers, canvas, _PRICE_BESIDE_WIDE if wide else 1.0)
+    chosen = _choose(graph, consumers, canvas, _PRICE_BESIDE_WIDE if dear else 1.0)
     return (_Rewriter(graph, consumers, chosen).rewrite() if chosen else {}), len(chosen)
 
 

@@ -47,7 +47,7 @@ def little_cache(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def in_strips(content: bytes) -> int:
     """In how many strips the first convolutions are; the values on all canvases are compared."""
-    made = rewrite(content, LARGEST, in_strips=True)
+    made = rewrite(content, LARGEST)
     if made is None:
         return 0
     assert made.count == 0
@@ -97,14 +97,14 @@ def test_strips_of_any_kernel(pads: list[int], kernel: int, stride: int) -> None
     assert in_strips(model(text, weights)) == 3
 
 
-def test_files_are_computed_whole_unless_strips_are_allowed() -> None:
-    assert rewrite(model(CHAIN, WEIGHTS), LARGEST) is None
+def test_maps_stay_whole_where_steps_are_dear() -> None:
+    assert rewrite(model(CHAIN, WEIGHTS), LARGEST, dear=True) is None
 
 
 def test_strips_are_written_once() -> None:
-    made = rewrite(model(CHAIN, WEIGHTS), LARGEST, in_strips=True)
+    made = rewrite(model(CHAIN, WEIGHTS), LARGEST)
     assert made is not None
-    assert rewrite(made.content, LARGEST, in_strips=True) is None
+    assert rewrite(made.content, LARGEST) is None
 
 
 @pytest.mark.parametrize(

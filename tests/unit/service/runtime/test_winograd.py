@@ -355,7 +355,7 @@ def test_winograd_keeps_few_channels_with_wide_vectors(channels: int, worth: boo
     content = model(text, {"w1": (channels, channels, 3, 3)})
 
     assert rewrite(content, LARGE) is not None
-    assert (rewrite(content, LARGE, wide=True) is not None) == worth
+    assert (rewrite(content, LARGE, dear=True) is not None) == worth
 
 
 @pytest.fixture(scope="module")
