@@ -305,7 +305,7 @@ Example:
     "--overwrite", is_flag=True, help="Replace labels that are there; images are never replaced."
 )
 def label(tile: str, **options: Any) -> None:
-    r"""Write detections as labels, to be opened in a tool and corrected.
+    """Write detections as labels, to be opened in a tool and corrected.
 
     \b
     DIR gets copies of the images, and for each FORMAT:
@@ -318,7 +318,7 @@ def label(tile: str, **options: Any) -> None:
     of the upright image, after EXIF orientation. Images that have labels in DIR already are left
     out, so an interrupted run continues; labels.json and tasks.json must not be there. A file that
     does not decode is reported, the others go on, and the exit code is 2.
-    """
+    """  # noqa: D301 (click needs the character itself)
     from service.commands import label as command
     from service.engine.tiling import parse_tile
 

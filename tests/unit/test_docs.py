@@ -72,6 +72,7 @@ def test_commands_exist_with_their_options(page: Path) -> None:
         names = words[1:3] if words[1] in GROUPS else words[1:2]
         shown = CliRunner().invoke(retinaserve, [*names, "--help"])
         assert shown.exit_code == 0, f"{command}\n{shown.output}"
+        assert "\\b" not in shown.output, "click's mark of a paragraph that stays as it is"
         for option in (word for word in words if word.startswith("--")):
             assert option in shown.output, command
 
