@@ -162,14 +162,15 @@ def fitted(artifact: Artifact, device: Device) -> Artifact:
     rewritten = rewrite(artifact.content, artifact.metadata.canvas.largest(), dear=dear)
     if rewritten is None:
         return replace(artifact, weights={})
-    _log.info(
-        "%s: %d convolutions multiply less than in the file, their filters take %.1f MB; the first "
-        "ones are computed in %d strips",
-        artifact.path,
-        rewritten.count,
-        sum(weight.nbytes for weight in rewritten.weights.values()) / 1e6,
-        rewritten.strips,
-    )
+    if rewritten.count:
+        _log.info(
+            "%s: %d convolutions multiply less than in the file; their filters take %.1f MB",
+            artifact.path,
+            rewritten.count,
+            sum(weight.nbytes for weight in rewritten.weights.values()) / 1e6,
+        )
+    if rewritten.strips:
+        _log.info("%s: the first maps are computed in %d strips", artifact.path, rewritten.strips)
     return replace(artifact, content=rewritten.content, weights=rewritten.weights)
 
 

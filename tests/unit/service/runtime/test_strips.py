@@ -138,7 +138,7 @@ def test_strips_keep_detections_of_the_bundled_model(
     one = replace(CPU, threads=1)
     with caplog.at_level(logging.INFO):
         made = fitted(bundled, one)
-    assert "the first ones are computed in 4 strips" in caplog.text
+    assert "the first maps are computed in 4 strips" in caplog.text
     plain = open_detector(bundled, replace(one, winograd=False))
     striped = open_detector(made, one)
     # /v2 takes any canvas.
