@@ -15,6 +15,7 @@ import numpy as np
 from model_export.commands.labelled_data import data_config, load
 from model_export.config import DataConfig
 from model_export.data.datasets import Dataset
+from model_export.data.problems import problem_listing
 from model_export.data.samples import ClassSelection
 from model_export.evaluation.bootstrap import SEEDS_NOTE, Comparison, Difference, compare
 from model_export.evaluation.coco_metrics import Evaluation, Timing
@@ -49,6 +50,9 @@ def run(
     )
     choice = data_config(labels)
     dataset = load_for(model, data, split, choice)
+    if dataset.problems:
+        # What was dropped or clipped is in no figure.
+        click.echo(problem_listing(dataset.problems), err=True)
     if against is not None:
         _check_comparable(dataset, against)
     ids = None if predictions is None else coco_ids(dataset, choice)

@@ -300,6 +300,18 @@ def test_uncertain_ids_are_refused(case: str, model: Path, data: Path, tmp_path:
     assert not output.exists()
 
 
+def test_what_is_dropped_from_the_measured_data_is_named(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    content = json.loads(truth_of(data).read_text())
+    content["annotations"][0]["bbox"][2] = 0
+    truth_of(data).write_text(json.dumps(content))
+    _, _, result = evaluated(model, data, tmp_path)
+    assert "box without area, dropped" in result.stderr
+    assert "instances_val.json" in result.stderr
+    assert "without area" not in result.stdout
+
+
 # --- without objects -----------------------------------------------------------------------------
 
 
