@@ -51,6 +51,14 @@ class Process:
         return self.popen.wait(seconds)
 
 
+# Servers inherit what is ignored, and a shell ignores both in what it starts in the background.
+for _number, _handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGQUIT, signal.SIG_DFL),
+):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _handler)
+
 Serve = Callable[..., Process]
 
 
