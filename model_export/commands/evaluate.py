@@ -12,10 +12,9 @@ from typing import Any
 import click
 import numpy as np
 
-from model_export.commands.labelled_data import data_config, load
+from model_export.commands.labelled_data import data_config, load_measured
 from model_export.config import DataConfig
 from model_export.data.datasets import Dataset
-from model_export.data.problems import problem_listing
 from model_export.data.samples import ClassSelection
 from model_export.evaluation.bootstrap import SEEDS_NOTE, Comparison, Difference, compare
 from model_export.evaluation.coco_metrics import Evaluation, Timing
@@ -50,9 +49,6 @@ def run(
     )
     choice = data_config(labels)
     dataset = load_for(model, data, split, choice)
-    if dataset.problems:
-        # What was dropped or clipped is in no figure.
-        click.echo(problem_listing(dataset.problems), err=True)
     if against is not None:
         _check_comparable(dataset, against)
     ids = None if predictions is None else coco_ids(dataset, choice)
@@ -178,7 +174,7 @@ def load_for(model: Path, data: Path, split: str, choice: DataConfig | None = No
     """Read a split with a model file's class list. Raises DataError if the data has others."""
     classes = read_artifact(model).metadata.classes
     try:
-        return load(data, split, choice, classes=classes)
+        return load_measured(data, split, choice, classes=classes)
     except DataError as error:
         raise DataError(f"{error} (the classes of {model} are {', '.join(classes)})") from error
 

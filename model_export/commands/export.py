@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from model_export.checkpoints import Checkpoint, load_checkpoint, save_weights
 from model_export.commands.evaluate import table
-from model_export.commands.labelled_data import data_config, load
+from model_export.commands.labelled_data import data_config, load_measured
 from model_export.config import DataConfig, describe
 from model_export.data import datasets
 from model_export.data.datasets import Dataset, Sample
@@ -71,14 +71,16 @@ def run(
     classes = checkpoint.description.classes
     held_out = calibration_data = None
     if data is not None:
-        held_out = load(data, split, data_config(labels), classes=classes)
+        held_out = load_measured(data, split, data_config(labels), classes=classes)
         if target is Precision.INT8 and not any(len(each.labels) for each in held_out.samples):
             raise DataError(
                 f"--precision int8: no object is labelled in the split {split!r} of {data}, so "
                 "what it costs cannot be measured; name a split with objects"
             )
     if calibrate_on is not None:
-        calibration_data = load(calibrate_on, calibrate_split, data_config(labels), classes=classes)
+        calibration_data = load_measured(
+            calibrate_on, calibrate_split, data_config(labels), classes=classes
+        )
     images = images_to_verify(held_out)
     done = export_model(
         checkpoint,

@@ -14,6 +14,7 @@ from model_export.config import DataConfig, describe
 from model_export.data import datasets
 from model_export.data.datasets import Dataset
 from model_export.data.folder import LabelledFolder
+from model_export.data.problems import problem_listing
 from service.errors import DataError
 
 
@@ -40,6 +41,16 @@ def load(
         for line in listing:
             click.echo(line, err=True)
         raise DataError(reason) from error
+
+
+def load_measured(
+    root: Path, split: str, choice: DataConfig | None = None, *, classes: Sequence[str]
+) -> Dataset:
+    """As `load`, and what is dropped, and so in no figure, is named on stderr."""
+    dataset = load(root, split, choice, classes=classes)
+    if dataset.problems:
+        click.echo(problem_listing(dataset.problems), err=True)
+    return dataset
 
 
 def data_config(labels: Mapping[str, Any]) -> DataConfig:
